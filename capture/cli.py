@@ -1,0 +1,125 @@
+"""`dspark capture` and `dspark regenerate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.errors import UsageError
+
+
+def _layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--layers expects integers separated by commas, such as 1,9,17; got {text!r}"
+        ) from None
+
+
+@click.command("capture")
+@click.option("--target", help="Hugging Face directory or Hub id. Default: the example's target.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="JSONL of conversations. Default: the example's."
+)
+@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option("--layers", callback=_layer_ids, help="Layer ids, as 1,9,17. Default: an even spread of five.")
+@click.option("--max-length", default=4096, show_default=True, help="Tokens a sample is cut at.")
+@click.option("--batch-tokens", default=4096, show_default=True, help="Padded tokens of one forward.")
+@click.option("--shard-tokens", default=16384, show_default=True, help="Tokens of a shard file.")
+@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="What the target computes in. auto: the checkpoint's own, or float32 where bf16 is emulated.",
+)
+def capture_command(
+    target: str | None,
+    data: Path | None,
+    cache: Path,
+    layers: tuple[int, ...] | None,
+    max_length: int,
+    batch_tokens: int,
+    shard_tokens: int,
+    device: str,
+    dtype: str,
+) -> None:
+    """Run the hooked target once over conversations and write a cache.
+
+    Stopped at any moment, the same command continues. A cache that is there already is reused
+    without loading the target; one of another target, data or setting is refused.
+    """
+    if (target is None) != (data is None):
+        raise UsageError("give --target and --data together, or neither for the example")
+    from pipeline.cache.manifest import MANIFEST, read_manifest
+
+    if target is None and layers is None and (cache / MANIFEST).is_file():
+        manifest = read_manifest(cache)
+        if manifest.status == "complete":
+            _report(manifest, cache, reused=True)
+            return
+    from capture.example import EXAMPLE_DATA, example_target
+    from capture.run import CaptureOptions, capture
+
+    if target is None or data is None:
+        target, data = str(example_target()), EXAMPLE_DATA
+    options = CaptureOptions(
+        target=target,
+        data=data,
+        cache=cache,
+        layer_ids=layers,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        shard_tokens=shard_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    manifest, reused = capture(options)
+    _report(manifest, cache, reused=reused)
+
+
+def _report(manifest, cache: Path, *, reused: bool) -> None:
+    target, features = manifest.identity.target, manifest.identity.features
+    state = "already complete, reused without running the target" if reused else "complete"
+    click.echo(f"cache {cache}: {state}")
+    click.echo(
+        f"  {target.name} ({target.architecture}, {target.dtype}), layers {list(features.layer_ids)}, "
+        f"{features.context_codec} context, {features.last_codec} last hidden"
+    )
+    click.echo(
+        f"  {manifest.num_samples:,} samples, {manifest.num_tokens:,} tokens, "
+        f"{manifest.num_last_rows:,} labels, {len(manifest.plan)} shards, {manifest.num_bytes / 1e6:,.1f} MB"
+    )
+    rows = ", ".join(f"{name} {count:,}" for name, count in sorted(manifest.rows.items()))
+    click.echo(f"  rows: {rows}; teacher total variation {manifest.fidelity['teacher_tv_mean']:.4f}")
+
+
+@click.command("regenerate")
+@click.option("--target", help="Hugging Face directory or Hub id. Default: the example's target.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL of conversations.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSONL to write, in input order.")
+@click.option("--max-new-tokens", default=512, show_default=True, help="Tokens of an answer at most.")
+@click.option("--temperature", default=0.7, show_default=True, help="0 is greedy.")
+@click.option("--top-k", default=50, show_default=True)
+@click.option("--batch-size", default=64, show_default=True, help="Conversations of one batch.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
+def regenerate_command(target: str | None, data: Path, out: Path, device: str, **sampling) -> None:
+    """Replace every assistant turn by the target's own answer, turn by turn."""
+    from capture.conversations import read_conversations
+    from capture.example import example_target
+    from capture.load import load_config, load_target, load_tokenizer, resolve_directory, resolve_dtype
+    from capture.regenerate import regenerate, write_jsonl
+    from pipeline.device import resolve_device
+
+    conversations = list(read_conversations(data))
+    directory = resolve_directory(target or str(example_target()))
+    place = resolve_device(device)
+    model = load_target(directory, resolve_dtype("auto", load_config(directory), place), place)
+    write_jsonl(out, regenerate(model, load_tokenizer(directory), conversations, **sampling))
+    click.echo(f"{out}: {len(conversations):,} conversations in the target's own words")

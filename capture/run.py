@@ -1,0 +1,283 @@
+"""The capture loop: the hooked target runs once over the data, shard by shard of a fixed plan."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from capture.conversations import TokenizedData, TokenizedSample, load_conversations
+from capture.load import (
+    load_config,
+    load_target,
+    load_tokenizer,
+    resolve_directory,
+    resolve_dtype,
+    target_shape,
+    tokenizer_identity,
+)
+from capture.target import HFDSparkTargetModel
+from pipeline.cache import (
+    CacheWriter,
+    DataIdentity,
+    FeatureIdentity,
+    Identity,
+    Manifest,
+    SampleFacts,
+    build_index,
+    count_candidates,
+    last_hidden_rows,
+    plan_shards,
+)
+from pipeline.cache.codecs import get_codec
+from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
+from pipeline.device import resolve_device
+from pipeline.errors import TargetError, UsageError
+from pipeline.features import default_layer_ids, head_logits, validate_target_layer_ids
+
+# Mean total variation above which the captured teacher is not the target's. bf16 rounding of the
+# logits alone costs about 0.01 (DESIGN section 6); a teacher from before the final norm costs 0.3 or more.
+MAX_TEACHER_TV = 0.05
+# Rows on which the teacher is proved before the first shard.
+PROOF_TOKENS = 256
+# What makes a target directory's config and tokenizer loadable again, without its weights.
+_TARGET_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions:
+    """What `dspark capture` was asked for."""
+
+    target: str
+    data: Path
+    cache: Path
+    layer_ids: tuple[int, ...] | None = None
+    """None: an even spread of five, see `pipeline.features.default_layer_ids`."""
+    max_length: int = 4096
+    """Tokens of a sample; longer conversations are cut."""
+    batch_tokens: int = 4096
+    """Padded tokens of one target forward."""
+    shard_tokens: int = 16384
+    """Tokens of a shard: about 0.5 GB at Qwen3-4B's size."""
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
+    """Capture what `options` names into its cache, or continue where an earlier capture stopped.
+
+    Returns the complete manifest, and whether the cache was there already (no target was loaded).
+
+    Raises:
+        DSparkError: see `pipeline.errors`; nothing finished is ever lost.
+    """
+    directory = resolve_directory(options.target)
+    device = resolve_device(options.device)
+    config = load_config(directory)
+    dtype = resolve_dtype(options.dtype, config, device)
+    target = target_shape(directory, config, dtype)
+    layer_ids = options.layer_ids or default_layer_ids(target.num_layers)
+    layer_ids = tuple(validate_target_layer_ids(layer_ids, target.num_layers))
+    if min(options.max_length, options.batch_tokens, options.shard_tokens) < 2:
+        raise UsageError("--max-length, --batch-tokens and --shard-tokens must be at least 2")
+    tokenizer = load_tokenizer(directory)
+    data = load_conversations(options.data, tokenizer, options.max_length)
+    facts = [_facts(sample) for sample in data.samples]
+    shards = plan_shards([fact.length for fact in facts], options.shard_tokens)
+    index, plan = build_index(facts, shards)
+    identity = Identity(
+        target=target,
+        tokenizer=tokenizer_identity(tokenizer),
+        data=DataIdentity(source=options.data.name, sha256=_data_hash(facts), max_length=options.max_length),
+        features=FeatureIdentity(layer_ids=layer_ids),
+        shard_tokens=options.shard_tokens,
+        batch_tokens=options.batch_tokens,
+    )
+    writer = CacheWriter(options.cache, identity, plan, index, dict(data.rows))
+    if writer.complete:
+        return writer.manifest, True
+    model = load_target(directory, dtype, device)
+    _write_target(writer, directory, model)
+    fidelity = prove_teacher(model, layer_ids, data.samples[0], target.final_logit_softcapping)
+    _capture_shards(writer, HFDSparkTargetModel(model, layer_ids), data, shards, options.batch_tokens)
+    return writer.finalise(fidelity), False
+
+
+def _facts(sample: TokenizedSample) -> SampleFacts:
+    return SampleFacts(
+        sample_id=sample.sample_id,
+        source_row=sample.source_row,
+        length=len(sample.input_ids),
+        last_rows=len(last_hidden_rows(sample.loss_mask)),
+        candidates=count_candidates(sample.loss_mask),
+    )
+
+
+def _data_hash(facts: Sequence[SampleFacts]) -> str:
+    import hashlib
+
+    return hashlib.sha256(b"".join(fact.sample_id for fact in facts)).hexdigest()
+
+
+def _write_target(writer: CacheWriter, directory: Path, model: nn.Module) -> None:
+    """Keep what training needs of the target: config, tokenizer, embedding and head."""
+
+    def fill(folder: Path) -> None:
+        for pattern in _TARGET_FILES:
+            for path in sorted(directory.glob(pattern)):
+                if path.is_file() and path.suffix != ".safetensors":
+                    shutil.copyfile(path, folder / path.name)
+
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    frozen = {"embed_tokens.weight": _compact(embedding)}
+    if not writer.manifest.identity.target.tied_embeddings:
+        frozen["lm_head.weight"] = _compact(head)
+    writer.write_target(fill, frozen)
+
+
+def _compact(weight: Tensor) -> Tensor:
+    """A weight in bf16 where that loses nothing (a bf16 checkpoint run in fp32), else as it is."""
+    weight = weight.detach().cpu()
+    half = weight.to(torch.bfloat16)
+    return half if torch.equal(half.to(weight.dtype), weight) else weight.contiguous()
+
+
+@torch.no_grad()
+def prove_teacher(
+    model: nn.Module, layer_ids: Sequence[int], sample: TokenizedSample, softcap: float | None
+) -> dict[str, float]:
+    """Show that head(stored last hidden) is the target's own next-token distribution.
+
+    Returns the total variation (mean and maximum over rows) between the two.
+
+    Raises:
+        TargetError: they differ by more than rounding, so a draft would learn from a wrong teacher.
+    """
+    ids = torch.from_numpy(sample.input_ids[:PROOF_TOKENS]).long().to(model.device)[None]  # [1, S]
+    expected = model(input_ids=ids, use_cache=False).logits[0].float().softmax(-1)  # [S, V]
+    last_hidden = HFDSparkTargetModel(model, layer_ids).states(ids, torch.ones_like(ids))["last_hidden"][0]
+    decoded = torch.empty_like(last_hidden, dtype=torch.bfloat16)
+    codec = get_codec("bf16")
+    codec.decode(codec.encode(last_hidden), decoded)
+    head = model.get_output_embeddings().weight
+    stored = head_logits(decoded, head, softcap).softmax(-1)
+    variation = (stored - expected).abs().sum(-1) / 2  # [S]
+    mean, worst = variation.mean().item(), variation.max().item()
+    if not mean <= MAX_TEACHER_TV:
+        raise TargetError(
+            f"the captured teacher is not the target's: mean total variation {mean:.3f}, expected at most "
+            f"{MAX_TEACHER_TV}; {type(model).__name__} changes its logits after lm_head in a way this version "
+            "does not record"
+        )
+    return {"teacher_tv_mean": mean, "teacher_tv_max": worst, "teacher_tv_rows": float(len(variation))}
+
+
+def _capture_shards(
+    writer: CacheWriter,
+    target: HFDSparkTargetModel,
+    data: TokenizedData,
+    shards: Sequence[range],
+    batch_tokens: int,
+) -> None:
+    pending = set(writer.pending())
+    done = sum(plan.tokens for shard, plan in enumerate(writer.manifest.plan) if shard not in pending)
+    total = writer.manifest.num_tokens
+    with tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="capture") as progress:
+        for shard in sorted(pending):
+            samples = [data.samples[i] for i in shards[shard]]
+            writer.write_shard(shard, _fill_shard(writer, shard, target, samples, batch_tokens, progress))
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group indices of similar length so that rows × longest stays within `batch_tokens`."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _fill_shard(
+    writer: CacheWriter,
+    shard: int,
+    target: HFDSparkTargetModel,
+    samples: list[TokenizedSample],
+    batch_tokens: int,
+    progress: tqdm,
+) -> dict[str, Tensor]:
+    """Run the target over one shard's samples and lay their rows out as the plan says."""
+    identity, plan = writer.manifest.identity, writer.manifest.plan[shard]
+    specs = shard_specs(identity, plan)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}
+    tensors["input_ids"].copy_(torch.from_numpy(np.concatenate([s.input_ids for s in samples])))
+    tensors["loss_mask"].copy_(torch.from_numpy(np.concatenate([s.loss_mask for s in samples])))
+    labels = [torch.from_numpy(last_hidden_rows(s.loss_mask)) for s in samples]
+    starts = np.cumsum([0] + [len(s.input_ids) for s in samples])
+    last_starts = np.cumsum([0] + [len(rows) for rows in labels])
+    context_codec, last_codec = (
+        get_codec(identity.features.context_codec),
+        get_codec(identity.features.last_codec),
+    )
+
+    def store(state: str, codec, rows: Tensor, start: int) -> None:
+        for suffix, encoded in codec.encode(rows).items():
+            tensors[part_name(state, suffix)][start : start + len(rows)].copy_(encoded)
+
+    for batch in length_batches([len(s.input_ids) for s in samples], batch_tokens):
+        states = target.states(*_pad([samples[i] for i in batch], target.model.device))
+        for row, i in enumerate(batch):
+            length = len(samples[i].input_ids)
+            for layer_id in identity.features.layer_ids:
+                rows = states[layer_id][row, :length]
+                _check_state(rows, f"layer {layer_id}", samples[i])
+                store(context_name(layer_id), context_codec, rows, starts[i])
+            rows = states["last_hidden"][row, labels[i].to(target.model.device)]
+            _check_state(rows, "the last hidden state", samples[i])
+            store(LAST_HIDDEN, last_codec, rows, last_starts[i])
+            progress.update(length)
+    return tensors
+
+
+def _pad(samples: list[TokenizedSample], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-pad samples to `input_ids` and `attention_mask` `[B, S]`."""
+    width = max(len(sample.input_ids) for sample in samples)
+    ids = torch.zeros(len(samples), width, dtype=torch.long)
+    mask = torch.zeros(len(samples), width, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        length = len(sample.input_ids)
+        ids[row, :length] = torch.from_numpy(sample.input_ids)
+        mask[row, :length] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _check_state(rows: Tensor, what: str, sample: TokenizedSample) -> None:
+    """Refuse states that no draft should learn from."""
+    peak = rows.abs().amax()
+    if not torch.isfinite(peak):
+        problem = "holds NaN or infinity"
+    elif peak == 0:
+        problem = "is all zero"
+    else:
+        return
+    raise TargetError(
+        f"{what} of the sample at row {sample.source_row + 1} of the data {problem}: "
+        "check the target's weights, or try --dtype float32"
+    )

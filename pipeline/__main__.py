@@ -1,0 +1,5 @@
+"""`python -m pipeline ...` is `dspark ...`."""
+
+from pipeline.cli import main
+
+main()

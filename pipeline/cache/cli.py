@@ -1,0 +1,26 @@
+"""`dspark verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from pipeline.errors import CacheError
+
+
+@click.command("verify")
+@click.argument("cache", type=click.Path(path_type=Path))
+def verify_command(cache: Path) -> None:
+    """Re-hash every file of CACHE against its manifest; exit 1 if any differs."""
+    from pipeline.cache import CacheReader
+
+    reader = CacheReader(cache)
+    with tqdm(total=reader.manifest.num_bytes, unit="B", unit_scale=True, desc="verify") as progress:
+        bad = reader.verify(progress.update)
+    for name in bad:
+        click.echo(f"damaged: {cache / name}")
+    if bad:
+        raise CacheError(f"{len(bad)} of {len(reader.manifest.files)} files are damaged: capture them again")
+    click.echo(f"{cache}: {len(reader.manifest.files)} files, {reader.manifest.num_bytes:,} bytes, all good")

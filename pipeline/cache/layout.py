@@ -1,0 +1,37 @@
+"""The tensors of a shard, as FORMAT.md lists them: one function that writer and reader both follow."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.cache.codecs import TensorSpec, get_codec
+from pipeline.cache.manifest import Identity, ShardPlan
+
+# What a state's stored tensors are called: the context of a layer, and the last hidden state.
+LAST_HIDDEN = "last_hidden"
+
+
+def context_name(layer_id: int) -> str:
+    """The tensor name of a layer's context features."""
+    return f"context.{layer_id}"
+
+
+def part_name(state: str, suffix: str) -> str:
+    """The tensor name of one part of an encoded state."""
+    return f"{state}.{suffix}" if suffix else state
+
+
+def shard_specs(identity: Identity, plan: ShardPlan) -> dict[str, TensorSpec]:
+    """Every tensor of a shard, by name: dtype and shape."""
+    features, width = identity.features, identity.target.hidden_size
+    specs: dict[str, TensorSpec] = {
+        "input_ids": (torch.int32, (plan.tokens,)),
+        "loss_mask": (torch.uint8, (plan.tokens,)),
+    }
+    context, last = get_codec(features.context_codec), get_codec(features.last_codec)
+    for layer_id in features.layer_ids:
+        for suffix, spec in context.specs(plan.tokens, width).items():
+            specs[part_name(context_name(layer_id), suffix)] = spec
+    for suffix, spec in last.specs(plan.last_rows, width).items():
+        specs[part_name(LAST_HIDDEN, suffix)] = spec
+    return specs

@@ -1,0 +1,231 @@
+"""What a cache is and holds: identity, plan, file table, fidelity. See FORMAT.md.
+
+The manifest is written first with status "incomplete" and replaced last with status "complete"; no
+complete manifest, no cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline import config, files
+from pipeline.errors import CacheError, ConfigError
+from pipeline.features import validate_target_layer_ids
+
+FORMAT = "dspark-cache"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "samples.arrow"
+FROZEN = "target/frozen.safetensors"
+# A manifest lists a few hundred bytes a shard: a million shards stay below this.
+MAX_MANIFEST_BYTES = 512 * 2**20
+MAX_COUNT = 2**48  # no real size comes near it, and sums of many still fit 64 bits
+
+
+def shard_file(shard: int) -> str:
+    """The only name a shard can have, relative to the cache."""
+    return f"shards/{shard:05d}.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetIdentity:
+    """The frozen model whose states the cache holds."""
+
+    name: str
+    """Directory name or Hub id; for people, and for the export's model card."""
+    weights: str
+    """SHA-256 over the weight files' names and bytes."""
+    architecture: str
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    """Rows of the embedding, padding rows included."""
+    dtype: str
+    """What the target computed in."""
+    tied_embeddings: bool
+    embedding_scale: float
+    final_logit_softcapping: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerIdentity:
+    """What turned conversations into token ids."""
+
+    sha256: str
+    chat_template_sha256: str
+    length: int
+    """Number of token ids the tokenizer can produce."""
+    mask_token_id: int | None
+    unk_token_id: int | None
+    pad_token_id: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIdentity:
+    """Which token sequences were captured."""
+
+    source: str
+    """File name, without its directory."""
+    sha256: str
+    """Over every sample id in order, that is over all token ids and loss masks."""
+    max_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureIdentity:
+    """Which states were kept, and how they were stored."""
+
+    layer_ids: tuple[int, ...]
+    last_hidden: Literal["post_norm"] = "post_norm"
+    context_codec: str = "bf16"
+    last_codec: str = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Everything that decides the bytes of a cache: two captures that agree here are the same cache."""
+
+    target: TargetIdentity
+    tokenizer: TokenizerIdentity
+    data: DataIdentity
+    features: FeatureIdentity
+    shard_tokens: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """What one shard will hold."""
+
+    samples: int
+    tokens: int
+    last_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """A finished file."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The whole of `manifest.json`."""
+
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    status: Literal["incomplete", "complete"] = "incomplete"
+    created_by: str
+    identity: Identity
+    rows: dict[str, int]
+    """Where every row of the source went: read, captured, and dropped by reason."""
+    plan: tuple[ShardPlan, ...]
+    fidelity: dict[str, float]
+    """How well the stored states reproduce the target; measured during capture."""
+    files: tuple[FileRecord, ...] = ()
+    """Every other file of the cache; empty until it is complete."""
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.samples for shard in self.plan)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.tokens for shard in self.plan)
+
+    @property
+    def num_last_rows(self) -> int:
+        return sum(shard.last_rows for shard in self.plan)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record.bytes for record in self.files)
+
+    def to_json(self) -> bytes:
+        """Canonical bytes: the same manifest always gives the same file."""
+        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """Read and check `cache/manifest.json`.
+
+    Raises:
+        CacheError: missing, not a manifest, of another version, or saying something impossible.
+    """
+    path = cache / MANIFEST
+    if not path.is_file():
+        raise CacheError(
+            f"no cache at {cache}: expected {path}; run `dspark capture --cache {cache}` or `make capture`"
+        )
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise CacheError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CacheError(f"{path} is damaged, not readable as JSON ({error}): capture again") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CacheError(f"{path} is not the manifest of a {FORMAT}: point --cache at a captured directory")
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CacheError(
+            f"{path} has format version {version!r}, this package reads version {FORMAT_VERSION}: "
+            "use the version of dspark-pipeline that wrote it, or capture again"
+        )
+    try:
+        manifest = config.build(Manifest, values, "manifest")
+    except ConfigError as error:
+        raise CacheError(f"{path} is damaged ({error}): capture again") from None
+    _check(manifest, path)
+    return manifest
+
+
+def _check(manifest: Manifest, path: Path) -> None:
+    target, features = manifest.identity.target, manifest.identity.features
+    sizes = [target.hidden_size, target.num_layers, target.vocab_size]
+    sizes += [n for shard in manifest.plan for n in (shard.samples, shard.tokens, shard.last_rows)]
+    sizes += [record.bytes for record in manifest.files]
+    if not all(1 <= size <= MAX_COUNT for size in sizes):
+        raise CacheError(f"{path} is damaged (a size outside 1 to 2^48): capture again")
+    try:
+        validate_target_layer_ids(features.layer_ids, target.num_layers)
+    except ValueError as error:
+        raise CacheError(f"{path} is damaged ({error}): capture again") from None
+    if manifest.status == "complete":
+        expected = {MANIFEST, INDEX, FROZEN, *(shard_file(i) for i in range(len(manifest.plan)))}
+        listed = {record.file for record in manifest.files} | {MANIFEST}
+        strangers = [name for name in listed - expected if not _is_target_file(name)]
+        if expected - listed or strangers:
+            wrong = sorted(expected - listed) or sorted(strangers)
+            raise CacheError(f"{path} is damaged (its file table is wrong about {wrong[0]!r}): capture again")
+
+
+def _is_target_file(name: str) -> bool:
+    folder, _, rest = name.partition("/")
+    return folder == "target" and rest not in ("", ".", "..") and not set(rest) & set("/\\\0")
+
+
+def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
+    """The identity's differing fields, one `name: ours against theirs` each."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {
+            k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".strip(".")).items()
+        }
+
+    a, b = flat(dataclasses.asdict(ours)), flat(dataclasses.asdict(theirs))
+    return [f"{key}: {a[key]} against {b[key]}" for key in a if a[key] != b[key]]
+
+
+def write_manifest(cache: Path, manifest: Manifest) -> None:
+    """Publish the manifest atomically."""
+    files.publish_bytes(cache / MANIFEST, manifest.to_json())

@@ -1,0 +1,225 @@
+"""Open a finished cache and read any sample, any subset of its layers, through the memory map."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline import files
+from pipeline.cache.codecs import get_codec
+from pipeline.cache.index import open_index
+from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
+from pipeline.cache.manifest import FROZEN, INDEX, Manifest, read_manifest, shard_file
+from pipeline.cache.shard import map_shard
+from pipeline.errors import CacheError
+
+# Shards kept mapped. A mapping costs address space and a file handle, not memory.
+MAX_OPEN_SHARDS = 512
+
+
+@dataclass(frozen=True)
+class CachedSample:
+    """One conversation as training sees it. S tokens, M usable label positions.
+
+    `last_hidden[m]` is the post-norm state at position `last_positions[m]`, which predicts the
+    supervised label one position later.
+    """
+
+    sample_id: str
+    input_ids: Tensor  # [S] int32
+    loss_mask: Tensor  # [S] uint8
+    context: Tensor  # [S, L*H] bfloat16, layers concatenated in the order asked
+    last_hidden: Tensor  # [M, H] bfloat16
+    last_positions: Tensor  # [M] int64
+
+
+class CacheReader:
+    """Read access to a complete cache.
+
+    Opening reads the manifest, maps the index and checks every file's size; no shard is touched.
+    Shards are mapped when first read. Nothing is ever written.
+
+    Args:
+        path: the cache directory.
+
+    Raises:
+        CacheError: missing, incomplete, newer, foreign or damaged, in one line.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest: Manifest = read_manifest(self.path)
+        if self.manifest.status != "complete":
+            done = len(list((self.path / "progress").glob("[0-9]*.json")))
+            raise CacheError(
+                f"{self.path} is incomplete ({done} of {len(self.manifest.plan)} shards captured): "
+                "run the same capture again to finish it"
+            )
+        features = self.manifest.identity.features
+        self.layer_ids: tuple[int, ...] = features.layer_ids
+        self.hidden_size: int = self.manifest.identity.target.hidden_size
+        self._context_codec = get_codec(features.context_codec)
+        self._last_codec = get_codec(features.last_codec)
+        self._check_sizes()
+        table = open_index(self.path / INDEX, self.manifest.plan)
+        ids = table["sample_id"].combine_chunks()
+        self.sample_ids = np.frombuffer(ids.buffers()[1], dtype=np.uint8).reshape(-1, 16)[: len(ids)]
+        self._shard, self._start, self.lengths, self._last_start, self._last_rows, self.candidates = (
+            table[name].to_numpy()
+            for name in ("shard", "token_start", "length", "last_start", "last_rows", "candidates")
+        )
+        self._map = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._map_shard)
+
+    def _check_sizes(self) -> None:
+        """Every listed file is there, is a plain file, and has the size the manifest says."""
+        expected = {record.file: record.bytes for record in self.manifest.files}
+        found: dict[str, int] = {}
+        for folder in ("", "target", "shards"):
+            if (self.path / folder).is_symlink() or not (self.path / folder).is_dir():
+                if folder:
+                    raise CacheError(f"{self.path / folder} is not a directory: the cache is damaged")
+                continue
+            with os.scandir(self.path / folder) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False):
+                        name = f"{folder}/{entry.name}" if folder else entry.name
+                        found[name] = entry.stat(follow_symlinks=False).st_size
+        for name, size in expected.items():
+            if found.get(name) != size:
+                got = "it is missing or not a plain file" if name not in found else f"it has {found[name]}"
+                raise CacheError(
+                    f"{self.path / name} is damaged: expected {size} bytes, {got}; capture again"
+                )
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+    def sample_id(self, i: int) -> str:
+        """The content hash that names sample `i` in every cache of the same tokens and mask."""
+        return self.sample_ids[i].tobytes().hex()
+
+    def require_layers(self, layer_ids: Sequence[int]) -> tuple[int, ...]:
+        """Check that the cache holds `layer_ids` and return them. Raises CacheError naming the missing."""
+        missing = [layer_id for layer_id in layer_ids if layer_id not in self.layer_ids]
+        if missing:
+            raise CacheError(
+                f"cache {self.path} holds layers {list(self.layer_ids)}, the config asks for {missing[0]}: "
+                "capture again with --layers, or drop it from draft.target_layer_ids"
+            )
+        return tuple(layer_ids)
+
+    def _map_shard(self, shard: int) -> dict[str, Tensor]:
+        specs = shard_specs(self.manifest.identity, self.manifest.plan[shard])
+        return map_shard(self.path / shard_file(shard), specs)
+
+    def _rows(self, i: int) -> tuple[dict[str, Tensor], slice, slice]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of a cache with {len(self)}")
+        start, last = int(self._start[i]), int(self._last_start[i])
+        tokens = slice(start, start + int(self.lengths[i]))
+        return self._map(int(self._shard[i])), tokens, slice(last, last + int(self._last_rows[i]))
+
+    def tokens(self, i: int) -> tuple[Tensor, Tensor]:
+        """Views of a sample's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8, checked for sense."""
+        shard, tokens, _ = self._rows(i)
+        input_ids, loss_mask = shard["input_ids"][tokens], shard["loss_mask"][tokens]
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= self.manifest.identity.target.vocab_size:
+            raise CacheError(f"{self.path}: sample {i} has token ids outside the vocabulary: damaged")
+        if loss_mask.max() > 1 or int(loss_mask[1:].sum()) != self._last_rows[i]:
+            raise CacheError(f"{self.path}: the loss mask of sample {i} contradicts the index: damaged")
+        return input_ids, loss_mask
+
+    def layer_view(self, i: int, layer_id: int) -> Tensor:
+        """A layer's stored features of sample `i`: a view of the map, `[S, H]` bfloat16 for codec bf16."""
+        shard, tokens, _ = self._rows(i)
+        return shard[context_name(layer_id)][tokens]
+
+    def read_context(self, i: int, layer_ids: Sequence[int], out: Tensor) -> None:
+        """Decode a sample's context features into `out` `[S, L*H]`, layers in the order given."""
+        shard, tokens, _ = self._rows(i)
+        for column, layer_id in enumerate(layer_ids):
+            name = context_name(layer_id)
+            suffixes = self._context_codec.specs(1, self.hidden_size)
+            parts = {suffix: shard[part_name(name, suffix)][tokens] for suffix in suffixes}
+            columns = slice(column * self.hidden_size, (column + 1) * self.hidden_size)
+            self._context_codec.decode(parts, out[:, columns])
+
+    def read_last_hidden(self, i: int, out: Tensor) -> None:
+        """Decode a sample's last hidden states into `out` `[M, H]`."""
+        shard, _, rows = self._rows(i)
+        suffixes = self._last_codec.specs(1, self.hidden_size)
+        self._last_codec.decode({s: shard[part_name(LAST_HIDDEN, s)][rows] for s in suffixes}, out)
+
+    def num_last_rows(self, i: int) -> int:
+        """M, the number of stored last hidden rows of sample `i`."""
+        return int(self._last_rows[i])
+
+    def read(self, i: int, layer_ids: Sequence[int] | None = None) -> CachedSample:
+        """Read sample `i` with the layers asked for (all of the cache's by default), as copies.
+
+        Raises:
+            CacheError: a layer the cache lacks, or a damaged shard.
+            IndexError: no such sample.
+        """
+        layers = self.require_layers(self.layer_ids if layer_ids is None else layer_ids)
+        input_ids, loss_mask = self.tokens(i)
+        context = torch.empty(len(input_ids), len(layers) * self.hidden_size, dtype=torch.bfloat16)
+        self.read_context(i, layers, context)
+        last_hidden = torch.empty(self.num_last_rows(i), self.hidden_size, dtype=torch.bfloat16)
+        self.read_last_hidden(i, last_hidden)
+        return CachedSample(
+            sample_id=self.sample_id(i),
+            input_ids=input_ids.clone(),
+            loss_mask=loss_mask.clone(),
+            context=context,
+            last_hidden=last_hidden,
+            last_positions=last_positions(loss_mask),
+        )
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The target's `embed_tokens.weight` `[V, H]` and `lm_head.weight` `[V, H]` (shared when tied)."""
+        try:
+            weights = load_file(self.path / FROZEN)
+        except Exception as error:  # the library's error type is not public
+            raise CacheError(f"{self.path / FROZEN} is damaged ({error}): capture again") from None
+        target = self.manifest.identity.target
+        names = {"embed_tokens.weight"} | (set() if target.tied_embeddings else {"lm_head.weight"})
+        shape = (target.vocab_size, target.hidden_size)
+        if weights.keys() != names or any(tuple(w.shape) != shape for w in weights.values()):
+            raise CacheError(
+                f"{self.path / FROZEN} is damaged: expected {sorted(names)} of shape {list(shape)}"
+            )
+        weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
+        return weights
+
+    def verify(self, progress: Callable[[int], None] = lambda _bytes: None) -> list[str]:
+        """Re-hash every file and return the names of those that differ from the manifest."""
+        bad = []
+        for record in self.manifest.files:
+            if files.sha256_file(self.path / record.file) != record.sha256:
+                bad.append(record.file)
+            progress(record.bytes)
+        return bad
+
+
+def last_positions(loss_mask: Tensor) -> Tensor:
+    """Positions `[M]` of a sample's stored last hidden states: t-1 for each supervised label t >= 1."""
+    return loss_mask[1:].nonzero().squeeze(1)
+
+
+def held_out(sample_ids: np.ndarray, fraction: float) -> np.ndarray:
+    """Which samples are held out, by the leading 32 bits of their ids `[n, 16]` uint8: `[n]` bool.
+
+    The same sample is on the same side in every cache, whatever its order or its codecs.
+    """
+    leading = np.ascontiguousarray(sample_ids[:, :4]).view(">u4").squeeze(1)
+    return leading < fraction * 2**32

@@ -1,0 +1,156 @@
+"""Write a cache: plan, then shards in any order, then the complete manifest.
+
+Every file is published atomically, and a shard's record under `progress/` only after the shard, so
+that a capture killed at any moment continues with the shards that have no record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline import __version__, config, files
+from pipeline.cache.index import index_bytes
+from pipeline.cache.layout import shard_specs
+from pipeline.cache.manifest import (
+    FROZEN,
+    INDEX,
+    MANIFEST,
+    FileRecord,
+    Identity,
+    Manifest,
+    ShardPlan,
+    differing_fields,
+    read_manifest,
+    shard_file,
+    write_manifest,
+)
+from pipeline.errors import CacheError, ConfigError
+
+
+class CacheWriter:
+    """Fills one cache directory according to one plan.
+
+    Args:
+        path: the cache directory; made if missing, continued if it holds the same identity.
+        identity: what decides the cache's bytes.
+        plan: what each shard holds, from `build_index`.
+        index: the sample index, from `build_index`.
+        rows: where every source row went, by reason.
+
+    Raises:
+        CacheError: the directory holds another identity (the fields that differ are named), or
+            files that are no cache.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: Identity,
+        plan: tuple[ShardPlan, ...],
+        index: pa.Table,
+        rows: dict[str, int],
+    ):
+        self.path = path
+        self.manifest = Manifest(
+            created_by=f"dspark-pipeline {__version__}", identity=identity, rows=rows, plan=plan, fidelity={}
+        )
+        if not (path / MANIFEST).exists():
+            self._start(index)
+            return
+        found = read_manifest(path)
+        differing = differing_fields(found.identity, identity)
+        if differing:
+            raise CacheError(
+                f"{path} holds another capture ({'; '.join(differing)}): "
+                "choose another --cache, or remove that directory"
+            )
+        self.manifest = dataclasses.replace(self.manifest, status=found.status, created_by=found.created_by)
+        if found.status == "complete":
+            self.manifest = found
+        else:
+            self._write_index(index)
+
+    def _start(self, index: pa.Table) -> None:
+        if self.path.exists() and any(self.path.iterdir()):
+            raise CacheError(
+                f"{self.path} is not empty and holds no {MANIFEST}: choose an empty or new --cache directory"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_manifest(self.path, self.manifest)
+        self._write_index(index)
+
+    def _write_index(self, index: pa.Table) -> None:
+        for folder in ("shards", "progress", "target"):
+            (self.path / folder).mkdir(exist_ok=True)
+        files.publish_bytes(self.path / INDEX, index_bytes(index))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the cache is finished."""
+        return self.manifest.status == "complete"
+
+    def pending(self) -> list[int]:
+        """The shards still to be written, in order."""
+        return [shard for shard in range(len(self.manifest.plan)) if self._record(shard) is None]
+
+    def _progress_file(self, shard: int) -> Path:
+        return self.path / "progress" / f"{shard:05d}.json"
+
+    def _record(self, shard: int) -> FileRecord | None:
+        """The record of a published shard whose file is still as large as it was."""
+        try:
+            values = json.loads(self._progress_file(shard).read_bytes())
+            record = config.build(FileRecord, values)
+            size = (self.path / shard_file(shard)).stat().st_size
+        except (OSError, ValueError, ConfigError):
+            return None  # never finished, or damaged since: it is written again
+        return record if (record.file, record.bytes) == (shard_file(shard), size) else None
+
+    def write_shard(self, shard: int, tensors: dict[str, Tensor]) -> None:
+        """Publish one shard. The tensors must be exactly those of the plan, on the CPU."""
+        specs = shard_specs(self.manifest.identity, self.manifest.plan[shard])
+        got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        assert got == specs, f"shard {shard} does not follow the plan"
+        name = shard_file(shard)
+        size, digest = files.publish(self.path / name, lambda partial: save_file(tensors, str(partial)))
+        record = FileRecord(file=name, bytes=size, sha256=digest)
+        data = json.dumps(dataclasses.asdict(record)).encode()
+        files.publish_bytes(self._progress_file(shard), data)
+
+    def write_target(self, fill: Callable[[Path], None], frozen: dict[str, Tensor]) -> None:
+        """Write `target/`: `fill` saves config and tokenizer there; `frozen` are embedding and head."""
+        fill(self.path / "target")
+        files.publish(self.path / FROZEN, lambda partial: save_file(frozen, str(partial)))
+
+    def finalise(self, fidelity: dict[str, float]) -> Manifest:
+        """Publish the complete manifest. Every shard and `target/` must have been written."""
+        shards = [self._record(shard) for shard in range(len(self.manifest.plan))]
+        missing = [i for i, record in enumerate(shards) if record is None]
+        if missing:
+            raise CacheError(f"{self.path}: shard {missing[0]} is not written yet; run the capture again")
+        others = [self.path / INDEX, *sorted(p for p in (self.path / "target").iterdir() if p.is_file())]
+        records = [
+            FileRecord(
+                file=path.relative_to(self.path).as_posix(),
+                bytes=path.stat().st_size,
+                sha256=files.sha256_file(path),
+            )
+            for path in others
+        ]
+        self.manifest = dataclasses.replace(
+            self.manifest,
+            status="complete",
+            fidelity=fidelity,
+            files=tuple(sorted([*records, *(r for r in shards if r)], key=lambda record: record.file)),
+        )
+        write_manifest(self.path, self.manifest)
+        shutil.rmtree(self.path / "progress", ignore_errors=True)
+        return self.manifest

@@ -1,0 +1,68 @@
+"""The `dspark` command: a table of subcommands, each imported only when it is called.
+
+To add a command: write a click command in the stage that owns it and add a row to `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import DSparkError
+
+# name: (where its click command is, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "capture": ("capture.cli:capture_command", "Run the target once and write a cache."),
+    "regenerate": ("capture.cli:regenerate_command", "Replace answers by the target's own."),
+    "train": ("train.cli:train_command", "Train a draft from a cache."),
+    "evaluate": ("train.cli:evaluate_command", "Measure a draft on a cache's held-out split."),
+    "verify": ("pipeline.cache.cli:verify_command", "Re-hash every file of a cache."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group that reads names and summaries from a table and imports on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        return getattr(import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DSparkError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="dspark")
+def cli() -> None:
+    """Train DSpark speculative-decoding drafts offline: capture once, train many."""
+
+
+def main() -> None:
+    """Console entry point."""
+    try:
+        cli()
+    except BrokenPipeError:  # the reader of our output went away, as with `dspark ... | head`
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

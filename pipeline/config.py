@@ -1,0 +1,124 @@
+"""TOML to frozen dataclasses and back: strict types, unknown keys are errors, dotted overrides.
+
+A configuration class is a keyword-only frozen dataclass whose fields are bool, int, float, str,
+`Literal[...]`, `tuple[X, ...]`, `dict[str, X]`, `X | None`, or another such dataclass. It checks its own values in
+`__post_init__` and raises ConfigError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file. Raises ConfigError when it is missing or not TOML."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no config file at {path}: give --config a TOML file, see configs/") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return `values` with `table.key=value` settings applied; values are TOML, bare words strings."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for override in overrides:
+        dotted, sign, text = override.partition("=")
+        if not sign or not dotted.strip():
+            raise ConfigError(f"expected --set table.key=value, got {override!r}")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        *tables, key = dotted.strip().split(".")
+        table = result
+        for name in tables:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {override}: {name} is a value, not a table")
+        table[key] = value
+    return result
+
+
+def build(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
+    """Build a configuration dataclass from plain values.
+
+    Raises:
+        ConfigError: on an unknown key (with the nearest known one), a wrong type or a bad value.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a table, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+    converted = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.name not in converted
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where}: missing key {missing[0]!r}")
+    try:
+        return cls(**converted)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (value == "none" and type(None) in args and str not in args):
+            return None
+        (inner,) = [arg for arg in args if arg is not type(None)]
+        return _convert(inner, value, where)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(args[0], item, where) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a table, got {value!r}")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def to_toml(config: Any) -> str:
+    """A configuration as TOML, one table deep; fields that are None are left out."""
+    lines = []
+    for table, values in dataclasses.asdict(config).items():
+        lines.append(f"[{table}]")
+        # JSON's strings, numbers, booleans and lists are TOML's too.
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""Every mistake a user can make ends in one of these, and the command line prints it as one line.
+
+A message says what was expected, what was got and what to do. `exit_code` is 2 for a request that
+could not be right (usage) and 1 for one that was fine but could not be carried out.
+"""
+
+from __future__ import annotations
+
+
+class DSparkError(Exception):
+    """Root of the tree: catch this to catch every error the project raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(DSparkError):
+    """The request itself is wrong: an option, a name, a combination."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration file or an override does not say something valid."""
+
+
+class LayerIdError(UsageError, ValueError):
+    """Layer ids that are not strictly increasing integers inside the target."""
+
+
+class TargetError(DSparkError):
+    """The target model can't be found, loaded or captured faithfully."""
+
+
+class DataError(DSparkError):
+    """The conversations can't be read or rendered."""
+
+
+class CacheError(DSparkError):
+    """A cache is missing, incomplete, foreign, newer than this version, or damaged."""
+
+
+class RunError(DSparkError):
+    """A training run's directory is missing, taken or unusable."""

@@ -1,0 +1,91 @@
+"""The layer-id convention, in one place.
+
+Layer id `i` is the output of decoder layer `i`, which Hugging Face returns as
+`output_hidden_states[i + 1]`; `-1` is the embedding output (`output_hidden_states[0]`); the last id,
+`num_layers - 1`, is the state after the final norm, because that is what Hugging Face puts there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import LayerIdError
+
+EMBEDDING_LAYER_ID = -1
+
+
+def validate_target_layer_ids(layer_ids: Iterable[int], num_target_layers: int) -> list[int]:
+    """Check layer ids against a target and return them as a list of ints.
+
+    They must be integers, strictly increasing, inside `[-1, num_target_layers - 1]`. Ids outside
+    `[0, num_target_layers - 2]` are allowed but can't be served by SGLang, which a warning says.
+
+    Raises:
+        LayerIdError: (a ValueError) naming the ids, the range and the remedy.
+    """
+    ids = list(layer_ids)
+    if not ids:
+        raise LayerIdError("expected at least one target layer id, got none: name some, such as 1,9,17")
+    wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int)]
+    if wrong:
+        raise LayerIdError(f"target layer ids must be integers, got {wrong[0]!r}: name them as 1,9,17")
+    outside = [i for i in ids if not -1 <= i < num_target_layers]
+    if outside:
+        raise LayerIdError(
+            f"target layer id {outside[0]} is out of range: the target has {num_target_layers} layers, "
+            f"so ids run from -1 (embedding output) to {num_target_layers - 1} (after the final norm)"
+        )
+    if any(b <= a for a, b in zip(ids, ids[1:], strict=False)):
+        raise LayerIdError(f"target layer ids must be strictly increasing, got {ids}: sort them, each once")
+    unserved = [i for i in ids if not 0 <= i <= num_target_layers - 2]
+    if unserved:
+        warnings.warn(
+            f"target layer ids {unserved} lie outside [0, {num_target_layers - 2}]: "
+            "a draft that reads them can't be served by SGLang",
+            stacklevel=2,
+        )
+    return ids
+
+
+def default_layer_ids(num_target_layers: int, count: int = 5) -> list[int]:
+    """An even spread of `count` layers inside `[1, num_target_layers - 3]`, fewer where they coincide.
+
+    Qwen3-4B's 36 layers give 1, 9, 17, 25, 33.
+    """
+    low = min(1, num_target_layers - 1)
+    high = max(low, num_target_layers - 3)
+    steps = max(count - 1, 1)
+    return sorted({round(low + i * (high - low) / steps) for i in range(count)})
+
+
+def extract_context_feature(hidden_states: Sequence[Tensor], layer_ids: Sequence[int]) -> Tensor:
+    """Concatenate the states of `layer_ids` along the feature dimension.
+
+    Args:
+        hidden_states: Hugging Face's `output_hidden_states`: `num_layers + 1` tensors `[.., H]`.
+        layer_ids: ids in this module's convention, in the order wanted.
+
+    Returns:
+        Context features `[.., L*H]`.
+    """
+    return torch.cat([hidden_states[layer_id + 1] for layer_id in layer_ids], dim=-1)
+
+
+def head_logits(hidden: Tensor, head: Tensor, softcap: float | None = None) -> Tensor:
+    """Vocabulary logits in fp32 for post-norm hidden states, as the target itself computes them.
+
+    Args:
+        hidden: `[.., H]`.
+        head: the `lm_head` weight `[V, H]`.
+        softcap: the target's tanh soft-cap on its logits, if it has one.
+
+    Returns:
+        `[.., V]` float32.
+    """
+    logits = F.linear(hidden.to(head.dtype), head).float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -1,0 +1,64 @@
+"""Shared fixtures: a tiny target, its data, and one cache captured through the command line."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test reaches a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pipeline.cli import cli
+from tests.tiny import make_conversations, make_target
+
+LAYERS = "0,2,4"
+
+
+def run_cli(*arguments: str | Path) -> Result:
+    """Run `dspark ...` in this process; unexpected exceptions are raised, not swallowed."""
+    return CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def run_ok(*arguments: str | Path) -> str:
+    """Run `dspark ...`, which must succeed, and return what it printed."""
+    result = run_cli(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def assert_refused(result: Result, code: int, *parts: str) -> None:
+    """One line on stderr, holding every part, and the exit code."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.output
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in lines[0], f"{part!r} not in {lines[0]!r}"
+    assert result.exit_code == code, result.output
+
+
+@pytest.fixture(scope="session")
+def target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_conversations(tmp_path_factory.mktemp("data") / "chats.jsonl", count=40)
+
+
+def capture_arguments(target: Path, data: Path, cache: Path) -> list[str | Path]:
+    """`dspark capture` with small shards, so that a cache has several."""
+    arguments: list[str | Path] = ["capture", "--target", target, "--data", data, "--cache", cache]
+    return [*arguments, "--layers", LAYERS, "--shard-tokens", "512", "--batch-tokens", "256"]
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory, target_dir: Path, data_file: Path) -> Path:
+    """A complete cache. Read-only by agreement: tests that change one copy it."""
+    cache = tmp_path_factory.mktemp("cache") / "tiny"
+    run_ok(*capture_arguments(target_dir, data_file, cache))
+    return cache

@@ -1,0 +1,145 @@
+"""What shapes a training run: the tables of its TOML file. Defaults are the paper's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """`[draft]`: the model."""
+
+    num_layers: int = 5
+    """Draft decoder layers."""
+    block_size: int = 7
+    """K, tokens drafted a block."""
+    num_anchors: int = 512
+    """N, blocks trained a sample; fewer where a sample has fewer candidates."""
+    target_layer_ids: tuple[int, ...] | None = None
+    """Captured layers the draft reads, any subset of the cache's; all of them when not set."""
+    mask_token_id: int | None = None
+    """Id that stands for a token to be drafted; an unused one of the tokenizer's when not set."""
+    markov_head: Literal["vanilla", "gated", "rnn", "none"] = "vanilla"
+    """How a slot's logits depend on the token before it. vLLM serves the vanilla head only."""
+    markov_rank: int = 256
+    """R, the rank of the Markov head."""
+    confidence_head: bool = True
+    """Whether to predict how likely the target accepts each slot."""
+    confidence_with_markov: bool = True
+    """Whether the confidence head also sees the previous token's Markov embedding."""
+    num_attention_heads: int | None = None
+    """The target's when not set; so are the three below."""
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "block_size", "num_anchors"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        _require(
+            self.markov_head == "none" or self.markov_rank >= 1,
+            f'markov_rank must be at least 1 with markov_head = "{self.markov_head}", got {self.markov_rank}; '
+            'for no Markov head set markov_head = "none"',
+        )
+        _require(self.target_layer_ids != (), "target_layer_ids must name at least one layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """`[loss]`: the three terms and how slots are weighed (DSpark paper, section 3.3)."""
+
+    ce_alpha: float = 0.1
+    """Weight of the cross entropy with the data's token."""
+    l1_alpha: float = 0.9
+    """Weight of the L1 distance between the draft's and the target's distribution (twice the total variation)."""
+    confidence_alpha: float = 1.0
+    """Weight of the confidence head's binary cross entropy."""
+    decay_gamma: float | None = 4.0
+    """Slot k weighs exp(-k / gamma); "none" weighs all alike."""
+
+    def __post_init__(self) -> None:
+        for name in ("ce_alpha", "l1_alpha", "confidence_alpha"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        _require(self.ce_alpha + self.l1_alpha > 0, "ce_alpha and l1_alpha can't both be 0")
+        gamma = self.decay_gamma
+        _require(gamma is None or gamma > 0, f'decay_gamma must be positive or "none", got {gamma}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`[train]`: data order, optimiser, schedule and what is written when."""
+
+    epochs: int = 10
+    """Passes over the training samples, unless max_steps is set."""
+    max_steps: int | None = None
+    """Optimiser steps; overrides epochs."""
+    batch_size: int = 8
+    """Samples of a micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of an optimiser step; the loss is normalised over all of them together."""
+    lr: float = 6e-4
+    """Peak learning rate."""
+    warmup_ratio: float = 0.04
+    """Share of the steps in which the rate rises linearly."""
+    min_lr_ratio: float = 0.1
+    """The cosine schedule ends at this share of the peak."""
+    beta1: float = 0.9
+    """AdamW."""
+    beta2: float = 0.95
+    """AdamW."""
+    weight_decay: float = 0.0
+    """AdamW, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    seed: int = 0
+    """Decides initial weights, data order and anchors."""
+    held_out: float = 0.05
+    """Share of the samples kept for evaluation, chosen by a hash of their content."""
+    eval_anchors: int = 32
+    """Anchors of a held-out sample, evenly spread over its candidates."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute precision: auto is bf16 autocast on CUDA and fp32 elsewhere. Weights stay fp32."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 0
+    """Steps between evaluations on the held-out samples; 0: at the end only."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: at the end only."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "eval_anchors", "log_every"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.max_steps is None or self.max_steps >= 1,
+            f"max_steps must be at least 1, got {self.max_steps}",
+        )
+        for name in ("eval_every", "checkpoint_every", "weight_decay", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("lr", "max_grad_norm"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup_ratio", "min_lr_ratio"):
+            _require(
+                0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1, got {getattr(self, name)}"
+            )
+        for name in ("beta1", "beta2", "held_out"):
+            _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The whole file."""
+
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)

@@ -1,0 +1,73 @@
+"""Markov heads: a low-rank bias on each slot's logits from the token before it.
+
+DSpark paper, section 3.1. Shapes: R rank, V vocabulary, H hidden size. To add a head: subclass
+`MarkovHead` and put it in `MARKOV_HEADS`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MarkovHead(nn.Module):
+    """The vanilla head: bias = W2 W1[x], for the previous token x.
+
+    Args:
+        vocab_size: V.
+        hidden_size: H.
+        rank: R.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int):
+        super().__init__()
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+
+    def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """What W2 is applied to. `embedded` is W1[x] `[.., K, R]`, `hidden` `[.., K, H]`; gives `[.., K, R]`."""
+        return embedded
+
+    def forward(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """The logits' bias `[.., K, V]`, from W1[x] `[.., K, R]` and the block's states `[.., K, H]`."""
+        return self.markov_w2(self.latent(embedded, hidden))
+
+
+class GatedMarkovHead(MarkovHead):
+    """bias = W2 (sigmoid(G [h; W1[x]]) * W1[x])."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int):
+        super().__init__(vocab_size, hidden_size, rank)
+        self.gate_proj = nn.Linear(hidden_size + rank, rank)
+
+    def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        return torch.sigmoid(self.gate_proj(torch.cat([hidden, embedded], dim=-1))) * embedded
+
+
+class RNNMarkovHead(MarkovHead):
+    """A recurrent state s over the block's slots, s0 = 0.
+
+    z = [s; W1[x]; h], [g, c, o] = J z, s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), bias = W2 tanh(o).
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int):
+        super().__init__(vocab_size, hidden_size, rank)
+        self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
+
+    def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        state = torch.zeros_like(embedded[..., 0, :])
+        outputs = []
+        for slot in range(embedded.shape[-2]):
+            joint = self.joint_proj(torch.cat([state, embedded[..., slot, :], hidden[..., slot, :]], dim=-1))
+            gate, candidate, output = joint.chunk(3, dim=-1)
+            gate = torch.sigmoid(gate)
+            state = gate * state + (1 - gate) * torch.tanh(candidate)
+            outputs.append(torch.tanh(output))
+        return torch.stack(outputs, dim=-2)
+
+
+MARKOV_HEADS: dict[str, type[MarkovHead]] = {
+    "vanilla": MarkovHead,
+    "gated": GatedMarkovHead,
+    "rnn": RNNMarkovHead,
+}

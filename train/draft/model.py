@@ -1,0 +1,215 @@
+"""The draft model: context in, K drafted tokens for every anchor out.
+
+Public names follow NVIDIA NeMo-Automodel's documented API (draft_qwen3.Qwen3DSparkModel,
+dspark.common.DSparkForwardOutput); parameter names are those that vLLM and SGLang load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from pipeline.features import head_logits
+from train.anchors import (
+    build_eval_mask,
+    create_noise_embed,
+    create_position_ids,
+    label_positions,
+    sample_anchor_positions,
+)
+from train.draft.attention import DSparkRotaryEmbedding
+from train.draft.backbone import DSparkDecoderLayer
+from train.draft.confidence import AcceptRatePredictor
+from train.draft.markov import MARKOV_HEADS
+from train.masks import block_attention_mask
+
+
+@dataclass
+class DSparkForwardOutput:
+    """Outputs of one DSpark training forward. B rows, N anchors, K slots, V vocabulary.
+
+    Slots count where `eval_mask` is set: an unbroken supervised prefix of each block that is kept.
+    Dummy blocks stand in for missing anchors and are masked by both masks.
+    """
+
+    draft_logits: Tensor
+    """`[B, N, K, V]` fp32, Markov bias included."""
+    target_ids: Tensor
+    """Labels `[B, N, K]`; meaningless where `eval_mask` is False."""
+    eval_mask: Tensor
+    """`[B, N, K]` bool."""
+    block_keep_mask: Tensor
+    """`[B, N]` bool."""
+    confidence_pred: Tensor | None = None
+    """Confidence logits `[B, N, K]`."""
+    aligned_target_logits: Tensor | None = None
+    """The teacher's logits for the same labels, `[B, N, K, V]` fp32, detached."""
+
+
+class Qwen3DSparkModel(PreTrainedModel):
+    """A DSpark draft with Qwen3's body, for a target of any family.
+
+    Args:
+        config: a `Qwen3Config` (or anything with its fields) that also has `block_size`,
+            `mask_token_id`, `target_layer_ids`, `num_target_layers`, `num_anchors`, `markov_rank`,
+            `markov_head_type`, `enable_confidence_head`, `confidence_head_with_markov`, and where the
+            target has them `embedding_scale` and `final_logit_softcapping`.
+    """
+
+    config_class = Qwen3Config
+    base_model_prefix = ""
+    _no_split_modules = ("DSparkDecoderLayer",)
+    _supports_sdpa = True
+    _tied_weights_keys = None
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        hidden = config.hidden_size
+        self.block_size = config.block_size
+        self.embedding_scale = getattr(config, "embedding_scale", None) or 1.0
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.fc = nn.Linear(len(config.target_layer_ids) * hidden, hidden, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(DSparkDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.rotary_emb = DSparkRotaryEmbedding(config)
+        self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
+        self.markov_head = None
+        if config.markov_rank > 0:
+            head = MARKOV_HEADS[config.markov_head_type]
+            self.markov_head = head(config.vocab_size, hidden, config.markov_rank)
+        self.confidence_head = None
+        if config.enable_confidence_head:
+            extra = config.markov_rank if config.confidence_head_with_markov else 0
+            self.confidence_head = AcceptRatePredictor(hidden + extra)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.markov_head:  # the bias starts at zero: an untrained head changes nothing
+            nn.init.zeros_(module.markov_w2.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def initialize_embeddings_and_head(
+        self, embed_tokens: nn.Module | Tensor, lm_head: nn.Module | Tensor, freeze: bool = True
+    ) -> None:
+        """Copy the target's embedding and head in, and freeze them unless told otherwise.
+
+        Args:
+            embed_tokens: module with a `weight`, or the weight, `[V, H]`.
+            lm_head: likewise.
+            freeze: whether training leaves them as they are.
+        """
+        for module, source in ((self.embed_tokens, embed_tokens), (self.lm_head, lm_head)):
+            weight = source if isinstance(source, Tensor) else source.weight
+            with torch.no_grad():
+                module.weight.copy_(weight)
+            module.weight.requires_grad_(not freeze)
+
+    def hidden_states(self, noise: Tensor, context_features: Tensor, anchor_positions: Tensor) -> Tensor:
+        """The backbone: the blocks' final states.
+
+        Args:
+            noise: the blocks' input `[B, N*K, H]`, from `create_noise_embed`.
+            context_features: `[B, S, L*H]`.
+            anchor_positions: `[B, N]`.
+
+        Returns:
+            `[B, N, K, H]`, after the final norm.
+        """
+        rows, seq_len = context_features.shape[:2]
+        context = self.hidden_norm(self.fc(context_features.to(self.fc.weight.dtype)))  # [B, S, H]
+        positions = torch.arange(seq_len, device=noise.device).expand(rows, -1)
+        positions = torch.cat([positions, create_position_ids(anchor_positions, self.block_size)], dim=1)
+        rotary = self.rotary_emb(noise, positions)  # 2 x [B, S + N*K, D]
+        mask = block_attention_mask(anchor_positions, seq_len, self.block_size)
+        block = noise
+        for layer in self.layers:
+            block = layer(block, context, rotary, mask)
+        return self.norm(block).unflatten(1, (-1, self.block_size))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        target_hidden_states: Tensor,
+        loss_mask: Tensor,
+        target_last_hidden_states: Tensor | None = None,
+        anchor_positions: Tensor | None = None,
+        block_keep_mask: Tensor | None = None,
+    ) -> DSparkForwardOutput:
+        """Draft a block at every anchor, teacher-forced.
+
+        Args:
+            input_ids: `[B, S]`, right-padded.
+            target_hidden_states: context features `[B, S, L*H]`.
+            loss_mask: `[B, S]`, 0 on padding.
+            target_last_hidden_states: the teacher's post-norm states `[B, S, H]`, or None for no teacher.
+            anchor_positions: `[B, N]`; drawn here (`config.num_anchors` of them) when None.
+            block_keep_mask: `[B, N]` bool; needed with `anchor_positions`.
+
+        Raises:
+            ValueError: the context features' width does not fit the draft's layers.
+        """
+        if target_hidden_states.shape[-1] != self.fc.in_features:
+            raise ValueError(
+                f"expected context features of width {self.fc.in_features} "
+                f"({len(self.config.target_layer_ids)} layers), got {target_hidden_states.shape[-1]}"
+            )
+        seq_len = input_ids.shape[1]
+        input_ids = input_ids.long()
+        if anchor_positions is None or block_keep_mask is None:
+            anchor_positions, block_keep_mask = sample_anchor_positions(
+                seq_len, loss_mask, self.config.num_anchors, input_ids.device
+            )
+        labels, safe = label_positions(anchor_positions, self.block_size, seq_len)  # [B, N, K]
+        eval_mask = build_eval_mask(seq_len, loss_mask, labels, safe, block_keep_mask)
+        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
+        target_ids = input_ids[rows, safe]  # [B, N, K]
+        noise = create_noise_embed(
+            self.embed_tokens,
+            input_ids,
+            anchor_positions,
+            block_keep_mask,
+            self.config.mask_token_id,
+            self.block_size,
+        )
+        hidden = self.hidden_states(noise * self.embedding_scale, target_hidden_states, anchor_positions)
+        logits = head_logits(hidden, self.lm_head.weight, self.softcap)  # [B, N, K, V]
+        embedded = None
+        if self.markov_head is not None:
+            previous = torch.cat(
+                [input_ids[rows[..., 0], anchor_positions][..., None], target_ids[..., :-1]], -1
+            )
+            embedded = self.markov_head.markov_w1(previous)  # [B, N, K, R]
+            logits = logits + self.markov_head(embedded, hidden)
+        confidence = None
+        if self.confidence_head is not None:
+            with_markov = self.config.confidence_head_with_markov
+            confidence = self.confidence_head(torch.cat([hidden, embedded], -1) if with_markov else hidden)
+        teacher = None
+        if target_last_hidden_states is not None:
+            teacher = self._teacher_logits(target_last_hidden_states, safe - 1, eval_mask)
+        return DSparkForwardOutput(logits, target_ids, eval_mask, block_keep_mask, confidence, teacher)
+
+    @torch.no_grad()
+    def _teacher_logits(self, last_hidden: Tensor, positions: Tensor, eval_mask: Tensor) -> Tensor:
+        """The teacher's logits `[B, N, K, V]` for states `[B, S, H]` at `positions` `[B, N, K]`.
+
+        A position serves up to K blocks, so its logits are computed once; unsupervised slots get those
+        of some other position, which no loss reads.
+        """
+        rows = torch.arange(len(positions), device=positions.device)[:, None, None]
+        flat = (rows * last_hidden.shape[1] + positions).masked_fill(~eval_mask, 0)
+        used, where = torch.unique(flat, return_inverse=True)
+        return head_logits(last_hidden.flatten(0, 1)[used], self.lm_head.weight, self.softcap)[where]

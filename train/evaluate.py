@@ -1,0 +1,88 @@
+"""How good a draft is, from the cache's held-out samples alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.cache import CacheReader, held_out
+from pipeline.errors import ConfigError
+from train.batches import load_batch, prefetch, spread_anchors
+from train.config import RunConfig
+from train.losses import LossSums, divide
+from train.module import DSparkTrainerModule
+from train.order import sequential_batches
+from train.precision import autocast
+
+
+def split(reader: CacheReader, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out sample numbers. Raises ConfigError when either side is empty."""
+    out = held_out(reader.sample_ids, fraction)
+    train, test = np.flatnonzero(~out), np.flatnonzero(out)
+    if not len(train) or (fraction > 0 and not len(test)):
+        side = "held out" if len(train) else "left to train on"
+        raise ConfigError(
+            f"train.held_out = {fraction} leaves no sample {side} of the cache's {len(reader)}: "
+            "choose another share, or capture more data"
+        )
+    return train, test
+
+
+@torch.no_grad()
+def evaluate(
+    module: DSparkTrainerModule,
+    reader: CacheReader,
+    samples: Sequence[int] | np.ndarray,
+    config: RunConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Loss terms, acceptance by position and tau over `samples`, as plain numbers.
+
+    Anchors are evenly spread over each sample's candidates, so the figures are the same every time.
+    """
+    samples = np.asarray(samples)
+    model = module.draft_model
+    layer_ids = tuple(model.config.target_layer_ids)
+    choose = spread_anchors(config.train.eval_anchors)
+    batches = sequential_batches(reader.lengths[samples], config.train.batch_size)
+    jobs = [
+        lambda members=members: load_batch(reader, samples[members].tolist(), layer_ids, choose)
+        for members in batches
+    ]
+    was_training = module.training
+    module.eval()
+    total: LossSums | None = None
+    for batch in tqdm(prefetch(jobs), total=len(jobs), unit="batch", desc="evaluate", leave=False):
+        with autocast(device, config.train.precision):
+            sums = module(**batch.to(device).arguments()).sums
+        total = sums if total is None else total + sums
+    module.train(was_training)
+    assert total is not None
+    loss = config.loss
+    metrics = divide(total, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
+    return {
+        "samples": len(samples),
+        "blocks": int(total.blocks),
+        "loss": metrics.loss.item(),
+        "ce_loss": metrics.ce_loss.item(),
+        "l1_loss": metrics.l1_loss.item(),
+        "confidence_loss": metrics.confidence_loss.item(),
+        "accept_rate": metrics.accept_rate.item(),
+        "accept_by_position": metrics.accept_by_position.tolist(),
+        "tau": metrics.tau.item(),
+    }
+
+
+def format_evaluation(result: dict[str, Any]) -> str:
+    """The figures for a terminal."""
+    positions = "  ".join(f"{k + 1}: {a:.3f}" for k, a in enumerate(result["accept_by_position"]))
+    return (
+        f"held-out tau {result['tau']:.3f} over {result['blocks']:,} blocks of {result['samples']:,} samples\n"
+        f"  acceptance by position   {positions}\n"
+        f"  loss {result['loss']:.4f}, cross entropy {result['ce_loss']:.4f}, L1 {result['l1_loss']:.4f}, "
+        f"confidence {result['confidence_loss']:.4f}"
+    )

@@ -1,0 +1,239 @@
+"""The training loop: cache in, draft out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from pipeline import config as configuration
+from pipeline.cache import CacheReader
+from pipeline.device import resolve_device
+from pipeline.errors import CacheError, RunError
+from train.batches import Batch, load_batch, prefetch, random_anchors
+from train.checkpoint import save_checkpoint
+from train.config import RunConfig
+from train.draft.config import draft_config
+from train.draft.model import Qwen3DSparkModel
+from train.evaluate import evaluate, split
+from train.losses import LossSums, divide
+from train.module import DSparkTrainerModule
+from train.optim import build_optimizer, learning_rate
+from train.order import epoch_batches
+from train.precision import autocast
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.toml"
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many micro-batches and optimiser steps a run has."""
+
+    batches_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+def plan_schedule(num_samples: int, config: RunConfig) -> Schedule:
+    """An epoch's last step may hold fewer micro-batches; the loss is normalised over what it holds."""
+    batches = -(-num_samples // config.train.batch_size)
+    steps = -(-batches // config.train.gradient_accumulation_steps)
+    return Schedule(batches, steps, config.train.max_steps or config.train.epochs * steps)
+
+
+def build_draft(reader: CacheReader, config: RunConfig) -> Qwen3DSparkModel:
+    """A fresh draft for a cache: seeded weights, the target's embedding and head copied in and frozen.
+
+    Raises:
+        CacheError: the config asks for a layer that the cache lacks.
+        ConfigError: a combination no draft can have.
+    """
+    layer_ids = reader.require_layers(config.draft.target_layer_ids or reader.layer_ids)
+    try:
+        target = AutoConfig.from_pretrained(reader.path / "target", local_files_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CacheError(f"{reader.path}/target/config.json can't be read ({reason})") from None
+    torch.manual_seed(config.train.seed)
+    model = Qwen3DSparkModel(draft_config(config.draft, target, reader.manifest, layer_ids)).float()
+    frozen = reader.frozen()
+    model.initialize_embeddings_and_head(
+        embed_tokens=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"]
+    )
+    return model
+
+
+def trainer_module(model: Qwen3DSparkModel, config: RunConfig) -> DSparkTrainerModule:
+    """The draft with the objective its run asks for."""
+    loss = config.loss
+    return DSparkTrainerModule(model, loss.decay_gamma, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
+
+
+def open_run(run: Path, config: RunConfig, *, fresh: bool) -> None:
+    """Make a run's directory and save its config. Raises RunError when it is taken."""
+    if run.exists() and any(run.iterdir()):
+        if not fresh:
+            raise RunError(f"{run} is not empty: choose another --run, or pass --fresh to start it over")
+        if not (run / CONFIG).is_file():
+            raise RunError(f"{run} is not empty and is no run (it has no {CONFIG}): choose another --run")
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / CONFIG).write_text(configuration.to_toml(config), encoding="utf-8")
+
+
+def load_run_config(run: Path) -> RunConfig:
+    """The config a run was started with. Raises RunError when there is no run."""
+    if not (run / CONFIG).is_file():
+        raise RunError(f"no run at {run}: expected {run / CONFIG}; run `dspark train --run {run}` first")
+    return configuration.build(RunConfig, configuration.load_toml(run / CONFIG), str(run / CONFIG))
+
+
+def _micro_batches(
+    reader: CacheReader,
+    samples: np.ndarray,
+    config: RunConfig,
+    layer_ids: tuple[int, ...],
+    schedule: Schedule,
+) -> Iterator[list[Batch]]:
+    """The micro-batches of every optimiser step, read ahead."""
+    lengths = reader.lengths[samples]
+    train = config.train
+
+    def steps() -> Iterator[list[tuple[np.ndarray, int]]]:
+        epoch = 0
+        while True:
+            batches = epoch_batches(lengths, train.batch_size, train.seed, epoch)
+            for start in range(0, len(batches), train.gradient_accumulation_steps):
+                yield [(b, epoch) for b in batches[start : start + train.gradient_accumulation_steps]]
+            epoch += 1
+
+    plan = [step for step, _ in zip(steps(), range(schedule.total_steps), strict=False)]
+
+    def job(members: np.ndarray, epoch: int) -> Callable[[], Batch]:
+        choose = random_anchors(config.draft.num_anchors, train.seed, epoch)
+        return lambda: load_batch(reader, samples[members].tolist(), layer_ids, choose)
+
+    loaded = prefetch(job(members, epoch) for step in plan for members, epoch in step)
+    for step in plan:
+        yield [next(loaded) for _ in step]
+
+
+class _Window:
+    """Sums since the last log line; divided once, when the line is written."""
+
+    def __init__(self) -> None:
+        self.sums: LossSums | None = None
+        self.tokens = 0
+        self.start = time.perf_counter()
+
+    def add(self, sums: LossSums, tokens: int) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.tokens += tokens
+
+    def line(self, step: int, lr: float, config: RunConfig) -> dict[str, Any]:
+        assert self.sums is not None
+        loss = config.loss
+        metrics = divide(self.sums, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
+        values = {
+            "step": step,
+            "loss": metrics.loss.item(),
+            "ce_loss": metrics.ce_loss.item(),
+            "l1_loss": metrics.l1_loss.item(),
+            "confidence_loss": metrics.confidence_loss.item(),
+            "accept_rate": metrics.accept_rate.item(),
+            "tau": metrics.tau.item(),
+            "lr": lr,
+        }
+        # After .item(), so that the device has finished what is being timed.
+        values["tokens_per_s"] = self.tokens / (time.perf_counter() - self.start)
+        return values
+
+
+def train(
+    cache: Path, config: RunConfig, run: Path, *, device: str = "auto", fresh: bool = False
+) -> dict[str, Any]:
+    """Train a draft from a cache and return its held-out evaluation.
+
+    Writes to `run`: `config.toml`, `metrics.jsonl` (a JSON object a logged step), `checkpoints/step-N`,
+    `latest` and `evaluation.json`. The target is never loaded.
+
+    Raises:
+        DSparkError: see `pipeline.errors`.
+    """
+    place = resolve_device(device)
+    reader = CacheReader(cache)
+    train_samples, test_samples = split(reader, config.train.held_out)
+    model = build_draft(reader, config).to(place)
+    open_run(run, config, fresh=fresh)
+    module = trainer_module(model, config)
+    optimizer = build_optimizer(model, config.train)
+    schedule = plan_schedule(len(train_samples), config)
+    target = reader.manifest.identity.target
+    state = {"target_name": target.name, "target_weights": target.weights}
+
+    def held_out_figures(step: int) -> dict[str, Any]:
+        result = {"step": step, **evaluate(module, reader, test_samples, config, place)}
+        _append(run / METRICS, {"step": step, "held_out": result})
+        return result
+
+    layer_ids = tuple(model.config.target_layer_ids)
+    steps = _micro_batches(reader, train_samples, config, layer_ids, schedule)
+    window = _Window()
+    result: dict[str, Any] = {}
+    progress = tqdm(steps, total=schedule.total_steps, unit="step", desc="train")
+    for step, batches in enumerate(progress, start=1):
+        lr = learning_rate(step - 1, schedule.total_steps, config.train)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        denominator = torch.stack(
+            [b.weight(config.draft.block_size, config.loss.decay_gamma) for b in batches]
+        ).sum()
+        for batch in batches:
+            with autocast(place, config.train.precision):
+                metrics = module(**batch.to(place).arguments(), denominator=denominator.to(place))
+            metrics.loss.backward()
+            window.add(metrics.sums.detach(), _num_tokens(batch))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise RunError(f"step {step}: the gradient is not finite; lower train.lr, or look at the data")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % config.train.log_every == 0 or step == schedule.total_steps:
+            line = window.line(step, lr, config)
+            _append(run / METRICS, line)
+            progress.set_postfix(
+                loss=f"{line['loss']:.3f}", tau=f"{line['tau']:.3f}", tok_s=f"{line['tokens_per_s']:.0f}"
+            )
+            window = _Window()
+        last = step == schedule.total_steps
+        if last or (config.train.checkpoint_every and step % config.train.checkpoint_every == 0):
+            save_checkpoint(run, step, model, state)
+        if len(test_samples) and (last or (config.train.eval_every and step % config.train.eval_every == 0)):
+            result = held_out_figures(step)
+            progress.write(f"step {step}: held-out tau {result['tau']:.3f}, loss {result['loss']:.4f}")
+            window.start = time.perf_counter()
+    if result:
+        (run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _num_tokens(batch: Batch) -> int:
+    """Tokens up to each row's last supervised one, where every sample ends: padding is not counted."""
+    positions = torch.arange(1, batch.loss_mask.shape[1] + 1)
+    return int((positions * (batch.loss_mask > 0)).amax(dim=1).sum())
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

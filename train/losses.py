@@ -1,0 +1,149 @@
+"""The three-term loss, written to be read: this is the definition.
+
+DSpark paper, section 3.3. B rows, N anchors, K slots, V vocabulary. Slot k weighs
+w_k = exp(-k / gamma), and counts where it is supervised. Every term is sum(w * term) / sum(w); here are
+the sums, and the division happens once, after everything that belongs together was added up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.draft.model import DSparkForwardOutput
+
+
+@dataclass
+class LossSums:
+    """Sums over supervised slots; add those of micro-batches or ranks, then divide."""
+
+    weight: Tensor
+    """sum of w."""
+    ce: Tensor
+    """sum of w * cross entropy with the data's token."""
+    l1: Tensor
+    """sum of w * sum_v |p_draft - p_target|, not halved."""
+    confidence: Tensor
+    """sum of w * binary cross entropy of the confidence logit with the acceptance."""
+    accepted: Tensor
+    """sum of the acceptance a = 1 - L1/2, by slot `[K]`."""
+    slots: Tensor
+    """number of supervised slots, by slot `[K]`."""
+    prefix: Tensor
+    """sum over blocks of sum_k prod_{j<=k} a_j: drafted tokens expected to be accepted."""
+    blocks: Tensor
+    """number of blocks with a supervised slot."""
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def detach(self) -> LossSums:
+        """The same sums without their graph."""
+        return LossSums(*(getattr(self, f.name).detach() for f in fields(self)))
+
+
+@dataclass
+class DSparkStepMetrics:
+    """A step's loss, its three terms, and how much the target would accept."""
+
+    loss: Tensor
+    ce_loss: Tensor
+    l1_loss: Tensor
+    confidence_loss: Tensor
+    accept_rate: Tensor | None = None
+    """Mean acceptance over supervised slots."""
+    tau: Tensor | None = None
+    """Expected tokens a round: 1 + the mean of `LossSums.prefix`."""
+    accept_by_position: Tensor | None = None
+    """Mean acceptance of each slot `[K]`, given its label's own prefix."""
+    sums: LossSums | None = None
+    """What the figures above were divided from."""
+
+
+def slot_weights(block_size: int, gamma: float | None, device: torch.device | None = None) -> Tensor:
+    """w_k = exp(-k / gamma), k from 0: `[K]` fp32; all ones when gamma is None."""
+    slots = torch.arange(block_size, dtype=torch.float32, device=device)
+    return torch.ones_like(slots) if gamma is None else torch.exp(-slots / gamma)
+
+
+def loss_sums(outputs: DSparkForwardOutput, gamma: float | None) -> LossSums:
+    """The sums of one forward. Without a teacher, L1, confidence and acceptance are zero."""
+    mask = outputs.eval_mask  # [B, N, K]
+    weights = slot_weights(mask.shape[-1], gamma, mask.device).expand(mask.shape)[
+        mask
+    ]  # [M] supervised slots
+    logits = outputs.draft_logits.float()[mask]  # [M, V]
+    ce = F.cross_entropy(logits, outputs.target_ids[mask], reduction="none")  # [M]
+    zero = logits.new_zeros(())
+    l1_sum, confidence_sum = zero, zero
+    accept = logits.new_zeros(mask.shape)  # [B, N, K]
+    if outputs.aligned_target_logits is not None:
+        teacher = outputs.aligned_target_logits.detach().float()[mask].softmax(-1)  # [M, V]
+        l1 = (logits.softmax(-1) - teacher).abs().sum(-1)  # [M]
+        l1_sum = (weights * l1).sum()
+        accept[mask] = 1 - l1.detach() / 2
+        if outputs.confidence_pred is not None:
+            reached = accept[mask].clamp(0, 1)
+            predicted = outputs.confidence_pred.float()[mask]
+            bce = F.binary_cross_entropy_with_logits(predicted, reached, reduction="none")
+            confidence_sum = (weights * bce).sum()
+    return LossSums(
+        weight=weights.sum(),
+        ce=(weights * ce).sum(),
+        l1=l1_sum,
+        confidence=confidence_sum,
+        accepted=accept.sum(dim=(0, 1)),
+        slots=mask.sum(dim=(0, 1)),
+        prefix=accept.cumprod(dim=-1).sum(),  # zero behind the supervised prefix
+        blocks=mask[..., 0].sum(),
+    )
+
+
+def divide(
+    sums: LossSums,
+    ce_loss_alpha: float,
+    l1_loss_alpha: float,
+    confidence_head_alpha: float,
+    denominator: Tensor | None = None,
+) -> DSparkStepMetrics:
+    """Turn sums into the loss and the figures beside it.
+
+    Args:
+        denominator: the sum of weights over the whole optimiser step (all micro-batches, all ranks)
+            when `sums` is only a part of it.
+    """
+    tiny = torch.finfo(torch.float32).tiny  # an empty batch has loss 0, not NaN
+    total = (sums.weight if denominator is None else denominator).clamp(min=tiny)
+    ce, l1, confidence = sums.ce / total, sums.l1 / total, sums.confidence / total
+    return DSparkStepMetrics(
+        loss=ce_loss_alpha * ce + l1_loss_alpha * l1 + confidence_head_alpha * confidence,
+        ce_loss=ce,
+        l1_loss=l1,
+        confidence_loss=confidence,
+        accept_rate=sums.accepted.sum() / sums.slots.sum().clamp(min=1),
+        tau=1 + sums.prefix / sums.blocks.clamp(min=1),
+        accept_by_position=sums.accepted / sums.slots.clamp(min=1),
+        sums=sums,
+    )
+
+
+def compute_dspark_loss(
+    outputs: DSparkForwardOutput,
+    loss_decay_gamma: float | None = None,
+    ce_loss_alpha: float = 0.1,
+    l1_loss_alpha: float = 0.9,
+    confidence_head_alpha: float = 1.0,
+) -> DSparkStepMetrics:
+    """The DSpark loss of one forward: ce_alpha * CE + l1_alpha * L1 + confidence_alpha * BCE.
+
+    Args:
+        outputs: of `Qwen3DSparkModel.forward`.
+        loss_decay_gamma: slot k weighs exp(-k / gamma); None weighs all alike.
+        ce_loss_alpha: weight of the cross entropy with the data's token.
+        l1_loss_alpha: weight of the L1 distance to the target's distribution.
+        confidence_head_alpha: weight of the confidence head's binary cross entropy.
+    """
+    return divide(loss_sums(outputs, loss_decay_gamma), ce_loss_alpha, l1_loss_alpha, confidence_head_alpha)

@@ -1,0 +1,75 @@
+"""The draft together with its objective (NeMo-Automodel's documented dspark.core API)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from train.draft.model import Qwen3DSparkModel
+from train.losses import DSparkStepMetrics, divide, loss_sums
+
+__all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
+
+
+class DSparkTrainerModule(nn.Module):
+    """Run the draft on the target's supervision and compute the three-term objective.
+
+    Args:
+        draft_model: the draft.
+        loss_decay_gamma: slot k weighs exp(-k / gamma); None weighs all alike.
+        ce_loss_alpha: weight of the cross entropy with the data's token.
+        l1_loss_alpha: weight of the L1 distance to the target's distribution.
+        confidence_head_alpha: weight of the confidence head's binary cross entropy.
+    """
+
+    def __init__(
+        self,
+        draft_model: Qwen3DSparkModel,
+        loss_decay_gamma: float | None = None,
+        ce_loss_alpha: float = 0.1,
+        l1_loss_alpha: float = 0.9,
+        confidence_head_alpha: float = 1.0,
+    ):
+        super().__init__()
+        self.draft_model = draft_model
+        self.loss_decay_gamma = loss_decay_gamma
+        self.ce_loss_alpha = ce_loss_alpha
+        self.l1_loss_alpha = l1_loss_alpha
+        self.confidence_head_alpha = confidence_head_alpha
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        target_hidden_states: Tensor,
+        loss_mask: Tensor,
+        target_last_hidden_states: Tensor | None = None,
+        anchor_positions: Tensor | None = None,
+        block_keep_mask: Tensor | None = None,
+        denominator: Tensor | None = None,
+    ) -> DSparkStepMetrics:
+        """Draft and compute the loss; arguments as in `Qwen3DSparkModel.forward`.
+
+        Args:
+            denominator: sum of slot weights over the whole optimiser step, when this is a part of it.
+
+        Raises:
+            ValueError: the L1 term is asked for and there is no teacher to take it from.
+        """
+        if target_last_hidden_states is None and self.l1_loss_alpha > 0:
+            raise ValueError(
+                "l1_loss_alpha > 0 needs target_last_hidden_states: pass the teacher's states, or set it to 0"
+            )
+        outputs = self.draft_model(
+            input_ids,
+            target_hidden_states,
+            loss_mask,
+            target_last_hidden_states,
+            anchor_positions=anchor_positions,
+            block_keep_mask=block_keep_mask,
+        )
+        return divide(
+            loss_sums(outputs, self.loss_decay_gamma),
+            self.ce_loss_alpha,
+            self.l1_loss_alpha,
+            self.confidence_head_alpha,
+            denominator,
+        )
