@@ -44,7 +44,7 @@ def resolve_directory(target: str) -> Path:
 
 
 def _native_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bf16 matrices in hardware; emulated, it is several times slower than fp32."""
+    """Whether `device` multiplies bf16 matrices in hardware; emulated, they are far slower than fp32."""
     if device.type != "cpu":
         return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -182,8 +182,8 @@ def prove_teacher(
     if not mean <= MAX_TEACHER_TV:
         raise TargetError(
             f"the captured teacher is not the target's: mean total variation {mean:.3f}, expected at most "
-            f"{MAX_TEACHER_TV}; {type(model).__name__} changes its logits after lm_head in a way this version "
-            "does not record"
+            f"{MAX_TEACHER_TV}; {type(model).__name__} changes its logits after lm_head in a way that this "
+            "version does not record"
         )
     return {"teacher_tv_mean": mean, "teacher_tv_max": worst, "teacher_tv_rows": float(len(variation))}
 

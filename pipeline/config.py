@@ -1,8 +1,8 @@
 """TOML to frozen dataclasses and back: strict types, unknown keys are errors, dotted overrides.
 
 A configuration class is a keyword-only frozen dataclass whose fields are bool, int, float, str,
-`Literal[...]`, `tuple[X, ...]`, `dict[str, X]`, `X | None`, or another such dataclass. It checks its own values in
-`__post_init__` and raises ConfigError.
+`Literal[...]`, `tuple[X, ...]`, `dict[str, X]`, `X | None`, or another such dataclass. It checks its
+own values in `__post_init__` and raises ConfigError.
 """
 
 from __future__ import annotations

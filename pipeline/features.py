@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def validate_target_layer_ids(layer_ids: Iterable[int], num_target_layers: int) 
             f"target layer id {outside[0]} is out of range: the target has {num_target_layers} layers, "
             f"so ids run from -1 (embedding output) to {num_target_layers - 1} (after the final norm)"
         )
-    if any(b <= a for a, b in zip(ids, ids[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(ids)):
         raise LayerIdError(f"target layer ids must be strictly increasing, got {ids}: sort them, each once")
     unserved = [i for i in ids if not 0 <= i <= num_target_layers - 2]
     if unserved:

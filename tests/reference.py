@@ -62,10 +62,10 @@ def candidates(sample: Sample) -> list[int]:
     return [p for p in range(len(mask) - 1) if mask[p] and mask[p + 1]]
 
 
-def supervised_slots(sample: Sample, anchor: int, K: int) -> int:
-    """Length of the unbroken run of supervised labels p+1 .. p+K inside the sequence."""
+def supervised_slots(sample: Sample, anchor: int, block_size: int) -> int:
+    """Length of the unbroken run of supervised labels p+1 .. p+K inside the sequence (K: block_size)."""
     count = 0
-    for label in range(anchor + 1, anchor + K + 1):
+    for label in range(anchor + 1, anchor + block_size + 1):
         if label >= len(sample.loss_mask) or not sample.loss_mask[label]:
             break
         count += 1

@@ -15,7 +15,30 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-WORDS = "the a cat dog sat ran on mat why how what is are sky blue green two three plus makes yes no".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "mat",
+    "why",
+    "how",
+    "what",
+    "is",
+    "are",
+    "sky",
+    "blue",
+    "green",
+    "two",
+    "three",
+    "plus",
+    "makes",
+    "yes",
+    "no",
+]
 
 
 def make_tokenizer(

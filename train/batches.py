@@ -20,7 +20,7 @@ AnchorChoice = Callable[[np.ndarray, bytes], np.ndarray]
 
 @dataclass
 class Batch:
-    """Padded samples and their blocks. B rows, S tokens, N anchors; field names are the module's arguments."""
+    """Padded samples and their blocks. B rows, S tokens, N anchors. Named as the module's arguments."""
 
     input_ids: Tensor  # [B, S] int64
     target_hidden_states: Tensor  # [B, S, L*H] bfloat16

@@ -49,7 +49,7 @@ class DraftConfig:
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         _require(
             self.markov_head == "none" or self.markov_rank >= 1,
-            f'markov_rank must be at least 1 with markov_head = "{self.markov_head}", got {self.markov_rank}; '
+            f'markov_rank must be at least 1 with markov_head "{self.markov_head}", got {self.markov_rank}: '
             'for no Markov head set markov_head = "none"',
         )
         _require(self.target_layer_ids != (), "target_layer_ids must name at least one layer")
@@ -62,7 +62,7 @@ class LossConfig:
     ce_alpha: float = 0.1
     """Weight of the cross entropy with the data's token."""
     l1_alpha: float = 0.9
-    """Weight of the L1 distance between the draft's and the target's distribution (twice the total variation)."""
+    """Weight of the L1 distance between draft's and target's distribution, twice the total variation."""
     confidence_alpha: float = 1.0
     """Weight of the confidence head's binary cross entropy."""
     decay_gamma: float | None = 4.0

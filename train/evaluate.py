@@ -81,7 +81,8 @@ def format_evaluation(result: dict[str, Any]) -> str:
     """The figures for a terminal."""
     positions = "  ".join(f"{k + 1}: {a:.3f}" for k, a in enumerate(result["accept_by_position"]))
     return (
-        f"held-out tau {result['tau']:.3f} over {result['blocks']:,} blocks of {result['samples']:,} samples\n"
+        f"held-out tau {result['tau']:.3f} over {result['blocks']:,} blocks "
+        f"of {result['samples']:,} samples\n"
         f"  acceptance by position   {positions}\n"
         f"  loss {result['loss']:.4f}, cross entropy {result['ce_loss']:.4f}, L1 {result['l1_loss']:.4f}, "
         f"confidence {result['confidence_loss']:.4f}"

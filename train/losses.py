@@ -69,26 +69,36 @@ def slot_weights(block_size: int, gamma: float | None, device: torch.device | No
     return torch.ones_like(slots) if gamma is None else torch.exp(-slots / gamma)
 
 
-def loss_sums(outputs: DSparkForwardOutput, gamma: float | None) -> LossSums:
-    """The sums of one forward. Without a teacher, L1, confidence and acceptance are zero."""
-    mask = outputs.eval_mask  # [B, N, K]
-    weights = slot_weights(mask.shape[-1], gamma, mask.device).expand(mask.shape)[
-        mask
-    ]  # [M] supervised slots
-    logits = outputs.draft_logits.float()[mask]  # [M, V]
-    ce = F.cross_entropy(logits, outputs.target_ids[mask], reduction="none")  # [M]
-    zero = logits.new_zeros(())
-    l1_sum, confidence_sum = zero, zero
-    accept = logits.new_zeros(mask.shape)  # [B, N, K]
-    if outputs.aligned_target_logits is not None:
-        teacher = outputs.aligned_target_logits.detach().float()[mask].softmax(-1)  # [M, V]
-        l1 = (logits.softmax(-1) - teacher).abs().sum(-1)  # [M]
+def loss_sums(
+    eval_mask: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None,
+    confidence: Tensor | None,
+    gamma: float | None,
+) -> LossSums:
+    """The sums over the M supervised slots of `eval_mask`, which the other tensors hold in its order.
+
+    Args:
+        eval_mask: `[B, N, K]` bool.
+        logits: the draft's, `[M, V]` fp32.
+        labels: `[M]`.
+        teacher: the target's distribution `[M, V]`, detached; None leaves L1, confidence and acceptance zero.
+        confidence: confidence logits `[M]`; None leaves that term zero.
+        gamma: slot k weighs exp(-k / gamma); None weighs all alike.
+    """
+    weights = slot_weights(eval_mask.shape[-1], gamma, eval_mask.device).expand(eval_mask.shape)[eval_mask]
+    log_probs = logits.log_softmax(-1)  # [M, V]
+    ce = F.nll_loss(log_probs, labels, reduction="none")  # [M]
+    l1_sum = confidence_sum = logits.new_zeros(())
+    accept = logits.new_zeros(eval_mask.shape)  # [B, N, K]
+    if teacher is not None:
+        l1 = (log_probs.exp() - teacher).abs().sum(-1)  # [M]
         l1_sum = (weights * l1).sum()
-        accept[mask] = 1 - l1.detach() / 2
-        if outputs.confidence_pred is not None:
-            reached = accept[mask].clamp(0, 1)
-            predicted = outputs.confidence_pred.float()[mask]
-            bce = F.binary_cross_entropy_with_logits(predicted, reached, reduction="none")
+        reached = (1 - l1.detach() / 2).clamp(0, 1)
+        accept[eval_mask] = reached
+        if confidence is not None:
+            bce = F.binary_cross_entropy_with_logits(confidence, reached, reduction="none")
             confidence_sum = (weights * bce).sum()
     return LossSums(
         weight=weights.sum(),
@@ -96,9 +106,9 @@ def loss_sums(outputs: DSparkForwardOutput, gamma: float | None) -> LossSums:
         l1=l1_sum,
         confidence=confidence_sum,
         accepted=accept.sum(dim=(0, 1)),
-        slots=mask.sum(dim=(0, 1)),
+        slots=eval_mask.sum(dim=(0, 1)),
         prefix=accept.cumprod(dim=-1).sum(),  # zero behind the supervised prefix
-        blocks=mask[..., 0].sum(),
+        blocks=eval_mask[..., 0].sum(),
     )
 
 
@@ -146,4 +156,14 @@ def compute_dspark_loss(
         l1_loss_alpha: weight of the L1 distance to the target's distribution.
         confidence_head_alpha: weight of the confidence head's binary cross entropy.
     """
-    return divide(loss_sums(outputs, loss_decay_gamma), ce_loss_alpha, l1_loss_alpha, confidence_head_alpha)
+    mask = outputs.eval_mask
+    teacher, confidence = outputs.aligned_target_logits, outputs.confidence_pred
+    sums = loss_sums(
+        mask,
+        outputs.draft_logits[mask].float(),
+        outputs.target_ids[mask],
+        None if teacher is None else teacher[mask].detach().float().softmax(-1),
+        None if confidence is None else confidence[mask].float(),
+        loss_decay_gamma,
+    )
+    return divide(sums, ce_loss_alpha, l1_loss_alpha, confidence_head_alpha)

@@ -58,18 +58,21 @@ class DSparkTrainerModule(nn.Module):
             raise ValueError(
                 "l1_loss_alpha > 0 needs target_last_hidden_states: pass the teacher's states, or set it to 0"
             )
-        outputs = self.draft_model(
-            input_ids,
-            target_hidden_states,
-            loss_mask,
-            target_last_hidden_states,
-            anchor_positions=anchor_positions,
-            block_keep_mask=block_keep_mask,
+        model = self.draft_model
+        blocks = model.draft_blocks(
+            input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask
         )
-        return divide(
-            loss_sums(outputs, self.loss_decay_gamma),
-            self.ce_loss_alpha,
-            self.l1_loss_alpha,
-            self.confidence_head_alpha,
-            denominator,
-        )
+        mask = blocks.eval_mask
+        teacher = None
+        if target_last_hidden_states is not None:
+            rows = mask.nonzero()[:, 0]
+            logits, which = model.teacher_logits(
+                target_last_hidden_states, rows, blocks.teacher_positions[mask]
+            )
+            teacher = logits.softmax(-1)[which]  # [M, V]
+        confidence = None if blocks.confidence_pred is None else blocks.confidence_pred[mask].float()
+        # Only supervised slots meet the vocabulary: dummies and tails behind a sample's end do not.
+        latent = None if blocks.latent is None else blocks.latent[mask]
+        logits = model.draft_logits(blocks.hidden[mask], latent)  # [M, V]
+        sums = loss_sums(mask, logits, blocks.target_ids[mask], teacher, confidence, self.loss_decay_gamma)
+        return divide(sums, self.ce_loss_alpha, self.l1_loss_alpha, self.confidence_head_alpha, denominator)

@@ -25,12 +25,12 @@ class MarkovHead(nn.Module):
         self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
 
     def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """What W2 is applied to. `embedded` is W1[x] `[.., K, R]`, `hidden` `[.., K, H]`; gives `[.., K, R]`."""
+        """What W2 is applied to, `[.., K, R]`, from W1[x] `[.., K, R]` and the states `[.., K, H]`."""
         return embedded
 
-    def forward(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """The logits' bias `[.., K, V]`, from W1[x] `[.., K, R]` and the block's states `[.., K, H]`."""
-        return self.markov_w2(self.latent(embedded, hidden))
+    def forward(self, latent: Tensor) -> Tensor:
+        """The logits' bias `[.., V]`, from what `latent` gave for some slots, `[.., R]`."""
+        return self.markov_w2(latent)
 
 
 class GatedMarkovHead(MarkovHead):

@@ -50,6 +50,26 @@ class DSparkForwardOutput:
     """The teacher's logits for the same labels, `[B, N, K, V]` fp32, detached."""
 
 
+@dataclass
+class DraftBlocks:
+    """The blocks of a training forward, before anything the size of the vocabulary is made."""
+
+    hidden: Tensor
+    """`[B, N, K, H]`, after the final norm."""
+    latent: Tensor | None
+    """What the Markov head's W2 is applied to, `[B, N, K, R]`."""
+    target_ids: Tensor
+    """Labels `[B, N, K]`."""
+    teacher_positions: Tensor
+    """Where each label's teacher is, `[B, N, K]`: the position before the label's."""
+    eval_mask: Tensor
+    """`[B, N, K]` bool."""
+    block_keep_mask: Tensor
+    """`[B, N]` bool."""
+    confidence_pred: Tensor | None
+    """Confidence logits `[B, N, K]`."""
+
+
 class Qwen3DSparkModel(PreTrainedModel):
     """A DSpark draft with Qwen3's body, for a target of any family.
 
@@ -139,6 +159,77 @@ class Qwen3DSparkModel(PreTrainedModel):
             block = layer(block, context, rotary, mask)
         return self.norm(block).unflatten(1, (-1, self.block_size))
 
+    def draft_blocks(
+        self,
+        input_ids: Tensor,
+        target_hidden_states: Tensor,
+        loss_mask: Tensor,
+        anchor_positions: Tensor | None = None,
+        block_keep_mask: Tensor | None = None,
+    ) -> DraftBlocks:
+        """Everything of a training forward but the vocabulary; arguments as in `forward`.
+
+        Raises:
+            ValueError: the context features' width does not fit the draft's layers.
+        """
+        if target_hidden_states.shape[-1] != self.fc.in_features:
+            raise ValueError(
+                f"expected context features of width {self.fc.in_features} "
+                f"({len(self.config.target_layer_ids)} layers), got {target_hidden_states.shape[-1]}"
+            )
+        seq_len = input_ids.shape[1]
+        input_ids = input_ids.long()
+        if anchor_positions is None or block_keep_mask is None:
+            anchor_positions, block_keep_mask = sample_anchor_positions(
+                seq_len, loss_mask, self.config.num_anchors, input_ids.device
+            )
+        labels, safe = label_positions(anchor_positions, self.block_size, seq_len)  # [B, N, K]
+        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
+        target_ids = input_ids[rows, safe]  # [B, N, K]
+        noise = create_noise_embed(
+            self.embed_tokens,
+            input_ids,
+            anchor_positions,
+            block_keep_mask,
+            self.config.mask_token_id,
+            self.block_size,
+        )
+        hidden = self.hidden_states(noise * self.embedding_scale, target_hidden_states, anchor_positions)
+        embedded = latent = confidence = None
+        if self.markov_head is not None:
+            anchors = input_ids.gather(1, anchor_positions)[..., None]
+            previous = torch.cat([anchors, target_ids[..., :-1]], dim=-1)  # teacher-forced
+            embedded = self.markov_head.markov_w1(previous)  # [B, N, K, R]
+            latent = self.markov_head.latent(embedded, hidden)
+        if self.confidence_head is not None:
+            with_markov = self.config.confidence_head_with_markov
+            confidence = self.confidence_head(torch.cat([hidden, embedded], -1) if with_markov else hidden)
+        return DraftBlocks(
+            hidden=hidden,
+            latent=latent,
+            target_ids=target_ids,
+            teacher_positions=safe - 1,
+            eval_mask=build_eval_mask(seq_len, loss_mask, labels, safe, block_keep_mask),
+            block_keep_mask=block_keep_mask,
+            confidence_pred=confidence,
+        )
+
+    def draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
+        """The draft's logits `[.., V]` in fp32, from block states `[.., H]` and Markov latents `[.., R]`."""
+        logits = head_logits(hidden, self.lm_head.weight, self.softcap)
+        return logits if latent is None else logits + self.markov_head(latent)
+
+    @torch.no_grad()
+    def teacher_logits(self, last_hidden: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The target's logits for the states `[B, S, H]` at `(rows, positions)`, each computed once.
+
+        With many anchors a position serves up to K blocks. Returns logits `[U, V]` in fp32 of the
+        distinct positions, and which of them each pair has, shaped like `positions`.
+        """
+        flat = rows * last_hidden.shape[1] + positions
+        used, which = torch.unique(flat, return_inverse=True)
+        return head_logits(last_hidden.flatten(0, 1)[used], self.lm_head.weight, self.softcap), which
+
     def forward(
         self,
         input_ids: Tensor,
@@ -161,55 +252,19 @@ class Qwen3DSparkModel(PreTrainedModel):
         Raises:
             ValueError: the context features' width does not fit the draft's layers.
         """
-        if target_hidden_states.shape[-1] != self.fc.in_features:
-            raise ValueError(
-                f"expected context features of width {self.fc.in_features} "
-                f"({len(self.config.target_layer_ids)} layers), got {target_hidden_states.shape[-1]}"
-            )
-        seq_len = input_ids.shape[1]
-        input_ids = input_ids.long()
-        if anchor_positions is None or block_keep_mask is None:
-            anchor_positions, block_keep_mask = sample_anchor_positions(
-                seq_len, loss_mask, self.config.num_anchors, input_ids.device
-            )
-        labels, safe = label_positions(anchor_positions, self.block_size, seq_len)  # [B, N, K]
-        eval_mask = build_eval_mask(seq_len, loss_mask, labels, safe, block_keep_mask)
-        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
-        target_ids = input_ids[rows, safe]  # [B, N, K]
-        noise = create_noise_embed(
-            self.embed_tokens,
-            input_ids,
-            anchor_positions,
-            block_keep_mask,
-            self.config.mask_token_id,
-            self.block_size,
+        blocks = self.draft_blocks(
+            input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask
         )
-        hidden = self.hidden_states(noise * self.embedding_scale, target_hidden_states, anchor_positions)
-        logits = head_logits(hidden, self.lm_head.weight, self.softcap)  # [B, N, K, V]
-        embedded = None
-        if self.markov_head is not None:
-            previous = torch.cat(
-                [input_ids[rows[..., 0], anchor_positions][..., None], target_ids[..., :-1]], -1
-            )
-            embedded = self.markov_head.markov_w1(previous)  # [B, N, K, R]
-            logits = logits + self.markov_head(embedded, hidden)
-        confidence = None
-        if self.confidence_head is not None:
-            with_markov = self.config.confidence_head_with_markov
-            confidence = self.confidence_head(torch.cat([hidden, embedded], -1) if with_markov else hidden)
         teacher = None
         if target_last_hidden_states is not None:
-            teacher = self._teacher_logits(target_last_hidden_states, safe - 1, eval_mask)
-        return DSparkForwardOutput(logits, target_ids, eval_mask, block_keep_mask, confidence, teacher)
-
-    @torch.no_grad()
-    def _teacher_logits(self, last_hidden: Tensor, positions: Tensor, eval_mask: Tensor) -> Tensor:
-        """The teacher's logits `[B, N, K, V]` for states `[B, S, H]` at `positions` `[B, N, K]`.
-
-        A position serves up to K blocks, so its logits are computed once; unsupervised slots get those
-        of some other position, which no loss reads.
-        """
-        rows = torch.arange(len(positions), device=positions.device)[:, None, None]
-        flat = (rows * last_hidden.shape[1] + positions).masked_fill(~eval_mask, 0)
-        used, where = torch.unique(flat, return_inverse=True)
-        return head_logits(last_hidden.flatten(0, 1)[used], self.lm_head.weight, self.softcap)[where]
+            rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
+            logits, which = self.teacher_logits(target_last_hidden_states, rows, blocks.teacher_positions)
+            teacher = logits[which]
+        return DSparkForwardOutput(
+            draft_logits=self.draft_logits(blocks.hidden, blocks.latent),
+            target_ids=blocks.target_ids,
+            eval_mask=blocks.eval_mask,
+            block_keep_mask=blocks.block_keep_mask,
+            confidence_pred=blocks.confidence_pred,
+            aligned_target_logits=teacher,
+        )
