@@ -65,7 +65,9 @@ def capture_command(
             return
     from capture.example import EXAMPLE_DATA, example_target
     from capture.run import CaptureOptions, capture
+    from pipeline.quiet import quiet_transformers
 
+    quiet_transformers()
     if target is None or data is None:
         target, data = str(example_target()), EXAMPLE_DATA
     options = CaptureOptions(
@@ -116,7 +118,9 @@ def regenerate_command(target: str | None, data: Path, out: Path, device: str, *
     from capture.load import load_config, load_target, load_tokenizer, resolve_directory, resolve_dtype
     from capture.regenerate import regenerate, write_jsonl
     from pipeline.device import resolve_device
+    from pipeline.quiet import quiet_transformers
 
+    quiet_transformers()
     conversations = list(read_conversations(data))
     directory = resolve_directory(target or str(example_target()))
     place = resolve_device(device)

@@ -77,6 +77,11 @@ def extract_context_feature(hidden_states: Sequence[Tensor], layer_ids: Sequence
     return torch.cat([hidden_states[layer_id + 1] for layer_id in layer_ids], dim=-1)
 
 
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Half-precision values as float32; float32 and float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def head_logits(hidden: Tensor, head: Tensor, softcap: float | None = None) -> Tensor:
     """Vocabulary logits in fp32 for post-norm hidden states, as the target itself computes them.
 
@@ -86,7 +91,7 @@ def head_logits(hidden: Tensor, head: Tensor, softcap: float | None = None) -> T
         softcap: the target's tanh soft-cap on its logits, if it has one.
 
     Returns:
-        `[.., V]` float32.
+        `[.., V]` float32, or float64 for float64 weights.
     """
-    logits = F.linear(hidden.to(head.dtype), head).float()
+    logits = at_least_fp32(F.linear(hidden.to(head.dtype), head))
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

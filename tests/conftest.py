@@ -10,12 +10,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from pipeline.cli import cli
 from tests.tiny import make_conversations, make_target
 
 LAYERS = "0,2,4"
+torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
 
 
 def run_cli(*arguments: str | Path) -> Result:
@@ -24,10 +26,10 @@ def run_cli(*arguments: str | Path) -> Result:
 
 
 def run_ok(*arguments: str | Path) -> str:
-    """Run `dspark ...`, which must succeed, and return what it printed."""
+    """Run `dspark ...`, which must succeed, and return its standard output."""
     result = run_cli(*arguments)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def assert_refused(result: Result, code: int, *parts: str) -> None:

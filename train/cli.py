@@ -27,9 +27,11 @@ def train_command(
     values = configuration.load_toml(config_file) if config_file else {}
     where = str(config_file or "config")
     config = configuration.build(RunConfig, configuration.apply_overrides(values, overrides), where)
+    from pipeline.quiet import quiet_transformers
     from train.evaluate import format_evaluation
     from train.loop import train
 
+    quiet_transformers()
     click.echo(configuration.to_toml(config))
     result = train(cache, config, run, device=device, fresh=fresh)
     if result:

@@ -52,7 +52,12 @@ class DraftConfig:
             f'markov_rank must be at least 1 with markov_head "{self.markov_head}", got {self.markov_rank}: '
             'for no Markov head set markov_head = "none"',
         )
-        _require(self.target_layer_ids != (), "target_layer_ids must name at least one layer")
+        ids = self.target_layer_ids
+        _require(ids != (), "target_layer_ids must name at least one layer")
+        _require(
+            ids is None or list(ids) == sorted(set(ids)),
+            f"target_layer_ids must be strictly increasing, got {list(ids or ())}: sort them, each once",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

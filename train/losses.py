@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.features import at_least_fp32
 from train.draft.model import DSparkForwardOutput
 
 
@@ -69,47 +70,52 @@ def slot_weights(block_size: int, gamma: float | None, device: torch.device | No
     return torch.ones_like(slots) if gamma is None else torch.exp(-slots / gamma)
 
 
-def loss_sums(
-    eval_mask: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    teacher: Tensor | None,
-    confidence: Tensor | None,
-    gamma: float | None,
+def slot_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Each slot's cross entropy and L1, `[M]`, from logits `[M, V]` of draft and teacher."""
+    log_probs = at_least_fp32(logits).log_softmax(-1)
+    ce = F.nll_loss(log_probs, labels, reduction="none")
+    if teacher is None:
+        return ce, None
+    return ce, (log_probs.exp() - at_least_fp32(teacher.detach()).softmax(-1)).abs().sum(-1)
+
+
+def sum_slots(
+    eval_mask: Tensor, ce: Tensor, l1: Tensor | None, confidence: Tensor | None, gamma: float | None
 ) -> LossSums:
-    """The sums over the M supervised slots of `eval_mask`, which the other tensors hold in its order.
+    """The sums over the M supervised slots of `eval_mask`.
 
     Args:
         eval_mask: `[B, N, K]` bool.
-        logits: the draft's, `[M, V]` fp32.
-        labels: `[M]`.
-        teacher: the target's distribution `[M, V]`, detached; None leaves L1, confidence and acceptance zero.
+        ce: cross entropy of each supervised slot `[M]`, in the mask's order.
+        l1: likewise; None leaves L1, confidence and acceptance zero.
         confidence: confidence logits `[M]`; None leaves that term zero.
         gamma: slot k weighs exp(-k / gamma); None weighs all alike.
     """
     weights = slot_weights(eval_mask.shape[-1], gamma, eval_mask.device).expand(eval_mask.shape)[eval_mask]
-    log_probs = logits.log_softmax(-1)  # [M, V]
-    ce = F.nll_loss(log_probs, labels, reduction="none")  # [M]
-    l1_sum = confidence_sum = logits.new_zeros(())
-    accept = logits.new_zeros(eval_mask.shape)  # [B, N, K]
-    if teacher is not None:
-        l1 = (log_probs.exp() - teacher).abs().sum(-1)  # [M]
+    l1_sum = confidence_sum = ce.new_zeros(())
+    accept = ce.new_zeros(eval_mask.shape)  # [B, N, K]
+    if l1 is not None:
         l1_sum = (weights * l1).sum()
         reached = (1 - l1.detach() / 2).clamp(0, 1)
         accept[eval_mask] = reached
         if confidence is not None:
-            bce = F.binary_cross_entropy_with_logits(confidence, reached, reduction="none")
+            bce = F.binary_cross_entropy_with_logits(at_least_fp32(confidence), reached, reduction="none")
             confidence_sum = (weights * bce).sum()
     return LossSums(
         weight=weights.sum(),
         ce=(weights * ce).sum(),
         l1=l1_sum,
         confidence=confidence_sum,
-        accepted=accept.sum(dim=(0, 1)),
+        accepted=accept.detach().sum(dim=(0, 1)),
         slots=eval_mask.sum(dim=(0, 1)),
-        prefix=accept.cumprod(dim=-1).sum(),  # zero behind the supervised prefix
+        prefix=accept.detach().cumprod(dim=-1).sum(),  # zero behind the supervised prefix
         blocks=eval_mask[..., 0].sum(),
     )
+
+
+def positive(weight: Tensor) -> Tensor:
+    """A denominator that an empty batch can't make zero: its loss is 0, not NaN."""
+    return weight.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def divide(
@@ -125,8 +131,7 @@ def divide(
         denominator: the sum of weights over the whole optimiser step (all micro-batches, all ranks)
             when `sums` is only a part of it.
     """
-    tiny = torch.finfo(torch.float32).tiny  # an empty batch has loss 0, not NaN
-    total = (sums.weight if denominator is None else denominator).clamp(min=tiny)
+    total = positive(sums.weight if denominator is None else denominator)
     ce, l1, confidence = sums.ce / total, sums.l1 / total, sums.confidence / total
     return DSparkStepMetrics(
         loss=ce_loss_alpha * ce + l1_loss_alpha * l1 + confidence_head_alpha * confidence,
@@ -158,12 +163,8 @@ def compute_dspark_loss(
     """
     mask = outputs.eval_mask
     teacher, confidence = outputs.aligned_target_logits, outputs.confidence_pred
-    sums = loss_sums(
-        mask,
-        outputs.draft_logits[mask].float(),
-        outputs.target_ids[mask],
-        None if teacher is None else teacher[mask].detach().float().softmax(-1),
-        None if confidence is None else confidence[mask].float(),
-        loss_decay_gamma,
+    ce, l1 = slot_losses(
+        outputs.draft_logits[mask], outputs.target_ids[mask], None if teacher is None else teacher[mask]
     )
+    sums = sum_slots(mask, ce, l1, None if confidence is None else confidence[mask], loss_decay_gamma)
     return divide(sums, ce_loss_alpha, l1_loss_alpha, confidence_head_alpha)

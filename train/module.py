@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch import Tensor, nn
 
 from train.draft.model import Qwen3DSparkModel
-from train.losses import DSparkStepMetrics, divide, loss_sums
+from train.fused_loss import vocabulary_loss
+from train.losses import DSparkStepMetrics, divide, positive, slot_weights, sum_slots
 
 __all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
 
@@ -63,16 +67,30 @@ class DSparkTrainerModule(nn.Module):
             input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask
         )
         mask = blocks.eval_mask
-        teacher = None
-        if target_last_hidden_states is not None:
-            rows = mask.nonzero()[:, 0]
-            logits, which = model.teacher_logits(
-                target_last_hidden_states, rows, blocks.teacher_positions[mask]
-            )
-            teacher = logits.softmax(-1)[which]  # [M, V]
-        confidence = None if blocks.confidence_pred is None else blocks.confidence_pred[mask].float()
         # Only supervised slots meet the vocabulary: dummies and tails behind a sample's end do not.
-        latent = None if blocks.latent is None else blocks.latent[mask]
-        logits = model.draft_logits(blocks.hidden[mask], latent)  # [M, V]
-        sums = loss_sums(mask, logits, blocks.target_ids[mask], teacher, confidence, self.loss_decay_gamma)
-        return divide(sums, self.ce_loss_alpha, self.l1_loss_alpha, self.confidence_head_alpha, denominator)
+        weights = slot_weights(model.block_size, self.loss_decay_gamma, mask.device).expand(mask.shape)[mask]
+        teacher_hidden = which = None
+        if target_last_hidden_states is not None:
+            # With many anchors a position is the teacher of up to K slots: keep each once.
+            rows = mask.nonzero()[:, 0] * input_ids.shape[1]
+            used, which = torch.unique(rows + blocks.teacher_positions[mask], return_inverse=True)
+            teacher_hidden = target_last_hidden_states.flatten(0, 1)[used]
+        objective, ce, l1 = vocabulary_loss(
+            blocks.hidden[mask],
+            None if blocks.latent is None else blocks.latent[mask],
+            model.lm_head.weight,
+            None if blocks.latent is None else model.markov_head.markov_w2.weight,
+            blocks.target_ids[mask],
+            teacher_hidden,
+            which,
+            self.ce_loss_alpha * weights,
+            self.l1_loss_alpha * weights,
+            model.softcap,
+        )
+        confidence = None if blocks.confidence_pred is None else blocks.confidence_pred[mask]
+        sums = sum_slots(mask, ce, None if which is None else l1, confidence, self.loss_decay_gamma)
+        terms = (self.ce_loss_alpha, self.l1_loss_alpha, self.confidence_head_alpha)
+        metrics = divide(sums, *terms, denominator)
+        total = positive(sums.weight if denominator is None else denominator)
+        loss = (objective + self.confidence_head_alpha * sums.confidence) / total
+        return dataclasses.replace(metrics, loss=loss)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from pipeline.features import head_logits
+from pipeline.features import at_least_fp32, head_logits
 from train.anchors import (
     build_eval_mask,
     create_noise_embed,
@@ -108,12 +108,6 @@ class Qwen3DSparkModel(PreTrainedModel):
             extra = config.markov_rank if config.confidence_head_with_markov else 0
             self.confidence_head = AcceptRatePredictor(hidden + extra)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self.markov_head:  # the bias starts at zero: an untrained head changes nothing
-            nn.init.zeros_(module.markov_w2.weight)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -217,18 +211,7 @@ class Qwen3DSparkModel(PreTrainedModel):
     def draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
         """The draft's logits `[.., V]` in fp32, from block states `[.., H]` and Markov latents `[.., R]`."""
         logits = head_logits(hidden, self.lm_head.weight, self.softcap)
-        return logits if latent is None else logits + self.markov_head(latent)
-
-    @torch.no_grad()
-    def teacher_logits(self, last_hidden: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's logits for the states `[B, S, H]` at `(rows, positions)`, each computed once.
-
-        With many anchors a position serves up to K blocks. Returns logits `[U, V]` in fp32 of the
-        distinct positions, and which of them each pair has, shaped like `positions`.
-        """
-        flat = rows * last_hidden.shape[1] + positions
-        used, which = torch.unique(flat, return_inverse=True)
-        return head_logits(last_hidden.flatten(0, 1)[used], self.lm_head.weight, self.softcap), which
+        return logits if latent is None else logits + at_least_fp32(self.markov_head(latent))
 
     def forward(
         self,
@@ -258,8 +241,9 @@ class Qwen3DSparkModel(PreTrainedModel):
         teacher = None
         if target_last_hidden_states is not None:
             rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
-            logits, which = self.teacher_logits(target_last_hidden_states, rows, blocks.teacher_positions)
-            teacher = logits[which]
+            with torch.no_grad():
+                states = target_last_hidden_states[rows, blocks.teacher_positions]  # [B, N, K, H]
+                teacher = head_logits(states, self.lm_head.weight, self.softcap)
         return DSparkForwardOutput(
             draft_logits=self.draft_logits(blocks.hidden, blocks.latent),
             target_ids=blocks.target_ids,

@@ -1,0 +1,233 @@
+"""`dspark train` and `dspark evaluate` end to end on the tiny target, and their first errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
+from tests.tiny import make_target
+
+SMALL = {
+    "draft.num_layers": 1,
+    "draft.block_size": 3,
+    "draft.num_anchors": 8,
+    "draft.markov_rank": 8,
+    "train.max_steps": 20,
+    "train.held_out": 0.2,
+    "train.log_every": 5,
+    "train.lr": 3e-3,
+}
+
+
+def train_arguments(cache: Path, run: Path, **settings) -> list[str | Path]:
+    """`dspark train` with a small draft; settings as table__key=value."""
+    values = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
+    arguments: list[str | Path] = ["train", "--cache", cache, "--run", run, "--device", "cpu"]
+    for key, value in values.items():
+        arguments += ["--set", f"{key}={value}"]
+    return arguments
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "a"
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=60, train__eval_every=30))
+    return run
+
+
+def test_it_learns_and_writes_what_it_should(run_dir: Path) -> None:
+    logged = [line for line in lines_of(run_dir) if "held_out" not in line]
+    assert [line["step"] for line in logged] == list(range(5, 61, 5))
+    keys = [
+        "step",
+        "loss",
+        "ce_loss",
+        "l1_loss",
+        "confidence_loss",
+        "accept_rate",
+        "tau",
+        "lr",
+        "tokens_per_s",
+    ]
+    assert list(logged[0]) == keys
+    assert logged[-1]["loss"] < logged[0]["loss"] - 0.1
+    held = [line["held_out"] for line in lines_of(run_dir) if "held_out" in line]
+    assert [line["step"] for line in held] == [30, 60]
+    assert held[1]["tau"] > held[0]["tau"]
+    assert json.loads((run_dir / "evaluation.json").read_text()) == held[1]
+    for line in logged:
+        parts = 0.1 * line["ce_loss"] + 0.9 * line["l1_loss"] + line["confidence_loss"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_the_checkpoint_is_in_hugging_face_layout(run_dir: Path) -> None:
+    config = json.loads((run_dir / "latest" / "config.json").read_text())
+    expected = {
+        "architectures": ["Qwen3DSparkModel"],
+        "model_type": "qwen3",
+        "block_size": 3,
+        "num_anchors": 8,
+        "target_layer_ids": [0, 2, 4],
+        "num_target_layers": 6,
+        "markov_rank": 8,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "layer_types": ["full_attention"],
+        "tie_word_embeddings": False,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "mask_token_id": 320,  # the first id behind the tokenizer's
+    }
+    assert {key: config[key] for key in expected} == expected
+    weights = load_file(run_dir / "latest" / "model.safetensors")
+    assert "layers.0.self_attn.q_proj.weight" in weights
+    assert not {"embed_tokens.weight", "lm_head.weight"} & set(weights)  # the target's, in every cache
+
+
+def test_evaluate_recomputes_the_figures(run_dir: Path, cache_dir: Path) -> None:
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    got = json.loads(run_ok("evaluate", "--cache", cache_dir, "--run", run_dir, "--json"))
+    want = json.loads((run_dir / "evaluation.json").read_text())
+    assert got == pytest.approx(want, rel=1e-6)
+    assert f"held-out tau {want['tau']:.3f}" in run_ok("evaluate", "--cache", cache_dir, "--run", run_dir)
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_training_never_loads_the_target(tmp_path: Path, data_file: Path, monkeypatch) -> None:
+    target = make_target(tmp_path / "target", seed=3)
+    cache = tmp_path / "cache"
+    run_ok(*capture_arguments(target, data_file, cache))
+    shutil.rmtree(target)
+    moved = cache.rename(tmp_path / "moved")  # and a cache can be moved
+    import transformers
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("training built a target model")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", refuse)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", refuse)
+    run_ok(*train_arguments(moved, tmp_path / "run", train__max_steps=2))
+    run_ok("evaluate", "--cache", moved, "--run", tmp_path / "run")
+
+
+def test_another_experiment_on_the_same_cache(tmp_path: Path, cache_dir: Path) -> None:
+    """Other settings, a subset of the layers, no new capture, and the cache is left as it was."""
+    before = {path: path.stat().st_mtime_ns for path in cache_dir.rglob("*")}
+    settings = {"draft__target_layer_ids": "[0,4]", "draft__markov_head": "rnn", "draft__num_layers": 2}
+    run_ok(*train_arguments(cache_dir, tmp_path / "run", train__max_steps=3, **settings))
+    config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
+    assert config["target_layer_ids"] == [0, 4]
+    assert load_file(tmp_path / "run" / "latest" / "model.safetensors")["fc.weight"].shape == (32, 64)
+    run_ok("evaluate", "--cache", cache_dir, "--run", tmp_path / "run")
+    assert before == {path: path.stat().st_mtime_ns for path in cache_dir.rglob("*")}
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, cache_dir: Path) -> None:
+    for name in ("a", "b"):
+        run_ok(*train_arguments(cache_dir, tmp_path / name, train__max_steps=6))
+    run_ok(*train_arguments(cache_dir, tmp_path / "c", train__max_steps=6, train__seed=1))
+    a, b, c = ((tmp_path / n / "latest" / "model.safetensors").read_bytes() for n in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_accumulation_does_not_change_the_step(tmp_path: Path, cache_dir: Path) -> None:
+    """With 32 samples an epoch (held out apart), 8 x 1 and 4 x 2 see the same batches only in one window
+    order, so one step over everything is compared: batch_size 64 against 16 x 4."""
+    run_ok(*train_arguments(cache_dir, tmp_path / "whole", train__max_steps=3, train__batch_size=64))
+    settings = {"train__batch_size": 5, "train__gradient_accumulation_steps": 64}
+    run_ok(*train_arguments(cache_dir, tmp_path / "parts", train__max_steps=3, **settings))
+    whole, parts = (load_file(tmp_path / n / "latest" / "model.safetensors") for n in ("whole", "parts"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, parts[name], rtol=1e-3, atol=2e-5, msg=name)
+    for a, b in zip(lines_of(tmp_path / "whole"), lines_of(tmp_path / "parts"), strict=True):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            assert a["tau"] == pytest.approx(b["tau"], rel=1e-4)
+
+
+def test_checkpoints_every_n_steps(tmp_path: Path, cache_dir: Path) -> None:
+    run_ok(*train_arguments(cache_dir, tmp_path / "r", train__max_steps=5, train__checkpoint_every=2))
+    names = sorted(path.name for path in (tmp_path / "r" / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000004", "step-000005"]
+    assert (tmp_path / "r" / "latest").resolve().name == "step-000005"
+
+
+def test_a_taken_run_is_kept_unless_fresh(tmp_path: Path, cache_dir: Path) -> None:
+    run = tmp_path / "r"
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=1))
+    assert_refused(run_cli(*train_arguments(cache_dir, run)), 1, "is not empty", "--fresh")
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=2), "--fresh")
+    assert (run / "latest").resolve().name == "step-000002"
+    stranger = tmp_path / "home"
+    stranger.mkdir()
+    (stranger / "thesis.tex").write_text("precious")
+    assert_refused(run_cli(*train_arguments(cache_dir, stranger), "--fresh"), 1, "is no run")
+    assert (stranger / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "parts"),
+    [
+        ("draft.num_layer=3", 2, ["num_layer", "did you mean num_layers?"]),
+        ("drafts.num_layers=3", 2, ["drafts", "did you mean draft?"]),
+        ("draft.num_layers=two", 2, ["draft.num_layers", "expected int", "'two'"]),
+        ("draft.block_size=0", 2, ["block_size must be at least 1, got 0"]),
+        ("draft.markov_head=fancy", 2, ["vanilla, gated, rnn, none", "'fancy'"]),
+        ("draft.markov_rank=0", 2, ["markov_rank", "none"]),
+        ("draft.mask_token_id=999", 2, ["mask_token_id 999", "325"]),
+        ("draft.target_layer_ids=[0,3]", 1, ["holds layers [0, 2, 4]", "asks for 3", "--layers"]),
+        ("draft.target_layer_ids=[4,0]", 2, ["strictly increasing"]),
+        ("train.held_out=0.0001", 2, ["held_out"]),
+        ("nonsense", 2, ["table.key=value"]),
+    ],
+)
+def test_a_bad_setting_is_one_line(tmp_path: Path, cache_dir: Path, setting: str, code: int, parts) -> None:
+    result = run_cli(*train_arguments(cache_dir, tmp_path / "r"), "--set", setting)
+    assert_refused(result, code, *parts)
+    assert not (tmp_path / "r").exists()
+
+
+def test_what_a_newcomer_forgets_is_one_line(tmp_path: Path, cache_dir: Path) -> None:
+    missing = run_cli("train", "--cache", tmp_path / "no", "--run", tmp_path / "r")
+    assert_refused(missing, 1, "no cache at", "dspark capture")
+    config = run_cli("train", "--cache", cache_dir, "--run", tmp_path / "r", "--config", tmp_path / "no.toml")
+    assert_refused(config, 2, "no config file at", "no.toml")
+    (tmp_path / "bad.toml").write_text("[draft\n")
+    broken = run_cli(
+        "train", "--cache", cache_dir, "--run", tmp_path / "r", "--config", tmp_path / "bad.toml"
+    )
+    assert_refused(broken, 2, "bad.toml", "TOML")
+    assert_refused(run_cli("evaluate", "--cache", cache_dir, "--run", tmp_path / "no"), 1, "no run at")
+    device = run_cli(*train_arguments(cache_dir, tmp_path / "r"), "--device", "cuda:77")
+    assert_refused(device, 2, "cuda:77")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_is_evaluated_on_its_own_target_only(tmp_path: Path, run_dir: Path, data_file: Path) -> None:
+    other = tmp_path / "cache"
+    run_ok(*capture_arguments(make_target(tmp_path / "other", seed=9), data_file, other))
+    assert_refused(run_cli("evaluate", "--cache", other, "--run", run_dir), 1, "was trained for target")
+
+
+@pytest.mark.parametrize("name", ["example", "qwen3-4b"])
+def test_shipped_configs_are_valid(name: str) -> None:
+    from pipeline import config
+    from train.config import RunConfig
+
+    path = Path(__file__).parents[2] / "configs" / f"{name}.toml"
+    config.build(RunConfig, config.load_toml(path), str(path))
