@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from pipeline.errors import UsageError
 
@@ -20,6 +21,9 @@ def _layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -
         ) from None
 
 
+_AT_LEAST_1, _AT_LEAST_2 = click.IntRange(min=1), click.IntRange(min=2)
+
+
 @click.command("capture")
 @click.option("--target", help="Hugging Face directory or Hub id. Default: the example's target.")
 @click.option(
@@ -27,9 +31,13 @@ def _layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -
 )
 @click.option("--cache", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--layers", callback=_layer_ids, help="Layer ids, as 1,9,17. Default: an even spread of five.")
-@click.option("--max-length", default=4096, show_default=True, help="Tokens a sample is cut at.")
-@click.option("--batch-tokens", default=4096, show_default=True, help="Padded tokens of one forward.")
-@click.option("--shard-tokens", default=16384, show_default=True, help="Tokens of a shard file.")
+@click.option(
+    "--max-length", type=_AT_LEAST_2, default=4096, show_default=True, help="Tokens a sample is cut at."
+)
+@click.option(
+    "--batch-tokens", type=_AT_LEAST_2, default=4096, show_default=True, help="Tokens of a forward."
+)
+@click.option("--shard-tokens", type=_AT_LEAST_2, default=16384, show_default=True, help="Tokens of a shard.")
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
 @click.option(
     "--dtype",
@@ -38,7 +46,9 @@ def _layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -
     show_default=True,
     help="What the target computes in. auto: the checkpoint's own, or float32 where bf16 is emulated.",
 )
+@click.pass_context
 def capture_command(
+    ctx: click.Context,
     target: str | None,
     data: Path | None,
     cache: Path,
@@ -52,13 +62,15 @@ def capture_command(
     """Run the hooked target once over conversations and write a cache.
 
     Stopped at any moment, the same command continues. A cache that is there already is reused
-    without loading the target; one of another target, data or setting is refused.
+    without loading the target; one of another target, data or setting is refused. With --cache alone,
+    a complete cache is reused whatever it holds, and the command says what that is.
     """
     if (target is None) != (data is None):
         raise UsageError("give --target and --data together, or neither for the example")
     from pipeline.cache.manifest import MANIFEST, read_manifest
 
-    if target is None and layers is None and (cache / MANIFEST).is_file():
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    if given <= {"cache", "device"} and (cache / MANIFEST).is_file():
         manifest = read_manifest(cache)
         if manifest.status == "complete":
             _report(manifest, cache, reused=True)
@@ -105,10 +117,18 @@ def _report(manifest, cache: Path, *, reused: bool) -> None:
 @click.option("--target", help="Hugging Face directory or Hub id. Default: the example's target.")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL of conversations.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSONL to write, in input order.")
-@click.option("--max-new-tokens", default=512, show_default=True, help="Tokens of an answer at most.")
-@click.option("--temperature", default=0.7, show_default=True, help="0 is greedy.")
-@click.option("--top-k", default=50, show_default=True)
-@click.option("--batch-size", default=64, show_default=True, help="Conversations of one batch.")
+@click.option(
+    "--max-new-tokens", type=_AT_LEAST_1, default=512, show_default=True, help="Tokens of an answer at most."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 is greedy."
+)
+@click.option(
+    "--top-k", type=_AT_LEAST_1, default=50, show_default=True, help="Sample from the k likeliest tokens."
+)
+@click.option(
+    "--batch-size", type=_AT_LEAST_1, default=64, show_default=True, help="Conversations of one batch."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
 def regenerate_command(target: str | None, data: Path, out: Path, device: str, **sampling) -> None:
@@ -121,9 +141,12 @@ def regenerate_command(target: str | None, data: Path, out: Path, device: str, *
     from pipeline.quiet import quiet_transformers
 
     quiet_transformers()
-    conversations = list(read_conversations(data))
+    places, conversations = zip(*read_conversations(data), strict=True)
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: no such directory {out.parent}; make it first")
     directory = resolve_directory(target or str(example_target()))
     place = resolve_device(device)
     model = load_target(directory, resolve_dtype("auto", load_config(directory), place), place)
-    write_jsonl(out, regenerate(model, load_tokenizer(directory), conversations, **sampling))
+    tokenizer = load_tokenizer(directory)
+    write_jsonl(out, regenerate(model, tokenizer, list(conversations), where=places, **sampling))
     click.echo(f"{out}: {len(conversations):,} conversations in the target's own words")

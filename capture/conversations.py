@@ -78,61 +78,97 @@ def _messages_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f'{where}: message {i} has no "role": expected role and content')
-        if not isinstance(message.get("content"), str):
+        content = message.get("content")
+        if not isinstance(content, str):
             raise DataError(f'{where}: message {i} has no text "content": expected role and content')
+        if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+            raise DataError(
+                f"{where}: message {i} holds half of a surrogate pair, which is no text: fix the row"
+            )
     return messages
 
 
-def read_conversations(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSONL file, each checked to be a conversation. Raises DataError by line."""
-    for number, row in read_jsonl(path):
-        _messages_of(row, f"{path}:{number + 1}")
-        yield row
+def read_conversations(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a JSONL file with their `file:line`, each checked to be a conversation.
+
+    Raises:
+        DataError: a row that is none, by line; or no row at all.
+    """
+    rows = [(f"{path}:{number + 1}", row) for number, row in read_jsonl(path)]
+    for where, row in rows:
+        _messages_of(row, where)
+    if not rows:
+        raise DataError(f"{path}: no rows: expected one conversation a line")
+    return rows
 
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]], where: str, *, prompt: bool = False) -> str:
+def render(
+    tokenizer: Any, messages: list[dict[str, Any]], where: str, *, prompt: bool = False, **kwargs: Any
+) -> Any:
+    """Apply the tokenizer's chat template. Raises DataError, saying where, when the template refuses."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, **kwargs)
     except Exception as error:  # templates raise what they like: jinja errors, KeyError, ...
         reason = " ".join(str(error).split())
         raise DataError(f"{where}: the chat template refuses this conversation: {reason}") from None
 
 
-def _assistant_spans(tokenizer: Any, messages: list[dict[str, Any]], text: str, where: str) -> list[range]:
-    """Character ranges of the assistant's turns in `text`, from rendered prefixes, verified."""
-    spans = []
+@dataclass(frozen=True)
+class _Turn:
+    """Where an assistant's turn stands in the rendered text, in characters."""
+
+    start: int  # where generation starts
+    content_end: int
+    end: int  # behind what the template adds to the turn
+
+
+def _assistant_turns(tokenizer: Any, messages: list[dict[str, Any]], text: str, where: str) -> list[_Turn]:
+    """Find every assistant turn by rendering the conversation's prefixes, and verify each."""
+    turns = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        content = message["content"].strip()
+        if message["role"] != "assistant" or not (i or content):
             continue
-        before = _render(tokenizer, messages[:i], where, prompt=True) if i else ""
-        after = _render(tokenizer, messages[: i + 1], where)
-        if not text.startswith(before) or not text.startswith(after.rstrip()):
+        # A conversation that the assistant opens has no prompt before it: its content is where it starts.
+        before = render(tokenizer, messages[:i], where, prompt=True, tokenize=False) if i else ""
+        through = render(tokenizer, messages[: i + 1], where, tokenize=False)
+        at = text.find(content, len(before))
+        # What the template puts behind the content: the end of turn, mostly.
+        tail = through[through.rfind(content) + len(content) if content else len(before) :].rstrip()
+        stop = at + len(content)
+        if content not in through[len(before) :] or at < 0:
+            raise DataError(f"{where}: the chat template drops or rewrites the content of message {i}")
+        if not text.startswith(before) or not text.startswith(tail, stop):
             raise DataError(
                 f"{where}: the chat template renders message {i} differently once more messages follow, "
                 "so its tokens can't be told from the text; use a template with {% generation %} marks"
             )
-        if message["content"].strip() not in text[len(before) : len(after)]:
-            raise DataError(f"{where}: the chat template drops or rewrites the content of message {i}")
-        spans.append(range(len(before), len(after)))
-    return spans
+        turns.append(_Turn(start=len(before) if i else at, content_end=stop, end=stop + len(tail)))
+    return turns
 
 
-def _mask_from_spans(
-    spans: list[range], ids: list[int], offsets: list[tuple[int, int]], special: set[int]
+def _mask_turns(
+    turns: list[_Turn], ids: list[int], offsets: list[tuple[int, int]], special: set[int]
 ) -> np.ndarray:
-    """Supervise the tokens inside each span, up to its end-of-turn token if it has one."""
-    starts = np.array([start for start, _ in offsets])
-    stops = np.array([stop for _, stop in offsets])
+    """Supervise each turn from its first token through its end-of-turn token, if it has one.
+
+    What a template adds behind that token (a line feed, mostly) is the template's, not the model's.
+    """
+    starts, stops = np.array(offsets).reshape(-1, 2).T
     mask = np.zeros(len(ids), dtype=np.uint8)
-    for span in spans:
-        inside = np.flatnonzero((starts >= span.start) & (stops <= span.stop) & (stops > starts))
-        ends = [position for position in inside if ids[position] in special]
-        # What follows the end-of-turn token (a line feed, mostly) is the template's, not the model's.
-        mask[inside if not ends else inside[inside <= ends[-1]]] = 1
+    is_special = np.isin(ids, list(special))
+    for turn in turns:
+        first = int(np.argmax(stops > turn.start))  # the first that reaches into the turn
+        inside = np.flatnonzero((starts < turn.content_end) & (stops > turn.start))
+        ends = np.flatnonzero(is_special & (starts >= turn.content_end) & (stops <= turn.end))
+        last = ends[0] if len(ends) else inside[-1]
+        mask[first : last + 1] = 1
     return mask
 
 
-def tokenize_conversation(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> tuple:
+def tokenize_conversation(
+    tokenizer: Any, messages: list[dict[str, Any]], where: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Render and tokenise one conversation: `(input_ids [S] int32, loss_mask [S] uint8)`.
 
     The mask comes from the template's generation marks when it has them, else from the rendered
@@ -145,15 +181,15 @@ def tokenize_conversation(tokenizer: Any, messages: list[dict[str, Any]], where:
     if not template:
         raise DataError("the target's tokenizer has no chat template: use a chat model as the target")
     if isinstance(template, str) and _GENERATION_MARK.search(template):
-        encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = render(tokenizer, messages, where, **options)
         return np.array(encoded["input_ids"], np.int32), np.array(encoded["assistant_masks"], np.uint8)
-    text = _render(tokenizer, messages, where)
-    spans = _assistant_spans(tokenizer, messages, text, where)
+    text = render(tokenizer, messages, where, tokenize=False)
+    turns = _assistant_turns(tokenizer, messages, text, where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    mask = _mask_from_spans(spans, encoded["input_ids"], encoded["offset_mapping"], special)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    mask = _mask_turns(turns, encoded["input_ids"], encoded["offset_mapping"], special)
     return np.array(encoded["input_ids"], dtype=np.int32), mask
 
 

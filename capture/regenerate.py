@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from capture.conversations import render
+from pipeline.errors import DataError
 
 Conversation = dict[str, Any]
 
@@ -35,7 +38,8 @@ def trim_unfinished(text: str) -> str:
 
 
 def _assistant_turns(conversation: Conversation) -> list[int]:
-    return [i for i, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
+    messages = conversation["messages"]
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _batches(order: list[int], size: int) -> Iterator[list[int]]:
@@ -54,6 +58,7 @@ def regenerate(
     top_k: int = 50,
     batch_size: int = 64,
     seed: int = 0,
+    where: Sequence[str] | None = None,
 ) -> list[Conversation]:
     """Replace every assistant turn by the target's own answer, turn by turn.
 
@@ -61,8 +66,19 @@ def regenerate(
     by prompt length; sampling is seeded a batch, so a rerun on the same hardware gives the same text.
     `temperature` 0 is greedy.
 
-    Returns new conversations in input order; the input is left as it was.
+    Args:
+        where: names each conversation in errors; their numbers from 1 when not given.
+
+    Returns:
+        New conversations in input order; the input is left as it was.
+
+    Raises:
+        DataError: the chat template refuses a conversation, or the assistant opens it.
     """
+    places = where or [f"conversation {i + 1}" for i in range(len(conversations))]
+    for place, conversation in zip(places, conversations, strict=True):
+        if conversation["messages"][0]["role"] == "assistant":
+            raise DataError(f"{place}: the assistant opens this conversation, so there is nothing to answer")
     done = [json.loads(json.dumps(conversation)) for conversation in conversations]
     turns = [_assistant_turns(conversation) for conversation in done]
     progress = tqdm(total=sum(map(len, turns)), unit="turn", desc="regenerate")
@@ -72,8 +88,12 @@ def regenerate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for depth in range(max(map(len, turns), default=0)):
         prompts = {
-            i: tokenizer.apply_chat_template(
-                done[i]["messages"][: turns[i][depth]], add_generation_prompt=True, return_dict=True
+            i: render(
+                tokenizer,
+                done[i]["messages"][: turns[i][depth]],
+                places[i],
+                prompt=True,
+                return_dict=True,
             )["input_ids"]
             for i in range(len(done))
             if depth < len(turns[i])

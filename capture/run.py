@@ -38,7 +38,7 @@ from pipeline.cache import (
 from pipeline.cache.codecs import get_codec
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
 from pipeline.device import resolve_device
-from pipeline.errors import TargetError, UsageError
+from pipeline.errors import TargetError
 from pipeline.features import default_layer_ids, head_logits, validate_target_layer_ids
 
 # Mean total variation above which the captured teacher is not the target's. bf16 rounding of the
@@ -94,8 +94,6 @@ def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
     target = target_shape(directory, config, dtype)
     layer_ids = options.layer_ids or default_layer_ids(target.num_layers)
     layer_ids = tuple(validate_target_layer_ids(layer_ids, target.num_layers))
-    if min(options.max_length, options.batch_tokens, options.shard_tokens) < 2:
-        raise UsageError("--max-length, --batch-tokens and --shard-tokens must be at least 2")
     tokenizer = load_tokenizer(directory)
     data = load_conversations(options.data, tokenizer, options.max_length)
     facts = [_facts(sample) for sample in data.samples]
@@ -171,7 +169,10 @@ def prove_teacher(
     """
     ids = torch.from_numpy(sample.input_ids[:PROOF_TOKENS]).long().to(model.device)[None]  # [1, S]
     expected = model(input_ids=ids, use_cache=False).logits[0].float().softmax(-1)  # [S, V]
-    last_hidden = HFDSparkTargetModel(model, layer_ids).states(ids, torch.ones_like(ids))["last_hidden"][0]
+    states = HFDSparkTargetModel(model, layer_ids).states(ids, torch.ones_like(ids))
+    for key, rows in states.items():
+        _check_state(rows, _state_name(key), sample)
+    last_hidden = states["last_hidden"][0]
     decoded = torch.empty_like(last_hidden, dtype=torch.bfloat16)
     codec = get_codec("bf16")
     codec.decode(codec.encode(last_hidden), decoded)
@@ -247,10 +248,10 @@ def _fill_shard(
             length = len(samples[i].input_ids)
             for layer_id in identity.features.layer_ids:
                 rows = states[layer_id][row, :length]
-                _check_state(rows, f"layer {layer_id}", samples[i])
+                _check_state(rows, _state_name(layer_id), samples[i])
                 store(context_name(layer_id), context_codec, rows, starts[i])
             rows = states["last_hidden"][row, labels[i].to(target.model.device)]
-            _check_state(rows, "the last hidden state", samples[i])
+            _check_state(rows, _state_name(LAST_HIDDEN), samples[i])
             store(LAST_HIDDEN, last_codec, rows, last_starts[i])
             progress.update(length)
     return tensors
@@ -266,6 +267,10 @@ def _pad(samples: list[TokenizedSample], device: torch.device) -> tuple[Tensor, 
         ids[row, :length] = torch.from_numpy(sample.input_ids)
         mask[row, :length] = 1
     return ids.to(device), mask.to(device)
+
+
+def _state_name(key: int | str) -> str:
+    return "the last hidden state" if key == LAST_HIDDEN else f"layer {key}"
 
 
 def _check_state(rows: Tensor, what: str, sample: TokenizedSample) -> None:

@@ -46,6 +46,10 @@ class LazyGroup(click.Group):
         except DSparkError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except click.UsageError as error:  # one line for these too, instead of click's four
+            command = error.ctx.command_path if error.ctx else "dspark"
+            click.echo(f"error: {error.format_message()} (see `{command} --help`)", err=True)
+            ctx.exit(error.exit_code)
 
 
 @click.group(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,13 @@ def validate_target_layer_ids(layer_ids: Iterable[int], num_target_layers: int) 
     Raises:
         LayerIdError: (a ValueError) naming the ids, the range and the remedy.
     """
-    ids = list(layer_ids)
+    ids = []
+    for layer_id in layer_ids:
+        if isinstance(layer_id, bool) or not hasattr(layer_id, "__index__"):
+            raise LayerIdError(f"target layer ids must be integers, got {layer_id!r}: name them as 1,9,17")
+        ids.append(index(layer_id))
     if not ids:
         raise LayerIdError("expected at least one target layer id, got none: name some, such as 1,9,17")
-    wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int)]
-    if wrong:
-        raise LayerIdError(f"target layer ids must be integers, got {wrong[0]!r}: name them as 1,9,17")
     outside = [i for i in ids if not -1 <= i < num_target_layers]
     if outside:
         raise LayerIdError(

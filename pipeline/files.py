@@ -23,6 +23,24 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove the temporary files that killed processes of this machine left in `folder`."""
+    for path in folder.glob(".*.partial"):
+        pid = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ""
+        if pid.isdigit() and not _alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process is a process
+        return True
+    return True
+
+
 def publish(path: Path, write: Callable[[Path], None]) -> tuple[int, str]:
     """Let `write` fill a temporary file, flush it, hash it and rename it to `path`.
 

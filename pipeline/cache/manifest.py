@@ -212,8 +212,12 @@ def _is_target_file(name: str) -> bool:
     return folder == "target" and rest not in ("", ".", "..") and not set(rest) & set("/\\\0")
 
 
+# What people call things; the hashes beside them say whether they are the same.
+_LABELS = ("target.name", "data.source")
+
+
 def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
-    """The identity's differing fields, one `name: ours against theirs` each."""
+    """The identity's differing fields, one `name: ours against theirs` each; names of things aside."""
 
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -223,7 +227,7 @@ def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
         }
 
     a, b = flat(dataclasses.asdict(ours)), flat(dataclasses.asdict(theirs))
-    return [f"{key}: {a[key]} against {b[key]}" for key in a if a[key] != b[key]]
+    return [f"{key}: {a[key]} against {b[key]}" for key in a if a[key] != b[key] and key not in _LABELS]
 
 
 def write_manifest(cache: Path, manifest: Manifest) -> None:

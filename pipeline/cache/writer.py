@@ -62,6 +62,8 @@ class CacheWriter:
         self.manifest = Manifest(
             created_by=f"dspark-pipeline {__version__}", identity=identity, rows=rows, plan=plan, fidelity={}
         )
+        if path.exists() and not path.is_dir():
+            raise CacheError(f"{path} is a file: --cache must name a directory, new or holding a cache")
         if not (path / MANIFEST).exists():
             self._start(index)
             return
@@ -74,9 +76,32 @@ class CacheWriter:
             )
         self.manifest = dataclasses.replace(self.manifest, status=found.status, created_by=found.created_by)
         if found.status == "complete":
-            self.manifest = found
-        else:
-            self._write_index(index)
+            damaged = self._damaged(found)
+            if not damaged:
+                self.manifest = found
+                return
+            self._reopen(found, damaged)
+        self._write_index(index)
+
+    def _damaged(self, manifest: Manifest) -> set[str]:
+        """Files of a complete cache that are missing or have another size than they should."""
+
+        def size(name: str) -> int:
+            path = self.path / name
+            return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
+
+        return {record.file for record in manifest.files if size(record.file) != record.bytes}
+
+    def _reopen(self, found: Manifest, damaged: set[str]) -> None:
+        """Turn a complete but damaged cache back into an incomplete one that keeps its good shards."""
+        self.manifest = dataclasses.replace(found, status="incomplete", fidelity={}, files=())
+        (self.path / "progress").mkdir(exist_ok=True)
+        for record in found.files:
+            if record.file.startswith("shards/") and record.file not in damaged:
+                self._write_progress(int(Path(record.file).stem), record)
+        for name in damaged:
+            (self.path / name).unlink(missing_ok=True)
+        write_manifest(self.path, self.manifest)
 
     def _start(self, index: pa.Table) -> None:
         if self.path.exists() and any(self.path.iterdir()):
@@ -90,6 +115,8 @@ class CacheWriter:
     def _write_index(self, index: pa.Table) -> None:
         for folder in ("shards", "progress", "target"):
             (self.path / folder).mkdir(exist_ok=True)
+            files.remove_partials(self.path / folder)
+        files.remove_partials(self.path)
         files.publish_bytes(self.path / INDEX, index_bytes(index))
 
     @property
@@ -121,7 +148,9 @@ class CacheWriter:
         assert got == specs, f"shard {shard} does not follow the plan"
         name = shard_file(shard)
         size, digest = files.publish(self.path / name, lambda partial: save_file(tensors, str(partial)))
-        record = FileRecord(file=name, bytes=size, sha256=digest)
+        self._write_progress(shard, FileRecord(file=name, bytes=size, sha256=digest))
+
+    def _write_progress(self, shard: int, record: FileRecord) -> None:
         data = json.dumps(dataclasses.asdict(record)).encode()
         files.publish_bytes(self._progress_file(shard), data)
 

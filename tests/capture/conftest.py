@@ -1,0 +1,32 @@
+"""What several files here share: a command line with options, an fp32 target and a little data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import LAYERS
+from tests.tiny import make_conversations, make_target
+
+
+def arguments(target: Path, data: Path, cache: Path, **options: Any) -> list[str | Path]:
+    options = {"layers": LAYERS, "shard_tokens": 512, "batch_tokens": 256, **options}
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+    return ["capture", "--target", target, "--data", data, "--cache", cache, *sum(pairs, ())]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def fp32_target(tmp_path_factory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target") / "tiny-fp32", "qwen3", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory) -> Path:
+    return make_conversations(tmp_path_factory.mktemp("data") / "few.jsonl", count=14, seed=5)
