@@ -37,7 +37,7 @@ from pipeline.cache import (
 )
 from pipeline.cache.codecs import get_codec
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
-from pipeline.device import resolve_device
+from pipeline.device import resolve_device, reuse_freed_memory
 from pipeline.errors import TargetError
 from pipeline.features import default_layer_ids, head_logits, validate_target_layer_ids
 
@@ -89,6 +89,8 @@ def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
     """
     directory = resolve_directory(options.target)
     device = resolve_device(options.device)
+    if device.type == "cpu":
+        reuse_freed_memory()
     config = load_config(directory)
     dtype = resolve_dtype(options.dtype, config, device)
     target = target_shape(directory, config, dtype)

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from pipeline import config as configuration
 from pipeline.cache import CacheReader
-from pipeline.device import resolve_device
+from pipeline.device import resolve_device, reuse_freed_memory
 from pipeline.errors import CacheError, RunError
 from train.batches import Batch, load_batch, prefetch, random_anchors
 from train.checkpoint import save_checkpoint
@@ -172,6 +172,8 @@ def train(
         DSparkError: see `pipeline.errors`.
     """
     place = resolve_device(device)
+    if place.type == "cpu":
+        reuse_freed_memory()
     reader = CacheReader(cache)
     train_samples, test_samples = split(reader, config.train.held_out)
     model = build_draft(reader, config).to(place)
