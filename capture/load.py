@@ -113,7 +113,7 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def target_shape(directory: Path, config: Any, dtype: torch.dtype) -> TargetIdentity:
+def target_shape(name: str, directory: Path, config: Any, dtype: torch.dtype) -> TargetIdentity:
     """Say what a target is without loading its weights: the model is built on the meta device."""
     from transformers import AutoModelForCausalLM
 
@@ -127,7 +127,7 @@ def target_shape(directory: Path, config: Any, dtype: torch.dtype) -> TargetIden
         raise TargetError(f"{directory}: expected a target whose lm_head is a plain matrix, without a bias")
     embeddings = model.get_input_embeddings()
     return TargetIdentity(
-        name=directory.resolve().name,
+        name=directory.resolve().name if Path(name).is_dir() else name,
         weights=weights_hash(directory),
         architecture=type(model).__name__,
         model_type=config.get_text_config().model_type,

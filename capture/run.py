@@ -93,7 +93,7 @@ def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
         reuse_freed_memory()
     config = load_config(directory)
     dtype = resolve_dtype(options.dtype, config, device)
-    target = target_shape(directory, config, dtype)
+    target = target_shape(options.target, directory, config, dtype)
     layer_ids = options.layer_ids or default_layer_ids(target.num_layers)
     layer_ids = tuple(validate_target_layer_ids(layer_ids, target.num_layers))
     tokenizer = load_tokenizer(directory)

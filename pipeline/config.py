@@ -7,9 +7,11 @@ own values in `__post_init__` and raises ConfigError.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
+import reprlib
 import tomllib
 import types
 import typing
@@ -20,6 +22,13 @@ from typing import Any, TypeVar
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def show(value: Any) -> str:
+    """A value for an error message: one line, however long or deep the value is."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 60
+    return brief.repr(value)
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
@@ -35,7 +44,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return `values` with `table.key=value` settings applied; values are TOML, bare words strings."""
-    result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    result = copy.deepcopy(values)
     for override in overrides:
         dotted, sign, text = override.partition("=")
         if not sign or not dotted.strip():
@@ -68,7 +77,7 @@ def build(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+            raise ConfigError(f"{where}: unknown key {show(key)}; {hint}")
     converted = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     missing = [
         field.name
@@ -96,20 +105,23 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return build(hint, value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}")
+            raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {show(value)}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
+            raise ConfigError(f"{where}: expected a list, got {show(value)}")
         return tuple(_convert(args[0], item, where) for item in value)
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a table, got {value!r}")
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+            raise ConfigError(f"{where}: expected a table, got {show(value)}")
+        return {key: _convert(args[1], item, f"{where}.{show(key)[1:-1]}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: {show(value)} is too large for a number") from None
     if type(value) is not hint:
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {show(value)}")
     return value
 
 
@@ -118,7 +130,15 @@ def to_toml(config: Any) -> str:
     lines = []
     for table, values in dataclasses.asdict(config).items():
         lines.append(f"[{table}]")
-        # JSON's strings, numbers, booleans and lists are TOML's too.
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(value)  # inf and nan are TOML, Infinity is not
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    # JSON's strings, integers and booleans are TOML's; it alone lets a raw DEL stand.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

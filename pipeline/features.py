@@ -60,7 +60,7 @@ def default_layer_ids(num_target_layers: int, count: int = 5) -> list[int]:
 
     Qwen3-4B's 36 layers give 1, 9, 17, 25, 33.
     """
-    low = min(1, num_target_layers - 1)
+    low = min(1, max(0, num_target_layers - 2))
     high = max(low, num_target_layers - 3)
     steps = max(count - 1, 1)
     return sorted({round(low + i * (high - low) / steps) for i in range(count)})

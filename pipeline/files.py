@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +27,13 @@ def sha256_file(path: Path) -> str:
 def remove_partials(folder: Path) -> None:
     """Remove the temporary files that killed processes of this machine left in `folder`."""
     for path in folder.glob(".*.partial"):
-        pid = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ""
-        if pid.isdigit() and not _alive(int(pid)):
+        owner = path.name.removesuffix(".partial").rpartition("~")
+        if owner[0].endswith(f"~{_host()}") and owner[2].isdigit() and not _alive(int(owner[2])):
             path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return socket.gethostname().replace("~", "-").replace("/", "-")
 
 
 def _alive(pid: int) -> bool:
@@ -47,7 +52,7 @@ def publish(path: Path, write: Callable[[Path], None]) -> tuple[int, str]:
     Returns the file's size in bytes and its SHA-256. On any error the temporary file is removed and
     `path` is as it was.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}~{_host()}~{os.getpid()}.partial")
     try:
         write(partial)
         descriptor = os.open(partial, os.O_RDONLY)

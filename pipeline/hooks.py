@@ -44,7 +44,9 @@ def _descend(model: nn.Module, path: str) -> Any:
 def _layers_of(module: Any) -> list[nn.Module] | None:
     for name in LAYER_NAMES:
         layers = getattr(module, name, None)
-        if isinstance(layers, nn.ModuleDict):  # pipeline-split models key their layers by number
+        if isinstance(layers, nn.ModuleDict) and len(
+            layers
+        ):  # pipeline-split models key their layers by number
             return [layers[key] for key in sorted(layers, key=int)]
         if isinstance(layers, nn.ModuleList) and len(layers):
             return list(layers)

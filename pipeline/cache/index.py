@@ -105,8 +105,16 @@ def open_index(path: Path, plan: Sequence[ShardPlan]) -> pa.Table:
     Raises:
         CacheError: missing, unreadable, of another schema, or pointing outside the shards.
     """
+    num_samples = sum(shard.samples for shard in plan)
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        with pa.memory_map(str(path)) as mapped:
+            whole = mapped.read_buffer()
+            # A compressed index could unpack to anything: one smaller than its rows is not even opened,
+            # and one whose columns do not lie in the file itself is refused.
+            row_bytes = sum(column.type.bit_width // 8 for column in SCHEMA)
+            if whole.size < num_samples * row_bytes:
+                raise CacheError(f"{path} is damaged (too short for {num_samples} samples): capture again")
+            table = pa.ipc.open_file(mapped).read_all()
         table.validate(full=True)
     except FileNotFoundError:
         raise CacheError(f"{path} is missing: the cache is damaged, capture again") from None
@@ -115,9 +123,19 @@ def open_index(path: Path, plan: Sequence[ShardPlan]) -> pa.Table:
         raise CacheError(f"{path} is damaged ({reason}): capture again") from None
     if not table.schema.equals(SCHEMA):
         raise CacheError(f"{path} is damaged (its columns are not those of FORMAT.md): capture again")
+    if not all(_lies_in(whole, column) for column in table.columns):
+        raise CacheError(f"{path} is damaged (it is compressed): capture again")
+    if any(column.null_count for column in table.columns):
+        raise CacheError(f"{path} is damaged (it has nulls): capture again")
     if not _matches(table, plan):
         raise CacheError(f"{path} is damaged (its rows do not tile the shards of the plan): capture again")
     return table
+
+
+def _lies_in(whole: pa.Buffer, column: pa.ChunkedArray) -> bool:
+    buffers = [buffer for chunk in column.chunks for buffer in chunk.buffers() if buffer is not None]
+    end = whole.address + whole.size
+    return all(whole.address <= b.address and b.address + b.size <= end for b in buffers if b.size)
 
 
 def _matches(table: pa.Table, plan: Sequence[ShardPlan]) -> bool:
@@ -125,8 +143,12 @@ def _matches(table: pa.Table, plan: Sequence[ShardPlan]) -> bool:
     shard, start, length, last_start, last_rows, candidates = (
         table[name].to_numpy().astype(np.int64) for name in SCHEMA.names[2:]
     )
+    if len(shard) != sum(p.samples for p in plan):
+        return False
     samples = np.array([p.samples for p in plan], dtype=np.int64)
-    if len(shard) != samples.sum() or not np.array_equal(shard, np.repeat(np.arange(len(plan)), samples)):
+    if (table["source_row"].to_numpy() < 0).any() or not np.array_equal(
+        shard, np.repeat(np.arange(len(plan)), samples)
+    ):
         return False
     if (length < 2).any() or (last_rows < 1).any() or (last_rows >= length).any():
         return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -161,14 +162,19 @@ def read_manifest(cache: Path) -> Manifest:
         CacheError: missing, not a manifest, of another version, or saying something impossible.
     """
     path = cache / MANIFEST
-    if not path.is_file():
+    try:
+        found = stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        found = False
+    if not found:
         raise CacheError(
-            f"no cache at {cache}: expected {path}; run `dspark capture --cache {cache}` or `make capture`"
+            f"no cache at {config.show(str(cache))[1:-1]}: expected a plain file {MANIFEST} there; "
+            "run `dspark capture` or `make capture` first"
         )
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise CacheError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
-        values = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CacheError(f"{path} is damaged, not readable as JSON ({error}): capture again") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -176,7 +182,7 @@ def read_manifest(cache: Path) -> Manifest:
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise CacheError(
-            f"{path} has format version {version!r}, this package reads version {FORMAT_VERSION}: "
+            f"{path} has format version {config.show(version)}, this package reads version {FORMAT_VERSION}: "
             "use the version of dspark-pipeline that wrote it, or capture again"
         )
     try:
@@ -192,24 +198,37 @@ def _check(manifest: Manifest, path: Path) -> None:
     sizes = [target.hidden_size, target.num_layers, target.vocab_size]
     sizes += [n for shard in manifest.plan for n in (shard.samples, shard.tokens, shard.last_rows)]
     sizes += [record.bytes for record in manifest.files]
-    if not all(1 <= size <= MAX_COUNT for size in sizes):
+    if not all(1 <= size <= MAX_COUNT for size in sizes) or manifest.num_tokens > MAX_COUNT:
         raise CacheError(f"{path} is damaged (a size outside 1 to 2^48): capture again")
     try:
         validate_target_layer_ids(features.layer_ids, target.num_layers)
     except ValueError as error:
         raise CacheError(f"{path} is damaged ({error}): capture again") from None
+    for label in (target.name, manifest.identity.data.source):
+        if label.startswith(("/", "\\", "~")) or label[1:2] == ":":
+            raise CacheError(f"{path} is damaged (it holds an absolute path): capture again")
     if manifest.status == "complete":
         expected = {MANIFEST, INDEX, FROZEN, *(shard_file(i) for i in range(len(manifest.plan)))}
         listed = {record.file for record in manifest.files} | {MANIFEST}
+        if len(listed) != len(manifest.files) + 1:
+            raise CacheError(f"{path} is damaged (its file table names a file twice): capture again")
         strangers = [name for name in listed - expected if not _is_target_file(name)]
         if expected - listed or strangers:
             wrong = sorted(expected - listed) or sorted(strangers)
-            raise CacheError(f"{path} is damaged (its file table is wrong about {wrong[0]!r}): capture again")
+            raise CacheError(
+                f"{path} is damaged (its file table is wrong about {config.show(wrong[0])}): capture again"
+            )
 
 
 def _is_target_file(name: str) -> bool:
     folder, _, rest = name.partition("/")
-    return folder == "target" and rest not in ("", ".", "..") and not set(rest) & set("/\\\0")
+    plain = folder == "target" and rest not in ("", ".", "..") and not set(rest) & set("/\\\0")
+    return plain and rest.isprintable() and not is_weights(rest)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file beside the target's config looks like model weights, which a cache has no use for."""
+    return name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"))
 
 
 # What people call things; the hashes beside them say whether they are the same.

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pipeline import files
 from pipeline.cache.codecs import get_codec
-from pipeline.cache.index import open_index
+from pipeline.cache.index import count_candidates, open_index
+from pipeline.cache.index import sample_id as content_id
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
-from pipeline.cache.manifest import FROZEN, INDEX, Manifest, read_manifest, shard_file
+from pipeline.cache.manifest import FROZEN, INDEX, Manifest, is_weights, read_manifest, shard_file
 from pipeline.cache.shard import map_shard
 from pipeline.errors import CacheError
 
@@ -92,6 +93,12 @@ class CacheReader:
                     if entry.is_file(follow_symlinks=False):
                         name = f"{folder}/{entry.name}" if folder else entry.name
                         found[name] = entry.stat(follow_symlinks=False).st_size
+        for name in found:
+            folder, _, rest = name.partition("/")
+            if folder == "target" and name != FROZEN and is_weights(rest):
+                raise CacheError(
+                    f"{self.path / name} does not belong there: a cache holds no target; remove it"
+                )
         for name, size in expected.items():
             if found.get(name) != size:
                 got = "it is missing or not a plain file" if name not in found else f"it has {found[name]}"
@@ -134,8 +141,12 @@ class CacheReader:
         low, high = input_ids.aminmax()
         if low < 0 or high >= self.manifest.identity.target.vocab_size:
             raise CacheError(f"{self.path}: sample {i} has token ids outside the vocabulary: damaged")
-        if loss_mask.max() > 1 or int(loss_mask[1:].sum()) != self._last_rows[i]:
+        ids, mask = input_ids.numpy(), loss_mask.numpy()
+        counts = (int(mask[1:].sum()), count_candidates(mask))
+        if mask.max() > 1 or not mask[-1] or counts != (self._last_rows[i], self.candidates[i]):
             raise CacheError(f"{self.path}: the loss mask of sample {i} contradicts the index: damaged")
+        if content_id(ids, mask) != self.sample_ids[i].tobytes():
+            raise CacheError(f"{self.path}: the tokens of sample {i} are not those of its id: damaged")
         return input_ids, loss_mask
 
     def layer_view(self, i: int, layer_id: int) -> Tensor:
@@ -194,7 +205,9 @@ class CacheReader:
         target = self.manifest.identity.target
         names = {"embed_tokens.weight"} | (set() if target.tied_embeddings else {"lm_head.weight"})
         shape = (target.vocab_size, target.hidden_size)
-        if weights.keys() != names or any(tuple(w.shape) != shape for w in weights.values()):
+        if weights.keys() != names or any(
+            tuple(w.shape) != shape or not w.is_floating_point() for w in weights.values()
+        ):
             raise CacheError(
                 f"{self.path / FROZEN} is damaged: expected {sorted(names)} of shape {list(shape)}"
             )
@@ -205,7 +218,11 @@ class CacheReader:
         """Re-hash every file and return the names of those that differ from the manifest."""
         bad = []
         for record in self.manifest.files:
-            if files.sha256_file(self.path / record.file) != record.sha256:
+            try:
+                good = files.sha256_file(self.path / record.file) == record.sha256
+            except OSError:
+                good = False
+            if not good:
                 bad.append(record.file)
             progress(record.bytes)
         return bad

@@ -11,6 +11,7 @@ import math
 import mmap
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,21 +59,25 @@ def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> d
     (length,) = struct.unpack("<Q", data[:8])
     if length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise damaged(f"its header claims {length} bytes")
+    text = data[8 : 8 + length]
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError):
         raise damaged("its header is not JSON") from None
+    if not text.startswith(b"{"):
+        raise damaged("its header does not start with a brace")
     if not isinstance(header, dict) or header.keys() != specs.keys():
         raise damaged("its tensors are not those of the plan")
     spans = []
     for name, (dtype, shape) in specs.items():
         entry = header[name]
         size = math.prod(shape) * dtype.itemsize
-        described = isinstance(entry, dict) and (entry.get("dtype"), entry.get("shape"))
-        if described != (DTYPE_NAMES[dtype], list(shape)):
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise damaged(f"tensor {name} is not described by dtype, shape and data_offsets")
+        if entry["dtype"] != DTYPE_NAMES[dtype] or not _is_sizes(entry["shape"], list(shape)):
             raise damaged(f"tensor {name} is not {DTYPE_NAMES[dtype]} {list(shape)}")
-        offsets = entry.get("data_offsets")
-        if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)):
+        offsets = entry["data_offsets"]
+        if not _is_sizes(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] <= len(data):
             raise damaged(f"tensor {name} has no valid offsets")
         if offsets[1] - offsets[0] != size:
             raise damaged(f"tensor {name} spans {offsets[1] - offsets[0]} bytes, expected {size}")
@@ -85,3 +90,16 @@ def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> d
     if 8 + length + end != len(data):
         raise damaged(f"{len(data)} bytes long, expected {8 + length + end}")
     return {name: 8 + length + start for start, _, name in spans}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two equal ones, readers could follow different ones."""
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
+
+
+def _is_sizes(value: Any, expected: list[int] | None = None) -> bool:
+    """Whether a JSON value is a list of integers (9.0 is none), and the expected one if there is one."""
+    sizes = isinstance(value, list) and all(type(n) is int for n in value)
+    return sizes and (expected is None or value == expected)

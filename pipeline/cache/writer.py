@@ -104,6 +104,8 @@ class CacheWriter:
         write_manifest(self.path, self.manifest)
 
     def _start(self, index: pa.Table) -> None:
+        if self.path.exists():
+            files.remove_partials(self.path)  # a capture killed while it wrote its first file
         if self.path.exists() and any(self.path.iterdir()):
             raise CacheError(
                 f"{self.path} is not empty and holds no {MANIFEST}: choose an empty or new --cache directory"
@@ -137,7 +139,7 @@ class CacheWriter:
             values = json.loads(self._progress_file(shard).read_bytes())
             record = config.build(FileRecord, values)
             size = (self.path / shard_file(shard)).stat().st_size
-        except (OSError, ValueError, ConfigError):
+        except (OSError, ValueError, RecursionError, ConfigError):
             return None  # never finished, or damaged since: it is written again
         return record if (record.file, record.bytes) == (shard_file(shard), size) else None
 
