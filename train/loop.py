@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -19,7 +20,7 @@ from pipeline import config as configuration
 from pipeline.cache import CacheReader
 from pipeline.device import resolve_device, reuse_freed_memory
 from pipeline.errors import CacheError, RunError
-from train.batches import Batch, load_batch, prefetch, random_anchors
+from train.batches import AnchorChoice, Batch, load_batch, load_blocks, prefetch, random_anchors
 from train.checkpoint import save_checkpoint
 from train.config import RunConfig
 from train.draft.config import draft_config
@@ -36,20 +37,11 @@ CONFIG = "config.toml"
 EVALUATION = "evaluation.json"
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How many micro-batches and optimiser steps a run has."""
-
-    batches_per_epoch: int
-    steps_per_epoch: int
-    total_steps: int
-
-
-def plan_schedule(num_samples: int, config: RunConfig) -> Schedule:
-    """An epoch's last step may hold fewer micro-batches; the loss is normalised over what it holds."""
+def count_steps(num_samples: int, config: RunConfig) -> int:
+    """Optimiser steps of a run. An epoch's last step may hold fewer micro-batches than the others."""
     batches = -(-num_samples // config.train.batch_size)
     steps = -(-batches // config.train.gradient_accumulation_steps)
-    return Schedule(batches, steps, config.train.max_steps or config.train.epochs * steps)
+    return config.train.max_steps or config.train.epochs * steps
 
 
 def build_draft(reader: CacheReader, config: RunConfig) -> Qwen3DSparkModel:
@@ -99,34 +91,34 @@ def load_run_config(run: Path) -> RunConfig:
     return configuration.build(RunConfig, configuration.load_toml(run / CONFIG), str(run / CONFIG))
 
 
-def _micro_batches(
-    reader: CacheReader,
-    samples: np.ndarray,
-    config: RunConfig,
-    layer_ids: tuple[int, ...],
-    schedule: Schedule,
-) -> Iterator[list[Batch]]:
-    """The micro-batches of every optimiser step, read ahead."""
-    lengths = reader.lengths[samples]
-    train = config.train
+def _optimizer_steps(
+    reader: CacheReader, samples: np.ndarray, config: RunConfig, layer_ids: tuple[int, ...], total_steps: int
+) -> Iterator[tuple[Tensor, Iterator[Batch]]]:
+    """For every optimiser step, its denominator and its micro-batches, read ahead one by one.
 
-    def steps() -> Iterator[list[tuple[np.ndarray, int]]]:
-        epoch = 0
-        while True:
+    The denominator needs only masks and anchors, so a step's features are never held together.
+    """
+    lengths, train = reader.lengths[samples], config.train
+
+    def plan() -> Iterator[list[tuple[list[int], AnchorChoice]]]:
+        for epoch in itertools.count():
+            choose = random_anchors(config.draft.num_anchors, train.seed, epoch)
             batches = epoch_batches(lengths, train.batch_size, train.seed, epoch)
             for start in range(0, len(batches), train.gradient_accumulation_steps):
-                yield [(b, epoch) for b in batches[start : start + train.gradient_accumulation_steps]]
-            epoch += 1
+                members = batches[start : start + train.gradient_accumulation_steps]
+                yield [(samples[m].tolist(), choose) for m in members]
 
-    plan = [step for step, _ in zip(steps(), range(schedule.total_steps), strict=False)]
+    def job(members: list[int], choose: AnchorChoice) -> Callable[[], Batch]:
+        return lambda: load_batch(reader, members, layer_ids, choose)
 
-    def job(members: np.ndarray, epoch: int) -> Callable[[], Batch]:
-        choose = random_anchors(config.draft.num_anchors, train.seed, epoch)
-        return lambda: load_batch(reader, samples[members].tolist(), layer_ids, choose)
+    def steps() -> Iterator[list[tuple[list[int], AnchorChoice]]]:
+        return itertools.islice(plan(), total_steps)
 
-    loaded = prefetch(job(members, epoch) for step in plan for members, epoch in step)
-    for step in plan:
-        yield [next(loaded) for _ in step]
+    loaded = prefetch(job(*micro_batch) for step in steps() for micro_batch in step)
+    shape = (config.draft.block_size, config.loss.decay_gamma)
+    for step in steps():
+        weights = [load_blocks(reader, members, choose).weight(*shape) for members, choose in step]
+        yield torch.stack(weights).sum(), itertools.islice(loaded, len(step))
 
 
 class _Window:
@@ -180,7 +172,7 @@ def train(
     open_run(run, config, fresh=fresh)
     module = trainer_module(model, config)
     optimizer = build_optimizer(model, config.train)
-    schedule = plan_schedule(len(train_samples), config)
+    total_steps = count_steps(len(train_samples), config)
     target = reader.manifest.identity.target
     state = {"target_name": target.name, "target_weights": target.weights}
 
@@ -190,17 +182,14 @@ def train(
         return result
 
     layer_ids = tuple(model.config.target_layer_ids)
-    steps = _micro_batches(reader, train_samples, config, layer_ids, schedule)
+    steps = _optimizer_steps(reader, train_samples, config, layer_ids, total_steps)
     window = _Window()
     result: dict[str, Any] = {}
-    progress = tqdm(steps, total=schedule.total_steps, unit="step", desc="train")
-    for step, batches in enumerate(progress, start=1):
-        lr = learning_rate(step - 1, schedule.total_steps, config.train)
+    progress = tqdm(steps, total=total_steps, unit="step", desc="train")
+    for step, (denominator, batches) in enumerate(progress, start=1):
+        lr = learning_rate(step - 1, total_steps, config.train)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        denominator = torch.stack(
-            [b.weight(config.draft.block_size, config.loss.decay_gamma) for b in batches]
-        ).sum()
         for batch in batches:
             with autocast(place, config.train.precision):
                 metrics = module(**batch.to(place).arguments(), denominator=denominator.to(place))
@@ -211,20 +200,21 @@ def train(
             raise RunError(f"step {step}: the gradient is not finite; lower train.lr, or look at the data")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % config.train.log_every == 0 or step == schedule.total_steps:
+        if step % config.train.log_every == 0 or step == total_steps:
             line = window.line(step, lr, config)
             _append(run / METRICS, line)
             progress.set_postfix(
                 loss=f"{line['loss']:.3f}", tau=f"{line['tau']:.3f}", tok_s=f"{line['tokens_per_s']:.0f}"
             )
             window = _Window()
-        last = step == schedule.total_steps
+        last = step == total_steps
         if last or (config.train.checkpoint_every and step % config.train.checkpoint_every == 0):
             save_checkpoint(run, step, model, state)
         if len(test_samples) and (last or (config.train.eval_every and step % config.train.eval_every == 0)):
+            started = time.perf_counter()
             result = held_out_figures(step)
             progress.write(f"step {step}: held-out tau {result['tau']:.3f}, loss {result['loss']:.4f}")
-            window.start = time.perf_counter()
+            window.start += time.perf_counter() - started  # not training time
     if result:
         (run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache import CacheReader
-from train.batches import load_batch, prefetch, random_anchors, spread_anchors
+from train.batches import load_batch, load_blocks, prefetch, random_anchors, spread_anchors
 from train.config import TrainConfig
 from train.optim import learning_rate
 from train.order import epoch_batches, sequential_batches
@@ -103,6 +103,8 @@ def test_the_denominator_is_known_before_the_forward(reader: CacheReader) -> Non
                     break
                 expected += math.exp(-k / 4)
     assert batch.weight(3, 4.0).item() == pytest.approx(expected)
+    blocks = load_blocks(reader, [1, 2, 3], random_anchors(5, 0, 0))
+    assert blocks.weight(3, 4.0).item() == pytest.approx(expected)
 
 
 def test_prefetch_keeps_order_and_raises_where_due() -> None:
