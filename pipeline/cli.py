@@ -46,6 +46,12 @@ class LazyGroup(click.Group):
         except DSparkError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # disk full, no permission, ...
+            place = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {place}{error.strerror or error}", err=True)
+            ctx.exit(1)
         except click.UsageError as error:  # one line for these too, instead of click's four
             command = error.ctx.command_path if error.ctx else "dspark"
             click.echo(f"error: {error.format_message()} (see `{command} --help`)", err=True)

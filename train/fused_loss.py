@@ -111,7 +111,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 l1[chunk] = difference.abs().sum(-1)
                 sign = difference.sign_()
                 l1_weight = l1_weights[chunk][:, None].to(exact)
-                inner = torch.einsum("cv,cv->c", probs, sign)[:, None]
+                inner = (probs * sign).sum(-1, keepdim=True)  # not einsum: autocast would round it to bf16
                 # p * (l1_weight * (s - <p, s>) + ce_weight), in place
                 grad = sign.mul_(l1_weight).add_(weights - l1_weight * inner).mul_(probs)
             grad.scatter_add_(1, label, -weights)

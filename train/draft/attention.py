@@ -69,5 +69,8 @@ class DSparkAttention(nn.Module):
         values = torch.cat([self.v_proj(context), self.v_proj(block)], dim=1)
         keys = rotate(self.k_norm(self._heads(keys)).transpose(1, 2), cos, sin)  # [B, kv heads, S + N*K, D]
         values = self._heads(values).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+        # Repeated by hand: with enable_gqa and a mask, CUDA is left with the kernel that holds all scores.
+        repeats = query.shape[1] // keys.shape[1]
+        keys, values = (states.repeat_interleave(repeats, dim=1) for states in (keys, values))
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
