@@ -56,7 +56,8 @@ capture: $(STAMP)
 		$(if $(TARGET),--target $(TARGET)) $(if $(DATA),--data $(DATA)) $(if $(LAYERS),--layers $(LAYERS))
 
 train: capture
-	$(BIN)/dspark train --cache $(CACHE) --config $(CONFIG) --run $(RUN) --device $(DEVICE) --fresh
+	$(BIN)/dspark train --cache $(CACHE) --config $(CONFIG) --run $(RUN) --device $(DEVICE) \
+		$(if $(filter-out file,$(origin RUN) $(origin CONFIG)),,--fresh)
 
 evaluate: $(STAMP)
 	$(BIN)/dspark evaluate --cache $(CACHE) --run $(RUN) --device $(DEVICE)

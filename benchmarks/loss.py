@@ -8,7 +8,6 @@ Both run in one process a measurement, in turn, so that a noisy machine hits the
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -63,9 +62,15 @@ WAYS = {"definition": definition, "chunked": chunked}
 
 def _peak(way: str, queue: multiprocessing.Queue) -> None:
     x = inputs()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water()
     WAYS[way](x).backward()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    queue.put(_high_water() - before)
+
+
+def _high_water() -> int:
+    """Peak resident bytes of this process (getrusage would start from the parent's peak)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def peak_bytes(way: str) -> int:

@@ -73,6 +73,9 @@ def capture_command(
     if given <= {"cache", "device"} and (cache / MANIFEST).is_file():
         manifest = read_manifest(cache)
         if manifest.status == "complete":
+            from pipeline.cache import CacheReader
+
+            CacheReader(cache)  # a damaged one is refused here, not after the set-up of a training run
             _report(manifest, cache, reused=True)
             return
     from capture.example import EXAMPLE_DATA, example_target

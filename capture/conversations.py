@@ -161,6 +161,8 @@ def _mask_turns(
         first = int(np.argmax(stops > turn.start))  # the first that reaches into the turn
         inside = np.flatnonzero((starts < turn.content_end) & (stops > turn.start))
         ends = np.flatnonzero(is_special & (starts >= turn.content_end) & (stops <= turn.end))
+        if not len(ends) and not len(inside):
+            continue  # an empty answer without an end-of-turn token
         last = ends[0] if len(ends) else inside[-1]
         mask[first : last + 1] = 1
     return mask

@@ -3,8 +3,8 @@
 A draft accepts more when it is trained on the target's own text, so this is the step before capture
 when the conversations come from somewhere else. The example's conversations were made by it:
 
-    dspark regenerate --target .cache/smollm2-135m-instruct --data prompts.jsonl \
-        --out capture/data/example.jsonl --max-new-tokens 96 --seed 0
+    dspark regenerate --target .cache/smollm2-135m-instruct --data capture/data/example.jsonl \
+        --out example.jsonl --max-new-tokens 96 --seed 0
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from pipeline.errors import TargetError
 from pipeline.features import default_layer_ids, head_logits, validate_target_layer_ids
 
 # Mean total variation above which the captured teacher is not the target's. bf16 rounding of the
-# logits alone costs about 0.01 (DESIGN section 6); a teacher from before the final norm costs 0.3 or more.
+# logits alone costs about 0.01; a teacher from before the final norm costs 0.3 or more.
 MAX_TEACHER_TV = 0.05
 # Rows on which the teacher is proved before the first shard.
 PROOF_TOKENS = 256

@@ -126,16 +126,21 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def to_toml(config: Any) -> str:
-    """A configuration as TOML, one table deep; fields that are None are left out."""
+    """A configuration as TOML, one table deep. None is left out, or "none" where it is not the default."""
     lines = []
-    for table, values in dataclasses.asdict(config).items():
-        lines.append(f"[{table}]")
-        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
+    for table in dataclasses.fields(config):
+        lines.append(f"[{table.name}]")
+        for field in dataclasses.fields(getattr(config, table.name)):
+            value = getattr(getattr(config, table.name), field.name)
+            if value is not None or field.default is not None:
+                lines.append(f"{field.name} = {_toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
 
 
 def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'
     if isinstance(value, float):
         return repr(value)  # inf and nan are TOML, Infinity is not
     if isinstance(value, list | tuple):

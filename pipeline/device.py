@@ -25,7 +25,7 @@ def reuse_freed_memory() -> None:
     """Let glibc keep freed memory for the next allocation instead of giving it back to the kernel.
 
     On a CPU every large temporary is otherwise mapped afresh and faulted in page by page, step after
-    step: a training step of the example took 1.3 to 1.7 times as long (benchmarks/loss.py shows it too).
+    step, which was a good quarter of a training step of the example.
     The process keeps its peak memory until it ends. Does nothing where the C library has no mallopt.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # from glibc's malloc.h

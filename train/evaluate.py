@@ -45,6 +45,8 @@ def evaluate(
     Anchors are evenly spread over each sample's candidates, so the figures are the same every time.
     """
     samples = np.asarray(samples)
+    if not len(samples):
+        raise ConfigError("nothing was held out (train.held_out = 0), so there is nothing to evaluate on")
     model = module.draft_model
     layer_ids = tuple(model.config.target_layer_ids)
     choose = spread_anchors(config.train.eval_anchors)

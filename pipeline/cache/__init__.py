@@ -1,4 +1,4 @@
-"""The cache on disk: see FORMAT.md for the bytes, DESIGN's words for the shapes."""
+"""The cache on disk: see FORMAT.md for the bytes."""
 
 from pipeline.cache.index import (
     SampleFacts,

@@ -167,7 +167,10 @@ class CacheWriter:
         missing = [i for i, record in enumerate(shards) if record is None]
         if missing:
             raise CacheError(f"{self.path}: shard {missing[0]} is not written yet; run the capture again")
-        others = [self.path / INDEX, *sorted(p for p in (self.path / "target").iterdir() if p.is_file())]
+        others = [
+            self.path / INDEX,
+            *sorted(p for p in (self.path / "target").iterdir() if p.is_file() and p.name[0] != "."),
+        ]
         records = [
             FileRecord(
                 file=path.relative_to(self.path).as_posix(),

@@ -233,3 +233,13 @@ def test_shipped_configs_are_valid(name: str) -> None:
 
     path = Path(__file__).parents[2] / "configs" / f"{name}.toml"
     config.build(RunConfig, config.load_toml(path), str(path))
+
+
+def test_a_run_remembers_settings_that_are_none() -> None:
+    import tomllib
+
+    from pipeline import config
+    from train.config import LossConfig, RunConfig
+
+    wanted = RunConfig(loss=LossConfig(decay_gamma=None))
+    assert config.build(RunConfig, tomllib.loads(config.to_toml(wanted))) == wanted

@@ -173,6 +173,8 @@ class Qwen3DSparkModel(PreTrainedModel):
             )
         seq_len = input_ids.shape[1]
         input_ids = input_ids.long()
+        if (anchor_positions is None) != (block_keep_mask is None):
+            raise ValueError("anchor_positions and block_keep_mask go together: give both or neither")
         if anchor_positions is None or block_keep_mask is None:
             anchor_positions, block_keep_mask = sample_anchor_positions(
                 seq_len, loss_mask, self.config.num_anchors, input_ids.device
