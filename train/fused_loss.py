@@ -52,6 +52,10 @@ def vocabulary_loss(
         The sum, which alone carries a gradient (into hidden, latent, head and markov_w2); and each
         slot's cross entropy `[M]` and L1 `[M]`, zero without a teacher.
     """
+    if not torch.is_grad_enabled():  # a Function sees requires_grad even then, and would do the work
+        hidden, head = hidden.detach(), head.detach()
+        latent = None if latent is None else latent.detach()
+        markov_w2 = None if markov_w2 is None else markov_w2.detach()
     return _VocabularyLoss.apply(
         hidden, latent, head, markov_w2, labels, teacher_hidden, which, ce_weights, l1_weights, softcap
     )
