@@ -37,7 +37,7 @@ _AT_LEAST_1, _AT_LEAST_2 = click.IntRange(min=1), click.IntRange(min=2)
 @click.option(
     "--batch-tokens", type=_AT_LEAST_2, default=4096, show_default=True, help="Tokens of a forward."
 )
-@click.option("--shard-tokens", type=_AT_LEAST_2, default=16384, show_default=True, help="Tokens of a shard.")
+@click.option("--shard-tokens", type=_AT_LEAST_2, default=32768, show_default=True, help="Tokens of a shard.")
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
 @click.option(
     "--dtype",
@@ -75,7 +75,9 @@ def capture_command(
         if manifest.status == "complete":
             from pipeline.cache import CacheReader
 
-            CacheReader(cache)  # a damaged one is refused here, not after the set-up of a training run
+            CacheReader(
+                cache
+            ).check_shards()  # a damaged one is refused here, not after the set-up of a training run
             _report(manifest, cache, reused=True)
             return
     from capture.example import EXAMPLE_DATA, example_target
@@ -128,6 +130,13 @@ def _report(manifest, cache: Path, *, reused: bool) -> None:
 )
 @click.option(
     "--top-k", type=_AT_LEAST_1, default=50, show_default=True, help="Sample from the k likeliest tokens."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample from the likeliest tokens that make up this share.",
 )
 @click.option(
     "--batch-size", type=_AT_LEAST_1, default=64, show_default=True, help="Conversations of one batch."

@@ -110,6 +110,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}: expected a list, got {show(value)}")
+        if set(map(type, value)) <= {args[0]}:  # a plain column, which may have a hundred thousand entries
+            return tuple(value)
         return tuple(_convert(args[0], item, where) for item in value)
     if origin is dict:
         if not isinstance(value, dict):

@@ -46,7 +46,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def publish(path: Path, write: Callable[[Path], None]) -> tuple[int, str]:
+def publish(path: Path, write: Callable[[Path], object]) -> tuple[int, str]:
     """Let `write` fill a temporary file, flush it, hash it and rename it to `path`.
 
     Returns the file's size in bytes and its SHA-256. On any error the temporary file is removed and
@@ -70,4 +70,4 @@ def publish(path: Path, write: Callable[[Path], None]) -> tuple[int, str]:
 
 def publish_bytes(path: Path, data: bytes) -> tuple[int, str]:
     """`publish` for bytes that are already in memory."""
-    return publish(path, lambda partial: partial.write_bytes(data) and None)
+    return publish(path, lambda partial: partial.write_bytes(data))

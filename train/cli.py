@@ -55,6 +55,7 @@ def evaluate_command(cache: Path, run: Path, device: str, as_json: bool) -> None
     config = load_run_config(run)
     place = resolve_device(device)
     reader = CacheReader(cache)
+    reader.check_shards()
     model, state = load_checkpoint(run, reader)
     reader.require_layers(model.config.target_layer_ids)
     _, test_samples = split(reader, config.train.held_out)

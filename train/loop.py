@@ -167,6 +167,7 @@ def train(
     if place.type == "cpu":
         reuse_freed_memory()
     reader = CacheReader(cache)
+    reader.check_shards()
     train_samples, test_samples = split(reader, config.train.held_out)
     model = build_draft(reader, config).to(place)
     open_run(run, config, fresh=fresh)

@@ -22,5 +22,5 @@ def verify_command(cache: Path) -> None:
     for name in bad:
         click.echo(f"damaged: {cache / name}")
     if bad:
-        raise CacheError(f"{len(bad)} of {len(reader.manifest.files)} files are damaged: capture them again")
-    click.echo(f"{cache}: {len(reader.manifest.files)} files, {reader.manifest.num_bytes:,} bytes, all good")
+        raise CacheError(f"{len(bad)} of {reader.manifest.num_files} files are damaged: capture them again")
+    click.echo(f"{cache}: {reader.manifest.num_files} files, {reader.manifest.num_bytes:,} bytes, all good")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache.manifest import ShardPlan
+from pipeline.cache.manifest import Plan
 from pipeline.errors import CacheError
 
 SCHEMA = pa.schema(
@@ -72,12 +72,10 @@ def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[range]:
     return shards
 
 
-def build_index(
-    facts: Sequence[SampleFacts], shards: Sequence[range]
-) -> tuple[pa.Table, tuple[ShardPlan, ...]]:
+def build_index(facts: Sequence[SampleFacts], shards: Sequence[range]) -> tuple[pa.Table, Plan]:
     """The index table and the manifest's plan for samples laid out in `shards`."""
     columns: dict[str, list] = {name: [] for name in SCHEMA.names}
-    plan = []
+    plan: dict[str, list[int]] = {"samples": [], "tokens": [], "last_rows": []}
     for shard, members in enumerate(shards):
         tokens = last_rows = 0
         for i in members:
@@ -87,8 +85,9 @@ def build_index(
                 columns[name].append(value)
             tokens += fact.length
             last_rows += fact.last_rows
-        plan.append(ShardPlan(samples=len(members), tokens=tokens, last_rows=last_rows))
-    return pa.table(columns, schema=SCHEMA), tuple(plan)
+        for name, total in zip(plan, (len(members), tokens, last_rows), strict=True):
+            plan[name].append(total)
+    return pa.table(columns, schema=SCHEMA), Plan(**{name: tuple(totals) for name, totals in plan.items()})
 
 
 def index_bytes(table: pa.Table) -> bytes:
@@ -99,13 +98,13 @@ def index_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def open_index(path: Path, plan: Sequence[ShardPlan]) -> pa.Table:
+def open_index(path: Path, plan: Plan) -> pa.Table:
     """Map an index file and check it against the plan.
 
     Raises:
         CacheError: missing, unreadable, of another schema, or pointing outside the shards.
     """
-    num_samples = sum(shard.samples for shard in plan)
+    num_samples = sum(plan.samples)
     try:
         with pa.memory_map(str(path)) as mapped:
             whole = mapped.read_buffer()
@@ -138,14 +137,14 @@ def _lies_in(whole: pa.Buffer, column: pa.ChunkedArray) -> bool:
     return all(whole.address <= b.address and b.address + b.size <= end for b in buffers if b.size)
 
 
-def _matches(table: pa.Table, plan: Sequence[ShardPlan]) -> bool:
+def _matches(table: pa.Table, plan: Plan) -> bool:
     """Whether samples tile every shard exactly: in order, without gap or overlap."""
     shard, start, length, last_start, last_rows, candidates = (
         table[name].to_numpy().astype(np.int64) for name in SCHEMA.names[2:]
     )
-    if len(shard) != sum(p.samples for p in plan):
+    if len(shard) != sum(plan.samples):
         return False
-    samples = np.array([p.samples for p in plan], dtype=np.int64)
+    samples = np.array(plan.samples, dtype=np.int64)
     if (table["source_row"].to_numpy() < 0).any() or not np.array_equal(
         shard, np.repeat(np.arange(len(plan)), samples)
     ):
@@ -156,7 +155,7 @@ def _matches(table: pa.Table, plan: Sequence[ShardPlan]) -> bool:
         return False
     first = np.cumsum(samples) - samples  # each shard's first sample
 
-    def tiles(starts: np.ndarray, sizes: np.ndarray, totals: list[int]) -> bool:
+    def tiles(starts: np.ndarray, sizes: np.ndarray, totals: Sequence[int]) -> bool:
         ends = np.cumsum(sizes)
         base = np.repeat((ends - sizes)[first], samples)
         sums = np.add.reduceat(sizes, first) if len(first) else np.zeros(0, dtype=np.int64)
@@ -164,6 +163,4 @@ def _matches(table: pa.Table, plan: Sequence[ShardPlan]) -> bool:
 
     if not len(plan):
         return True
-    return tiles(start, length, [p.tokens for p in plan]) and tiles(
-        last_start, last_rows, [p.last_rows for p in plan]
-    )
+    return tiles(start, length, plan.tokens) and tiles(last_start, last_rows, plan.last_rows)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +24,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "samples.arrow"
 FROZEN = "target/frozen.safetensors"
-# A manifest lists a few hundred bytes a shard: a million shards stay below this.
+# A manifest lists about a hundred bytes a shard: five million shards stay below this.
 MAX_MANIFEST_BYTES = 512 * 2**20
 MAX_COUNT = 2**48  # no real size comes near it, and sums of many still fit 64 bits
 
@@ -109,12 +111,44 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What every shard will hold, a column a quantity, so that a hundred thousand shards open in no time.
+
+    `len(plan)` is the number of shards, `plan[shard]` one shard's row.
+    """
+
+    samples: tuple[int, ...]
+    tokens: tuple[int, ...]
+    last_rows: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.samples) == len(self.tokens) == len(self.last_rows):
+            raise ConfigError("its columns differ in length")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, shard: int) -> ShardPlan:
+        return ShardPlan(
+            samples=self.samples[shard], tokens=self.tokens[shard], last_rows=self.last_rows[shard]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileRecord:
     """A finished file."""
 
     file: str
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFiles:
+    """The finished shards' files, in order; their names follow from their numbers."""
+
+    bytes: tuple[int, ...] = ()
+    sha256: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,31 +162,52 @@ class Manifest:
     identity: Identity
     rows: dict[str, int]
     """Where every row of the source went: read, captured, and dropped by reason."""
-    plan: tuple[ShardPlan, ...]
+    plan: Plan
     fidelity: dict[str, float]
     """How well the stored states reproduce the target; measured during capture."""
+    shards: ShardFiles = ShardFiles()
+    """The shards; empty until the cache is complete."""
     files: tuple[FileRecord, ...] = ()
     """Every other file of the cache; empty until it is complete."""
 
     @property
     def num_samples(self) -> int:
-        return sum(shard.samples for shard in self.plan)
+        return sum(self.plan.samples)
 
     @property
     def num_tokens(self) -> int:
-        return sum(shard.tokens for shard in self.plan)
+        return sum(self.plan.tokens)
 
     @property
     def num_last_rows(self) -> int:
-        return sum(shard.last_rows for shard in self.plan)
+        return sum(self.plan.last_rows)
+
+    @property
+    def num_files(self) -> int:
+        return len(self.shards.bytes) + len(self.files)
 
     @property
     def num_bytes(self) -> int:
-        return sum(record.bytes for record in self.files)
+        return sum(self.shards.bytes) + sum(record.bytes for record in self.files)
+
+    def all_files(self) -> Iterator[FileRecord]:
+        """Every file of a complete cache but the manifest: the shards in order, then the others."""
+        for shard, (size, digest) in enumerate(zip(self.shards.bytes, self.shards.sha256, strict=True)):
+            yield FileRecord(file=shard_file(shard), bytes=size, sha256=digest)
+        yield from self.files
 
     def to_json(self) -> bytes:
         """Canonical bytes: the same manifest always gives the same file."""
-        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        return (_dumps(dataclasses.asdict(self)) + "\n").encode()
+
+
+def _dumps(value: Any, indent: str = "") -> str:
+    """JSON with objects a key a line, sorted, and every list on one line, however long."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, sort_keys=True)
+    inner = indent + " "
+    lines = [f"{inner}{json.dumps(key)}: {_dumps(value[key], inner)}" for key in sorted(value)]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def read_manifest(cache: Path) -> Manifest:
@@ -196,9 +251,11 @@ def read_manifest(cache: Path) -> Manifest:
 def _check(manifest: Manifest, path: Path) -> None:
     target, features = manifest.identity.target, manifest.identity.features
     sizes = [target.hidden_size, target.num_layers, target.vocab_size]
-    sizes += [n for shard in manifest.plan for n in (shard.samples, shard.tokens, shard.last_rows)]
     sizes += [record.bytes for record in manifest.files]
-    if not all(1 <= size <= MAX_COUNT for size in sizes) or manifest.num_tokens > MAX_COUNT:
+    plan, shards = manifest.plan, manifest.shards
+    for column in (sizes, plan.samples, plan.tokens, plan.last_rows, shards.bytes):
+        sizes = [*sizes, *([min(column), max(column)] if column else [])]
+    if min(sizes) < 1 or max(sizes) > MAX_COUNT or manifest.num_tokens > MAX_COUNT:
         raise CacheError(f"{path} is damaged (a size outside 1 to 2^48): capture again")
     try:
         validate_target_layer_ids(features.layer_ids, target.num_layers)
@@ -207,8 +264,12 @@ def _check(manifest: Manifest, path: Path) -> None:
     for label in (target.name, manifest.identity.data.source):
         if label.startswith(("/", "\\", "~")) or label[1:2] == ":":
             raise CacheError(f"{path} is damaged (it holds an absolute path): capture again")
+    if not all(map(_is_sha256, [*shards.sha256, *(record.sha256 for record in manifest.files)])):
+        raise CacheError(f"{path} is damaged (a hash that is no SHA-256): capture again")
     if manifest.status == "complete":
-        expected = {MANIFEST, INDEX, FROZEN, *(shard_file(i) for i in range(len(manifest.plan)))}
+        if not len(shards.bytes) == len(shards.sha256) == len(plan):
+            raise CacheError(f"{path} is damaged (its shards are not those of its plan): capture again")
+        expected = {MANIFEST, INDEX, FROZEN}
         listed = {record.file for record in manifest.files} | {MANIFEST}
         if len(listed) != len(manifest.files) + 1:
             raise CacheError(f"{path} is damaged (its file table names a file twice): capture again")
@@ -218,6 +279,9 @@ def _check(manifest: Manifest, path: Path) -> None:
             raise CacheError(
                 f"{path} is damaged (its file table is wrong about {config.show(wrong[0])}): capture again"
             )
+
+
+_is_sha256 = re.compile("[0-9a-f]{64}").fullmatch
 
 
 def _is_target_file(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,8 +45,9 @@ class CachedSample:
 class CacheReader:
     """Read access to a complete cache.
 
-    Opening reads the manifest, maps the index and checks every file's size; no shard is touched.
-    Shards are mapped when first read. Nothing is ever written.
+    Opening reads the manifest, maps the index and checks the other small files; no shard is touched, and
+    the time does not depend on what they hold. A shard is checked and mapped when first read; to check all
+    of them first, call `check_shards`. Nothing is ever written.
 
     Args:
         path: the cache directory.
@@ -69,7 +70,7 @@ class CacheReader:
         self.hidden_size: int = self.manifest.identity.target.hidden_size
         self._context_codec = get_codec(features.context_codec)
         self._last_codec = get_codec(features.last_codec)
-        self._check_sizes()
+        self._check_files()
         table = open_index(self.path / INDEX, self.manifest.plan)
         ids = table["sample_id"].combine_chunks()
         self.sample_ids = np.frombuffer(ids.buffers()[1], dtype=np.uint8).reshape(-1, 16)[: len(ids)]
@@ -79,32 +80,41 @@ class CacheReader:
         )
         self._map = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._map_shard)
 
-    def _check_sizes(self) -> None:
-        """Every listed file is there, is a plain file, and has the size the manifest says."""
-        expected = {record.file: record.bytes for record in self.manifest.files}
-        found: dict[str, int] = {}
-        for folder in ("", "target", "shards"):
+    def _check_files(self) -> None:
+        """The folders are folders, the files beside the shards are as listed, and no weights lie there."""
+        for folder in ("target", "shards"):
             if (self.path / folder).is_symlink() or not (self.path / folder).is_dir():
-                if folder:
-                    raise CacheError(f"{self.path / folder} is not a directory: the cache is damaged")
-                continue
-            with os.scandir(self.path / folder) as entries:
-                for entry in entries:
-                    if entry.is_file(follow_symlinks=False):
-                        name = f"{folder}/{entry.name}" if folder else entry.name
-                        found[name] = entry.stat(follow_symlinks=False).st_size
-        for name in found:
-            folder, _, rest = name.partition("/")
-            if folder == "target" and name != FROZEN and is_weights(rest):
-                raise CacheError(
-                    f"{self.path / name} does not belong there: a cache holds no target; remove it"
-                )
-        for name, size in expected.items():
-            if found.get(name) != size:
-                got = "it is missing or not a plain file" if name not in found else f"it has {found[name]}"
-                raise CacheError(
-                    f"{self.path / name} is damaged: expected {size} bytes, {got}; capture again"
-                )
+                raise CacheError(f"{self.path / folder} is not a directory: the cache is damaged")
+        for path in (self.path / "target").iterdir():
+            name = f"target/{path.name}"
+            if name != FROZEN and is_weights(path.name) and path.is_file() and not path.is_symlink():
+                raise CacheError(f"{path} does not belong there: a cache holds no target; remove it")
+        for record in self.manifest.files:
+            self._check_size(record.file, record.bytes)
+
+    def check_shards(self) -> None:
+        """Check that every shard is there and has its size, so that no run stops half way for want of one.
+
+        Asks the filesystem once a shard: seconds for the largest caches, which is why opening does not.
+
+        Raises:
+            CacheError: naming the first that is missing or has another size.
+        """
+        for shard, size in enumerate(self.manifest.shards.bytes):
+            self._check_size(shard_file(shard), size)
+
+    def _check_size(self, name: str, size: int) -> None:
+        try:
+            found = (self.path / name).lstat()
+        except OSError:
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode):
+            got = "it is missing or not a plain file"
+        elif found.st_size != size:
+            got = f"it has {found.st_size}"
+        else:
+            return
+        raise CacheError(f"{self.path / name} is damaged: expected {size} bytes, {got}; capture again")
 
     def __len__(self) -> int:
         return len(self._shard)
@@ -124,6 +134,7 @@ class CacheReader:
         return tuple(layer_ids)
 
     def _map_shard(self, shard: int) -> dict[str, Tensor]:
+        self._check_size(shard_file(shard), self.manifest.shards.bytes[shard])
         specs = shard_specs(self.manifest.identity, self.manifest.plan[shard])
         return map_shard(self.path / shard_file(shard), specs)
 
@@ -217,7 +228,7 @@ class CacheReader:
     def verify(self, progress: Callable[[int], None] = lambda _bytes: None) -> list[str]:
         """Re-hash every file and return the names of those that differ from the manifest."""
         bad = []
-        for record in self.manifest.files:
+        for record in self.manifest.all_files():
             try:
                 good = files.sha256_file(self.path / record.file) == record.sha256
             except OSError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +25,8 @@ from pipeline.cache.manifest import (
     FileRecord,
     Identity,
     Manifest,
-    ShardPlan,
+    Plan,
+    ShardFiles,
     differing_fields,
     read_manifest,
     shard_file,
@@ -54,11 +54,12 @@ class CacheWriter:
         self,
         path: Path,
         identity: Identity,
-        plan: tuple[ShardPlan, ...],
+        plan: Plan,
         index: pa.Table,
         rows: dict[str, int],
     ):
         self.path = path
+        self._target: list[FileRecord] = []
         self.manifest = Manifest(
             created_by=f"dspark-pipeline {__version__}", identity=identity, rows=rows, plan=plan, fidelity={}
         )
@@ -90,15 +91,17 @@ class CacheWriter:
             path = self.path / name
             return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
 
-        return {record.file for record in manifest.files if size(record.file) != record.bytes}
+        return {record.file for record in manifest.all_files() if size(record.file) != record.bytes}
 
     def _reopen(self, found: Manifest, damaged: set[str]) -> None:
         """Turn a complete but damaged cache back into an incomplete one that keeps its good shards."""
-        self.manifest = dataclasses.replace(found, status="incomplete", fidelity={}, files=())
+        self.manifest = dataclasses.replace(
+            found, status="incomplete", fidelity={}, shards=ShardFiles(), files=()
+        )
         (self.path / "progress").mkdir(exist_ok=True)
-        for record in found.files:
-            if record.file.startswith("shards/") and record.file not in damaged:
-                self._write_progress(int(Path(record.file).stem), record)
+        for shard, record in zip(range(len(found.plan)), found.all_files(), strict=False):
+            if record.file not in damaged:
+                self._write_progress(shard, record)
         for name in damaged:
             (self.path / name).unlink(missing_ok=True)
         write_manifest(self.path, self.manifest)
@@ -119,7 +122,8 @@ class CacheWriter:
             (self.path / folder).mkdir(exist_ok=True)
             files.remove_partials(self.path / folder)
         files.remove_partials(self.path)
-        files.publish_bytes(self.path / INDEX, index_bytes(index))
+        size, digest = files.publish_bytes(self.path / INDEX, index_bytes(index))
+        self._index = FileRecord(file=INDEX, bytes=size, sha256=digest)
 
     @property
     def complete(self) -> bool:
@@ -156,34 +160,34 @@ class CacheWriter:
         data = json.dumps(dataclasses.asdict(record)).encode()
         files.publish_bytes(self._progress_file(shard), data)
 
-    def write_target(self, fill: Callable[[Path], None], frozen: dict[str, Tensor]) -> None:
-        """Write `target/`: `fill` saves config and tokenizer there; `frozen` are embedding and head."""
-        fill(self.path / "target")
-        files.publish(self.path / FROZEN, lambda partial: save_file(frozen, str(partial)))
+    def write_target(self, others: dict[str, bytes], frozen: dict[str, Tensor]) -> None:
+        """Write `target/`: config and tokenizer files by name, and the frozen embedding and head."""
+
+        def record(name: str, published: tuple[int, str]) -> FileRecord:
+            return FileRecord(file=name, bytes=published[0], sha256=published[1])
+
+        self._target = [
+            record(f"target/{name}", files.publish_bytes(self.path / "target" / name, others[name]))
+            for name in sorted(others)
+        ]
+        weights = files.publish(self.path / FROZEN, lambda partial: save_file(frozen, str(partial)))
+        self._target.append(record(FROZEN, weights))
 
     def finalise(self, fidelity: dict[str, float]) -> Manifest:
         """Publish the complete manifest. Every shard and `target/` must have been written."""
-        shards = [self._record(shard) for shard in range(len(self.manifest.plan))]
-        missing = [i for i, record in enumerate(shards) if record is None]
-        if missing:
-            raise CacheError(f"{self.path}: shard {missing[0]} is not written yet; run the capture again")
-        others = [
-            self.path / INDEX,
-            *sorted(p for p in (self.path / "target").iterdir() if p.is_file() and p.name[0] != "."),
-        ]
-        records = [
-            FileRecord(
-                file=path.relative_to(self.path).as_posix(),
-                bytes=path.stat().st_size,
-                sha256=files.sha256_file(path),
-            )
-            for path in others
-        ]
+        shards = []
+        for shard in range(len(self.manifest.plan)):
+            record = self._record(shard)
+            if record is None:
+                raise CacheError(f"{self.path}: shard {shard} is not written yet; run the capture again")
+            shards.append(record)
+        assert self._target, "write_target comes first"
         self.manifest = dataclasses.replace(
             self.manifest,
             status="complete",
             fidelity=fidelity,
-            files=tuple(sorted([*records, *(r for r in shards if r)], key=lambda record: record.file)),
+            shards=ShardFiles(bytes=tuple(r.bytes for r in shards), sha256=tuple(r.sha256 for r in shards)),
+            files=(self._index, *self._target),
         )
         write_manifest(self.path, self.manifest)
         shutil.rmtree(self.path / "progress", ignore_errors=True)

@@ -83,7 +83,7 @@ def test_a_killed_capture_continues_to_the_same_bytes(tmp_path, target_dir):
     assert first.stat().st_mtime_ns == stamp, "a finished shard was captured again"
     run_ok(*arguments(target_dir, data, whole, **small))
     ours, theirs = tree(killed), tree(whole)
-    listed = {record.file for record in read_manifest(whole).files} | {"manifest.json"}
+    listed = {record.file for record in read_manifest(whole).all_files()} | {"manifest.json"}
     assert listed == set(theirs)
     assert {name: ours[name] for name in listed} == theirs
 
@@ -121,7 +121,7 @@ def test_killed_in_the_middle_of_a_file_leaves_nothing_behind(
     )
     assert result.returncode == -signal.SIGKILL, result.stderr.decode()
     run_ok(*command)
-    CacheReader(cache)
+    CacheReader(cache).check_shards()
     assert sorted(tree(cache)) == sorted(tree(cache_dir))
     assert tree(cache) == tree(cache_dir)
 
@@ -130,13 +130,25 @@ def test_a_damaged_progress_record_or_shard_is_captured_again(tmp_path, target_d
     cache = tmp_path / "cache"
     shutil.copytree(cache_dir, cache)
     manifest = json.loads((cache / "manifest.json").read_text())
-    records = [r for r in manifest["files"] if r["file"].startswith("shards/")]
+    table = zip(manifest["shards"]["bytes"], manifest["shards"]["sha256"], strict=True)
+    records = [
+        {"file": f"shards/{number:05d}.safetensors", "bytes": size, "sha256": digest}
+        for number, (size, digest) in enumerate(table)
+    ]
     assert len(records) >= 3
     (cache / "progress").mkdir()
     for number, record in enumerate(records):
         (cache / "progress" / f"{number:05d}.json").write_text(json.dumps(record))
     (cache / "manifest.json").write_text(
-        json.dumps({**manifest, "status": "incomplete", "files": [], "fidelity": {}})
+        json.dumps(
+            {
+                **manifest,
+                "status": "incomplete",
+                "files": [],
+                "fidelity": {},
+                "shards": {"bytes": [], "sha256": []},
+            }
+        )
     )
     (cache / "progress" / "00000.json").write_text('{"file": "shards/0')
     os.truncate(cache / records[1]["file"], 100)

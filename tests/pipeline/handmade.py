@@ -197,11 +197,9 @@ def hand_manifest() -> dict[str, Any]:
             "batch_tokens": 32,
         },
         "rows": {"read": 4, "captured": 3, "no candidate": 1},
-        "plan": [
-            {"samples": 2, "tokens": 9, "last_rows": 5},
-            {"samples": 1, "tokens": 2, "last_rows": 1},
-        ],
+        "plan": {"samples": [2, 1], "tokens": [9, 2], "last_rows": [5, 1]},
         "fidelity": {"teacher_tv_mean": 0.001, "teacher_tv_max": 0.01, "teacher_tv_rows": 3.0},
+        "shards": {"bytes": [], "sha256": []},
         "files": [],
     }
 
@@ -236,15 +234,20 @@ class HandCache:
         """Write the cache; the file table says what was written, however bent it is."""
         index = pa.table(self.columns, schema=SCHEMA)
         data = {"samples.arrow": self.edit_index(index), "target/frozen.safetensors": self.frozen.pack()}
-        data |= {f"shards/{i:05d}.safetensors": shard.pack() for i, shard in enumerate(self.shards)}
         data |= self.others
+        shards = [shard.pack() for shard in self.shards]
         manifest = copy.deepcopy(self.manifest)
+        manifest["shards"] = {
+            "bytes": [len(content) for content in shards],
+            "sha256": [hashlib.sha256(content).hexdigest() for content in shards],
+        }
         manifest["files"] = [
             {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in sorted(data.items())
         ]
         for folder in ("target", "shards"):
             (path / folder).mkdir(parents=True, exist_ok=True)
+        data |= {f"shards/{i:05d}.safetensors": content for i, content in enumerate(shards)}
         for name, content in data.items():
             (path / name).write_bytes(content)
         text = json.dumps(self.edit_manifest(manifest)).encode()

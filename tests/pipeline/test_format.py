@@ -182,16 +182,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     index, plan = build_index(facts, plan_shards([5, 4, 2], 9))
     manifest = hand_manifest()
     writer = CacheWriter(path, build(Identity, manifest["identity"]), plan, index, manifest["rows"])
-
-    def fill(folder: Path) -> None:
-        (folder / "config.json").write_bytes(b'{"model_type": "llama"}')
-        (folder / "tokenizer.json").write_bytes(b"{}")
-
+    others = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}"}
     frozen = {
         "embed_tokens.weight": torch.tensor(embed_rows()).bfloat16(),
         "lm_head.weight": torch.tensor(head_rows()).bfloat16(),
     }
-    writer.write_target(fill, frozen)
+    writer.write_target(others, frozen)
     for shard, members in enumerate(SHARDS):
         tensors = {
             "input_ids": torch.tensor([t for i in members for t in TOKENS[i]], dtype=torch.int32),
@@ -262,13 +258,18 @@ def test_the_written_index_is_not_compressed(written):
 
 def test_the_written_manifest_says_what_the_hand_says(written):
     ours, theirs = hand_manifest(), json.loads((written / "manifest.json").read_text(encoding="utf-8"))
-    files = theirs.pop("files")
+    files, shards = theirs.pop("files"), theirs.pop("shards")
     theirs.pop("created_by")
-    for key in ("files", "created_by"):
+    for key in ("files", "shards", "created_by"):
         ours.pop(key)
     assert theirs == ours
     on_disk = {p.relative_to(written).as_posix() for p in written.rglob("*") if p.is_file()}
-    assert {f["file"] for f in files} == on_disk - {"manifest.json"}
+    named = [f"shards/{i:05d}.safetensors" for i in range(len(shards["bytes"]))]
+    assert {f["file"] for f in files} == on_disk - {"manifest.json", *named}
+    assert set(named) <= on_disk
+    for name, size, digest in zip(named, shards["bytes"], shards["sha256"], strict=True):
+        data = (written / name).read_bytes()
+        assert (size, digest) == (len(data), hashlib.sha256(data).hexdigest())
     for record in files:
         data = (written / record["file"]).read_bytes()
         assert record.keys() == {"file", "bytes", "sha256"}

@@ -144,13 +144,14 @@ OVERFLOW = """
 import sys
 from pathlib import Path
 from pipeline.cache.index import open_index
-from pipeline.cache.manifest import ShardPlan
+from pipeline.cache.manifest import Plan
 from pipeline.errors import CacheError
-good = [ShardPlan(samples=2, tokens=9, last_rows=5), ShardPlan(samples=1, tokens=2, last_rows=1)]
+good = Plan(samples=(2, 1), tokens=(9, 2), last_rows=(5, 1))
 assert len(open_index(Path(sys.argv[1]), good)) == 3
-huge = ShardPlan(samples=2**48, tokens=2**48, last_rows=2**48)
+huge = (2**48,) * 2**16
+bad = Plan(samples=good.samples + huge, tokens=good.tokens + huge, last_rows=good.last_rows + huge)
 try:
-    open_index(Path(sys.argv[1]), [*good, *[huge] * 2**16])
+    open_index(Path(sys.argv[1]), bad)
 except CacheError as error:
     print("refused:", error)
 """

@@ -75,6 +75,12 @@ def twice(manifest: dict) -> dict:
     return {**manifest, "files": [wrong, *manifest["files"]]}
 
 
+def edit_plan(cache: HandCache, edit: Callable[[list], object]) -> None:
+    """The same change to every column of the plan."""
+    for column in cache.manifest["plan"].values():
+        edit(column)
+
+
 MANIFEST_BENDS: dict[str, Bend] = {
     "empty": manifest_text(lambda t: b""),
     "not JSON": manifest_text(lambda t: b"\x80\x04\x95"),
@@ -106,7 +112,8 @@ MANIFEST_BENDS: dict[str, Bend] = {
     "unknown key": put("surprise", 1),
     "unknown key in the identity": put("identity.surprise", 1),
     "unknown key in the target": put("identity.target.surprise", 1),
-    "unknown key in a shard's plan": put("plan.0.surprise", 1),
+    "unknown key in the plan": put("plan.surprise", [1, 1]),
+    "unknown key in the shard table": put("shards.surprise", [1, 1]),
     "unknown key in a file record": put("files.0.surprise", 1),
     "unknown key of a megabyte": put("x" * 2**20, 1),
     "missing identity": drop("identity"),
@@ -136,18 +143,36 @@ MANIFEST_BENDS: dict[str, Bend] = {
     "no layers in the target": put("identity.target.num_layers", 0),
     "tied is a number": put("identity.target.tied_embeddings", 0),
     "tied although there is a head": put("identity.target.tied_embeddings", True),
-    "plan is a table": put("plan", {"0": 1}),
-    "plan with a shard too few": lambda c: c.manifest["plan"].pop() and None,
-    "plan with a shard too many": lambda c: c.manifest["plan"].append(dict(c.manifest["plan"][1])),
-    "plan tokens 0": put("plan.0.tokens", 0),
-    "plan tokens negative": put("plan.0.tokens", -9),
-    "plan tokens huge": put("plan.0.tokens", 2**48),
-    "plan tokens absurd": put("plan.0.tokens", 2**80),
-    "plan samples 0": put("plan.0.samples", 0),
-    "plan samples huge": put("plan.0.samples", 2**48),
-    "plan samples a boolean": put("plan.1.samples", True),
-    "plan label rows negative": put("plan.0.last_rows", -1),
-    "plan label rows other than the index's": put("plan.0.last_rows", 6),
+    "plan is a list": put("plan", [{"samples": 2, "tokens": 9, "last_rows": 5}]),
+    "plan with a shard too few": lambda c: edit_plan(c, lambda column: column.pop()),
+    "plan with a shard too many": lambda c: edit_plan(c, lambda column: column.append(column[1])),
+    "plan with columns of different length": lambda c: c.manifest["plan"]["tokens"].append(2),
+    "plan without a column": drop("plan.tokens"),
+    "plan column a number": put("plan.tokens", 9),
+    "plan tokens 0": put("plan.tokens.0", 0),
+    "plan tokens negative": put("plan.tokens.0", -9),
+    "plan tokens huge": put("plan.tokens.0", 2**48),
+    "plan tokens absurd": put("plan.tokens.0", 2**80),
+    "plan tokens a float": put("plan.tokens.0", 9.0),
+    "plan samples 0": put("plan.samples.0", 0),
+    "plan samples huge": put("plan.samples.0", 2**48),
+    "plan samples a boolean": put("plan.samples.1", True),
+    "plan label rows negative": put("plan.last_rows.0", -1),
+    "plan label rows other than the index's": put("plan.last_rows.0", 6),
+    "shard size 0": put("shards.bytes.0", 0),
+    "shard size negative": put("shards.bytes.0", -1),
+    "shard size huge": put("shards.bytes.0", 2**80),
+    "shard size other than the file's": put("shards.bytes.0", 3),
+    "shard size a float": put("shards.bytes.0", 3.0),
+    "shard hash too short": put("shards.sha256.0", "ab"),
+    "shard hash in upper case": put("shards.sha256.0", "AB" * 32),
+    "shard hash with a line break": put("shards.sha256.1", "ab" * 32 + "\n"),
+    "shard hash a number": put("shards.sha256.0", 7),
+    "a shard without a hash": put("shards.sha256", ["ab" * 32]),
+    "a shard without a size": put("shards.bytes", [3]),
+    "a shard beyond the plan": put("shards", {"bytes": [3, 3, 3], "sha256": ["ab" * 32] * 3}),
+    "no shards": put("shards", {"bytes": [], "sha256": []}),
+    "no shard table": drop("shards"),
     "file size negative": put("files.0.bytes", -1),
     "file size huge": put("files.0.bytes", 2**80),
     "file size other than the file's": put("files.0.bytes", 3),
@@ -156,7 +181,7 @@ MANIFEST_BENDS: dict[str, Bend] = {
     "no files": put("files", []),
     "files is null": put("files", None),
     "index not listed": unlisted("samples.arrow"),
-    "shard not listed": unlisted("shards/00001.safetensors"),
+    "file hash too short": put("files.0.sha256", "ab"),
     "frozen weights not listed": unlisted("target/frozen.safetensors"),
     "a lone surrogate in a name": named("target/\ud800"),
     "a listed file that is missing": named("target/tokenizer_config.json"),
@@ -190,6 +215,7 @@ NAME_BENDS: dict[str, Bend] = {
     "a line break in a name": named("target/x\ny"),
     "an empty name": named(""),
     "shards/../x": named("shards/../x"),
+    "a shard among the other files": named("shards/00000.safetensors"),
     "shard beyond the plan": named("shards/00002.safetensors"),
     "shard by another spelling": named("shards/0.safetensors"),
     "shard with an upper case name": named("SHARDS/00000.safetensors"),
@@ -264,7 +290,7 @@ def test_a_sparse_manifest_of_a_terabyte_is_refused_unread(tmp_path):
 def test_a_cache_without_samples_is_refused_or_empty(tmp_path):
     """No rule forbids it. Whatever a reader makes of it, it is no crash."""
     cache = HandCache()
-    cache.manifest["plan"] = []
+    edit_plan(cache, list.clear)
     cache.shards = []
     for values in cache.columns.values():
         values.clear()

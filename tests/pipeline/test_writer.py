@@ -305,8 +305,10 @@ def test_a_damaged_cache_is_repaired_by_the_remedy_that_the_error_names(
     cache = shutil.copytree(cache_dir, tmp_path / "cache")
     whole = read_all(cache)
     (cache / "shards/00001.safetensors").unlink()
-    with pytest.raises(CacheError, match="capture again"):
-        CacheReader(cache)
+    reader = CacheReader(cache)
+    for look in (reader.check_shards, lambda: [reader.read(i) for i in range(len(reader))]):
+        with pytest.raises(CacheError, match=r"00001.safetensors is damaged.*capture again"):
+            look()
     result = run_cli(*capture_arguments(target_dir, data_file, cache))
     assert result.exit_code == 0, result.output
     assert read_all(cache) == whole

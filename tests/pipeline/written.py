@@ -139,7 +139,7 @@ class Writing:
         }
 
     def finish(self, writer: CacheWriter) -> None:
-        writer.write_target(lambda folder: (folder / "config.json").write_text("{}") and None, self.frozen())
+        writer.write_target({"config.json": b"{}"}, self.frozen())
         for shard in writer.pending():
             writer.write_shard(shard, self.tensors(shard))
         writer.finalise({"teacher_tv_mean": 0.25})
@@ -166,6 +166,7 @@ def read_all(path: Path) -> list:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*SGLang", category=UserWarning)
         reader = CacheReader(path)
+        reader.check_shards()
     out: list = []
     for i in range(len(reader)):
         s = reader.read(i)
