@@ -4,7 +4,7 @@ A draft accepts more when it is trained on the target's own text, so this is the
 when the conversations come from somewhere else. The example's conversations were made by it:
 
     dspark regenerate --target .cache/smollm2-135m-instruct --data capture/data/example.jsonl \
-        --out example.jsonl --max-new-tokens 96 --seed 0
+        --out example.jsonl --max-new-tokens 96 --temperature 0.2 --top-p 0.9 --seed 0
 """
 
 from __future__ import annotations
@@ -47,6 +47,20 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
+def _stop_ids(model: torch.nn.Module) -> set[int]:
+    """Every token that ends an answer, by the model's generation config: one id, several or none."""
+    stops = model.generation_config.eos_token_id
+    return set(stops) if isinstance(stops, list) else {stops} - {None}
+
+
+def _padding_id(model: torch.nn.Module, tokenizer: Any) -> int:
+    """What fills a short prompt on the left. It is masked out, so any id of the vocabulary will do."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, *_stop_ids(model)):
+        if candidate is not None:
+            return candidate
+    return 0
+
+
 @torch.inference_mode()
 def regenerate(
     model: torch.nn.Module,
@@ -56,6 +70,7 @@ def regenerate(
     max_new_tokens: int = 512,
     temperature: float = 0.7,
     top_k: int = 50,
+    top_p: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
     where: Sequence[str] | None = None,
@@ -84,8 +99,8 @@ def regenerate(
     progress = tqdm(total=sum(map(len, turns)), unit="turn", desc="regenerate")
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    pad = _padding_id(model, tokenizer)
     for depth in range(max(map(len, turns), default=0)):
         prompts = {
             i: render(
@@ -114,8 +129,7 @@ def regenerate(
                 pad_token_id=pad,
                 **sampling,
             )
-            stops = model.generation_config.eos_token_id
-            stops = set(stops) if isinstance(stops, list) else {stops}
+            stops = _stop_ids(model)
             for row, i in enumerate(batch):
                 answer = output[row, width:].tolist()
                 finished = any(token in stops for token in answer)
