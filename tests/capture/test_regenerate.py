@@ -220,3 +220,18 @@ def test_help():
     output = run_ok("regenerate", "--help")
     for option in ("--target", "--data", "--out", "--temperature", "--seed"):
         assert option in output
+
+
+def test_a_vanishing_top_p_is_greedy(model, tokenizer):
+    """Only the likeliest token makes up so small a share."""
+    greedy = answers(run(model, tokenizer, temperature=0))
+    assert answers(run(model, tokenizer, top_p=1e-6)) == greedy
+    assert answers(run(model, tokenizer)) != greedy
+
+
+def test_what_pads_a_prompt_does_not_matter(model, target):
+    """Nor whether the tokenizer names a padding or an end token at all."""
+    bare = AutoTokenizer.from_pretrained(target)
+    usual = answers(run(model, bare))
+    bare.pad_token = bare.eos_token = None
+    assert answers(run(model, bare)) == usual
