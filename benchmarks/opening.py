@@ -52,6 +52,7 @@ def make(cache: Path, samples: int, shard_tokens: int) -> int:
     facts = [
         SampleFacts(
             sample_id=names[16 * i : 16 * i + 16],
+            source=0,
             source_row=i,
             length=length,
             last_rows=length // 2,
@@ -104,7 +105,7 @@ def identity(shard_tokens: int) -> Identity:
             unk_token_id=None,
             pad_token_id=151643,
         ),
-        data=DataIdentity(source="data.jsonl", sha256=HASH, max_length=4096),
+        data=DataIdentity(sources=("data.jsonl",), sha256=HASH, settings={}),
         features=FeatureIdentity(layer_ids=(1, 9, 17, 25, 33)),
         shard_tokens=shard_tokens,
         batch_tokens=16384,

@@ -1,4 +1,4 @@
-"""`dspark capture` and `dspark regenerate`."""
+"""`dspark capture` and `dspark preview`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from capture.options import DataOptions, TargetOptions, data_options, target_options
 from pipeline.errors import UsageError
 
 
@@ -25,39 +26,23 @@ _AT_LEAST_1, _AT_LEAST_2 = click.IntRange(min=1), click.IntRange(min=2)
 
 
 @click.command("capture")
-@click.option("--target", help="Hugging Face directory or Hub id. Default: the example's target.")
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="JSONL of conversations. Default: the example's."
-)
+@target_options
+@data_options
 @click.option("--cache", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--layers", callback=_layer_ids, help="Layer ids, as 1,9,17. Default: an even spread of five.")
-@click.option(
-    "--max-length", type=_AT_LEAST_2, default=4096, show_default=True, help="Tokens a sample is cut at."
-)
 @click.option(
     "--batch-tokens", type=_AT_LEAST_2, default=4096, show_default=True, help="Tokens of a forward."
 )
 @click.option("--shard-tokens", type=_AT_LEAST_2, default=32768, show_default=True, help="Tokens of a shard.")
-@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="What the target computes in. auto: the checkpoint's own, or float32 where bf16 is emulated.",
-)
 @click.pass_context
 def capture_command(
     ctx: click.Context,
-    target: str | None,
-    data: Path | None,
+    target: TargetOptions,
+    data: DataOptions,
     cache: Path,
     layers: tuple[int, ...] | None,
-    max_length: int,
     batch_tokens: int,
     shard_tokens: int,
-    device: str,
-    dtype: str,
 ) -> None:
     """Run the hooked target once over conversations and write a cache.
 
@@ -65,7 +50,7 @@ def capture_command(
     without loading the target; one of another target, data or setting is refused. With --cache alone,
     a complete cache is reused whatever it holds, and the command says what that is.
     """
-    if (target is None) != (data is None):
+    if (target.target is None) != (not data.data):
         raise UsageError("give --target and --data together, or neither for the example")
     from pipeline.cache.manifest import MANIFEST, read_manifest
 
@@ -75,31 +60,45 @@ def capture_command(
         if manifest.status == "complete":
             from pipeline.cache import CacheReader
 
-            CacheReader(
-                cache
-            ).check_shards()  # a damaged one is refused here, not after the set-up of a training run
+            CacheReader(cache).check_shards()  # a damaged one is refused here, not after a run's set-up
             _report(manifest, cache, reused=True)
             return
-    from capture.example import EXAMPLE_DATA, example_target
     from capture.run import CaptureOptions, capture
     from pipeline.quiet import quiet_transformers
 
     quiet_transformers()
-    if target is None or data is None:
-        target, data = str(example_target()), EXAMPLE_DATA
     options = CaptureOptions(
         target=target,
         data=data,
         cache=cache,
         layer_ids=layers,
-        max_length=max_length,
         batch_tokens=batch_tokens,
         shard_tokens=shard_tokens,
-        device=device,
-        dtype=dtype,
     )
     manifest, reused = capture(options)
     _report(manifest, cache, reused=reused)
+
+
+@click.command("preview")
+@target_options
+@data_options
+@click.option(
+    "--row",
+    type=_AT_LEAST_1,
+    help="Show that row of the (first) source, from 1, instead of the first samples.",
+)
+@click.option("--count", type=_AT_LEAST_1, default=3, show_default=True, help="Samples to show.")
+def preview_command(target: TargetOptions, data: DataOptions, row: int | None, count: int) -> None:
+    """Show samples as the target sees them: supervised tokens in green, then lengths over all the data.
+
+    Nothing is captured, and no weights are loaded.
+    """
+    from capture.preview import preview
+    from pipeline.quiet import quiet_transformers
+
+    quiet_transformers()
+    for line in preview(target, data, row=row, count=count):
+        click.echo(line)  # click strips the colours where the output is no terminal
 
 
 def _report(manifest, cache: Path, *, reused: bool) -> None:

@@ -1,27 +1,31 @@
-"""Conversations to token ids and loss mask.
+"""Rows to token ids and loss mask.
 
-A row is `{"messages": [{"role": ..., "content": ...}, ...]}`, one JSON object a line. It is rendered
-by the tokenizer's own chat template, so that the draft sees exactly what the served model will see;
-the loss mask is 1 on what the assistant itself would generate: its content and end-of-turn token.
+A conversation is rendered by the chat template, so that the draft sees exactly what the served model
+will see; the loss mask is 1 on what the assistant itself would generate: its content, its tool calls and
+its end-of-turn token.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from pipeline.cache import count_candidates, sample_id
+from capture.rows import BadRowError, Conversation, Text, Tokens, from_messages, parse_line, read_row
+from capture.sources import RawRow, open_sources
+from capture.template import ChatTemplate, Rendered, Span
+from pipeline.cache.index import count_candidates, sample_id
 from pipeline.errors import DataError
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Thoughts, from their mark (or from the start, where the prompt opened them) to their end or the turn's.
+_REASONING = re.compile(r"(?:<think>|\A)(?:(?!<think>).)*?</think>\s*|<think>.*\Z", re.DOTALL)
+
+NO_CANDIDATE = "no two supervised tokens in a row"
+TOO_LONG = "longer than --max-length"
 
 
 @dataclass(frozen=True)
@@ -38,65 +42,137 @@ class TokenizedSample:
         return sample_id(self.input_ids, self.loss_mask)
 
 
-@dataclass
-class TokenizedData:
-    """Every usable sample, and where every row went."""
-
-    samples: list[TokenizedSample] = field(default_factory=list)
-    rows: Counter[str] = field(default_factory=Counter)
+class DroppedRowError(Exception):
+    """A good row that training can't use, or that the options leave out; `str()` is why."""
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(row number from 0, row)` for every non-empty line.
+@dataclass(frozen=True, kw_only=True)
+class RowTokenizer:
+    """Turns a row into token ids and loss mask. Holds no open files, so that worker processes can have it."""
 
-    Raises:
-        DataError: no such file, or a line that is not a JSON object, by line number.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no data file at {path}: expected a JSONL file of conversations; see --data")
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number + 1}: not JSON ({error}); fix or remove the line") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number + 1}: expected a JSON object, got {type(row).__name__}")
-            yield number, row
+    template: ChatTemplate
+    vocab_size: int
+    """Ids of rows that come tokenised must lie below."""
+    supervise: Literal["all", "last"] = "all"
+    """Every assistant turn, or the last one only."""
+    mask_reasoning: bool = False
+    """Whether <think>...</think> is left out of the loss."""
+    max_length: int = 4096
+    too_long: Literal["cut", "drop"] = "cut"
 
+    def __call__(self, row: RawRow, form: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """A row's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8, ending supervised.
 
-def _messages_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        keys = ", ".join(map(str, row)) or "none"
-        raise DataError(
-            f'{where}: expected a row with "messages": [{{"role": ..., "content": ...}}], got keys: {keys}'
+        Args:
+            form: a name in `capture.rows.FORMS`; None takes the row as what its keys say.
+
+        Raises:
+            BadRowError: the row can't be used, through a fault of its own.
+            DroppedRowError: it can't be used as the options stand.
+        """
+        ids, mask = self.tokenize(read_row(parse_line(row) if isinstance(row, bytes) else row, form))
+        if len(ids) > self.max_length and self.too_long == "drop":
+            raise DroppedRowError(TOO_LONG)
+        ids, mask = ids[: self.max_length], mask[: self.max_length]
+        if count_candidates(mask) == 0:
+            raise DroppedRowError(NO_CANDIDATE)
+        end = int(np.flatnonzero(mask)[-1]) + 1
+        return ids[:end], mask[:end]
+
+    def tokenize(self, content: Conversation | Text | Tokens) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids `[S]` int32 and loss mask `[S]` uint8 of the whole row, uncut."""
+        if isinstance(content, Tokens):
+            if any(not 0 <= token < self.vocab_size for token in content.input_ids):
+                raise BadRowError(
+                    "tokens outside the vocabulary", f"a token id outside [0, {self.vocab_size})"
+                )
+            return np.array(content.input_ids, np.int32), np.array(content.loss_mask, np.uint8)
+        tokenizer = self.template.tokenizer
+        if isinstance(content, Text):
+            ids = np.array(tokenizer(content.text)["input_ids"], np.int32)
+            return ids, np.ones(len(ids), np.uint8)
+        rendered = self.template.render_turns(content)
+        encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.array(encoded["input_ids"], np.int32)
+        offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2)
+        spans = self._last_turn(content, rendered) if self.supervise == "last" else rendered.spans
+        mask = mask_spans(spans, ids, offsets, special_ids(tokenizer))
+        if self.mask_reasoning:
+            mask[_reasoning_tokens(rendered.text, rendered.spans, offsets)] = 0
+        return ids, mask
+
+    def _last_turn(self, conversation: Conversation, rendered: Rendered) -> list[Span]:
+        """The spans of the last assistant turn, which generation marks may have split."""
+        last = max((i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"), default=0)
+        if not last:
+            return rendered.spans[-1:]
+        before = self.template.render(
+            Conversation(conversation.messages[:last], conversation.tools), prompt=False
         )
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f'{where}: message {i} has no "role": expected role and content')
-        content = message.get("content")
-        if not isinstance(content, str):
-            raise DataError(f'{where}: message {i} has no text "content": expected role and content')
-        if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
-            raise DataError(
-                f"{where}: message {i} holds half of a surrogate pair, which is no text: fix the row"
-            )
-    return messages
+        inside = [span for span in rendered.spans if span.start >= len(before)]
+        return inside if rendered.text.startswith(before) else rendered.spans[-1:]
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that stand for no text of their own, such as the end of a turn."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(special | set(tokenizer.all_special_ids))
+
+
+def mask_spans(
+    spans: Sequence[Span], ids: np.ndarray, offsets: np.ndarray, special: Sequence[int]
+) -> np.ndarray:
+    """Supervise each span from its first token through its end-of-turn token, if it has one: `[S]` uint8.
+
+    What a template adds behind that token (a line feed, mostly) is the template's, not the model's.
+
+    Args:
+        ids: `[S]`.
+        offsets: first character and the one behind the last, of each token, `[S, 2]`.
+        special: ids of special tokens.
+    """
+    starts, stops = offsets.T
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    is_special = np.isin(ids, special)
+    for span in spans:
+        reached = np.flatnonzero(stops > span.start)
+        if not len(reached):
+            continue
+        content_end = span.end if span.whole else span.content_end
+        inside = np.flatnonzero((starts < content_end) & (stops > span.start))
+        ends = np.flatnonzero(is_special & (starts >= content_end) & (stops <= span.end))
+        if not len(ends) and not len(inside):
+            continue  # an empty answer without an end-of-turn token
+        last = ends[0] if len(ends) else inside[-1]
+        mask[reached[0] : last + 1] = 1
+    return mask
+
+
+def _reasoning_tokens(text: str, spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:
+    """Which tokens lie within an assistant's thoughts: `[S]` bool."""
+    starts, stops = offsets.T
+    inside = np.zeros(len(offsets), dtype=bool)
+    for span in spans:
+        for match in _REASONING.finditer(text[span.start : span.end]):
+            inside |= (starts >= span.start + match.start()) & (stops <= span.start + match.end())
+    return inside
 
 
 def read_conversations(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a JSONL file with their `file:line`, each checked to be a conversation.
+    """The rows of a source, as they are, each checked to hold `messages`; with each row's place.
 
     Raises:
-        DataError: a row that is none, by line; or no row at all.
+        DataError: a row that is no conversation, by its place; or no row at all.
     """
-    rows = [(f"{path}:{number + 1}", row) for number, row in read_jsonl(path)]
-    for where, row in rows:
-        _messages_of(row, where)
+    rows = []
+    for source in open_sources((str(path),)):
+        for number, raw in source.rows():
+            try:
+                row = parse_line(raw) if isinstance(raw, bytes) else raw
+                from_messages(row)
+            except BadRowError as problem:
+                raise DataError(f"{source.at(number)}: {problem}") from None
+            rows.append((source.at(number), row))
     if not rows:
         raise DataError(f"{path}: no rows: expected one conversation a line")
     return rows
@@ -111,111 +187,3 @@ def render(
     except Exception as error:  # templates raise what they like: jinja errors, KeyError, ...
         reason = " ".join(str(error).split())
         raise DataError(f"{where}: the chat template refuses this conversation: {reason}") from None
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """Where an assistant's turn stands in the rendered text, in characters."""
-
-    start: int  # where generation starts
-    content_end: int
-    end: int  # behind what the template adds to the turn
-
-
-def _assistant_turns(tokenizer: Any, messages: list[dict[str, Any]], text: str, where: str) -> list[_Turn]:
-    """Find every assistant turn by rendering the conversation's prefixes, and verify each."""
-    turns = []
-    for i, message in enumerate(messages):
-        content = message["content"].strip()
-        if message["role"] != "assistant" or not (i or content):
-            continue
-        # A conversation that the assistant opens has no prompt before it: its content is where it starts.
-        before = render(tokenizer, messages[:i], where, prompt=True, tokenize=False) if i else ""
-        through = render(tokenizer, messages[: i + 1], where, tokenize=False)
-        at = text.find(content, len(before))
-        # What the template puts behind the content: the end of turn, mostly.
-        tail = through[through.rfind(content) + len(content) if content else len(before) :].rstrip()
-        stop = at + len(content)
-        if content not in through[len(before) :] or at < 0:
-            raise DataError(f"{where}: the chat template drops or rewrites the content of message {i}")
-        if not text.startswith(before) or not text.startswith(tail, stop):
-            raise DataError(
-                f"{where}: the chat template renders message {i} differently once more messages follow, "
-                "so its tokens can't be told from the text; use a template with {% generation %} marks"
-            )
-        turns.append(_Turn(start=len(before) if i else at, content_end=stop, end=stop + len(tail)))
-    return turns
-
-
-def _mask_turns(
-    turns: list[_Turn], ids: list[int], offsets: list[tuple[int, int]], special: set[int]
-) -> np.ndarray:
-    """Supervise each turn from its first token through its end-of-turn token, if it has one.
-
-    What a template adds behind that token (a line feed, mostly) is the template's, not the model's.
-    """
-    starts, stops = np.array(offsets).reshape(-1, 2).T
-    mask = np.zeros(len(ids), dtype=np.uint8)
-    is_special = np.isin(ids, list(special))
-    for turn in turns:
-        first = int(np.argmax(stops > turn.start))  # the first that reaches into the turn
-        inside = np.flatnonzero((starts < turn.content_end) & (stops > turn.start))
-        ends = np.flatnonzero(is_special & (starts >= turn.content_end) & (stops <= turn.end))
-        if not len(ends) and not len(inside):
-            continue  # an empty answer without an end-of-turn token
-        last = ends[0] if len(ends) else inside[-1]
-        mask[first : last + 1] = 1
-    return mask
-
-
-def tokenize_conversation(
-    tokenizer: Any, messages: list[dict[str, Any]], where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Render and tokenise one conversation: `(input_ids [S] int32, loss_mask [S] uint8)`.
-
-    The mask comes from the template's generation marks when it has them, else from the rendered
-    prefixes of the conversation.
-
-    Raises:
-        DataError: the template refuses the conversation or rewrites its earlier turns.
-    """
-    template = tokenizer.chat_template
-    if not template:
-        raise DataError("the target's tokenizer has no chat template: use a chat model as the target")
-    if isinstance(template, str) and _GENERATION_MARK.search(template):
-        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        encoded = render(tokenizer, messages, where, **options)
-        return np.array(encoded["input_ids"], np.int32), np.array(encoded["assistant_masks"], np.uint8)
-    text = render(tokenizer, messages, where, tokenize=False)
-    turns = _assistant_turns(tokenizer, messages, text, where)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    mask = _mask_turns(turns, encoded["input_ids"], encoded["offset_mapping"], special)
-    return np.array(encoded["input_ids"], dtype=np.int32), mask
-
-
-def load_conversations(path: str | Path, tokenizer: Any, max_length: int) -> TokenizedData:
-    """Read, render and tokenise a JSONL file of conversations.
-
-    Samples are cut at `max_length` tokens and after their last supervised token. A row that then has
-    no two supervised tokens in a row offers no anchor; it is dropped and counted.
-
-    Raises:
-        DataError: a row that can't be used as a conversation, by file and line; or no usable row.
-    """
-    data = TokenizedData()
-    for number, row in tqdm(read_jsonl(path), unit="row", desc="tokenise", mininterval=1.0):
-        data.rows["read"] += 1
-        where = f"{path}:{number + 1}"
-        ids, mask = tokenize_conversation(tokenizer, _messages_of(row, where), where)
-        ids, mask = ids[:max_length], mask[:max_length]
-        if count_candidates(mask) == 0:
-            data.rows["dropped: no two supervised tokens in a row"] += 1
-            continue
-        end = int(np.flatnonzero(mask)[-1]) + 1
-        data.samples.append(TokenizedSample(number, ids[:end], mask[:end]))
-    data.rows["captured"] = len(data.samples)
-    if not data.samples:
-        raise DataError(f"{path}: no row has an assistant turn to learn from ({data.rows['read']} rows read)")
-    return data

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from capture.conversations import TokenizedData, TokenizedSample, load_conversations
+from capture import example
+from capture.conversations import TokenizedSample
 from capture.load import (
     load_config,
     load_target,
@@ -21,7 +22,10 @@ from capture.load import (
     target_shape,
     tokenizer_identity,
 )
+from capture.options import DataOptions, TargetOptions
+from capture.preparation import open_data, prepare_data, row_tokenizer
 from capture.target import HFDSparkTargetModel
+from capture.tokens import TokenizedData
 from pipeline.cache import (
     CacheWriter,
     DataIdentity,
@@ -30,7 +34,6 @@ from pipeline.cache import (
     Manifest,
     SampleFacts,
     build_index,
-    count_candidates,
     last_hidden_rows,
     plan_shards,
 )
@@ -64,19 +67,15 @@ _TARGET_FILES = (
 class CaptureOptions:
     """What `dspark capture` was asked for."""
 
-    target: str
-    data: Path
+    target: TargetOptions
+    data: DataOptions
     cache: Path
     layer_ids: tuple[int, ...] | None = None
     """None: an even spread of five, see `pipeline.features.default_layer_ids`."""
-    max_length: int = 4096
-    """Tokens of a sample; longer conversations are cut."""
     batch_tokens: int = 4096
     """Padded tokens of one target forward."""
     shard_tokens: int = 32768
     """Tokens of a shard: 1 GB at Qwen3-4B's size, and 40,000 shards for the paper's 1.3M conversations."""
-    device: str = "auto"
-    dtype: str = "auto"
 
 
 def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
@@ -87,24 +86,31 @@ def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
     Raises:
         DSparkError: see `pipeline.errors`; nothing finished is ever lost.
     """
-    directory = resolve_directory(options.target)
-    device = resolve_device(options.device)
+    name = options.target.target or str(example.example_target())
+    directory = resolve_directory(name)
+    device = resolve_device(options.target.device)
     if device.type == "cpu":
         reuse_freed_memory()
     config = load_config(directory)
-    dtype = resolve_dtype(options.dtype, config, device)
-    target = target_shape(options.target, directory, config, dtype)
+    dtype = resolve_dtype(options.target.dtype, config, device)
+    target = target_shape(name, directory, config, dtype)
     layer_ids = options.layer_ids or default_layer_ids(target.num_layers)
     layer_ids = tuple(validate_target_layer_ids(layer_ids, target.num_layers))
     tokenizer = load_tokenizer(directory)
-    data = load_conversations(options.data, tokenizer, options.max_length)
-    facts = [_facts(sample) for sample in data.samples]
-    shards = plan_shards([fact.length for fact in facts], options.shard_tokens)
-    index, plan = build_index(facts, shards)
+    tokens = tokenizer_identity(tokenizer)
+    sources = open_data(options.data)
+    tokenize = row_tokenizer(options.data, tokenizer, target.vocab_size)
+    data = prepare_data(options.data, tokenize, tokens.sha256, sources)
+    shards = plan_shards([fact.length for fact in data.facts], options.shard_tokens)
+    index, plan = build_index(data.facts, shards)
     identity = Identity(
         target=target,
-        tokenizer=tokenizer_identity(tokenizer),
-        data=DataIdentity(source=options.data.name, sha256=_data_hash(facts), max_length=options.max_length),
+        tokenizer=tokens,
+        data=DataIdentity(
+            sources=tuple(source.name for source in sources),
+            sha256=_data_hash(data.facts),
+            settings=options.data.settings(),
+        ),
         features=FeatureIdentity(layer_ids=layer_ids),
         shard_tokens=options.shard_tokens,
         batch_tokens=options.batch_tokens,
@@ -114,19 +120,9 @@ def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
         return writer.manifest, True
     model = load_target(directory, dtype, device)
     _write_target(writer, directory, model)
-    fidelity = prove_teacher(model, layer_ids, data.samples[0], target.final_logit_softcapping)
+    fidelity = prove_teacher(model, layer_ids, data[0], target.final_logit_softcapping)
     _capture_shards(writer, HFDSparkTargetModel(model, layer_ids), data, shards, options.batch_tokens)
     return writer.finalise(fidelity), False
-
-
-def _facts(sample: TokenizedSample) -> SampleFacts:
-    return SampleFacts(
-        sample_id=sample.sample_id,
-        source_row=sample.source_row,
-        length=len(sample.input_ids),
-        last_rows=len(last_hidden_rows(sample.loss_mask)),
-        candidates=count_candidates(sample.loss_mask),
-    )
 
 
 def _data_hash(facts: Sequence[SampleFacts]) -> str:
@@ -203,7 +199,7 @@ def _capture_shards(
     total = writer.manifest.num_tokens
     with tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="capture") as progress:
         for shard in sorted(pending):
-            samples = [data.samples[i] for i in shards[shard]]
+            samples = [data[i] for i in shards[shard]]
             writer.write_shard(shard, _fill_shard(writer, shard, target, samples, batch_tokens, progress))
 
 

@@ -17,6 +17,7 @@ from pipeline.errors import DSparkError
 # name: (where its click command is, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "capture": ("capture.cli:capture_command", "Run the target once and write a cache."),
+    "preview": ("capture.cli:preview_command", "Show samples as the target sees them."),
     "regenerate": ("capture.regenerate.cli:regenerate_command", "Replace answers by the target's own."),
     "train": ("train.cli:train_command", "Train a draft from a cache."),
     "evaluate": ("train.cli:evaluate_command", "Measure a draft on a cache's held-out split."),

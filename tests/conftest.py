@@ -42,6 +42,14 @@ def assert_refused(result: Result, code: int, *parts: str) -> None:
     assert result.exit_code == code, result.output
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tokens_of_tests_stay_with_them(tmp_path_factory: pytest.TempPathFactory):
+    """Tokenised data is kept in a folder of this session, never in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSPARK_TOKENS", str(tmp_path_factory.mktemp("tokens")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_target(tmp_path_factory.mktemp("target") / "tiny-llama")

@@ -20,7 +20,8 @@ from pipeline.errors import CacheError
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.binary(16), nullable=False),  # from SHA-256 of token ids and mask
-        pa.field("source_row", pa.int64(), nullable=False),  # row number in the data source, from 0
+        pa.field("source", pa.int32(), nullable=False),  # which of the manifest's sources
+        pa.field("source_row", pa.int64(), nullable=False),  # row number in that source, from 0
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("token_start", pa.int64(), nullable=False),  # first row of the shard's token tensors
         pa.field("length", pa.int32(), nullable=False),  # tokens
@@ -36,6 +37,7 @@ class SampleFacts:
     """What the plan needs to know of a sample, without its tokens."""
 
     sample_id: bytes
+    source: int
     source_row: int
     length: int
     last_rows: int
@@ -80,8 +82,9 @@ def build_index(facts: Sequence[SampleFacts], shards: Sequence[range]) -> tuple[
         tokens = last_rows = 0
         for i in members:
             fact = facts[i]
-            values = (fact.sample_id, fact.source_row, shard, tokens, fact.length, last_rows, fact.last_rows)
-            for name, value in zip(SCHEMA.names, (*values, fact.candidates), strict=True):
+            where = (fact.sample_id, fact.source, fact.source_row, shard, tokens)
+            values = (*where, fact.length, last_rows, fact.last_rows, fact.candidates)
+            for name, value in zip(SCHEMA.names, values, strict=True):
                 columns[name].append(value)
             tokens += fact.length
             last_rows += fact.last_rows
@@ -140,12 +143,12 @@ def _lies_in(whole: pa.Buffer, column: pa.ChunkedArray) -> bool:
 def _matches(table: pa.Table, plan: Plan) -> bool:
     """Whether samples tile every shard exactly: in order, without gap or overlap."""
     shard, start, length, last_start, last_rows, candidates = (
-        table[name].to_numpy().astype(np.int64) for name in SCHEMA.names[2:]
+        table[name].to_numpy().astype(np.int64) for name in SCHEMA.names[3:]
     )
     if len(shard) != sum(plan.samples):
         return False
     samples = np.array(plan.samples, dtype=np.int64)
-    if (table["source_row"].to_numpy() < 0).any() or not np.array_equal(
+    if any((table[name].to_numpy() < 0).any() for name in ("source", "source_row")) or not np.array_equal(
         shard, np.repeat(np.arange(len(plan)), samples)
     ):
         return False

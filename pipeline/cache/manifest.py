@@ -72,11 +72,12 @@ class TokenizerIdentity:
 class DataIdentity:
     """Which token sequences were captured."""
 
-    source: str
-    """File name, without its directory."""
+    sources: tuple[str, ...]
+    """File names without their directories, and Hub ids; the index says which sample is whose."""
     sha256: str
     """Over every sample id in order, that is over all token ids and loss masks."""
-    max_length: int
+    settings: dict[str, str]
+    """The options that rows became samples by: form, supervision, lengths, choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +262,7 @@ def _check(manifest: Manifest, path: Path) -> None:
         validate_target_layer_ids(features.layer_ids, target.num_layers)
     except ValueError as error:
         raise CacheError(f"{path} is damaged ({error}): capture again") from None
-    for label in (target.name, manifest.identity.data.source):
+    for label in (target.name, *manifest.identity.data.sources):
         if label.startswith(("/", "\\", "~")) or label[1:2] == ":":
             raise CacheError(f"{path} is damaged (it holds an absolute path): capture again")
     if not all(map(_is_sha256, [*shards.sha256, *(record.sha256 for record in manifest.files)])):
@@ -296,7 +297,7 @@ def is_weights(name: str) -> bool:
 
 
 # What people call things; the hashes beside them say whether they are the same.
-_LABELS = ("target.name", "data.source")
+_LABELS = ("target.name", "data.sources")
 
 
 def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
@@ -310,7 +311,10 @@ def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
         }
 
     a, b = flat(dataclasses.asdict(ours)), flat(dataclasses.asdict(theirs))
-    return [f"{key}: {a[key]} against {b[key]}" for key in a if a[key] != b[key] and key not in _LABELS]
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key) and key not in _LABELS]
+    if ours.data.sha256 == theirs.data.sha256:  # the same samples, by whatever options
+        keys = [key for key in keys if not key.startswith("data.")]
+    return [f"{key}: {a.get(key)} against {b.get(key)}" for key in keys]
 
 
 def write_manifest(cache: Path, manifest: Manifest) -> None:

@@ -58,6 +58,9 @@ THINKING = (
 
 REWRITING = "[{{ messages | length }}]\n" + CHATML
 
+# What stands behind an answer depends on what follows it: no prefix can say where the answer ends.
+COUNTING = CHATML.replace("+ '<|im_end|>'", "+ ' (of ' + messages | length | string + ')<|im_end|>'")
+
 SHOUTING = CHATML.replace("message['content']", "message['content'] | upper")
 
 RAISING = CHATML.replace("{% for", "{{ raise_exception('never\nhappy') }}{% for", 1)

@@ -12,9 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from capture.conversations import load_conversations, read_conversations, tokenize_conversation
+from capture.conversations import RowTokenizer, read_conversations
+from capture.rows import Conversation
+from capture.sources import open_sources
+from capture.template import ChatTemplate
+from capture.tokens import Selection, TokenizedData, load_data
 from pipeline.errors import DataError
 from tests.capture.templates import (
+    COUNTING,
     DIALECTS,
     GEMMA,
     GENERATION,
@@ -24,8 +29,6 @@ from tests.capture.templates import (
     THINKING,
 )
 from tests.tiny import make_tokenizer
-
-WHERE = "chats.jsonl:1"
 
 
 def user(content: str) -> dict[str, str]:
@@ -55,8 +58,23 @@ def supervised(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> list[str]:
     return [decode(tokenizer, run) for run in runs]
 
 
-def supervised_turns(tokenizer: Any, messages: list[dict[str, str]]) -> list[str]:
-    return supervised(tokenizer, *tokenize_conversation(tokenizer, messages, WHERE))
+def row_tokenizer(tokenizer: Any, **options: Any) -> RowTokenizer:
+    return RowTokenizer(template=ChatTemplate(tokenizer), vocab_size=len(tokenizer), **options)
+
+
+def tokenize_messages(
+    tokenizer: Any, messages: list[dict[str, Any]], **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    return row_tokenizer(tokenizer, **options).tokenize(Conversation(messages))
+
+
+def supervised_turns(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[str]:
+    return supervised(tokenizer, *tokenize_messages(tokenizer, messages, **options))
+
+
+def load(path: Path, tokenizer: Any, max_length: int = 4096, **selection: Any) -> TokenizedData:
+    tokenize = row_tokenizer(tokenizer, max_length=max_length)
+    return load_data(open_sources([str(path)]), tokenize, "a tokenizer", Selection(**selection))
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -79,7 +97,7 @@ def test_the_mask_covers_exactly_the_answers_and_their_end(name, with_system, me
     dialect = DIALECTS[name]
     messages = [system("the cat is green"), *messages] if with_system else messages
     tokenizer = dialect.tokenizer()
-    ids, mask = tokenize_conversation(tokenizer, messages, WHERE)
+    ids, mask = tokenize_messages(tokenizer, messages)
     answers = [dialect.turn(m["content"]) for m in messages if m["role"] == "assistant"]
     assert supervised(tokenizer, ids, mask) == answers
     assert decode(tokenizer, ids.tolist()) == tokenizer.apply_chat_template(messages, tokenize=False)
@@ -200,7 +218,7 @@ def test_thoughts_that_only_the_last_turn_shows_are_supervised_there():
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (REWRITING, THREE, "renders message 1 differently"),
+        (COUNTING, THREE, "renders message 1 differently"),
         (SHOUTING, ONE, "content of message 1"),
         (RAISING, ONE, "never happy"),
         (GEMMA, [system("s"), *ONE], "System role not supported"),
@@ -214,12 +232,17 @@ def test_thoughts_that_only_the_last_turn_shows_are_supervised_there():
 def test_what_a_template_refuses_is_one_line_with_file_and_line(tmp_path, template, messages, reason):
     path = write(tmp_path / "chats.jsonl", "", {"messages": messages})
     with pytest.raises(DataError) as caught:
-        load_conversations(path, make_tokenizer(template), 4096)
+        load(path, make_tokenizer(template))
     message = str(caught.value)
     assert reason in message
     assert "\n" not in message
-    if template is not None:
-        assert "chats.jsonl:2" in message
+    assert "chats.jsonl:2" in message
+
+
+def test_prompts_that_later_messages_rewrite_do_not_hide_an_answer():
+    """The head of the text tells how many messages there are; the answers stand as they are."""
+    turns = supervised_turns(make_tokenizer(REWRITING), THREE)
+    assert turns == ["the sky is blue<|im_end|>", "yes<|im_end|>", "two plus two<|im_end|>"]
 
 
 def test_a_thinking_template_serves_single_turns():
@@ -231,7 +254,7 @@ def test_a_thinking_template_serves_single_turns():
 def test_samples_end_at_their_last_supervised_token(tmp_path):
     tokenizer = TOKENIZERS["chatml"]
     path = write(tmp_path / "chats.jsonl", {"messages": [*THREE, user("the cat sat on the mat")]})
-    (sample,) = load_conversations(path, tokenizer, 4096).samples
+    (sample,) = load(path, tokenizer)
     assert sample.loss_mask[-1] == 1
     text = decode(tokenizer, sample.input_ids.tolist())
     whole = tokenizer.apply_chat_template(THREE, tokenize=False)
@@ -241,20 +264,20 @@ def test_samples_end_at_their_last_supervised_token(tmp_path):
 
 def test_max_length_cuts_at_every_length(tmp_path):
     tokenizer = TOKENIZERS["chatml"]
-    ids, mask = tokenize_conversation(tokenizer, THREE, WHERE)
+    ids, mask = tokenize_messages(tokenizer, THREE)
     short = [user("a"), assistant("yes no")]
     path = write(tmp_path / "chats.jsonl", {"messages": THREE}, {"messages": short})
     pairs = [p for p in range(len(mask) - 1) if mask[p] and mask[p + 1]]
     first_label = pairs[0] + 1
     for max_length in range(first_label + 1, len(ids) + 3):
-        data = load_conversations(path, tokenizer, max_length)
-        sample = next(s for s in data.samples if s.source_row == 0)
+        data = load(path, tokenizer, max_length)
+        sample = next(s for s in data if s.source_row == 0)
         last = max(p for p in range(min(max_length, len(ids))) if mask[p])
         assert sample.input_ids.tolist() == ids[: last + 1].tolist()
         assert sample.loss_mask.tolist() == mask[: last + 1].tolist()
         assert len(sample.input_ids) <= max_length
-    data = load_conversations(path, tokenizer, first_label)  # the second label no longer fits
-    assert [s.source_row for s in data.samples] == [1]
+    data = load(path, tokenizer, first_label)  # the second label no longer fits
+    assert [s.source_row for s in data] == [1]
 
 
 def test_rows_without_candidates_are_dropped_and_counted(tmp_path):
@@ -266,23 +289,24 @@ def test_rows_without_candidates_are_dropped_and_counted(tmp_path):
         {"messages": [user("why"), assistant("")]},  # the end-of-turn token alone offers no anchor
         {"messages": THREE, "id": "other keys do not matter"},
     )
-    data = load_conversations(path, TOKENIZERS["chatml"], 4096)
-    assert [sample.source_row for sample in data.samples] == [0, 4]
+    data = load(path, TOKENIZERS["chatml"])
+    assert [sample.source_row for sample in data] == [0, 4]
     dropped = sum(count for reason, count in data.rows.items() if reason.startswith("dropped"))
     assert (data.rows["read"], data.rows["captured"], dropped) == (4, 2, 2)
 
 
 def test_only_empty_and_answered_turns_mix(tmp_path):
     path = write(tmp_path / "chats.jsonl", {"messages": [user("a"), assistant(""), *ONE]})
-    (sample,) = load_conversations(path, TOKENIZERS["chatml"], 4096).samples
+    (sample,) = load(path, TOKENIZERS["chatml"])
     turns = supervised(TOKENIZERS["chatml"], sample.input_ids, sample.loss_mask)
     assert turns == ["<|im_end|>", "the sky is blue<|im_end|>"]
 
 
 def test_sample_ids_name_content(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"messages": ONE}, {"messages": THREE}, {"messages": ONE})
-    first, second, third = load_conversations(path, TOKENIZERS["chatml"], 4096).samples
-    assert first.sample_id == third.sample_id != second.sample_id
+    path = write(tmp_path / "a.jsonl", {"messages": ONE}, {"messages": THREE})
+    first, second = load(path, TOKENIZERS["chatml"])
+    (alone,) = load(write(tmp_path / "b.jsonl", {"messages": ONE, "id": 2}), TOKENIZERS["chatml"])
+    assert first.sample_id == alone.sample_id != second.sample_id
     assert len(first.sample_id) == 16
 
 
@@ -293,7 +317,7 @@ def test_sample_ids_name_content(tmp_path):
         ('{"messages": [', "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[1, 2]", "JSON object"),
-        ({"text": "hello"}, '"messages"'),
+        ({"chat": "hello"}, '"messages"'),
         ({"messages": []}, '"messages"'),
         ({"messages": "hello"}, '"messages"'),
         ({"messages": [{"content": "x"}]}, 'message 0 has no "role"'),
@@ -308,7 +332,7 @@ def test_sample_ids_name_content(tmp_path):
 def test_bad_rows_are_named_by_file_and_line(tmp_path, row, reason):
     path = write(tmp_path / "chats.jsonl", {"messages": ONE}, "", row)
     with pytest.raises(DataError) as caught:
-        load_conversations(path, TOKENIZERS["chatml"], 4096)
+        load(path, TOKENIZERS["chatml"])
     message = str(caught.value)
     assert "chats.jsonl:3" in message
     assert reason in message
@@ -319,22 +343,22 @@ def test_bytes_that_are_not_utf8_are_refused_by_line(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_bytes(json.dumps({"messages": ONE}).encode() + b'\n{"messages": "\xff\xfe"}\n')
     with pytest.raises(DataError, match=r"chats\.jsonl:2"):
-        load_conversations(path, TOKENIZERS["chatml"], 4096)
+        load(path, TOKENIZERS["chatml"])
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "."])
 def test_no_such_file(tmp_path, name):
     with pytest.raises(DataError, match="no data file"):
-        load_conversations(tmp_path / name, TOKENIZERS["chatml"], 4096)
+        load(tmp_path / name, TOKENIZERS["chatml"], 4096)
 
 
 def test_a_file_without_a_usable_row(tmp_path):
     path = write(tmp_path / "chats.jsonl", {"messages": [user("why")]})
     with pytest.raises(DataError, match="1 rows read"):
-        load_conversations(path, TOKENIZERS["chatml"], 4096)
+        load(path, TOKENIZERS["chatml"])
     empty = write(tmp_path / "empty.jsonl")
     with pytest.raises(DataError, match=r"empty\.jsonl"):
-        load_conversations(empty, TOKENIZERS["chatml"], 4096)
+        load(empty, TOKENIZERS["chatml"], 4096)
 
 
 def test_read_conversations_keeps_rows_as_they_are(tmp_path):

@@ -178,7 +178,7 @@ def test_a_damaged_complete_cache_is_not_called_complete(tmp_path, target_dir, d
     ("change", "field"),
     [
         ({"layers": "0,2,3"}, "features.layer_ids"),
-        ({"max_length": 40}, "data.max_length"),
+        ({"max_length": 40}, "data.settings.max_length"),
         ({"shard_tokens": 256}, "shard_tokens"),
         ({"batch_tokens": 128}, "batch_tokens"),
         ({"dtype": "float16"}, "target.dtype"),
@@ -243,7 +243,7 @@ def test_the_example_is_captured_and_reused_without_options(tmp_path):
 def test_the_example_with_another_setting_is_refused(tmp_path):
     cache = tmp_path / "example"
     run_ok("capture", "--cache", cache)
-    assert_refused(run_cli("capture", "--cache", cache, "--max-length", "99"), 1, "data.max_length")
+    assert_refused(run_cli("capture", "--cache", cache, "--max-length", "40"), 1, "data.settings.max_length")
 
 
 @pytest.mark.usefixtures("example_is_tiny")

@@ -122,7 +122,8 @@ def hand_columns() -> dict[str, list]:
     """Rule 10, the values counted by hand."""
     return {
         "sample_id": [name_of(0), name_of(1), name_of(2)],
-        "source_row": [0, 2, 3],
+        "source": [0, 0, 1],
+        "source_row": [0, 2, 0],
         "shard": [0, 0, 1],
         "token_start": [0, 5, 0],
         "length": [5, 4, 2],
@@ -135,6 +136,7 @@ def hand_columns() -> dict[str, list]:
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.binary(16), nullable=False),
+        pa.field("source", pa.int32(), nullable=False),
         pa.field("source_row", pa.int64(), nullable=False),
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("token_start", pa.int64(), nullable=False),
@@ -183,9 +185,9 @@ def hand_manifest() -> dict[str, Any]:
                 "pad_token_id": 2,
             },
             "data": {
-                "source": "chats.jsonl",
+                "sources": ["chats.jsonl", "more.parquet"],
                 "sha256": hashlib.sha256(b"".join(name_of(s) for s in range(3))).hexdigest(),
-                "max_length": 64,
+                "settings": {"max_length": "64"},
             },
             "features": {
                 "layer_ids": list(LAYERS),

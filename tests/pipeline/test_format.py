@@ -50,7 +50,7 @@ from tests.pipeline.handmade import (
 
 # The bytes of format version 1. They may change only together with the version.
 SHARD_0_SHA256 = "4b8fd771d9a4a8cb10e2e11f687d7bfa39fc77845c1a5a2cafb45c29910d0974"
-INDEX_SHA256 = "83d54b39ad01373dc1589460aad9a658fe3eb75b066150d9de19070221a93dab"
+INDEX_SHA256 = "1131af89569cf1c4c964bcda0ff05fa0640c68abde6e00a40122ee92effa5da6"
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = [
         SampleFacts(
             sample_id=name_of(i),
-            source_row=(0, 2, 3)[i],
+            source=(0, 0, 1)[i],
+            source_row=(0, 2, 0)[i],
             length=len(TOKENS[i]),
             last_rows=len(LABEL_ROWS[i]),
             candidates=CANDIDATES[i],
@@ -231,7 +232,7 @@ def test_a_written_shard_is_byte_for_byte_the_golden_one(written):
 
 def logical_bytes(columns: dict[str, list]) -> bytes:
     """Every column's values one after another, little-endian, whatever the file looks like."""
-    widths = {"source_row": "q", "shard": "i", "token_start": "q", "length": "i"}
+    widths = {"source": "i", "source_row": "q", "shard": "i", "token_start": "q", "length": "i"}
     widths |= {"last_start": "q", "last_rows": "i", "candidates": "i"}
     packed = b"".join(columns["sample_id"])
     for name, letter in widths.items():

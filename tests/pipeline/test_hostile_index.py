@@ -96,6 +96,7 @@ INDEX_BENDS: dict[str, Bend] = {
     "a shard below zero": column("shard", [-1, 0, 1]),
     "shards decreasing": column("shard", [1, 0, 0]),
     "shards not as planned": column("shard", [0, 1, 1]),
+    "source negative": column("source", [0, 0, -1]),
     "source row negative": column("source_row", [-1, 2, 3]),
     "an id that the sample's content does not have": column("sample_id", [bytes(16)] * 3),
     "a row too few": lambda c: [values.pop() for values in c.columns.values()] and None,

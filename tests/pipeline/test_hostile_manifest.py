@@ -91,7 +91,7 @@ MANIFEST_BENDS: dict[str, Bend] = {
     "null": manifest_text(lambda t: b"null"),
     "nested 100,000 deep": manifest_text(lambda t: b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
     "a number of 10,000 digits": manifest_text(
-        lambda t: t.replace(b'"max_length": 64', b'"max_length": ' + b"6" * 10**4)
+        lambda t: t.replace(b'"batch_tokens": 32', b'"batch_tokens": ' + b"6" * 10**4)
     ),
     "a float of 400 digits": manifest_text(
         lambda t: t.replace(b'"embedding_scale": 1.0', b'"embedding_scale": 1' + b"0" * 400)
@@ -186,9 +186,9 @@ MANIFEST_BENDS: dict[str, Bend] = {
     "a lone surrogate in a name": named("target/\ud800"),
     "a listed file that is missing": named("target/tokenizer_config.json"),
     "a line break in a key": put("rows", {"a\nb": "x"}),
-    "an absolute path as the data's name": put("identity.data.source", "/home/someone/chats.jsonl"),
+    "an absolute path as the data's name": put("identity.data.sources.1", "/home/someone/chats.jsonl"),
     "an absolute path as the target's name": put("identity.target.name", "/models/tiny"),
-    "a megabyte of text for a number": put("identity.data.max_length", "x" * 2**20),
+    "a megabyte of text for a number": put("identity.batch_tokens", "x" * 2**20),
 }
 
 
@@ -233,7 +233,7 @@ def test_a_name_that_no_cache_can_have_is_refused_for_what_it_is(tmp_path, name)
     assert "manifest.json is damaged" in assert_refuses(cache.save(tmp_path))
 
 
-@pytest.mark.parametrize("where", ["identity.data.max_length", "format_version", "rows"])
+@pytest.mark.parametrize("where", ["identity.batch_tokens", "format_version", "rows"])
 def test_every_depth_of_nesting_is_refused(tmp_path, where):
     """Python's JSON reader takes nests that its repr does not, at a depth that depends on the caller's."""
     for depth in range(700, 1010):

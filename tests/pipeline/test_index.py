@@ -81,6 +81,7 @@ def test_the_index_tiles_every_shard(tmp_path_factory, triples, limit):
     facts = [
         SampleFacts(
             sample_id=struct.pack(">16s", str(i).encode()),
+            source=i % 2,
             source_row=3 * i,
             length=length,
             last_rows=min(rows, length - 1),
@@ -91,8 +92,9 @@ def test_the_index_tiles_every_shard(tmp_path_factory, triples, limit):
     table, plan = build_index(facts, plan_shards([f.length for f in facts], limit))
     rows = table.to_pylist()
     assert [
-        (r["sample_id"], r["source_row"], r["length"], r["last_rows"], r["candidates"]) for r in rows
-    ] == [(f.sample_id, f.source_row, f.length, f.last_rows, f.candidates) for f in facts]
+        (r["sample_id"], r["source"], r["source_row"], r["length"], r["last_rows"], r["candidates"])
+        for r in rows
+    ] == [(f.sample_id, f.source, f.source_row, f.length, f.last_rows, f.candidates) for f in facts]
     tokens, labels, samples = Counter(), Counter(), Counter()
     previous = 0
     for row in rows:
@@ -114,7 +116,8 @@ def test_the_index_tiles_every_shard(tmp_path_factory, triples, limit):
 
 def test_an_index_is_the_same_bytes_every_time():
     facts = [
-        SampleFacts(sample_id=bytes(16), source_row=i, length=3, last_rows=2, candidates=1) for i in range(5)
+        SampleFacts(sample_id=bytes(16), source=0, source_row=i, length=3, last_rows=2, candidates=1)
+        for i in range(5)
     ]
     table, _ = build_index(facts, plan_shards([3] * 5, 7))
     again, _ = build_index(facts, plan_shards([3] * 5, 7))

@@ -55,7 +55,7 @@ def make_identity(
             unk_token_id=0,
             pad_token_id=2,
         ),
-        data=DataIdentity(source="chats.jsonl", sha256="01" * 32, max_length=64),
+        data=DataIdentity(sources=("chats.jsonl",), sha256="01" * 32, settings={"max_length": "64"}),
         features=FeatureIdentity(layer_ids=tuple(layers)),
         shard_tokens=shard_tokens,
         batch_tokens=32,
@@ -106,6 +106,7 @@ class Writing:
         facts = [
             SampleFacts(
                 sample_id=name,
+                source=0,
                 source_row=i,
                 length=len(s.ids),
                 last_rows=len(s.rows),
