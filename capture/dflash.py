@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.features import validate_target_layer_ids
-from pipeline.hooks import find_decoder, find_layers, tap_states
+from pipeline.hooks import check_states, find_decoder, find_layers, input_device, tap_states
 
 
 @dataclass
@@ -57,13 +57,18 @@ class HFDFlashTargetModel:
         """Run the target's backbone once and capture the chosen layers as context.
 
         Args:
-            input_ids: `[B, S]`, right-padded.
+            input_ids: `[B, S]`, right-padded; the states come back on its device.
             attention_mask: `[B, S]`, 0 on padding.
             loss_mask: `[B, S]`, passed through.
         """
+        device = input_device(self.model)
         with tap_states(self.model, self.target_layer_ids, last_hidden=False) as states:
-            find_decoder(self.model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden_states = torch.cat([states[i] for i in self.target_layer_ids], dim=-1)
+            find_decoder(self.model)(
+                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+            )
+        check_states(self.model, states, self.target_layer_ids, input_ids.shape)
+        # A target that is spread over several devices leaves each state where its layer is.
+        hidden_states = torch.cat([states[i].to(input_ids.device) for i in self.target_layer_ids], dim=-1)
         return DFlashTargetBatch(hidden_states, input_ids, attention_mask, loss_mask)
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -33,17 +33,15 @@ def example_target() -> Path:
             f"the example target needs {', '.join(missing)}: run `make setup`, or name your own --target"
         )
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from capture.load import gguf_options
 
     spec = importlib.util.find_spec(_PACKAGE)
     assert spec is not None
     assert spec.origin is not None
     source = Path(spec.origin).parent
-    options = {}
-    if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told not to
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16, **options)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **gguf_options(_GGUF))
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     partial = EXAMPLE_TARGET.with_name(EXAMPLE_TARGET.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,46 +1,147 @@
-"""Find a target on disk or on the Hub, say what it is, and load it."""
+"""Open a target: say what it is, and load it.
+
+`open_target(options)` is the way in: it reads the config and nothing else; the tokenizer, the identity
+and the weights are read when they are asked for.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline import files
+from capture.find import resolve_directory, weights_hash
+from capture.options import TargetOptions
 from pipeline.cache import TargetIdentity, TokenizerIdentity
-from pipeline.errors import TargetError
-from pipeline.hooks import embedding_scale, final_logit_softcapping, find_layers
+from pipeline.cache.manifest import is_weights
+from pipeline.device import resolve_device
+from pipeline.errors import TargetError, UsageError
+from pipeline.hooks import (
+    embedding_scale,
+    final_logit_softcapping,
+    find_final_norm,
+    find_layers,
+    learned_positions,
+)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+# What makes a target directory's config and tokenizer loadable again, without its weights.
+_LIGHT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+_PLAIN = TargetOptions()
+# transformers' classes that hold a causal LM, the plain one first.
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
-def resolve_directory(target: str) -> Path:
-    """The directory that holds a target: a local path, or a Hub id's snapshot.
+@dataclass(frozen=True)
+class Target:
+    """A target that was found, with what its config says. Made by `open_target`."""
+
+    options: TargetOptions
+    name: str
+    """Directory name or Hub id."""
+    directory: Path
+    config: Any
+    dtype: torch.dtype
+    """What it computes in."""
+    device: torch.device
+    """Where it runs; with `--device-map`, one of the devices."""
+
+    @cached_property
+    def shell(self) -> nn.Module:
+        """The model on the meta device: every module, no weights.
+
+        Raises:
+            TargetError: not a causal LM that can be a target.
+        """
+        return build_shell(self.directory, self.config, self.dtype, self.options)
+
+    def identity(self) -> TargetIdentity:
+        """What goes into a cache's manifest. Hashes the weights; raises TargetError without any."""
+        return _identity(self.name, weights_hash(self.directory, self.options), self.shell, self.dtype)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer. Raises TargetError when it is missing or has no offsets."""
+        return load_tokenizer(self.directory, self.options)
+
+    def model(self) -> nn.Module:
+        """The weights, in memory: in eval mode, frozen, on `device` or spread by `--device-map`."""
+        return load_target(self.directory, self.dtype, self.device, self.options)
+
+    def files(self) -> dict[str, bytes]:
+        """Config and tokenizer files by name, from which both load again without the weights."""
+        if self.options.gguf_file is None:
+            paths = {path for pattern in _LIGHT_FILES for path in self.directory.glob(pattern)}
+            return _contents(sorted(paths))
+        with tempfile.TemporaryDirectory() as folder:  # a GGUF file has them inside
+            self.config.save_pretrained(folder)
+            self.tokenizer().save_pretrained(folder)
+            return _contents(sorted(Path(folder).iterdir()))
+
+    def check_length(self, length: int) -> None:
+        """Refuse samples longer than the target's table of positions, where it learned one (GPT-2, OPT).
+
+        Args:
+            length: tokens of the longest sample.
+
+        Raises:
+            UsageError: naming the length that fits.
+        """
+        limit = learned_positions(self.shell)
+        if limit is not None and length > limit:
+            raise UsageError(
+                f"a sample has {length:,} tokens, but {self.name} learned {limit:,} positions only: "
+                f"give --max-length {limit} or less"
+            )
+
+
+def open_target(options: TargetOptions) -> Target:
+    """Find the target that `options` names and read its config.
 
     Raises:
-        TargetError: neither a directory with a config.json nor a Hub model that can be fetched.
+        UsageError: options that exclude each other, or a device that is not there.
+        TargetError: it can't be found, or its config can't be read.
     """
-    path = Path(target)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise TargetError(f"{path} has no config.json: expected a Hugging Face model directory")
-        return path
-    if path.is_absolute() or target.startswith((".", "~")) or target.count("/") > 1:
-        raise TargetError(f"no such target directory: {target}")
-    from huggingface_hub import snapshot_download
+    if options.device_map and options.device != "auto":
+        raise UsageError(
+            f"--device-map {options.device_map} chooses devices itself: drop --device {options.device}"
+        )
+    name = options.target
+    if name is None:
+        from capture.example import example_target
 
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        return Path(snapshot_download(target, allow_patterns=patterns))
-    except Exception as error:  # offline, no such repository, gated: the hub's own tree of errors
-        reason = " ".join(str(error).split())[:200]
-        raise TargetError(
-            f"no such target: {target} is neither a directory nor a Hub model that can be fetched ({reason})"
-        ) from None
+        name = str(example_target())
+    directory = resolve_directory(name, options)
+    device = resolve_device(options.device)
+    config = load_config(directory, options)
+    if options.gguf_file and getattr(config.get_text_config(), "dtype", None) is None:
+        config.get_text_config().dtype = torch.bfloat16  # quantised weights have no dtype of their own
+    return Target(
+        options=options,
+        name=directory.resolve().name if Path(name).is_dir() else name,
+        directory=directory,
+        config=config,
+        dtype=resolve_dtype(options.dtype, config, device),
+        device=device,
+    )
 
 
 def _native_bf16(device: torch.device) -> bool:
@@ -60,77 +161,201 @@ def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 and not _native_bf16(device) else dtype
 
 
-def weights_hash(directory: Path) -> str:
-    """SHA-256 over the names and contents of a target's weight files.
+def gguf_options(gguf_file: str | None) -> dict[str, Any]:
+    """What transformers' `from_pretrained` of a model needs to read a GGUF file as plain weights.
 
     Raises:
-        TargetError: the directory holds no weights.
+        TargetError: the packages that read it are not installed.
     """
-    weights = sorted({path for pattern in _WEIGHTS for path in directory.glob(pattern)})
-    if not weights:
-        raise TargetError(f"{directory} holds no weights: expected *.safetensors beside its config.json")
-    digest = hashlib.sha256()
-    for path in weights:
-        digest.update(f"{path.name}:{files.sha256_file(path)}\n".encode())
-    return digest.hexdigest()
+    if gguf_file is None:
+        return {}
+    _need("gguf", "accelerate", reason="--gguf-file")
+    import transformers
+
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told not to
+        return {
+            "gguf_file": gguf_file,
+            "quantization_config": transformers.GgufConfig(dequantize=True),
+        }
+    return {"gguf_file": gguf_file}
 
 
-def load_config(directory: Path) -> Any:
+def _need(*packages: str, reason: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TargetError(f"{reason} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def _source(options: TargetOptions) -> dict[str, Any]:
+    """What every `from_pretrained` is given."""
+    source = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
+    if options.gguf_file is not None:
+        _need("gguf", "accelerate", reason="--gguf-file")
+        source["gguf_file"] = options.gguf_file
+    return source
+
+
+def load_config(directory: Path, options: TargetOptions = _PLAIN) -> Any:
     """The target's Hugging Face config. Raises TargetError when transformers can't read it."""
     from transformers import AutoConfig
 
+    source = _source(options)
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        return AutoConfig.from_pretrained(directory, **source)
     except Exception as error:
-        raise TargetError(f"{directory}: its config.json can't be read ({_first_line(error)})") from None
+        place = options.gguf_file or "config.json"
+        raise _refusal(directory, f"its {place} can't be read", error) from None
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path, options: TargetOptions = _PLAIN) -> Any:
     """The target's tokenizer. Raises TargetError when it is missing or has no offsets."""
     from transformers import AutoTokenizer
 
+    source = _source(options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **source)
     except Exception as error:
-        raise TargetError(f"{directory}: its tokenizer can't be loaded ({_first_line(error)})") from None
+        raise _refusal(directory, "its tokenizer can't be loaded", error) from None
     if not tokenizer.is_fast:
         raise TargetError(f"{directory}: its tokenizer has no fast version, which the loss mask needs")
     return tokenizer
 
 
-def load_target(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the target for inference. Raises TargetError when transformers can't."""
-    from transformers import AutoModelForCausalLM
+def auto_class(directory: Path, config: Any) -> Any:
+    """The transformers class that loads `config` as a causal LM; text parts of multimodal models too.
 
+    Raises:
+        TargetError: encoder-decoders, and models that predict no next token.
+    """
+    import transformers
+
+    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    wanted = "expected a decoder-only causal LM, name such a one as the target"
+    if getattr(config, "is_encoder_decoder", False):
+        raise TargetError(f"{directory}: {name} is an encoder-decoder: {wanted}")
+    for auto_name in _AUTO_CLASSES:
+        auto = getattr(transformers, auto_name, None)
+        remote = getattr(config, "auto_map", None) or {}
+        if auto is not None and (auto_name in remote or type(config) in auto._model_mapping):
+            return auto
+    raise TargetError(f"{directory}: {name} (model type {config.model_type}) is not a causal LM: {wanted}")
+
+
+def load_target(
+    directory: Path, dtype: torch.dtype, device: torch.device, options: TargetOptions = _PLAIN
+) -> nn.Module:
+    """Load the target for inference. Raises TargetError when transformers can't."""
+    source = {**_source(options), **gguf_options(options.gguf_file), "dtype": dtype}
+    if options.attn_implementation is not None:
+        source["attn_implementation"] = options.attn_implementation
+    if options.device_map is not None:
+        _need("accelerate", reason="--device-map")
+        source["device_map"] = options.device_map
+    auto = auto_class(directory, load_config(directory, options))
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        model = auto.from_pretrained(directory, **source)
     except Exception as error:
-        raise TargetError(f"{directory}: the target can't be loaded ({_first_line(error)})") from None
-    return model.to(device).eval().requires_grad_(False)
+        raise _refusal(directory, "the target can't be loaded", error) from None
+    if options.device_map is None:
+        model = model.to(device)
+    else:
+        _refuse_offload(directory, model, device)
+    return model.eval().requires_grad_(False)
+
+
+def _refuse_offload(directory: Path, model: nn.Module, device: torch.device) -> None:
+    """A target that accelerate left partly on the CPU or disk would crawl, and its head could not be read."""
+    places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
+    outside = [place for place in places if place == "disk" or (place == "cpu" and device.type != "cpu")]
+    if outside:
+        raise TargetError(
+            f"{directory}: the GPUs here do not hold the target, {len(outside)} of its {len(places)} parts "
+            f"went to {' and '.join(sorted(set(outside)))}: use more GPUs, or a smaller --dtype"
+        )
+
+
+def build_shell(
+    directory: Path, config: Any, dtype: torch.dtype, options: TargetOptions = _PLAIN
+) -> nn.Module:
+    """Build the target on the meta device, which takes no memory and reads no weights.
+
+    Raises:
+        TargetError: not a causal LM, an attention implementation it lacks, or a part it needs is missing.
+    """
+    auto = auto_class(directory, config)
+
+    def build(**chosen: Any) -> nn.Module:
+        with torch.device("meta"):
+            return auto.from_config(
+                copy.deepcopy(config),  # which it would write its arguments to
+                dtype=dtype,
+                trust_remote_code=options.trust_remote_code,
+                **chosen,
+            )
+
+    chosen = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    try:
+        model = build(**chosen)
+    except Exception as error:
+        if chosen and _works(build):
+            name = options.attn_implementation
+            raise _refusal(
+                directory, f"--attn-implementation {name} can't be used, try sdpa or eager", error
+            ) from None
+        raise _refusal(directory, "not a causal language model", error) from None
+    find_layers(model)
+    find_final_norm(model)
+    _check_head(directory, model)
+    return model
+
+
+def _works(build: Any) -> bool:
+    try:
+        build()
+    except Exception:
+        return False
+    return True
+
+
+def _check_head(directory: Path, model: nn.Module) -> None:
+    head, hidden = model.get_output_embeddings(), model.config.get_text_config().hidden_size
+    if head is None or getattr(head, "weight", None) is None or getattr(head, "bias", None) is not None:
+        raise TargetError(
+            f"{directory}: expected a target whose lm_head is a plain matrix, without a bias; "
+            f"{type(model).__name__} has another: use another target"
+        )
+    widths = {head.weight.shape[1], model.get_input_embeddings().weight.shape[1], hidden}
+    if len(widths) > 1:
+        raise TargetError(
+            f"{directory}: expected embedding, layers and lm_head of one width, got {sorted(widths)}: "
+            f"{type(model).__name__} projects between them, use another target"
+        )
+
+
+def _refusal(directory: Path, what: str, error: Exception) -> TargetError:
+    if "trust_remote_code" in str(error):
+        return TargetError(
+            f"{directory} brings Python files of its own, which must run to load it: read them, then give "
+            "--trust-remote-code"
+        )
+    return TargetError(f"{directory}: {what} ({_first_line(error)})")
 
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def target_shape(name: str, directory: Path, config: Any, dtype: torch.dtype) -> TargetIdentity:
-    """Say what a target is without loading its weights: the model is built on the meta device."""
-    from transformers import AutoModelForCausalLM
+def _contents(paths: Sequence[Path]) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in paths if path.is_file() and not is_weights(path.name)}
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:
-        raise TargetError(f"{directory}: not a causal language model ({_first_line(error)})") from None
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise TargetError(f"{directory}: expected a target whose lm_head is a plain matrix, without a bias")
-    embeddings = model.get_input_embeddings()
+
+def _identity(name: str, weights: str, model: nn.Module, dtype: torch.dtype) -> TargetIdentity:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     return TargetIdentity(
-        name=directory.resolve().name if Path(name).is_dir() else name,
-        weights=weights_hash(directory),
+        name=name,
+        weights=weights,
         architecture=type(model).__name__,
-        model_type=config.get_text_config().model_type,
+        model_type=model.config.get_text_config().model_type,
         hidden_size=embeddings.weight.shape[1],
         num_layers=len(find_layers(model)),
         vocab_size=embeddings.weight.shape[0],
@@ -139,6 +364,12 @@ def target_shape(name: str, directory: Path, config: Any, dtype: torch.dtype) ->
         embedding_scale=embedding_scale(model),
         final_logit_softcapping=final_logit_softcapping(model),
     )
+
+
+def target_shape(name: str, directory: Path, config: Any, dtype: torch.dtype) -> TargetIdentity:
+    """Say what a target is without loading its weights: the model is built on the meta device."""
+    name = directory.resolve().name if Path(name).is_dir() else name
+    return _identity(name, weights_hash(directory), build_shell(directory, config, dtype), dtype)
 
 
 def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.features import validate_target_layer_ids
-from pipeline.hooks import find_decoder, find_final_norm, find_layers, tap_states
+from pipeline.hooks import check_states, find_decoder, find_final_norm, find_layers, input_device, tap_states
 
 
 @dataclass
@@ -62,9 +62,19 @@ class HFDSparkTargetModel:
 
     @torch.no_grad()
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> dict[int | str, Tensor]:
-        """Run the backbone once (never the head) and return `[B, S, H]` by layer id and `"last_hidden"`."""
+        """Run the backbone once (never the head) and return `[B, S, H]` by layer id and `"last_hidden"`.
+
+        Inputs may be on any device. A target spread over several leaves each state where its layer is.
+
+        Raises:
+            TargetError: a layer that was asked for did not run, or gave no `[B, S, H]`.
+        """
+        device = input_device(self.model)
         with tap_states(self.model, self.target_layer_ids) as states:
-            self._inner_model()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            self._inner_model()(
+                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+            )
+        check_states(self.model, states, [*self.target_layer_ids, "last_hidden"], input_ids.shape)
         return states
 
     def generate_batch(
@@ -73,11 +83,11 @@ class HFDSparkTargetModel:
         """Run the target once and capture context features and the post-norm last hidden state.
 
         Args:
-            input_ids: `[B, S]`, right-padded.
+            input_ids: `[B, S]`, right-padded; the states come back on its device.
             attention_mask: `[B, S]`, 0 on padding.
             loss_mask: `[B, S]`, passed through.
         """
-        states = self.states(input_ids, attention_mask)
+        states = {k: v.to(input_ids.device) for k, v in self.states(input_ids, attention_mask).items()}
         return DSparkTargetBatch(
             target_hidden_states=torch.cat([states[i] for i in self.target_layer_ids], dim=-1),
             target_last_hidden_states=states["last_hidden"],

@@ -111,7 +111,7 @@ class ChatTemplate:
         """Where turn `number` stands in `text`; nothing of it lies before `floor`."""
         messages, tools = conversation.messages, conversation.tools
         visible = _visible(messages[number])
-        through = self._render(messages[: number + 1], tools, prompt=False)
+        through = self._through(messages[: number + 1], tools)
         # A conversation that the assistant opens has no prompt before it: its content is where it starts.
         before = self._render(messages[:number], tools, prompt=True) if number else ""
         if visible and visible not in through[_shared(before, through) :]:
@@ -142,6 +142,21 @@ class ChatTemplate:
                 "so its tokens can't be told from the text; use a template with {% generation %} marks",
             )
         return found
+
+    def _through(self, messages: list[Message], tools: Any) -> str:
+        """The conversation up to its last message, without what the template closes a conversation with."""
+        through = self._render(messages, tools, prompt=False)
+        try:
+            agreed = _shared(through, self._render(messages, tools, prompt=True))
+        except BadRowError:  # no template has to take a prompt after an answer
+            return through
+        if agreed == len(through):
+            return through
+        starts = {token: through.rfind(token, 0, agreed) for token in self._special_texts()}
+        return through[: max((at + len(token) for token, at in starts.items() if at >= 0), default=agreed)]
+
+    def _special_texts(self) -> list[str]:
+        return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def _by_replacing(
         self, conversation: Conversation, text: str, number: int, floor: int, through: str

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +26,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from capture import conversations, rows, template
 from capture.conversations import DroppedRowError, RowTokenizer, TokenizedSample
 from capture.rows import FORMS, BadRowError, detect_form, parse_line
 from capture.sources import RawRow, Source
-from pipeline import __version__, files
+from pipeline import files
 from pipeline.cache.index import SampleFacts, count_candidates, last_hidden_rows, sample_id
 from pipeline.errors import DataError
 
@@ -153,15 +155,18 @@ def _key(
     sources: Sequence[Source], tokenize: RowTokenizer, tokenizer_sha256: str, selection: Selection
 ) -> str:
     """Names everything that decides the file's content."""
-    template = tokenize.template
+    chat = tokenize.template
     settings = {name: value for name, value in vars(tokenize).items() if name != "template"}
     # A shuffled choice is made over all rows, after they were tokenised.
     limit = None if selection.shuffle else selection.num_samples
     what = [
-        __version__,
+        # The code that decides tokens and masks, ours and theirs.
+        [files.sha256_file(Path(module.__file__)) for module in (conversations, rows, template)],
+        version("transformers"),
+        version("tokenizers"),
         [source.fingerprint for source in sources],
         tokenizer_sha256,
-        [template.template, str(template.tokenizer.chat_template), template.arguments],
+        [chat.template, str(chat.tokenizer.chat_template), chat.arguments],
         settings,
         [selection.min_supervised, limit, selection.form, selection.bad_rows],
     ]
@@ -188,16 +193,16 @@ def _arrange(
     table: pa.Table, selection: Selection, sources: Sequence[Source], forms: list[str]
 ) -> TokenizedData:
     dropped = np.array(table["dropped"].to_pylist(), dtype=object)
-    rows = Counter({f"dropped: {reason}": count for reason, count in Counter(dropped).items() if reason})
-    rows["read"] = len(table)
+    counts = Counter({f"dropped: {reason}": count for reason, count in Counter(dropped).items() if reason})
+    counts["read"] = len(table)
     order = np.flatnonzero(dropped == "")
     if selection.shuffle:
         order = np.random.default_rng(selection.seed).permutation(order)
         beyond = len(order[selection.num_samples :]) if selection.num_samples else 0
         if beyond:
             order = order[: selection.num_samples]
-            rows[f"dropped: {BEYOND}"] += beyond
-    rows["captured"] = len(order)
+            counts[f"dropped: {BEYOND}"] += beyond
+    counts["captured"] = len(order)
     wanted = table.select(["source", "source_row", "sample_id", "last_rows", "candidates"]).take(order)
     lengths = pc.list_value_length(table["input_ids"]).fill_null(0).to_numpy()[order]
     columns = [wanted[name].to_pylist() for name in wanted.schema.names]
@@ -214,7 +219,7 @@ def _arrange(
     ]
     bad = table.filter(pc.not_equal(table["problem"], "")).slice(0, MAX_PROBLEMS).to_pylist()
     problems = [f"{sources[row['source']].at(row['source_row'])}: {row['problem']}" for row in bad]
-    return TokenizedData(facts, rows, forms, problems, order, table)
+    return TokenizedData(facts, counts, forms, problems, order, table)
 
 
 def _select(records: Iterator[dict[str, Any]], selection: Selection) -> Iterator[dict[str, Any]]:
@@ -245,10 +250,10 @@ def _records(
     workers: int | None,
 ) -> Iterator[dict[str, Any]]:
     """A record a row, in order."""
-    rows = ((i, forms[i], number, row) for i, source in enumerate(sources) for number, row in source.rows())
+    every = ((i, forms[i], number, row) for i, source in enumerate(sources) for number, row in source.rows())
     bar = tqdm(unit="row", desc="tokenise", mininterval=1.0)
     with bar:
-        for chunk in _map(tokenize, _chunks(rows), workers or min(os.cpu_count() or 1, 16)):
+        for chunk in _map(tokenize, _chunks(every), workers or min(os.cpu_count() or 1, 16)):
             for record in chunk:
                 if record["problem"] and selection.bad_rows == "fail":
                     place = sources[record["source"]].at(record["source_row"])

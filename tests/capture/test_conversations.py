@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from capture.conversations import RowTokenizer, read_conversations
-from capture.rows import Conversation
+from capture.rows import BadRowError, Conversation
 from capture.sources import open_sources
 from capture.template import ChatTemplate
 from capture.tokens import Selection, TokenizedData, load_data
@@ -21,12 +21,13 @@ from pipeline.errors import DataError
 from tests.capture.templates import (
     COUNTING,
     DIALECTS,
-    GEMMA,
+    FAMILIES,
     GENERATION,
     RAISING,
     REWRITING,
     SHOUTING,
     THINKING,
+    THINKING_TOOLS,
 )
 from tests.tiny import make_tokenizer
 
@@ -104,6 +105,102 @@ def test_the_mask_covers_exactly_the_answers_and_their_end(name, with_system, me
     assert ids.dtype == np.int32
     assert mask.dtype == np.uint8
     assert set(mask.tolist()) == {0, 1}
+
+
+CALL = {"function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+CALL_TEXT = '{"name": "add", "arguments": {"a": 2, "b": 2}}'
+TOOL_TALK = [
+    user("what is two plus two"),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "4"},
+    assistant("two plus two makes 4"),
+    user("three"),
+    {"role": "assistant", "content": "yes", "tool_calls": [CALL, CALL]},
+]
+
+
+@pytest.mark.parametrize("cut", [2, 4, 6])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tool_calls_are_the_assistants_and_tool_results_are_not(name, cut):
+    family = FAMILIES[name]
+    messages = TOOL_TALK[:cut]
+    answers = [
+        family.turn(m["content"], CALL_TEXT * len(m.get("tool_calls", [])))
+        for m in messages
+        if m["role"] == "assistant"
+    ]
+    assert supervised_turns(family.tokenizer(), messages) == answers
+
+
+def test_tool_calls_of_a_template_that_shows_thoughts_in_the_last_turn_only():
+    assert supervised_turns(make_tokenizer(THINKING_TOOLS), TOOL_TALK) == [
+        CALL_TEXT + "<|im_end|>",
+        "two plus two makes 4<|im_end|>",
+        "<think>\n\n</think>\n\nyes" + CALL_TEXT * 2 + "<|im_end|>",
+    ]
+
+
+THOUGHTS = [
+    user("why"),
+    assistant("<think>\nblue sky\n</think>\n\nyes"),
+    user("how"),
+    assistant("<think>a cat</think>the dog <think>ran"),
+]
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatml-marked", "llama3", "phi3", "phi3-marked"])
+def test_mask_reasoning_leaves_thoughts_out_and_the_rest_in(name):
+    family = FAMILIES[name]
+    turns = supervised_turns(family.tokenizer(), THOUGHTS, mask_reasoning=True)
+    ends = [turn.removesuffix(family.after).strip() for turn in turns]
+    assert ends[0] == "yes"
+    assert ends[1:] in (["the dog"], ["the dog", ""])  # thoughts that never end reach to the end of the turn
+    assert turns[0].endswith(family.after)
+    assert supervised_turns(family.tokenizer(), THOUGHTS) != turns
+
+
+def test_thoughts_that_the_prompt_opened_are_left_out_too():
+    opened = [user("why"), assistant("blue sky\n</think>\n\nyes")]
+    assert supervised_turns(TOKENIZERS["chatml"], opened, mask_reasoning=True) == ["yes<|im_end|>"]
+
+
+@pytest.mark.parametrize("messages", [ONE, THREE, [*THREE, user("why")], TOOL_TALK], ids=len)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_turn_alone(name, messages):
+    tokenizer = FAMILIES[name].tokenizer()
+    every = supervised_turns(tokenizer, messages)
+    assert supervised_turns(tokenizer, messages, supervise="last") == every[-1:]
+
+
+def test_a_template_from_a_file_and_its_arguments():
+    template = "{% for m in messages %}{{ m['content'] + ('!' if loud else '?') + '<|im_end|>' }}{% endfor %}"
+    for loud, mark in ((True, "!"), (False, "?")):
+        tokenize = RowTokenizer(
+            template=ChatTemplate(make_tokenizer(None), template, {"loud": loud}), vocab_size=400
+        )
+        ids, mask = tokenize.tokenize(Conversation([user("why"), assistant("yes")]))
+        assert supervised(tokenize.template.tokenizer, ids, mask) == [f"yes{mark}<|im_end|>"]
+
+
+def test_plain_text_is_supervised_whole_and_tokens_are_taken_as_they_are():
+    tokenize = row_tokenizer(TOKENIZERS["chatml"])
+    ids, mask = tokenize(b'{"text": "the cat sat on the mat"}')
+    assert decode(TOKENIZERS["chatml"], ids.tolist()) == "the cat sat on the mat"
+    assert mask.all()
+    ids, mask = tokenize({"input_ids": [5, 6, 7, 8, 9], "loss_mask": [0, 1, 1, 0, 0]})
+    assert (ids.tolist(), mask.tolist()) == ([5, 6, 7], [0, 1, 1])
+    for bad in (-1, 10**6):
+        with pytest.raises(BadRowError, match="outside"):
+            tokenize({"input_ids": [1, 2, bad], "loss_mask": [0, 1, 1]})
+
+
+def test_a_system_prompt_that_moves_on_hides_no_answer():
+    """The text before an answer is another one as long as it is the last; only the content is certain."""
+    family = FAMILIES["mistral-moving"]
+    turns = supervised_turns(family.tokenizer(), [system("the cat is green"), *THREE])
+    assert [turn.strip() for turn in turns] == [
+        family.turn(m["content"]).strip() for m in THREE if m["role"] == "assistant"
+    ]
 
 
 @pytest.mark.parametrize("name", DIALECTS)
@@ -221,9 +318,9 @@ def test_thoughts_that_only_the_last_turn_shows_are_supervised_there():
         (COUNTING, THREE, "renders message 1 differently"),
         (SHOUTING, ONE, "content of message 1"),
         (RAISING, ONE, "never happy"),
-        (GEMMA, [system("s"), *ONE], "System role not supported"),
+        (FAMILIES["gemma"].text, [system("s"), *ONE], "System role not supported"),
         (GENERATION, [*ONE, {"role": "tool", "content": "4"}], "no tools here"),
-        (DIALECTS["mistral"].template, [*ONE, assistant("again")], "roles must alternate: user, assistant"),
+        (FAMILIES["mistral"].text, [*ONE, assistant("again")], "roles must alternate: user, assistant"),
         (None, ONE, "no chat template"),
         ("{% for m in messages %}{{ m.role", ONE, "template"),
     ],

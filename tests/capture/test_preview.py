@@ -1,0 +1,51 @@
+"""`dspark preview`: what is supervised, how much, and how long everything is."""
+
+from __future__ import annotations
+
+import re
+
+import click
+import numpy as np
+from click.testing import CliRunner
+
+from capture.preview import histogram
+from pipeline.cli import cli
+from tests.capture.test_tokens import talk, write
+from tests.conftest import assert_refused, run_cli, run_ok
+
+
+def test_samples_and_summary(tmp_path, target_dir):
+    path = write(tmp_path / "a.jsonl", talk("the sky is blue"), "", talk("two", "plus two"), talk("a mat"))
+    said = run_ok("preview", "--target", target_dir, "--data", path, "--count", "2")
+    assert "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\nthe sky is blue<|im_end|>" in said
+    assert f"== {path}:1: " in said
+    assert f"== {path}:3: " in said
+    assert f"{path}:4" not in said
+    assert "rows: captured 3, read 3" in said
+    total, share = re.search(r"== 3 samples, (\d+) tokens, (\d+) labels", said).groups()
+    assert 0 < int(share) < int(total)
+    assert "\x1b[" not in said, "no colours where the output is no terminal"
+
+
+def test_supervised_tokens_are_coloured_on_a_terminal(tmp_path, target_dir):
+    path = write(tmp_path / "a.jsonl", talk("the sky"))
+    arguments = ["preview", "--target", str(target_dir), "--data", str(path)]
+    said = CliRunner().invoke(cli, arguments, color=True).stdout
+    assert click.style("the sky<|im_end|>", fg="green") in said
+    assert click.unstyle(said) == run_ok(*arguments)
+
+
+def test_one_row(tmp_path, target_dir):
+    path = write(tmp_path / "a.jsonl", talk("the sky"), "", talk("a mat"))
+    said = run_ok("preview", "--target", target_dir, "--data", path, "--row", "3")
+    assert "a mat<|im_end|>" in said
+    assert "the sky" not in said
+    result = run_cli("preview", "--target", target_dir, "--data", path, "--row", "2")
+    assert_refused(result, 2, f"{path}:2", "empty line")
+
+
+def test_histogram_counts_everything_once():
+    lengths = np.array([3, 4, 7, 8, 8, 100])
+    lines = list(histogram(lengths))
+    counts = [int(re.search(r"to +[\d,]+ +(\d+)", line)[1]) for line in lines]
+    assert counts == [1, 2, 2, 0, 0, 1]

@@ -1,0 +1,244 @@
+"""Every row is accounted for, tokenised once, and chosen as asked."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import capture.tokens as tokens
+from capture.conversations import RowTokenizer
+from capture.sources import open_sources
+from capture.template import ChatTemplate
+from capture.tokens import Selection, TokenizedData, load_data
+from pipeline.errors import DataError
+from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
+from tests.tiny import CHATML, make_conversations, make_tokenizer
+
+TOKENIZER = make_tokenizer(CHATML)
+
+
+def talk(*answers: str) -> dict[str, Any]:
+    messages = []
+    for answer in answers:
+        messages += [{"role": "user", "content": "why"}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def load(path: Path | list[Path], workers: int | None = 1, **options: Any) -> TokenizedData:
+    names = ("max_length", "too_long", "supervise", "mask_reasoning")
+    tokenize = RowTokenizer(
+        template=ChatTemplate(TOKENIZER),
+        vocab_size=400,
+        **{name: options.pop(name) for name in names if name in options},
+    )
+    paths = path if isinstance(path, list) else [path]
+    return load_data(
+        open_sources([str(p) for p in paths]), tokenize, "tiny", Selection(**options), workers=workers
+    )
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def ids(data: TokenizedData) -> list[bytes]:
+    return [sample.sample_id for sample in data]
+
+
+# What a row can be, and where it must be counted.
+KINDS = {
+    "good": (lambda i: talk(f"yes {i}"), "captured"),
+    "again": (lambda i: talk("the same as ever"), None),  # the first is captured, the others are duplicates
+    "unanswered": (
+        lambda i: {"messages": [{"role": "user", "content": str(i)}]},
+        "dropped: no two supervised",
+    ),
+    "no JSON": (lambda i: "{" + str(i), "dropped: bad row, not JSON"),
+    "a list": (lambda i: f"[{i}]", "dropped: bad row, not a JSON object"),
+    "another form": (lambda i: {"text": str(i)}, "dropped: bad row, another form"),
+    "no role": (lambda i: {"messages": [{"content": str(i)}]}, "dropped: bad row, malformed message"),
+    "no messages": (lambda i: {"messages": []}, "dropped: bad row, no messages"),
+    "empty line": (lambda i: "", "not a row"),
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(list(KINDS)), max_size=30))
+def test_rows_read_are_captured_or_dropped_for_a_named_reason(tmp_path, kinds):
+    kinds = ["good", *kinds]  # so that there is something to capture, and the form is told by it
+    path = write(tmp_path / "mixed.jsonl", *(KINDS[kind][0](i) for i, kind in enumerate(kinds)))
+    data = load(path, bad_rows="skip")
+    found = Counter(data.rows)
+    assert found["read"] == sum(kind != "empty line" for kind in kinds)
+    assert found["read"] == found["captured"] + sum(n for r, n in found.items() if r.startswith("dropped: "))
+    again = kinds.count("again")
+    assert found["captured"] == len(data) == kinds.count("good") + min(again, 1)
+    assert found["dropped: a duplicate"] == max(again - 1, 0)
+    for kind, (_, reason) in KINDS.items():
+        if reason and reason.startswith("dropped"):
+            assert sum(n for r, n in found.items() if r.startswith(reason)) == kinds.count(kind)
+    bad = [i for i, kind in enumerate(kinds) if (KINDS[kind][1] or "").startswith("dropped: bad row")]
+    assert [problem.split(": ")[0] for problem in data.problems] == [f"{path}:{i + 1}" for i in bad[:5]]
+    if bad:
+        with pytest.raises(DataError, match=rf"mixed\.jsonl:{bad[0] + 1}: "):
+            load(path)
+
+
+def test_skipped_rows_are_printed_and_counted_in_the_manifest(tmp_path, target_dir):
+    rows = [talk("yes no yes"), *["{"] * 7, talk("no yes no")]
+    path = write(tmp_path / "bad.jsonl", *rows)
+    arguments = [*capture_arguments(target_dir, path, tmp_path / "cache")]
+    assert_refused(run_cli(*arguments), 1, "bad.jsonl:2", "not JSON")
+    result = run_cli(*arguments, "--bad-rows", "skip")
+    assert result.exit_code == 0, result.output
+    skipped = [line for line in result.stderr.splitlines() if line.startswith("skipped")]
+    assert [line[: len("skipped ") + len(str(path)) + 2] for line in skipped[:5]] == [
+        f"skipped {path}:{i}" for i in range(2, 7)
+    ]
+    assert skipped[5] == "skipped 2 more bad rows"
+    rows = json.loads((tmp_path / "cache/manifest.json").read_text())["rows"]
+    assert rows == {"read": 9, "captured": 2, "dropped: bad row, not JSON": 7}
+
+
+def test_workers_give_what_one_process_gives(tmp_path, monkeypatch):
+    path = make_conversations(tmp_path / "many.jsonl", count=300)
+    alone = load(path)
+    monkeypatch.setenv("DSPARK_TOKENS", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(tokens, "FEW_ROWS", tokens.CHUNK_ROWS)
+    shared = load(path, workers=2)
+    assert ids(shared) == ids(alone)
+    assert shared.facts == alone.facts
+    for a, b in zip(alone, shared, strict=True):
+        assert np.array_equal(a.input_ids, b.input_ids)
+        assert np.array_equal(a.loss_mask, b.loss_mask)
+
+
+def test_a_bad_row_that_a_worker_meets_is_named(tmp_path, monkeypatch):
+    path = make_conversations(tmp_path / "many.jsonl", count=200)
+    with path.open("a") as file:
+        file.write("{\n")
+    monkeypatch.setattr(tokens, "FEW_ROWS", tokens.CHUNK_ROWS)
+    with pytest.raises(DataError, match=r"many\.jsonl:201: not JSON"):
+        load(path, workers=2)
+
+
+def test_tokens_are_kept_by_content_and_settings(tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    monkeypatch.setenv("DSPARK_TOKENS", str(kept))
+    path = write(tmp_path / "a.jsonl", talk("yes yes"), talk("no no no"))
+    first = load(path)
+    calls = []
+    real = RowTokenizer.tokenize
+    monkeypatch.setattr(RowTokenizer, "tokenize", lambda self, x: calls.append(x) or real(self, x))
+    (tmp_path / "moved").mkdir()
+    again = load(path.rename(tmp_path / "moved/b.jsonl"))
+    assert ids(again) == ids(first)
+    assert not calls
+    load(tmp_path / "moved/b.jsonl", max_length=4095)
+    assert len(calls) == 2
+    write(tmp_path / "moved/b.jsonl", talk("yes yes"), talk("no no yes"))
+    assert ids(load(tmp_path / "moved/b.jsonl")) != ids(first)
+    assert len(calls) == 4
+    assert len(list(kept.glob("*.arrow"))) == 3
+
+
+def test_a_damaged_file_of_tokens_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSPARK_TOKENS", str(tmp_path / "kept"))
+    path = write(tmp_path / "a.jsonl", talk("yes yes"), talk("no no no"))
+    first = ids(load(path))
+    (kept,) = (tmp_path / "kept").glob("*.arrow")
+    for damage in (b"", kept.read_bytes()[:100], b"nonsense" * 100):
+        kept.write_bytes(damage)
+        assert ids(load(path)) == first
+
+
+def test_a_failed_reading_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSPARK_TOKENS", str(tmp_path / "kept"))
+    path = write(tmp_path / "a.jsonl", talk("yes yes"), "{")
+    with pytest.raises(DataError):
+        load(path)
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_num_samples_takes_the_first_and_reads_no_further(tmp_path):
+    rows = [talk(f"yes {i}") for i in range(5)]
+    path = write(tmp_path / "a.jsonl", rows[0], rows[0], *rows[1:], "not even JSON")
+    data = load(path, num_samples=3)
+    assert [sample.source_row for sample in data] == [0, 2, 3]
+    assert data.rows == {"read": 4, "captured": 3, "dropped: a duplicate": 1}
+
+
+def test_shuffle_is_seeded_and_chooses_before_num_samples(tmp_path):
+    path = write(tmp_path / "a.jsonl", *(talk(f"yes {i}") for i in range(40)))
+    whole = load(path, shuffle=True, seed=1)
+    rows = [sample.source_row for sample in whole]
+    assert sorted(rows) == list(range(40)) != rows
+    assert ids(load(path, shuffle=True, seed=1)) == ids(whole)
+    assert ids(load(path, shuffle=True, seed=2)) != ids(whole)
+    few = load(path, shuffle=True, seed=1, num_samples=7)
+    assert ids(few) == ids(whole)[:7]
+    assert few.rows == {"read": 40, "captured": 7, "dropped: beyond --num-samples": 33}
+
+
+def test_min_supervised_and_too_long(tmp_path):
+    path = write(tmp_path / "a.jsonl", talk("yes"), talk("yes no yes no"), talk("the cat sat " * 9))
+    lengths = [int(sample.loss_mask.sum()) for sample in load(path)]
+    floor = lengths[1]
+    data = load(path, min_supervised=floor)
+    assert [sample.source_row for sample in data] == [1, 2]
+    assert data.rows[f"dropped: fewer than {floor} supervised tokens"] == 1
+    longest = max(len(sample.input_ids) for sample in load(path))
+    data = load(path, max_length=longest - 2, too_long="drop")
+    assert [sample.source_row for sample in data] == [0, 1]
+    assert data.rows["dropped: longer than --max-length"] == 1
+    assert len(load(path, max_length=longest - 2)) == 3
+
+
+def test_duplicates_across_sources(tmp_path):
+    a = write(tmp_path / "a.jsonl", talk("yes yes"))
+    b = write(tmp_path / "b.jsonl", talk("yes yes"), talk("no no"))
+    data = load([a, b])
+    assert [(fact.source, fact.source_row) for fact in data.facts] == [(0, 0), (1, 1)]
+    assert data.rows["dropped: a duplicate"] == 1
+
+
+def test_options_reach_the_samples_from_the_command_line(tmp_path, target_dir):
+    rows = [talk(f"<think>hm {i}</think>yes {i}", f"no {i}") for i in range(9)]
+    path = write(tmp_path / "a.jsonl", *rows)
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML.replace("'<|im_end|>'", "(mark or '') + '<|im_end|>'"))
+    options = ["--supervise", "last", "--mask-reasoning", "--num-samples", "4", "--shuffle", "--seed", "3"]
+    options += ["--chat-template", template, "--template-arg", "mark=!", "--format", "messages"]
+    run_ok(*capture_arguments(target_dir, path, tmp_path / "cache"), *options)
+    manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
+    assert manifest["rows"] == {"read": 9, "captured": 4, "dropped: beyond --num-samples": 5}
+    said = manifest["identity"]["data"]["settings"]
+    assert said["supervise"] == "last"
+    assert (said["chat_template"], said["template_arg"], said["seed"]) == ("template.jinja", "mark=!", "3")
+    result = run_cli("preview", "--target", target_dir, "--data", path, *options)
+    assert "no " in result.stdout
+    assert "!<|im_end|>" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--template-arg", "loud"], ["--template-arg name=value", "'loud'"]),
+        (["--chat-template", "missing.jinja"], ["--chat-template missing.jinja"]),
+        (["--format", "sharegpt"], ["--format"]),
+        (["--num-samples", "0"], ["--num-samples"]),
+        (["--split", "train"], ["--split"]),
+    ],
+)
+def test_options_that_make_no_sense_are_usage_errors(tmp_path, target_dir, data_file, option, words):
+    command = [*capture_arguments(target_dir, data_file, tmp_path / "cache"), *option]
+    assert_refused(run_cli(*command), 2, *words)
+    assert not (tmp_path / "cache").exists()
