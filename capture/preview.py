@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import click
 import numpy as np
 
-from capture import example
 from capture.conversations import TokenizedSample
-from capture.load import load_tokenizer, resolve_directory, tokenizer_identity
+from capture.load import open_target, tokenizer_identity
 from capture.options import DataOptions, TargetOptions
 from capture.preparation import open_data, prepare_data, row_tokenizer
 from capture.tokens import TokenizedData
@@ -28,7 +27,7 @@ def preview(target: TargetOptions, options: DataOptions, *, row: int | None, cou
     Raises:
         DSparkError: see `pipeline.errors`.
     """
-    tokenizer = load_tokenizer(resolve_directory(target.target or str(example.example_target())))
+    tokenizer = open_target(target).tokenizer()
     sources = open_data(options)
     tokenize = row_tokenizer(options, tokenizer, len(tokenizer))
     data = prepare_data(options, tokenize, tokenizer_identity(tokenizer).sha256, sources)

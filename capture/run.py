@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from capture import example
 from capture.conversations import TokenizedSample
-from capture.load import (
-    load_config,
-    load_target,
-    load_tokenizer,
-    resolve_directory,
-    resolve_dtype,
-    target_shape,
-    tokenizer_identity,
-)
+from capture.load import DTYPES, Target, open_target, tokenizer_identity
 from capture.options import DataOptions, TargetOptions
 from capture.preparation import open_data, prepare_data, row_tokenizer
 from capture.target import HFDSparkTargetModel
@@ -39,8 +32,8 @@ from pipeline.cache import (
 )
 from pipeline.cache.codecs import get_codec
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
-from pipeline.cache.manifest import is_weights
-from pipeline.device import resolve_device, reuse_freed_memory
+from pipeline.cache.manifest import MANIFEST, read_manifest
+from pipeline.device import reuse_freed_memory
 from pipeline.errors import TargetError
 from pipeline.features import default_layer_ids, head_logits, validate_target_layer_ids
 
@@ -49,18 +42,6 @@ from pipeline.features import default_layer_ids, head_logits, validate_target_la
 MAX_TEACHER_TV = 0.05
 # Rows on which the teacher is proved before the first shard.
 PROOF_TOKENS = 256
-# What makes a target directory's config and tokenizer loadable again, without its weights.
-_TARGET_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,25 +67,23 @@ def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
     Raises:
         DSparkError: see `pipeline.errors`; nothing finished is ever lost.
     """
-    name = options.target.target or str(example.example_target())
-    directory = resolve_directory(name)
-    device = resolve_device(options.target.device)
-    if device.type == "cpu":
+    target = open_target(_with_the_caches_dtype(options.target, options.cache))
+    if target.device.type == "cpu":
         reuse_freed_memory()
-    config = load_config(directory)
-    dtype = resolve_dtype(options.target.dtype, config, device)
-    target = target_shape(name, directory, config, dtype)
-    layer_ids = options.layer_ids or default_layer_ids(target.num_layers)
-    layer_ids = tuple(validate_target_layer_ids(layer_ids, target.num_layers))
-    tokenizer = load_tokenizer(directory)
+    shape = target.identity()
+    layer_ids = options.layer_ids or default_layer_ids(shape.num_layers)
+    layer_ids = tuple(validate_target_layer_ids(layer_ids, shape.num_layers))
+    tokenizer = target.tokenizer()
+    tokenize = row_tokenizer(options.data, tokenizer, shape.vocab_size)
+    tokenizer.chat_template = tokenize.template.template or tokenizer.chat_template
     tokens = tokenizer_identity(tokenizer)
     sources = open_data(options.data)
-    tokenize = row_tokenizer(options.data, tokenizer, target.vocab_size)
     data = prepare_data(options.data, tokenize, tokens.sha256, sources)
+    target.check_length(max(fact.length for fact in data.facts))
     shards = plan_shards([fact.length for fact in data.facts], options.shard_tokens)
     index, plan = build_index(data.facts, shards)
     identity = Identity(
-        target=target,
+        target=shape,
         tokenizer=tokens,
         data=DataIdentity(
             sources=tuple(source.name for source in sources),
@@ -118,33 +97,32 @@ def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
     writer = CacheWriter(options.cache, identity, plan, index, dict(data.rows))
     if writer.complete:
         return writer.manifest, True
-    model = load_target(directory, dtype, device)
-    _write_target(writer, directory, model)
-    fidelity = prove_teacher(model, layer_ids, data[0], target.final_logit_softcapping)
+    model = target.model()
+    _write_target(writer, target, model)
+    fidelity = prove_teacher(model, layer_ids, data[0], shape.final_logit_softcapping)
     _capture_shards(writer, HFDSparkTargetModel(model, layer_ids), data, shards, options.batch_tokens)
     return writer.finalise(fidelity), False
 
 
 def _data_hash(facts: Sequence[SampleFacts]) -> str:
-    import hashlib
-
     return hashlib.sha256(b"".join(fact.sample_id for fact in facts)).hexdigest()
 
 
-def _write_target(writer: CacheWriter, directory: Path, model: nn.Module) -> None:
-    """Keep what training needs of the target: config, tokenizer, embedding and head."""
+def _with_the_caches_dtype(options: TargetOptions, cache: Path) -> TargetOptions:
+    """`--dtype auto` is what the cache already there was captured in, on whatever machine that was."""
+    if options.dtype == "auto" and (cache / MANIFEST).is_file():
+        found = read_manifest(cache).identity.target.dtype
+        return dataclasses.replace(options, dtype=found) if found in DTYPES else options
+    return options
 
-    others = {
-        path.name: path.read_bytes()
-        for pattern in _TARGET_FILES
-        for path in directory.glob(pattern)
-        if path.is_file() and not is_weights(path.name)
-    }
+
+def _write_target(writer: CacheWriter, target: Target, model: nn.Module) -> None:
+    """Keep what training needs of the target: config, tokenizer, embedding and head."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     frozen = {"embed_tokens.weight": _compact(embedding)}
     if not writer.manifest.identity.target.tied_embeddings:
         frozen["lm_head.weight"] = _compact(head)
-    writer.write_target(others, frozen)
+    writer.write_target(target.files(), frozen)
 
 
 def _compact(weight: Tensor) -> Tensor:

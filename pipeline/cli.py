@@ -53,10 +53,26 @@ class LazyGroup(click.Group):
             place = f"{error.filename}: " if error.filename else ""
             click.echo(f"error: {place}{error.strerror or error}", err=True)
             ctx.exit(1)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:150] or type(error).__name__
+            click.echo(
+                f"error: out of memory ({reason}): lower capture's --batch-tokens, or train.batch_size and "
+                "draft.num_anchors",
+                err=True,
+            )
+            ctx.exit(1)
         except click.UsageError as error:  # one line for these too, instead of click's four
             command = error.ctx.command_path if error.ctx else "dspark"
             click.echo(f"error: {error.format_message()} (see `{command} --help`)", err=True)
             ctx.exit(error.exit_code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or here; told by name, so that this module needs no torch."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 @click.group(
