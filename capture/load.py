@@ -31,6 +31,7 @@ from pipeline.hooks import (
     find_final_norm,
     find_layers,
     learned_positions,
+    logit_scale,
 )
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -78,13 +79,17 @@ class Target:
         """What goes into a cache's manifest. Hashes the weights; raises TargetError without any."""
         return _identity(self.name, weights_hash(self.directory, self.options), self.shell, self.dtype)
 
-    def tokenizer(self) -> Any:
-        """The tokenizer. Raises TargetError when it is missing or has no offsets."""
+    @cached_property
+    def _tokenizer(self) -> Any:
         return load_tokenizer(self.directory, self.options)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, read once. Raises TargetError when it is missing or has no offsets."""
+        return self._tokenizer
 
     def model(self) -> nn.Module:
         """The weights, in memory: in eval mode, frozen, on `device` or spread by `--device-map`."""
-        return load_target(self.directory, self.dtype, self.device, self.options)
+        return load_target(self.directory, self.dtype, self.device, self.options, self.config)
 
     def files(self) -> dict[str, bytes]:
         """Config and tokenizer files by name, from which both load again without the weights."""
@@ -242,16 +247,27 @@ def auto_class(directory: Path, config: Any) -> Any:
 
 
 def load_target(
-    directory: Path, dtype: torch.dtype, device: torch.device, options: TargetOptions = _PLAIN
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: TargetOptions = _PLAIN,
+    config: Any = None,
 ) -> nn.Module:
-    """Load the target for inference. Raises TargetError when transformers can't."""
+    """Load the target for inference.
+
+    Args:
+        config: the target's, where it has been read already.
+
+    Raises:
+        TargetError: transformers can't, or with `--device-map`, the GPUs do not hold it.
+    """
     source = {**_source(options), **gguf_options(options.gguf_file), "dtype": dtype}
     if options.attn_implementation is not None:
         source["attn_implementation"] = options.attn_implementation
     if options.device_map is not None:
         _need("accelerate", reason="--device-map")
         source["device_map"] = options.device_map
-    auto = auto_class(directory, load_config(directory, options))
+    auto = auto_class(directory, config or load_config(directory, options))
     try:
         model = auto.from_pretrained(directory, **source)
     except Exception as error:
@@ -362,6 +378,7 @@ def _identity(name: str, weights: str, model: nn.Module, dtype: torch.dtype) -> 
         dtype=str(dtype).removeprefix("torch."),
         tied_embeddings=head.weight is embeddings.weight,
         embedding_scale=embedding_scale(model),
+        logit_scale=logit_scale(model),
         final_logit_softcapping=final_logit_softcapping(model),
     )
 

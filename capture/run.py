@@ -26,6 +26,7 @@ from pipeline.cache import (
     Identity,
     Manifest,
     SampleFacts,
+    TargetIdentity,
     build_index,
     last_hidden_rows,
     plan_shards,
@@ -36,6 +37,7 @@ from pipeline.cache.manifest import MANIFEST, read_manifest
 from pipeline.device import reuse_freed_memory
 from pipeline.errors import TargetError
 from pipeline.features import default_layer_ids, head_logits, validate_target_layer_ids
+from pipeline.hooks import input_device
 
 # Mean total variation above which the captured teacher is not the target's. bf16 rounding of the
 # logits alone costs about 0.01; a teacher from before the final norm costs 0.3 or more.
@@ -99,7 +101,7 @@ def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
         return writer.manifest, True
     model = target.model()
     _write_target(writer, target, model)
-    fidelity = prove_teacher(model, layer_ids, data[0], shape.final_logit_softcapping)
+    fidelity = prove_teacher(model, layer_ids, data[0], shape)
     _capture_shards(writer, HFDSparkTargetModel(model, layer_ids), data, shards, options.batch_tokens)
     return writer.finalise(fidelity), False
 
@@ -134,7 +136,7 @@ def _compact(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prove_teacher(
-    model: nn.Module, layer_ids: Sequence[int], sample: TokenizedSample, softcap: float | None
+    model: nn.Module, layer_ids: Sequence[int], sample: TokenizedSample, identity: TargetIdentity
 ) -> dict[str, float]:
     """Show that head(stored last hidden) is the target's own next-token distribution.
 
@@ -143,26 +145,31 @@ def prove_teacher(
     Raises:
         TargetError: they differ by more than rounding, so a draft would learn from a wrong teacher.
     """
-    ids = torch.from_numpy(sample.input_ids[:PROOF_TOKENS]).long().to(model.device)[None]  # [1, S]
-    expected = model(input_ids=ids, use_cache=False).logits[0].float().softmax(-1)  # [S, V]
+    ids = torch.from_numpy(sample.input_ids[:PROOF_TOKENS]).long().to(input_device(model))[None]  # [1, S]
+    logits = model(input_ids=ids, use_cache=False).logits[0]  # [S, V]
     states = HFDSparkTargetModel(model, layer_ids).states(ids, torch.ones_like(ids))
     for key, rows in states.items():
         _check_state(rows, _state_name(key), sample)
-    last_hidden = states["last_hidden"][0]
+    last_hidden = states[LAST_HIDDEN][0]
     decoded = torch.empty_like(last_hidden, dtype=torch.bfloat16)
     codec = get_codec("bf16")
     codec.decode(codec.encode(last_hidden), decoded)
     head = model.get_output_embeddings().weight
-    stored = head_logits(decoded, head, softcap).softmax(-1)
-    variation = (stored - expected).abs().sum(-1) / 2  # [S]
-    mean, worst = variation.mean().item(), variation.max().item()
+    stored = head_logits(
+        decoded.to(head.device), head, identity.final_logit_softcapping, identity.logit_scale
+    )
+    mean = worst = 1.0
+    if stored.shape == logits.shape:
+        expected = logits.to(head.device).float().softmax(-1)
+        variation = (stored.softmax(-1) - expected).abs().sum(-1) / 2  # [S]
+        mean, worst = variation.mean().item(), variation.max().item()
     if not mean <= MAX_TEACHER_TV:
         raise TargetError(
             f"the captured teacher is not the target's: mean total variation {mean:.3f}, expected at most "
             f"{MAX_TEACHER_TV}; {type(model).__name__} changes its logits after lm_head in a way that this "
             "version does not record"
         )
-    return {"teacher_tv_mean": mean, "teacher_tv_max": worst, "teacher_tv_rows": float(len(variation))}
+    return {"teacher_tv_mean": mean, "teacher_tv_max": worst, "teacher_tv_rows": float(len(stored))}
 
 
 def _capture_shards(
@@ -226,7 +233,7 @@ def _fill_shard(
                 rows = states[layer_id][row, :length]
                 _check_state(rows, _state_name(layer_id), samples[i])
                 store(context_name(layer_id), context_codec, rows, starts[i])
-            rows = states["last_hidden"][row, labels[i].to(target.model.device)]
+            rows = states[LAST_HIDDEN][row, labels[i].to(states[LAST_HIDDEN].device)]
             _check_state(rows, _state_name(LAST_HIDDEN), samples[i])
             store(LAST_HIDDEN, last_codec, rows, last_starts[i])
             progress.update(length)

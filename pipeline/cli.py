@@ -6,13 +6,16 @@ To add a command: write a click command in the stage that owns it and add a row 
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import click
 
 from pipeline import __version__
-from pipeline.errors import DSparkError
+from pipeline.errors import DSparkError, LayerIdWarning
 
 # name: (where its click command is, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -43,7 +46,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _layer_warnings_as_lines():
+                return super().invoke(ctx)
         except DSparkError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
@@ -67,6 +71,25 @@ class LazyGroup(click.Group):
             command = error.ctx.command_path if error.ctx else "dspark"
             click.echo(f"error: {error.format_message()} (see `{command} --help`)", err=True)
             ctx.exit(error.exit_code)
+
+
+@contextmanager
+def _layer_warnings_as_lines() -> Iterator[None]:
+    """Our own warning is one line, said once; everybody else's stay as they are."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LayerIdWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, LayerIdWarning):
+                others(message, category, *place, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                click.echo(f"warning: {message}", err=True)
+
+        warnings.showwarning = show
+        yield
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -27,6 +27,10 @@ class LayerIdError(UsageError, ValueError):
     """Layer ids that are not strictly increasing integers inside the target."""
 
 
+class LayerIdWarning(UserWarning):
+    """Layer ids that can be captured and trained on, but not served by SGLang."""
+
+
 class TargetError(DSparkError):
     """The target model can't be found, loaded or captured faithfully."""
 

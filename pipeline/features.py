@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.errors import LayerIdError
+from pipeline.errors import LayerIdError, LayerIdWarning
 
 EMBEDDING_LAYER_ID = -1
 
@@ -50,6 +50,7 @@ def validate_target_layer_ids(layer_ids: Iterable[int], num_target_layers: int) 
         warnings.warn(
             f"target layer ids {unserved} lie outside [0, {num_target_layers - 2}]: "
             "a draft that reads them can't be served by SGLang",
+            LayerIdWarning,
             stacklevel=2,
         )
     return ids
@@ -84,16 +85,18 @@ def at_least_fp32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def head_logits(hidden: Tensor, head: Tensor, softcap: float | None = None) -> Tensor:
+def head_logits(hidden: Tensor, head: Tensor, softcap: float | None = None, scale: float = 1.0) -> Tensor:
     """Vocabulary logits in fp32 for post-norm hidden states, as the target itself computes them.
 
     Args:
         hidden: `[.., H]`.
         head: the `lm_head` weight `[V, H]`.
         softcap: the target's tanh soft-cap on its logits, if it has one.
+        scale: what the target multiplies its logits by, before the soft-cap.
 
     Returns:
         `[.., V]` float32, or float64 for float64 weights.
     """
     logits = at_least_fp32(F.linear(hidden.to(head.dtype), head))
+    logits = logits if scale == 1 else logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -40,6 +40,7 @@ class Spec:
     confidence: bool
     confidence_with_markov: bool
     embed_scale: float = 1.0  # multiplies token embeddings
+    logit_scale: float = 1.0  # multiplies lm_head's output, before the soft cap
     final_logit_softcap: float | None = None  # on lm_head's output, of draft and teacher alike
 
 
@@ -174,7 +175,7 @@ def block_hidden(w: Weights, spec: Spec, sample: Sample, anchor: int) -> Tensor:
 
 def base_logits(w: Weights, spec: Spec, hidden: Tensor) -> Tensor:
     """`lm_head` and the soft cap, [H] -> [V]: the teacher's logits and the draft's base."""
-    logits = w["lm_head.weight"] @ hidden
+    logits = spec.logit_scale * (w["lm_head.weight"] @ hidden)
     cap = spec.final_logit_softcap
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -95,6 +95,8 @@ class TrainConfig:
     """Micro-batches of an optimiser step; the loss is normalised over all of them together."""
     lr: float = 6e-4
     """Peak learning rate."""
+    markov_lr_scale: float = 1.0
+    """The Markov head learns at this multiple of lr: its rows are tokens, and most are met rarely."""
     warmup_ratio: float = 0.04
     """Share of the steps in which the rate rises linearly."""
     min_lr_ratio: float = 0.1
@@ -131,7 +133,7 @@ class TrainConfig:
         )
         for name in ("eval_every", "checkpoint_every", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("lr", "max_grad_norm"):
+        for name in ("lr", "markov_lr_scale", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("warmup_ratio", "min_lr_ratio"):
             _require(

@@ -33,6 +33,7 @@ def vocabulary_loss(
     ce_weights: Tensor,
     l1_weights: Tensor,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted cross entropy plus weighted L1, summed over M slots.
 
@@ -47,6 +48,7 @@ def vocabulary_loss(
         ce_weights: `[M]`; what each slot's cross entropy counts in the sum.
         l1_weights: `[M]`; likewise for L1.
         softcap: the target's tanh soft-cap on its logits.
+        logit_scale: what the target multiplies its logits by before that.
 
     Returns:
         The sum, which alone carries a gradient (into hidden, latent, head and markov_w2); and each
@@ -56,9 +58,8 @@ def vocabulary_loss(
         hidden, head = hidden.detach(), head.detach()
         latent = None if latent is None else latent.detach()
         markov_w2 = None if markov_w2 is None else markov_w2.detach()
-    return _VocabularyLoss.apply(
-        hidden, latent, head, markov_w2, labels, teacher_hidden, which, ce_weights, l1_weights, softcap
-    )
+    operands = (hidden, latent, head, markov_w2, labels, teacher_hidden, which, ce_weights, l1_weights)
+    return _VocabularyLoss.apply(*operands, softcap, logit_scale)
 
 
 class _VocabularyLoss(torch.autograd.Function):
@@ -77,6 +78,7 @@ class _VocabularyLoss(torch.autograd.Function):
         ce_weights: Tensor,
         l1_weights: Tensor,
         softcap: float | None,
+        logit_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         ce = torch.zeros(len(hidden), dtype=exact, device=hidden.device)
@@ -94,7 +96,7 @@ class _VocabularyLoss(torch.autograd.Function):
         rows = max(16, CHUNK_ELEMENTS.get(hidden.device.type, 2**25) // len(head))
         for chunk in order.split(rows) if len(order) else ():
             states = hidden[chunk].to(head.dtype)
-            logits = head_logits(states, head, softcap)  # [C, V]
+            logits = head_logits(states, head, softcap, logit_scale)  # [C, V]
             slope = None if softcap is None else 1 - (logits / softcap) ** 2
             if latent is not None:
                 logits += latent[chunk] @ markov_w2.T
@@ -110,7 +112,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 grad = probs * weights
             else:
                 first, last = which[chunk[0]], which[chunk[-1]] + 1
-                teacher = head_logits(teacher_hidden[first:last], head, softcap).softmax(-1)
+                teacher = head_logits(teacher_hidden[first:last], head, softcap, logit_scale).softmax(-1)
                 difference = probs - teacher[which[chunk] - first]
                 l1[chunk] = difference.abs().sum(-1)
                 sign = difference.sign_()
@@ -125,6 +127,8 @@ class _VocabularyLoss(torch.autograd.Function):
                 grad_w2.addmm_(grad.T, latent[chunk].to(exact))
             if slope is not None:
                 grad *= slope
+            if logit_scale != 1:
+                grad *= logit_scale
             if grad_hidden is not None:
                 grad_hidden[chunk] = (grad.to(head.dtype) @ head).to(exact)
             if grad_head is not None:
@@ -141,4 +145,4 @@ class _VocabularyLoss(torch.autograd.Function):
             None if grad is None else (grad * grad_sum).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, *[None] * 7)

@@ -190,7 +190,7 @@ def train(
     for step, (denominator, batches) in enumerate(progress, start=1):
         lr = learning_rate(step - 1, total_steps, config.train)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         for batch in batches:
             with autocast(place, config.train.precision):
                 metrics = module(**batch.to(place).arguments(), denominator=denominator.to(place))

@@ -86,6 +86,7 @@ class DSparkTrainerModule(nn.Module):
             self.ce_loss_alpha * weights,
             self.l1_loss_alpha * weights,
             model.softcap,
+            model.logit_scale,
         )
         confidence = None if blocks.confidence_pred is None else blocks.confidence_pred[mask]
         sums = sum_slots(mask, ce, None if which is None else l1, confidence, self.loss_decay_gamma)

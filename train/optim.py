@@ -11,12 +11,15 @@ from train.config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what trains; weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """AdamW over what trains; weight decay on matrices only. A group's `lr_scale` multiplies its rate."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = []
+    for markov, scale in ((False, 1.0), (True, config.markov_lr_scale)):
+        own = [p for name, p in trained if name.startswith("markov_head.") == markov]
+        for matrices, decay in ((True, config.weight_decay), (False, 0.0)):
+            params = [p for p in own if (p.ndim >= 2) == matrices]
+            if params:
+                groups.append({"params": params, "weight_decay": decay, "lr_scale": scale})
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 

@@ -7,143 +7,19 @@ when the conversations come from somewhere else. The example's conversations wer
         --out example.jsonl --max-new-tokens 96 --temperature 0.2 --top-p 0.9 --seed 0
 """
 
-from __future__ import annotations
+from pipeline.lazy import lazy_exports
 
-import json
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
-
-import torch
-from tqdm import tqdm
-
-from capture.conversations import render
-from pipeline.errors import DataError
-
-Conversation = dict[str, Any]
-
-# The last place where a reader would accept a stop: the end of a sentence or of a line.
-_STOP = re.compile(r"[.!?:;](?=[\s\"')\]]|$)|\n")
-
-
-def trim_unfinished(text: str) -> str:
-    """Cut an answer that ran into the token limit back to its last sentence or line end.
-
-    An answer with no such place in its second half is returned whole: better a ragged end than none.
-    """
-    stops = [match.end() for match in _STOP.finditer(text)]
-    cut = stops[-1] if stops and stops[-1] * 2 >= len(text) else len(text)
-    return text[:cut].rstrip()
-
-
-def _assistant_turns(conversation: Conversation) -> list[int]:
-    messages = conversation["messages"]
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def _batches(order: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def _stop_ids(model: torch.nn.Module) -> set[int]:
-    """Every token that ends an answer, by the model's generation config: one id, several or none."""
-    stops = model.generation_config.eos_token_id
-    return set(stops) if isinstance(stops, list) else {stops} - {None}
-
-
-def _padding_id(model: torch.nn.Module, tokenizer: Any) -> int:
-    """What fills a short prompt on the left. It is masked out, so any id of the vocabulary will do."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, *_stop_ids(model)):
-        if candidate is not None:
-            return candidate
-    return 0
-
-
-@torch.inference_mode()
-def regenerate(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    conversations: list[Conversation],
-    *,
-    max_new_tokens: int = 512,
-    temperature: float = 0.7,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    batch_size: int = 64,
-    seed: int = 0,
-    where: Sequence[str] | None = None,
-) -> list[Conversation]:
-    """Replace every assistant turn by the target's own answer, turn by turn.
-
-    Each answer is conditioned on the answers already regenerated before it. Conversations are batched
-    by prompt length; sampling is seeded a batch, so a rerun on the same hardware gives the same text.
-    `temperature` 0 is greedy.
-
-    Args:
-        where: names each conversation in errors; their numbers from 1 when not given.
-
-    Returns:
-        New conversations in input order; the input is left as it was.
-
-    Raises:
-        DataError: the chat template refuses a conversation, or the assistant opens it.
-    """
-    places = where or [f"conversation {i + 1}" for i in range(len(conversations))]
-    for place, conversation in zip(places, conversations, strict=True):
-        if conversation["messages"][0]["role"] == "assistant":
-            raise DataError(f"{place}: the assistant opens this conversation, so there is nothing to answer")
-    done = [json.loads(json.dumps(conversation)) for conversation in conversations]
-    turns = [_assistant_turns(conversation) for conversation in done]
-    progress = tqdm(total=sum(map(len, turns)), unit="turn", desc="regenerate")
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    pad = _padding_id(model, tokenizer)
-    for depth in range(max(map(len, turns), default=0)):
-        prompts = {
-            i: render(
-                tokenizer,
-                done[i]["messages"][: turns[i][depth]],
-                places[i],
-                prompt=True,
-                return_dict=True,
-            )["input_ids"]
-            for i in range(len(done))
-            if depth < len(turns[i])
-        }
-        order = sorted(prompts, key=lambda i: (len(prompts[i]), i))
-        for number, batch in enumerate(_batches(order, batch_size)):
-            torch.manual_seed(seed * 1_000_003 + depth * 10_007 + number)
-            width = max(len(prompts[i]) for i in batch)
-            ids = torch.full((len(batch), width), pad)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, width - len(prompts[i]) :] = 1
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                **sampling,
-            )
-            stops = _stop_ids(model)
-            for row, i in enumerate(batch):
-                answer = output[row, width:].tolist()
-                finished = any(token in stops for token in answer)
-                text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-                done[i]["messages"][turns[i][depth]]["content"] = text if finished else trim_unfinished(text)
-            progress.update(len(batch))
-    progress.close()
-    return done
-
-
-def write_jsonl(path: Path, rows: list[Conversation]) -> None:
-    """Write one JSON object a line, through a temporary name, so that a reader never sees half a file."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.replace(path)
+__getattr__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Dialogue": "capture.regenerate.dialogue",
+        "EndpointEngine": "capture.regenerate.endpoint",
+        "Engine": "capture.regenerate.engine",
+        "HuggingFaceEngine": "capture.regenerate.huggingface",
+        "Sampling": "capture.regenerate.engine",
+        "regenerate": "capture.regenerate.run",
+        "regenerate_file": "capture.regenerate.run",
+        "trim_unfinished": "capture.regenerate.engine",
+        "write_jsonl": "capture.regenerate.run",
+    },
+)

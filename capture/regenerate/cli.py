@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from capture.options import TargetOptions, target_options
-from pipeline.errors import UsageError
+from capture.options import DataOptions, TargetOptions, target_options
+from pipeline.errors import DataError, DSparkError, UsageError
 
-_AT_LEAST_1 = click.IntRange(min=1)
+_AT_LEAST_0, _AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
+
+# Options that one engine has and the other has not; --target names the model of either.
+_IN_PROCESS = (
+    "batch_size",
+    "revision",
+    "trust_remote_code",
+    "attn_implementation",
+    "dtype",
+    "gguf_file",
+    "device",
+    "device_map",
+)
+_ENDPOINT = ("model", "concurrency", "retries", "timeout")
 
 
 @click.command("regenerate")
 @target_options
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL of conversations.")
+@click.option(
+    "--data", required=True, help="Rows with messages: a file, a folder or a dataset's id, as for capture."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSONL to write, in input order.")
+@click.option("--fresh", is_flag=True, help="Start over: forget this output's progress, replace the output.")
+@click.option(
+    "--template-arg",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Extra template variable, such as enable_thinking=false. May be given several times.",
+)
 @click.option(
     "--max-new-tokens", type=_AT_LEAST_1, default=512, show_default=True, help="Tokens of an answer at most."
 )
@@ -23,7 +47,11 @@ _AT_LEAST_1 = click.IntRange(min=1)
     "--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 is greedy."
 )
 @click.option(
-    "--top-k", type=_AT_LEAST_1, default=50, show_default=True, help="Sample from the k likeliest tokens."
+    "--top-k",
+    type=_AT_LEAST_0,
+    default=50,
+    show_default=True,
+    help="Sample from the k likeliest tokens. 0: from all; an endpoint isn't told then.",
 )
 @click.option(
     "--top-p",
@@ -32,26 +60,126 @@ _AT_LEAST_1 = click.IntRange(min=1)
     show_default=True,
     help="Sample from the likeliest tokens that make up this share.",
 )
+@click.option("--seed", default=0, show_default=True)
 @click.option(
     "--batch-size", type=_AT_LEAST_1, default=64, show_default=True, help="Conversations of one batch."
 )
-@click.option("--seed", default=0, show_default=True)
-def regenerate_command(target: TargetOptions, data: Path, out: Path, **sampling) -> None:
-    """Replace every assistant turn by the target's own answer, turn by turn."""
-    from capture.conversations import read_conversations
-    from capture.example import example_target
-    from capture.load import load_config, load_target, load_tokenizer, resolve_directory, resolve_dtype
-    from capture.regenerate import regenerate, write_jsonl
-    from pipeline.device import resolve_device
-    from pipeline.quiet import quiet_transformers
+@click.option(
+    "--endpoint",
+    metavar="URL",
+    help="Ask a server that speaks OpenAI's chat completions (vllm serve, SGLang, ...) instead of loading "
+    "the target. Its key, if it wants one, is read from OPENAI_API_KEY.",
+)
+@click.option("--model", help="The target's name as served.  [default: --target, or the only one served]")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 1000),
+    default=32,
+    show_default=True,
+    help="Requests to the endpoint at once.",
+)
+@click.option(
+    "--retries",
+    type=_AT_LEAST_0,
+    default=6,
+    show_default=True,
+    help="Further tries after a 429 or 5xx, a time-out or a dropped connection.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Seconds that the endpoint has for an answer.",
+)
+@click.pass_context
+def regenerate_command(
+    ctx: click.Context,
+    target: TargetOptions,
+    data: str,
+    out: Path,
+    fresh: bool,
+    template_arg: tuple[str, ...],
+    batch_size: int,
+    endpoint: str | None,
+    model: str | None,
+    concurrency: int,
+    retries: int,
+    timeout: float,
+    **sampling_options: Any,
+) -> None:
+    """Replace every assistant turn by the target's own answer, turn by turn.
 
-    quiet_transformers()
-    places, conversations = zip(*read_conversations(data), strict=True)
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: no such directory {out.parent}; make it first")
-    directory = resolve_directory(target.target or str(example_target()))
-    place = resolve_device(target.device)
-    model = load_target(directory, resolve_dtype(target.dtype, load_config(directory), place), place)
-    tokenizer = load_tokenizer(directory)
-    write_jsonl(out, regenerate(model, tokenizer, list(conversations), where=places, **sampling))
-    click.echo(f"{out}: {len(conversations):,} conversations in the target's own words")
+    Each answer is conditioned on the answers regenerated before it. System prompts, tools, tool messages
+    and turns that call tools stay as they are, and so do a row's other keys. An answer that runs into
+    --max-new-tokens is cut back to its last sentence.
+
+    Stopped at any moment, the same command (without --fresh) continues: answers are kept in OUT.progress
+    until all are there. Endpoint, batch size and concurrency may differ then; another target, sampling
+    or data is refused.
+
+    Rows that can't be answered are listed with the reason in OUT.failed.jsonl, all others are written,
+    and the command fails. The same command then asks for the failed rows again, and only for them.
+    """
+    _check_engine_options(ctx, endpoint)
+    from capture.regenerate.dialogue import read_dialogues, rows_hash
+    from capture.regenerate.engine import Engine, Sampling
+    from capture.regenerate.progress import progress_path
+    from capture.regenerate.run import check_output, failed_path, regenerate_file
+
+    check_output(out, data, fresh=fresh)
+    template_arguments = DataOptions(template_arg=template_arg).template_arguments()
+    sampling = Sampling(**sampling_options)
+    dialogues = read_dialogues(data)
+    engine: Engine
+    if endpoint is None:
+        from capture.regenerate.huggingface import load_engine
+
+        engine, identity = load_engine(
+            target, sampling, batch_size=batch_size, template_arguments=template_arguments
+        )
+    else:
+        from capture.regenerate.endpoint import EndpointEngine
+
+        engine = EndpointEngine(
+            endpoint,
+            sampling,
+            model=model or target.target,
+            concurrency=concurrency,
+            retries=retries,
+            timeout_s=timeout,
+            template_arguments=template_arguments,
+        )
+        identity = {"engine": "endpoint", "model": engine.model}
+    run = {
+        **identity,
+        "data": rows_hash(dialogues),
+        "template arguments": template_arguments,
+        **sampling_options,
+    }
+    try:
+        failures = regenerate_file(dialogues, engine, out, run, fresh=fresh)
+    except KeyboardInterrupt:
+        raise DSparkError(
+            f"interrupted: the answers so far are in {progress_path(out)}; run this again "
+            "(without --fresh) to continue"
+        ) from None
+    written = len(dialogues) - len(failures)
+    click.echo(f"{out}: {written:,} conversations in the target's own words")
+    if failures:
+        first = failures[0]
+        raise DataError(
+            f"{len(failures):,} of {len(dialogues):,} rows failed, the first at {first.dialogue.where}: "
+            f"{first.failure}; {failed_path(out)} lists them; run this again (without --fresh) to retry them"
+        )
+
+
+def _check_engine_options(ctx: click.Context, endpoint: str | None) -> None:
+    """Raises UsageError for an option that would do nothing."""
+    given = [name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    for name in given:
+        option = "--" + name.replace("_", "-")
+        if endpoint is None and name in _ENDPOINT:
+            raise UsageError(f"{option} is about an endpoint: give --endpoint with it, or drop it")
+        if endpoint is not None and name in _IN_PROCESS:
+            raise UsageError(f"{option} has no effect on an endpoint: set it where the server is started")

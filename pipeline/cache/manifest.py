@@ -52,6 +52,9 @@ class TargetIdentity:
     """What the target computed in."""
     tied_embeddings: bool
     embedding_scale: float
+    """What token embeddings are multiplied by before the first layer."""
+    logit_scale: float
+    """What the head's logits are multiplied by, before any soft-cap."""
     final_logit_softcapping: float | None
 
 

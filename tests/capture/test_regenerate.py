@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from capture.regenerate import regenerate, trim_unfinished, write_jsonl
+from capture.regenerate import HuggingFaceEngine, Sampling, regenerate, trim_unfinished, write_jsonl
+from capture.regenerate.dialogue import Dialogue
+from pipeline.errors import DataError
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.tiny import make_target
 
@@ -115,6 +118,59 @@ def test_greedy_is_each_conversation_alone_turn_by_turn(model, tokenizer, batch_
     assert {(True, True), (False, True)} <= set(ends)
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_what_is_batched_together_is_bounded(model, tokenizer, monkeypatch, window):
+    whole = run(model, tokenizer, temperature=0.0)
+    monkeypatch.setattr("capture.regenerate.huggingface._WINDOW", window)
+    assert run(model, tokenizer, temperature=0.0) == whole
+
+
+def test_a_conversation_that_cannot_be_answered_is_named(model, tokenizer):
+    opened = {"messages": [{"role": "assistant", "content": "hello"}]}
+    with pytest.raises(DataError, match=r"^conversation 2: the assistant opens"):
+        run(model, tokenizer, [CONVERSATIONS[1], opened])
+    with pytest.raises(DataError, match=r"^mine: a prompt of .* exceed the 512 positions"):
+        run(model, tokenizer, [CONVERSATIONS[1]], max_new_tokens=510, where=["mine"])
+
+
+def test_the_template_sees_tools_calls_and_arguments(model, target):
+    """Calls with arguments as JSON text, tools as JSON text: both reach the template as what they say."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    seen = []
+    tokenizer.apply_chat_template = lambda messages, **options: (
+        seen.append((messages, options)) or {"input_ids": [1, 5, 6]}
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "old", "reasoning_content": "another's"},
+    ]
+    row = {"messages": messages, "tools": json.dumps([{"name": "add"}])}
+    dialogue = Dialogue(0, "here", copy.deepcopy(row))
+    engine = HuggingFaceEngine(
+        lambda: model, tokenizer, Sampling(max_new_tokens=3), template_arguments={"enable_thinking": False}
+    )
+    engine.answer([dialogue], lambda outcomes: dialogue.answers.append(outcomes[0].answer))
+    ((prompt, options),) = seen
+    assert len(prompt) == 3
+    assert prompt[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert options["tools"] == [{"name": "add"}]
+    assert options["enable_thinking"] is False
+    assert options["add_generation_prompt"] is True
+    assert dialogue.result()["messages"][:3] == messages[:3]
+    assert dialogue.result()["messages"][3].keys() == {"role", "content"}
+    assert dialogue.row == row
+
+
+def test_a_tokenizer_without_a_template_is_refused(model, target):
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        run(model, tokenizer)
+
+
 def test_no_conversations(model, tokenizer):
     assert run(model, tokenizer, []) == []
     only_questions = [CONVERSATIONS[3]]
@@ -155,6 +211,12 @@ def test_write_jsonl_keeps_unicode_and_replaces_at_once(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+def test_write_jsonl_takes_what_json_has_not(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write_jsonl(path, [{"when": datetime.date(2026, 11, 21), "half": "\ud83c"}])
+    assert json.loads(path.read_bytes()) == {"when": "2026-11-21", "half": "\ud83c"}
+
+
 # Through the command line
 
 
@@ -177,10 +239,11 @@ def test_command_writes_what_capture_reads(tmp_path, target, data):
     assert [row["id"] for row in rows] == ["a", "b", "c"]
     assert "to be replaced" not in answers(rows)
     first = out.read_bytes()
-    run_ok(*arguments(target, data, out))
+    run_ok(*arguments(target, data, out, "--fresh"))
     assert out.read_bytes() == first
-    run_ok(*arguments(target, data, out, "--seed", "1"))
+    run_ok(*arguments(target, data, out, "--fresh", "--seed", "1"))
     assert out.read_bytes() != first
+    assert {path.name for path in tmp_path.iterdir()} == {"chats.jsonl", "out.jsonl"}
 
 
 def test_command_refuses_what_is_not_there(tmp_path, target, data):
@@ -206,6 +269,28 @@ def test_command_does_not_lose_answers_to_a_missing_folder(tmp_path, target, dat
         assert_refused(result, result.exit_code, str(out.parent))
 
 
+def test_too_large_a_batch_is_one_line_and_a_smaller_one_continues(
+    tmp_path, target, data, model, monkeypatch
+):
+    whole = model.generate
+
+    def generate(**options):
+        if len(options["input_ids"]) > 2 and sizes:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n...")
+        sizes.append(len(options["input_ids"]))
+        return whole(**options)
+
+    sizes: list[int] = []
+    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr("capture.load.load_target", lambda *_: model)
+    out = tmp_path / "out.jsonl"
+    write_jsonl(data, CONVERSATIONS[:3] * 2)
+    assert_refused(run_cli(*arguments(target, data, out)), 1, "4 prompts", "smaller --batch-size")
+    run_ok(*arguments(target, data, out, "--batch-size", "2"))
+    assert sum(sizes) == 6 * 2
+    assert len(out.read_text().splitlines()) == 6
+
+
 @pytest.mark.parametrize(
     "options", [("--batch-size", "0"), ("--max-new-tokens", "0"), ("--temperature", "-1")]
 )
@@ -227,6 +312,11 @@ def test_a_vanishing_top_p_is_greedy(model, tokenizer):
     greedy = answers(run(model, tokenizer, temperature=0))
     assert answers(run(model, tokenizer, top_p=1e-6)) == greedy
     assert answers(run(model, tokenizer)) != greedy
+
+
+def test_top_k_0_samples_from_all(model, tokenizer):
+    vocabulary = model.config.vocab_size
+    assert run(model, tokenizer, top_k=0) == run(model, tokenizer, top_k=vocabulary)
 
 
 def test_what_pads_a_prompt_does_not_matter(model, target):

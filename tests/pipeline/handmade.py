@@ -174,6 +174,7 @@ def hand_manifest() -> dict[str, Any]:
                 "dtype": "bfloat16",
                 "tied_embeddings": False,
                 "embedding_scale": 1.0,
+                "logit_scale": 1.0,
                 "final_logit_softcapping": None,
             },
             "tokenizer": {

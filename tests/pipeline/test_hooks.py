@@ -7,10 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
 from pipeline.errors import TargetError
-from pipeline.hooks import find_decoder, find_final_norm, find_layers, tap_states
+from pipeline.hooks import check_states, find_decoder, find_final_norm, find_layers, input_device, tap_states
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +156,97 @@ def test_an_empty_stack_is_no_decoder(layers):
 def test_a_decoder_without_a_final_norm_is_refused_by_name():
     with pytest.raises(TargetError, match="Stack"):
         find_final_norm(Wrapper(Stack(nn.ModuleList([Add(1)]), norm=False)))
+
+
+class Tower(nn.Module):
+    """What reads images or sound beside a text stack: layers and a norm, but no tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Add(1), Add(2)])
+        self.norm = nn.LayerNorm(2)
+
+
+class Text(Stack):
+    """A text stack: the tokens' embedding beside its layers, and a list that is not of layers."""
+
+    def __init__(self, **names: nn.Module):
+        super().__init__(nn.ModuleList([Add(1), Add(2), Add(3)]), norm=False)
+        self.embed_tokens = nn.Embedding(5, 2)
+        self.projections = nn.ModuleList([nn.Linear(2, 2)])
+        for name, module in names.items():
+            self.add_module(name, module)
+
+
+class Both(nn.Module):
+    def __init__(self, text: Text):
+        super().__init__()
+        self.vision_tower = Tower()
+        self.language_model = text
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+
+def test_towers_are_left_alone_however_deep_the_text_stack_lies():
+    text = Text(norm=nn.LayerNorm(2))
+    model = Wrapper(Wrapper(Both(text)))
+    model.get_input_embeddings = lambda: text.embed_tokens
+    assert find_decoder(model) is text
+    assert [layer.value for layer in find_layers(model)] == [1, 2, 3]
+    assert find_final_norm(model) is text.norm
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"output_norm": nn.LayerNorm(2)},  # one norm, whatever its name
+        {"closing": nn.RMSNorm(2)},  # known by its class
+        {"ln_f": nn.LayerNorm(2), "embedding_norm": nn.LayerNorm(2)},
+        {"final_norm": nn.LayerNorm(2), "per_layer_norm": nn.LayerNorm(2)},
+    ],
+    ids=lambda names: "+".join(names),
+)
+def test_the_final_norm_is_the_norm_beside_the_layers(names):
+    model = Both(Text(**names))
+    assert find_final_norm(model) is next(iter(names.values()))
+
+
+def test_several_norms_of_unknown_names_are_refused():
+    with pytest.raises(TargetError, match=r"in Text: expected one norm .* got several \(norm_a, norm_b\)"):
+        find_final_norm(Both(Text(norm_a=nn.LayerNorm(2), norm_b=nn.LayerNorm(2))))
+
+
+def test_a_stack_under_another_name_is_known_by_its_length():
+    text = Text(norm=nn.LayerNorm(2))
+    text.steps = text.layers
+    del text.layers
+    model = Wrapper(Both(text))
+    model.get_input_embeddings = lambda: text.embed_tokens
+    with pytest.raises(TargetError, match="no decoder layers found in Wrapper"):
+        find_decoder(model)
+    model.config.num_hidden_layers = 3
+    assert [layer.value for layer in find_layers(model)] == [1, 2, 3]
+
+
+def test_a_model_of_images_is_refused_by_name():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "image_size": 8, "patch_size": 4}
+    config = ViTConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    with pytest.raises(TargetError, match="ViTModel reads no token ids"):
+        find_decoder(ViTModel(config))
+
+
+def test_states_that_are_missing_or_of_another_shape_are_refused(model):
+    states = {0: torch.zeros(2, 3, 8), 1: torch.zeros(4, 2, 3, 8)}
+    check_states(model, states, [0], (2, 3))
+    with pytest.raises(TargetError, match="LlamaForCausalLM did not run layer 2: leave it out"):
+        check_states(model, states, [0, 2], (2, 3))
+    with pytest.raises(TargetError, match=r"LlamaForCausalLM: expected states .* got \(4, 2, 3, 8\) at 1"):
+        check_states(model, states, [1], (2, 3))
+
+
+def test_token_ids_go_where_the_embedding_is(model):
+    assert input_device(model) == torch.device("cpu")
+    with torch.device("meta"):
+        assert input_device(LlamaForCausalLM(model.config)) == torch.device("meta")
+    assert input_device(Wrapper(nn.Linear(2, 2))) == torch.device("cpu")

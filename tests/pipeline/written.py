@@ -43,6 +43,7 @@ def make_identity(
         "dtype": "bfloat16",
         "tied_embeddings": True,
         "embedding_scale": 1.0,
+        "logit_scale": 1.0,
         "final_logit_softcapping": None,
     }
     return Identity(

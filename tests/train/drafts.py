@@ -64,6 +64,7 @@ def spec_of(model: Qwen3DSparkModel) -> reference.Spec:
         confidence=config.enable_confidence_head,
         confidence_with_markov=config.confidence_head_with_markov,
         embed_scale=getattr(config, "embedding_scale", None) or 1.0,
+        logit_scale=getattr(config, "logit_scale", None) or 1.0,
         final_logit_softcap=getattr(config, "final_logit_softcapping", None),
     )
 

@@ -25,6 +25,8 @@ CASES = {
     "confidence without markov": {"confidence_head_with_markov": False},
     "no confidence": {"enable_confidence_head": False},
     "softcap and scale": {"final_logit_softcapping": 2.0, "embedding_scale": 4.0},
+    "logit scale": {"logit_scale": 0.3},
+    "logit scale under a softcap": {"logit_scale": 2.5, "final_logit_softcapping": 1.5},
     "one slot": {"block_size": 1},
     "block longer than any answer": {"block_size": 9},
 }

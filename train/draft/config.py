@@ -39,7 +39,7 @@ def draft_config(
     Args:
         draft: the run's `[draft]` table; None means as in the target.
         target: the target's own config.
-        manifest: the cache's; says H, V, number of layers, embedding scale and soft-cap.
+        manifest: the cache's; says H, V, number of layers, the scales and the soft-cap.
         layer_ids: the captured layers the draft reads.
 
     Raises:
@@ -91,6 +91,7 @@ def draft_config(
         enable_confidence_head=draft.confidence_head,
         confidence_head_with_markov=draft.confidence_with_markov and draft.markov_head != "none",
         embedding_scale=identity.embedding_scale,
+        logit_scale=identity.logit_scale,
         final_logit_softcapping=identity.final_logit_softcapping,
     )
 

@@ -77,7 +77,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         config: a `Qwen3Config` (or anything with its fields) that also has `block_size`,
             `mask_token_id`, `target_layer_ids`, `num_target_layers`, `num_anchors`, `markov_rank`,
             `markov_head_type`, `enable_confidence_head`, `confidence_head_with_markov`, and where the
-            target has them `embedding_scale` and `final_logit_softcapping`.
+            target has them `embedding_scale`, `logit_scale` and `final_logit_softcapping`.
     """
 
     config_class = Qwen3Config
@@ -91,6 +91,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         hidden = config.hidden_size
         self.block_size = config.block_size
         self.embedding_scale = getattr(config, "embedding_scale", None) or 1.0
+        self.logit_scale = getattr(config, "logit_scale", None) or 1.0
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
         self.fc = nn.Linear(len(config.target_layer_ids) * hidden, hidden, bias=False)
@@ -212,7 +213,7 @@ class Qwen3DSparkModel(PreTrainedModel):
 
     def draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
         """The draft's logits `[.., V]` in fp32, from block states `[.., H]` and Markov latents `[.., R]`."""
-        logits = head_logits(hidden, self.lm_head.weight, self.softcap)
+        logits = head_logits(hidden, self.lm_head.weight, self.softcap, self.logit_scale)
         return logits if latent is None else logits + at_least_fp32(self.markov_head(latent))
 
     def forward(
@@ -245,7 +246,7 @@ class Qwen3DSparkModel(PreTrainedModel):
             rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
             with torch.no_grad():
                 states = target_last_hidden_states[rows, blocks.teacher_positions]  # [B, N, K, H]
-                teacher = head_logits(states, self.lm_head.weight, self.softcap)
+                teacher = head_logits(states, self.lm_head.weight, self.softcap, self.logit_scale)
         return DSparkForwardOutput(
             draft_logits=self.draft_logits(blocks.hidden, blocks.latent),
             target_ids=blocks.target_ids,

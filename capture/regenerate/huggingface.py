@@ -1,0 +1,195 @@
+"""Answers by transformers' `generate`, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from capture.find import weights_hash
+from capture.load import open_target, tokenizer_identity
+from capture.options import TargetOptions
+from capture.regenerate.dialogue import Dialogue
+from capture.regenerate.engine import Outcome, Report, Sampling, trim_unfinished
+from pipeline.errors import DataError, TargetError
+from pipeline.quiet import quiet_transformers
+
+# Rows that are batched by length together: enough to fill batches evenly, few enough to hold their prompts.
+_WINDOW = 8192
+
+
+class HuggingFaceEngine:
+    """Batches prompts of like length; seeds every batch on its own.
+
+    Which prompts share a batch, and its seed, follow from the dialogues and the answers before, so that
+    a run that was stopped draws the same text as one that was not.
+    """
+
+    def __init__(
+        self,
+        load_model: Callable[[], torch.nn.Module],
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        batch_size: int = 64,
+        context_length: int | None = None,
+        template_arguments: dict[str, Any] | None = None,
+    ):
+        """
+        Args:
+            load_model: called when the first batch needs it.
+            context_length: tokens of prompt and answer together at most, if there is a limit.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError("the target's tokenizer has no chat template: use a chat model as the target")
+        self._load_model = load_model
+        self._model: torch.nn.Module | None = None
+        self._tokenizer = tokenizer
+        self._sampling = sampling
+        self._batch_size = batch_size
+        self._context_length = context_length
+        self._template_arguments = template_arguments or {}
+
+    def answer(self, dialogues: Sequence[Dialogue], report: Report) -> None:
+        """See `Engine.answer`. Raises TargetError when a batch needs more memory than there is."""
+        for start in range(0, len(dialogues), _WINDOW):
+            window = dialogues[start : start + _WINDOW]
+            failed: set[int] = set()
+            for depth in range(max(len(dialogue.turns) for dialogue in window)):
+                self._answer_depth(window, depth, start // self._batch_size, failed, report)
+
+    def _answer_depth(
+        self, window: Sequence[Dialogue], depth: int, first_batch: int, failed: set[int], report: Report
+    ) -> None:
+        """Answer turn `depth` of every dialogue that has one; `failed` are rows that are given up."""
+        prompts: dict[int, list[int]] = {}
+        asked = {d.number: d for d in window if depth < len(d.turns) and d.number not in failed}
+        for number, dialogue in asked.items():
+            # An answered turn is rendered too: its prompt has its place in a batch.
+            before = Dialogue(number, dialogue.where, dialogue.row, dialogue.answers[:depth])
+            try:
+                prompts[number] = self._prompt(before)
+            except DataError as error:
+                failed.add(number)
+                report([Outcome(dialogue, failure=str(error))])
+        order = sorted(prompts, key=lambda number: (len(prompts[number]), number))
+        for index, batch in enumerate(_batches(order, self._batch_size), start=first_batch):
+            if all(len(asked[number].answers) > depth for number in batch):
+                continue
+            torch.manual_seed((self._sampling.seed * 1_000_003 + depth * 10_007 + index) % 2**63)
+            texts = self._generate([prompts[number] for number in batch])
+            report(
+                [
+                    Outcome(asked[number], {"content": text})
+                    for number, text in zip(batch, texts, strict=True)
+                    if len(asked[number].answers) == depth
+                ]
+            )
+
+    def _prompt(self, dialogue: Dialogue) -> list[int]:
+        """Raises DataError where the template refuses it, or no answer would fit behind it."""
+        ids = dialogue.prompt_ids(self._tokenizer, self._template_arguments)
+        limit, new = self._context_length, self._sampling.max_new_tokens
+        if limit is not None and len(ids) + new > limit:
+            raise DataError(
+                f"a prompt of {len(ids)} tokens and --max-new-tokens {new} exceed the {limit} positions "
+                "of the target"
+            )
+        return ids
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]]) -> list[str]:
+        if self._model is None:
+            self._model = self._load_model()
+        model, sampling = self._model, self._sampling
+        pad, stops = _padding_id(model, self._tokenizer), _stop_ids(model)
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), pad)  # [B, S], prompts to the right
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        options: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            options = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+            }
+        try:
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=sampling.max_new_tokens,
+                pad_token_id=pad,
+                **options,
+            )
+        except torch.OutOfMemoryError:
+            raise TargetError(
+                f"{len(prompts)} prompts of {width} tokens and their answers do not fit the GPU's memory: "
+                "run this again with a smaller --batch-size (and without --fresh) to continue"
+            ) from None
+        return [self._text(tokens, stops) for tokens in output[:, width:].tolist()]
+
+    def _text(self, tokens: list[int], stops: set[int]) -> str:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return text if any(token in stops for token in tokens) else trim_unfinished(text)
+
+
+def context_length(config: Any) -> int | None:
+    """How many positions a target was made for, by its Hugging Face config; None where it doesn't say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _batches(order: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _stop_ids(model: torch.nn.Module) -> set[int]:
+    """Every token that ends an answer, by the model's generation config: one id, several or none."""
+    stops = model.generation_config.eos_token_id
+    return set(stops) if isinstance(stops, list) else {stops} - {None}
+
+
+def _padding_id(model: torch.nn.Module, tokenizer: Any) -> int:
+    """What fills a short prompt on the left. It is masked out, so any id of the vocabulary will do."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, *_stop_ids(model)):
+        if candidate is not None:
+            return candidate
+    return 0
+
+
+def load_engine(
+    target: TargetOptions,
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    template_arguments: dict[str, Any],
+) -> tuple[HuggingFaceEngine, dict[str, Any]]:
+    """The engine for a target (its weights are loaded when needed), and what of the target decides answers.
+
+    Raises:
+        TargetError: no such target, or transformers can't read it.
+    """
+    quiet_transformers()
+    found = open_target(target)
+    tokenizer = found.tokenizer()
+    engine = HuggingFaceEngine(
+        found.model,
+        tokenizer,
+        sampling,
+        batch_size=batch_size,
+        context_length=context_length(found.config),
+        template_arguments=template_arguments,
+    )
+    tokens = tokenizer_identity(tokenizer)
+    return engine, {
+        "engine": "transformers",
+        "weights": weights_hash(found.directory, target),
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "tokenizer": tokens.sha256,
+        "chat template": tokens.chat_template_sha256,
+    }
