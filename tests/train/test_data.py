@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache import CacheReader
+from tests.train.drafts import small_model
 from train.batches import load_batch, load_blocks, prefetch, random_anchors, spread_anchors
 from train.config import TrainConfig
-from train.optim import learning_rate
+from train.optim import build_optimizer, learning_rate
 from train.order import epoch_batches, sequential_batches
 
 
@@ -127,3 +128,18 @@ def test_learning_rate_by_hand() -> None:
     assert rates[100] == pytest.approx(0.1)
     assert rates[11 + 89 // 2] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 44 / 89)) / 2)
     assert learning_rate(0, 1, TrainConfig(lr=1.0)) == pytest.approx(1.0)
+
+
+def test_every_trained_weight_is_optimised_once_and_the_markov_head_at_its_own_rate() -> None:
+    model = small_model(markov_head_type="gated")
+    model.embed_tokens.requires_grad_(False)
+    config = TrainConfig(lr=0.1, markov_lr_scale=3.0, weight_decay=0.2)
+    groups = build_optimizer(model, config).param_groups
+    found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert id(parameter) not in found
+            continue
+        scale = 3.0 if name.startswith("markov_head.") else 1.0
+        assert found[id(parameter)] == (scale, 0.2 if parameter.ndim >= 2 else 0.0), name
