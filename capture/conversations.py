@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from capture.rows import BadRowError, Conversation, Text, Tokens, from_messages, parse_line, read_row
+from capture.rows import FORM_KEYS, BadRowError, Conversation, Text, Tokens, parse_line, read_row
 from capture.sources import RawRow, open_sources
 from capture.template import ChatTemplate, Rendered, Span
 from pipeline.cache.index import count_candidates, sample_id
@@ -159,7 +159,9 @@ def _reasoning_tokens(text: str, spans: Sequence[Span], offsets: np.ndarray) -> 
 
 
 def read_conversations(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a source, as they are, each checked to hold `messages`; with each row's place.
+    """The conversations of a source, each with its place; keys beside the messages are kept.
+
+    Rows with `messages` are given as they are, those of another form as `messages`.
 
     Raises:
         DataError: a row that is no conversation, by its place; or no row at all.
@@ -169,9 +171,14 @@ def read_conversations(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
         for number, raw in source.rows():
             try:
                 row = parse_line(raw) if isinstance(raw, bytes) else raw
-                from_messages(row)
+                content = read_row(row)
+                if not isinstance(content, Conversation):
+                    raise BadRowError("no conversation", "expected a conversation, got text or tokens")
             except BadRowError as problem:
                 raise DataError(f"{source.at(number)}: {problem}") from None
+            if "messages" not in row:
+                row = {key: value for key, value in row.items() if key not in FORM_KEYS}
+                row |= {"messages": content.messages} | ({"tools": content.tools} if content.tools else {})
             rows.append((source.at(number), row))
     if not rows:
         raise DataError(f"{path}: no rows: expected one conversation a line")

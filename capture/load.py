@@ -383,12 +383,6 @@ def _identity(name: str, weights: str, model: nn.Module, dtype: torch.dtype) -> 
     )
 
 
-def target_shape(name: str, directory: Path, config: Any, dtype: torch.dtype) -> TargetIdentity:
-    """Say what a target is without loading its weights: the model is built on the meta device."""
-    name = directory.resolve().name if Path(name).is_dir() else name
-    return _identity(name, weights_hash(directory), build_shell(directory, config, dtype), dtype)
-
-
 def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
     """Hash what decides the tokens: vocabulary and merges, and the chat template."""
     content = tokenizer.backend_tokenizer.to_str().encode()

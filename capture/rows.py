@@ -210,6 +210,10 @@ FORMS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[dict[str, Any]], C
 }
 
 
+# Every key that says what a row holds, and what stands beside it in some of them.
+FORM_KEYS = {"system", *(key for groups, _ in FORMS.values() for group in groups for key in group)}
+
+
 def _has(row: dict[str, Any], form: str) -> bool:
     return all(any(key in row for key in group) for group in FORMS[form][0])
 
