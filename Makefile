@@ -31,7 +31,7 @@ help:
 	@echo
 	@echo 'Variables (make train TARGET=... DATA=...):'
 	@echo '  TARGET   Hugging Face directory or Hub id of the target   [the example: SmolLM2-135M-Instruct]'
-	@echo '  DATA     JSONL of conversations                           [the example: capture/data/example.jsonl]'
+	@echo '  DATA     conversations: files, folders, Hub ids           [the example: capture/data/example.jsonl]'
 	@echo '  CACHE    directory of the cache                           [$(CACHE)]'
 	@echo '  CONFIG   TOML of a run                                    [$(CONFIG)]'
 	@echo '  RUN      directory of the run                             [$(RUN)]'
@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 capture: $(STAMP)
 	$(OFFLINE) $(BIN)/dspark capture --cache $(CACHE) --device $(DEVICE) \
-		$(if $(TARGET),--target $(TARGET)) $(if $(DATA),--data $(DATA)) $(if $(LAYERS),--layers $(LAYERS))
+		$(if $(TARGET),--target $(TARGET)) $(foreach data,$(DATA),--data $(data)) $(if $(LAYERS),--layers $(LAYERS))
 
 train: capture
 	$(BIN)/dspark train --cache $(CACHE) --config $(CONFIG) --run $(RUN) --device $(DEVICE) \
@@ -74,7 +74,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for file in benchmarks/loss.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in benchmarks/loss.py benchmarks/opening.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) .cache caches runs
