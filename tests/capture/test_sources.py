@@ -207,3 +207,20 @@ def test_files_that_are_not_what_they_are_called(tmp_path):
 def test_a_split_of_a_file_is_a_mistake(tmp_path):
     with pytest.raises(UsageError, match="--split"):
         open_sources([str(write_lines([], tmp_path))], split="train")
+
+
+def test_a_hub_dataset_with_split_and_subset(tmp_path, target_dir, expected, monkeypatch):
+    """The Hub itself is out of reach here: what `datasets` is asked for is checked, and its answer captured."""
+    asked = []
+
+    def load_dataset(name: str, subset: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((name, subset, split))
+        return datasets.Dataset.from_list(FORMS["messages"])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = ("--data", "someone/chats", "--subset", "en", "--split", "test")
+    reader = capture(target_dir, tmp_path / "a", *data)
+    assert [reader.sample_id(i) for i in range(len(reader))] == expected["messages"]
+    assert reader.manifest.identity.data.sources == ("someone/chats/en/test",)
+    capture(target_dir, tmp_path / "b", "--data", "chats")
+    assert asked == [("someone/chats", "en", "test"), ("chats", None, "train")]
