@@ -17,12 +17,14 @@ import numpy as np
 
 from capture.rows import FORM_KEYS, BadRowError, Conversation, Text, Tokens, parse_line, read_row
 from capture.sources import RawRow, open_sources
-from capture.template import ChatTemplate, Rendered, Span
+from capture.template import ChatTemplate
+from capture.turns import Rendered, Span, render_turns
 from pipeline.cache.index import count_candidates, sample_id
 from pipeline.errors import DataError
 
-# Thoughts, from their mark (or from the start, where the prompt opened them) to their end or the turn's.
-_REASONING = re.compile(r"(?:<think>|\A)(?:(?!<think>).)*?</think>\s*|<think>.*\Z", re.DOTALL)
+# Thoughts: those a turn starts with (it or the prompt opened them; closed or not), and closed ones later on.
+_THOUGHT = r"(?:(?!<think>).)*?</think>\s*"
+_REASONING = re.compile(rf"\A\s*(?:<think>)?{_THOUGHT}|\A\s*<think>.*\Z|<think>{_THOUGHT}", re.DOTALL)
 
 NO_CANDIDATE = "no two supervised tokens in a row"
 TOO_LONG = "longer than --max-length"
@@ -71,13 +73,13 @@ class RowTokenizer:
             DroppedRowError: it can't be used as the options stand.
         """
         ids, mask = self.tokenize(read_row(parse_line(row) if isinstance(row, bytes) else row, form))
+        ids, mask = _without_tail(ids, mask)
         if len(ids) > self.max_length and self.too_long == "drop":
             raise DroppedRowError(TOO_LONG)
-        ids, mask = ids[: self.max_length], mask[: self.max_length]
+        ids, mask = _without_tail(ids[: self.max_length], mask[: self.max_length])
         if count_candidates(mask) == 0:
             raise DroppedRowError(NO_CANDIDATE)
-        end = int(np.flatnonzero(mask)[-1]) + 1
-        return ids[:end], mask[:end]
+        return ids, mask
 
     def tokenize(self, content: Conversation | Text | Tokens) -> tuple[np.ndarray, np.ndarray]:
         """Token ids `[S]` int32 and loss mask `[S]` uint8 of the whole row, uncut."""
@@ -91,12 +93,16 @@ class RowTokenizer:
         if isinstance(content, Text):
             ids = np.array(tokenizer(content.text)["input_ids"], np.int32)
             return ids, np.ones(len(ids), np.uint8)
-        rendered = self.template.render_turns(content)
+        rendered = render_turns(self.template, content)
+        if not rendered.text.isascii() and any("\ud800" <= c <= "\udfff" for c in rendered.text):
+            raise BadRowError(
+                "not text", "half of a surrogate pair, which is no text, is rendered: fix the row"
+            )
         encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"], np.int32)
         offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2)
         spans = self._last_turn(content, rendered) if self.supervise == "last" else rendered.spans
-        mask = mask_spans(spans, ids, offsets, special_ids(tokenizer))
+        mask = mask_spans(spans, ids, offsets, self.template.special_ids)
         if self.mask_reasoning:
             mask[_reasoning_tokens(rendered.text, rendered.spans, offsets)] = 0
         return ids, mask
@@ -113,10 +119,11 @@ class RowTokenizer:
         return inside if rendered.text.startswith(before) else rendered.spans[-1:]
 
 
-def special_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that stand for no text of their own, such as the end of a turn."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(special | set(tokenizer.all_special_ids))
+def _without_tail(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cut behind the last supervised token: nothing after it is ever used."""
+    supervised = np.flatnonzero(mask)
+    end = int(supervised[-1]) + 1 if len(supervised) else 0
+    return ids[:end], mask[:end]
 
 
 def mask_spans(

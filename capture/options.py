@@ -129,6 +129,8 @@ class DataOptions:
             name, sign, value = argument.partition("=")
             if not sign or not name.isidentifier():
                 raise UsageError(f"expected --template-arg name=value, got {argument!r}")
+            if name in ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"):
+                raise UsageError(f"--template-arg {name} is set for every conversation: leave it out")
             try:
                 arguments[name] = json.loads(value)
             except ValueError:

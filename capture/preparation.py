@@ -22,8 +22,12 @@ def open_data(options: DataOptions) -> list[Source]:
     return open_sources(options.data or (str(EXAMPLE_DATA),), split=options.split, subset=options.subset)
 
 
-def chat_template(options: DataOptions, tokenizer: Any) -> ChatTemplate:
-    """The tokenizer's chat template, or the one from the file that the options name."""
+def chat_template(options: DataOptions, tokenizer: Any, today: str | None = None) -> ChatTemplate:
+    """The tokenizer's chat template, or the one from the file that the options name.
+
+    Args:
+        today: the date that templates print, as 2026-01-31; None is today's.
+    """
     template = None
     if options.chat_template:
         try:
@@ -32,13 +36,16 @@ def chat_template(options: DataOptions, tokenizer: Any) -> ChatTemplate:
             raise UsageError(
                 f"--chat-template {options.chat_template}: expected a Jinja file that can be read ({error})"
             ) from None
-    return ChatTemplate(tokenizer, template, options.template_arguments())
+    date = {"today": today} if today else {}
+    return ChatTemplate(tokenizer, template, options.template_arguments(), **date)
 
 
-def row_tokenizer(options: DataOptions, tokenizer: Any, vocab_size: int) -> RowTokenizer:
-    """How the options turn a row into tokens."""
+def row_tokenizer(
+    options: DataOptions, tokenizer: Any, vocab_size: int, today: str | None = None
+) -> RowTokenizer:
+    """How the options turn a row into tokens; `today` as in `chat_template`."""
     return RowTokenizer(
-        template=chat_template(options, tokenizer),
+        template=chat_template(options, tokenizer, today),
         vocab_size=vocab_size,
         supervise=options.supervise,
         mask_reasoning=options.mask_reasoning,

@@ -27,9 +27,10 @@ def preview(target: TargetOptions, options: DataOptions, *, row: int | None, cou
     Raises:
         DSparkError: see `pipeline.errors`.
     """
-    tokenizer = open_target(target).tokenizer()
+    found = open_target(target)
+    tokenizer = found.tokenizer()
     sources = open_data(options)
-    tokenize = row_tokenizer(options, tokenizer, len(tokenizer))
+    tokenize = row_tokenizer(options, tokenizer, found.shell.get_input_embeddings().weight.shape[0])
     data = prepare_data(options, tokenize, tokenizer_identity(tokenizer).sha256, sources)
     chosen = range(min(count, len(data)))
     if row is not None:

@@ -19,7 +19,7 @@ class BadRowError(Exception):
     """A row that can't be used. `kind` is what such rows are counted under, `str()` the whole story."""
 
     def __init__(self, kind: str, message: str):
-        super().__init__(message)
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # of keys, say
         self.kind = kind
 
 
@@ -96,7 +96,7 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):  # columnar data often keeps schemas as JSON text
         try:
             tools = json.loads(tools) or None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRowError("malformed tools", f'"tools" is text that is not JSON ({error})') from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRowError("malformed tools", '"tools" is not a list of JSON schemas')
@@ -110,7 +110,8 @@ def _tool_call(call: Any, what: str) -> dict[str, Any]:
     function = call.get("function")
     inner = dict(function) if isinstance(function, dict) else dict(call)
     if isinstance(inner.get("arguments"), str):
-        with contextlib.suppress(ValueError):  # a model's own slip is rendered as the text it is
+        # A model's own slip stays the text it is.
+        with contextlib.suppress(ValueError, RecursionError):
             inner["arguments"] = json.loads(inner["arguments"])
     return {**call, "function": inner} if isinstance(function, dict) else inner
 
@@ -227,8 +228,9 @@ def _expected(row: dict[str, Any]) -> str:
 
 
 def detect_form(row: dict[str, Any]) -> str | None:
-    """The first form whose keys a row has, if any."""
-    return next((form for form in FORMS if _has(row, form)), None)
+    """The first form whose keys a row has (null is none), if any."""
+    present = {key: value for key, value in row.items() if value is not None}
+    return next((form for form in FORMS if _has(present, form)), None)
 
 
 def read_row(row: dict[str, Any], form: str | None = None) -> Content:
@@ -240,6 +242,7 @@ def read_row(row: dict[str, Any], form: str | None = None) -> Content:
     Raises:
         BadRowError: it has no known form, or another one, or is malformed in its form.
     """
+    row = {key: value for key, value in row.items() if value is not None}  # a null key is no key
     found = form or detect_form(row)
     if found is None:
         raise BadRowError("no known form", _expected(row))

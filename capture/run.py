@@ -69,15 +69,19 @@ def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
     Raises:
         DSparkError: see `pipeline.errors`; nothing finished is ever lost.
     """
-    target = open_target(_with_the_caches_dtype(options.target, options.cache))
+    found = read_manifest(options.cache).identity if (options.cache / MANIFEST).is_file() else None
+    target = open_target(_with_the_caches_dtype(options.target, found))
     if target.device.type == "cpu":
         reuse_freed_memory()
     shape = target.identity()
     layer_ids = options.layer_ids or default_layer_ids(shape.num_layers)
     layer_ids = tuple(validate_target_layer_ids(layer_ids, shape.num_layers))
     tokenizer = target.tokenizer()
-    tokenize = row_tokenizer(options.data, tokenizer, shape.vocab_size)
-    tokenizer.chat_template = tokenize.template.template or tokenizer.chat_template
+    # A template that prints the date prints the day on which the capture began.
+    today = found.data.settings.get("today") if found else None
+    tokenize = row_tokenizer(options.data, tokenizer, shape.vocab_size, today)
+    chat = tokenize.template
+    tokenizer.chat_template = chat.own
     tokens = tokenizer_identity(tokenizer)
     sources = open_data(options.data)
     data = prepare_data(options.data, tokenize, tokens.sha256, sources)
@@ -90,7 +94,7 @@ def capture(options: CaptureOptions) -> tuple[Manifest, bool]:
         data=DataIdentity(
             sources=tuple(source.name for source in sources),
             sha256=_data_hash(data.facts),
-            settings=options.data.settings(),
+            settings=options.data.settings() | ({"today": chat.today} if chat.prints_the_date else {}),
         ),
         features=FeatureIdentity(layer_ids=layer_ids),
         shard_tokens=options.shard_tokens,
@@ -110,11 +114,10 @@ def _data_hash(facts: Sequence[SampleFacts]) -> str:
     return hashlib.sha256(b"".join(fact.sample_id for fact in facts)).hexdigest()
 
 
-def _with_the_caches_dtype(options: TargetOptions, cache: Path) -> TargetOptions:
+def _with_the_caches_dtype(options: TargetOptions, found: Identity | None) -> TargetOptions:
     """`--dtype auto` is what the cache already there was captured in, on whatever machine that was."""
-    if options.dtype == "auto" and (cache / MANIFEST).is_file():
-        found = read_manifest(cache).identity.target.dtype
-        return dataclasses.replace(options, dtype=found) if found in DTYPES else options
+    if found is not None and options.dtype == "auto" and found.target.dtype in DTYPES:
+        return dataclasses.replace(options, dtype=found.target.dtype)
     return options
 
 

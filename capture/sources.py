@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capture.rows import detect_form
 from pipeline import files
 from pipeline.errors import DataError, UsageError
 
@@ -35,6 +36,8 @@ class Source:
     rows: Callable[[], Iterator[tuple[int, RawRow]]]
     """Yields row numbers from 0 (a line file's count empty lines, which are left out) and rows."""
     counts_lines: bool = False
+    unchanged: Callable[[], bool] = lambda: True
+    """Whether it still is what the fingerprint was taken of."""
 
     def at(self, number: int) -> str:
         """Where a row is, for a reader with an editor: `file:line`, or `place row N`, from 1."""
@@ -58,6 +61,8 @@ def open_sources(
     sources: list[Source] = []
     datasets_seen = False
     for spec in specs:
+        if not spec.strip():
+            raise UsageError("--data is empty: name a file, a folder or a dataset")
         path = Path(spec)
         if path.is_file():
             sources.append(_file_source(path))
@@ -74,15 +79,23 @@ def open_sources(
 
 
 def _file_source(path: Path) -> Source:
-    reader = READERS.get(path.suffix.lower())
+    suffix = path.suffix.lower()
+    reader = READERS.get(suffix)
     if reader is None:
         raise DataError(f"{path}: unknown type of data file; expected one of {', '.join(READERS)}")
+
+    def state() -> tuple[int, int, int]:
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ino
+
+    before = state()
     return Source(
         name=path.name,
         place=str(path),
-        fingerprint=files.sha256_file(path),
+        fingerprint=f"{suffix}:{files.sha256_file(path)}",
         rows=lambda: reader(path),
         counts_lines=reader is read_lines,
+        unchanged=lambda: state() == before,
     )
 
 
@@ -117,8 +130,7 @@ def read_json(path: Path) -> Iterator[tuple[int, RawRow]]:
         ) from None
     if isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list)]
-        is_row = any(isinstance(whole.get(key), list) for key in ("messages", "conversations", "input_ids"))
-        whole = lists[0] if len(lists) == 1 and not is_row else [whole]
+        whole = lists[0] if len(lists) == 1 and detect_form(whole) is None else [whole]
     if not isinstance(whole, list):
         raise DataError(f"{path}: expected a list of rows, got {type(whole).__name__}")
     for number, row in enumerate(whole):

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from capture import conversations, rows, template
+from capture import conversations, rows, sources, template, turns
 from capture.conversations import DroppedRowError, RowTokenizer, TokenizedSample
 from capture.rows import FORMS, BadRowError, detect_form, parse_line
 from capture.sources import RawRow, Source
@@ -34,6 +34,8 @@ from pipeline import files
 from pipeline.cache.index import SampleFacts, count_candidates, last_hidden_rows, sample_id
 from pipeline.errors import DataError
 
+# What decides tokens and masks; a change in it makes what was kept worthless.
+_CODE = (conversations, rows, sources, template, turns)
 DUPLICATE = "a duplicate"
 BEYOND = "beyond --num-samples"
 # Rows a worker takes at a time; and how many of the first rows it is not worth starting workers for.
@@ -83,6 +85,7 @@ class TokenizedData:
     """The first bad rows, each with its place."""
     _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     _table: Any = field(default=None, repr=False)
+    _path: Path = field(default=Path(), repr=False)
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -91,7 +94,11 @@ class TokenizedData:
         row = int(self._order[i])
         # Copies: torch has no tensors that can't be written to, and the map can't.
         ids, mask = (self._table[name][row].values.to_numpy().copy() for name in ("input_ids", "loss_mask"))
-        return TokenizedSample(self.facts[i].source_row, ids, mask)
+        sample = TokenizedSample(self.facts[i].source_row, ids, mask)
+        if sample.sample_id != self.facts[i].sample_id:
+            self._path.unlink(missing_ok=True)
+            raise DataError(f"{self._path} was damaged and is removed: run this again to tokenise anew")
+        return sample
 
 
 def token_cache() -> Path:
@@ -128,10 +135,10 @@ def load_data(
         path.parent.mkdir(parents=True, exist_ok=True)
         files.remove_partials(path.parent)
         records = _select(_records(sources, forms, tokenize, selection, workers), selection)
-        files.publish(path, lambda partial: _write(partial, records))
+        files.publish(path, lambda partial: _write(partial, records, sources))
         table = _open(path)
         assert table is not None
-    data = _arrange(table, selection, sources, forms)
+    data = _arrange(table, path, selection, sources, forms)
     if not len(data):
         places = ", ".join(source.place for source in sources)
         why = "".join(f"; {n:,} {reason}" for reason, n in sorted(data.rows.items()) if reason[:4] == "drop")
@@ -160,13 +167,13 @@ def _key(
     # A shuffled choice is made over all rows, after they were tokenised.
     limit = None if selection.shuffle else selection.num_samples
     what = [
-        # The code that decides tokens and masks, ours and theirs.
-        [files.sha256_file(Path(module.__file__)) for module in (conversations, rows, template)],
+        [files.sha256_file(Path(module.__file__)) for module in _CODE],
         version("transformers"),
         version("tokenizers"),
         [source.fingerprint for source in sources],
         tokenizer_sha256,
-        [chat.template, str(chat.tokenizer.chat_template), chat.arguments],
+        [str(chat.own), chat.arguments, chat.today if chat.prints_the_date else None],
+        {name: str(token) for name, token in chat.tokenizer.special_tokens_map.items()},
         settings,
         [selection.min_supervised, limit, selection.form, selection.bad_rows],
     ]
@@ -183,14 +190,18 @@ def _open(path: Path) -> pa.Table | None:
     return table if table.schema.equals(_SCHEMA) else None
 
 
-def _write(path: Path, records: Iterator[dict[str, Any]]) -> None:
+def _write(path: Path, records: Iterator[dict[str, Any]], sources: Sequence[Source]) -> None:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         while batch := list(itertools.islice(records, 1024)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+            columns = [pa.array([record[f.name] for record in batch], type=f.type) for f in _SCHEMA]
+            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+    for source in sources:  # what is kept under the hash of one content must not come from another
+        if not source.unchanged():
+            raise DataError(f"{source.place} changed while it was read: run this again")
 
 
 def _arrange(
-    table: pa.Table, selection: Selection, sources: Sequence[Source], forms: list[str]
+    table: pa.Table, path: Path, selection: Selection, sources: Sequence[Source], forms: list[str]
 ) -> TokenizedData:
     dropped = np.array(table["dropped"].to_pylist(), dtype=object)
     counts = Counter({f"dropped: {reason}": count for reason, count in Counter(dropped).items() if reason})
@@ -219,7 +230,7 @@ def _arrange(
     ]
     bad = table.filter(pc.not_equal(table["problem"], "")).slice(0, MAX_PROBLEMS).to_pylist()
     problems = [f"{sources[row['source']].at(row['source_row'])}: {row['problem']}" for row in bad]
-    return TokenizedData(facts, counts, forms, problems, order, table)
+    return TokenizedData(facts, counts, forms, problems, order, table, path)
 
 
 def _select(records: Iterator[dict[str, Any]], selection: Selection) -> Iterator[dict[str, Any]]:
@@ -253,13 +264,18 @@ def _records(
     every = ((i, forms[i], number, row) for i, source in enumerate(sources) for number, row in source.rows())
     bar = tqdm(unit="row", desc="tokenise", mininterval=1.0)
     with bar:
-        for chunk in _map(tokenize, _chunks(every), workers or min(os.cpu_count() or 1, 16)):
+        for chunk in _map(tokenize, _chunks(every), workers or min(_num_cores(), 16)):
             for record in chunk:
                 if record["problem"] and selection.bad_rows == "fail":
                     place = sources[record["source"]].at(record["source_row"])
                     raise DataError(f"{place}: {record['problem']}")
                 yield record
             bar.update(len(chunk))
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _Row = tuple[int, str, int, RawRow]  # source, form, row number, row

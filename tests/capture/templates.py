@@ -95,6 +95,29 @@ THINKING = (
 # Qwen3's way with tools: calls stand without content, thoughts are shown in the last turn only.
 THINKING_TOOLS = THINKING.replace("{{ m['content'] + ", "{{ m['content'] }}" + _CALLS + "{{ ")
 
+# gpt-oss's way: answers end in another token when nothing follows them, and header and channel are tokens.
+HARMONY = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m['content'] }}"
+    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+    "{% else %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] + '<|end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+HARMONY_TOKENS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+
+# SmolLM3's way: the marks hold the whole message, its header and its line feed too.
+WIDE_MARKS = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ '<|im_start|>assistant\n' + m['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}" + _CHATML_PROMPT
+)
+
+# Marks in a comment are none.
+COMMENTED_MARKS = "{# {% generation %} would go here {% endgeneration %} #}" + CHATML
+
+DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
+
 REWRITING = "[{{ messages | length }}]\n" + CHATML
 
 # What stands behind an answer depends on what follows it: no prefix can say where the answer ends.

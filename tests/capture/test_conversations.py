@@ -19,15 +19,20 @@ from capture.template import ChatTemplate
 from capture.tokens import Selection, TokenizedData, load_data
 from pipeline.errors import DataError
 from tests.capture.templates import (
+    COMMENTED_MARKS,
     COUNTING,
+    DATED,
     DIALECTS,
     FAMILIES,
     GENERATION,
+    HARMONY,
+    HARMONY_TOKENS,
     RAISING,
     REWRITING,
     SHOUTING,
     THINKING,
     THINKING_TOOLS,
+    WIDE_MARKS,
 )
 from tests.tiny import make_tokenizer
 
@@ -152,10 +157,7 @@ THOUGHTS = [
 def test_mask_reasoning_leaves_thoughts_out_and_the_rest_in(name):
     family = FAMILIES[name]
     turns = supervised_turns(family.tokenizer(), THOUGHTS, mask_reasoning=True)
-    ends = [turn.removesuffix(family.after).strip() for turn in turns]
-    assert ends[0] == "yes"
-    assert ends[1:] in (["the dog"], ["the dog", ""])  # thoughts that never end reach to the end of the turn
-    assert turns[0].endswith(family.after)
+    assert turns == [f"yes{family.after}", f"the dog <think>ran{family.after}"]
     assert supervised_turns(family.tokenizer(), THOUGHTS) != turns
 
 
@@ -192,6 +194,54 @@ def test_plain_text_is_supervised_whole_and_tokens_are_taken_as_they_are():
     for bad in (-1, 10**6):
         with pytest.raises(BadRowError, match="outside"):
             tokenize({"input_ids": [1, 2, bad], "loss_mask": [0, 1, 1]})
+
+
+@pytest.mark.parametrize("answer", ["the sky is blue", "a", "final", "message", "assistant", "end"])
+def test_answers_that_end_otherwise_when_nothing_follows(answer):
+    """And answers that are words of the template: what is supervised is the answer, not the template."""
+    messages = [user("x"), assistant(answer), user(answer), assistant(answer)]
+    header = "<|channel|>final<|message|>"
+    assert supervised_turns(make_tokenizer(HARMONY, HARMONY_TOKENS), messages) == [
+        f"{header}{answer}<|end|>",
+        f"{header}{answer}<|return|>",
+    ]
+
+
+@pytest.mark.parametrize("answer", ["<b>hi</b> there", ">", "<", "<think", "User", "|"])
+def test_answers_that_begin_like_the_prompt_that_asks_for_them(answer):
+    """DeepSeek's prompt opens <think>, which answers do not have."""
+    family = FAMILIES["deepseek"]
+    messages = [user("x"), assistant(answer), user("y"), assistant(answer + " yes")]
+    turns = supervised_turns(family.tokenizer(), messages)
+    assert turns == [family.turn(answer), family.turn(answer + " yes")]
+
+
+def test_marks_around_whole_messages_supervise_no_header():
+    assert supervised_turns(make_tokenizer(WIDE_MARKS), THREE) == [
+        "the sky is blue<|im_end|>",
+        "yes<|im_end|>",
+        "two plus two<|im_end|>",
+    ]
+
+
+def test_marks_in_a_comment_are_none():
+    assert supervised_turns(make_tokenizer(COMMENTED_MARKS), ONE) == ["the sky is blue<|im_end|>"]
+
+
+def test_a_template_that_prints_the_date_prints_the_day_it_is_given():
+    texts = []
+    for today in ("2026-01-31", "2026-02-01"):
+        template = ChatTemplate(make_tokenizer(DATED), today=today)
+        assert template.prints_the_date
+        texts.append(template.render(Conversation(ONE)))
+    assert "31 Jan 2026" in texts[0]
+    assert "01 Feb 2026" in texts[1]
+
+
+def test_an_answer_that_mentions_thoughts_keeps_its_words():
+    mention = assistant("write <think> to open them")
+    turns = supervised_turns(TOKENIZERS["chatml"], [user("how"), mention], mask_reasoning=True)
+    assert turns == ["write <think> to open them<|im_end|>"]
 
 
 def test_a_system_prompt_that_moves_on_hides_no_answer():

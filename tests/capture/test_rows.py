@@ -91,6 +91,17 @@ ROWS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "text": ({"text": "once upon"}, "text", Text("once upon")),
     "tokens": ({"input_ids": [1, 2], "loss_mask": [0, 1]}, "tokens", Tokens([1, 2], [0, 1])),
     "tokens with a boolean mask": ({"input_ids": [1], "loss_mask": [True]}, "tokens", Tokens([1], [1])),
+    "a null key is no key": (
+        {"response": None, "prompt": "why", "completion": "yes"},
+        "prompt",
+        Conversation([USER, ANSWER]),
+    ),
+    "null messages are none": ({"messages": None, "text": "once"}, "text", Text("once")),
+    "arguments that are nested deep stay text": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [call("[" * 10**5)]}]},
+        "messages",
+        Conversation([USER, {"role": "assistant", "content": "", "tool_calls": [call("[" * 10**5)]}]),
+    ),
     "messages go before text": (
         {"text": "rendered", "messages": [USER]},
         "messages",
@@ -144,6 +155,13 @@ BAD: dict[str, tuple[Any, str | None, str, str]] = {
         "malformed message",
         "message 0",
     ),
+    "tools that are nested deep": (
+        {"messages": [USER], "tools": "[" * 10**5},
+        None,
+        "malformed tools",
+        "not",
+    ),
+    "a key that is no text": ({"\ud800": 1}, None, "no known form", "\\ud800"),
     "tools that are no JSON": ({"messages": [USER], "tools": "[{"}, None, "malformed tools", "not JSON"),
     "tools that are an object": ({"messages": [USER], "tools": {"a": 1}}, None, "malformed tools", "list"),
     "a response that is a number": (

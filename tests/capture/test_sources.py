@@ -210,7 +210,7 @@ def test_a_split_of_a_file_is_a_mistake(tmp_path):
 
 
 def test_a_hub_dataset_with_split_and_subset(tmp_path, target_dir, expected, monkeypatch):
-    """The Hub itself is out of reach here: what `datasets` is asked for is checked, and its answer captured."""
+    """The Hub itself is out of reach here: what `datasets` is asked for is checked, its answer captured."""
     asked = []
 
     def load_dataset(name: str, subset: str | None, *, split: str) -> datasets.Dataset:

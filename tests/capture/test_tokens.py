@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from capture.sources import open_sources
 from capture.template import ChatTemplate
 from capture.tokens import Selection, TokenizedData, load_data
 from pipeline.errors import DataError
+from tests.capture.templates import DATED
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import CHATML, make_conversations, make_tokenizer
 
@@ -160,6 +162,60 @@ def test_a_damaged_file_of_tokens_is_made_anew(tmp_path, monkeypatch):
         assert ids(load(path)) == first
 
 
+def test_a_kept_sample_that_was_damaged_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSPARK_TOKENS", str(tmp_path / "kept"))
+    path = write(tmp_path / "a.jsonl", talk("yes yes"), talk("no no no"))
+    first = load(path)
+    (kept,) = (tmp_path / "kept").glob("*.arrow")
+    words, before = first[0].input_ids.tobytes(), ids(first)
+    data = kept.read_bytes()
+    assert data.count(words) == 1
+    kept.write_bytes(data.replace(words, words[:-4] + b"\7\0\0\0"))
+    with pytest.raises(DataError, match="was damaged and is removed"):
+        load(path)[0]
+    assert ids(load(path)) == before
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSPARK_TOKENS", str(tmp_path / "kept"))
+    path = write(tmp_path / "a.jsonl", *(talk(f"yes {i}") for i in range(9)))
+    sources = open_sources([str(path)])
+    tokenize = RowTokenizer(template=ChatTemplate(TOKENIZER), vocab_size=400)
+    write(path, talk("yes 0"))
+    with pytest.raises(DataError, match="changed while it was read"):
+        load_data(sources, tokenize, "tiny", Selection())
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_preview_and_capture_tokenise_once(tmp_path, target_dir, monkeypatch):
+    monkeypatch.setenv("DSPARK_TOKENS", str(tmp_path / "kept"))
+    path = write(tmp_path / "a.jsonl", talk("yes yes yes"))
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML + " ")
+    run_ok("preview", "--target", target_dir, "--data", path, "--chat-template", template)
+    run_ok(*capture_arguments(target_dir, path, tmp_path / "cache"), "--chat-template", template)
+    assert len(list((tmp_path / "kept").glob("*.arrow"))) == 1
+
+
+def test_a_capture_of_several_days_prints_one_date(tmp_path, target_dir, monkeypatch):
+    path = write(tmp_path / "a.jsonl", talk("yes yes yes"))
+    template = tmp_path / "template.jinja"
+    template.write_text(DATED)
+    arguments = [*capture_arguments(target_dir, path, tmp_path / "cache"), "--chat-template", template]
+    run_ok(*arguments)
+    manifest = tmp_path / "cache/manifest.json"
+    said = json.loads(manifest.read_text())["identity"]["data"]["settings"]["today"]
+    tomorrow = datetime.date.fromisoformat(said) + datetime.timedelta(days=1)
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return tomorrow
+
+    monkeypatch.setattr("capture.template.datetime.date", Tomorrow)
+    assert "already complete" in run_ok(*arguments)
+
+
 def test_a_failed_reading_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("DSPARK_TOKENS", str(tmp_path / "kept"))
     path = write(tmp_path / "a.jsonl", talk("yes yes"), "{")
@@ -232,6 +288,8 @@ def test_options_reach_the_samples_from_the_command_line(tmp_path, target_dir):
     ("option", "words"),
     [
         (["--template-arg", "loud"], ["--template-arg name=value", "'loud'"]),
+        (["--template-arg", "tools=1"], ["--template-arg tools"]),
+        (["--data", ""], ["--data is empty"]),
         (["--chat-template", "missing.jinja"], ["--chat-template missing.jinja"]),
         (["--format", "sharegpt"], ["--format"]),
         (["--num-samples", "0"], ["--num-samples"]),
