@@ -173,7 +173,9 @@ class _Finder:
         if not own.strip() or visible not in own:
             return None
         calls = bool(self._messages[number].get("tool_calls"))
-        content_end = start + (own.rfind(visible) + len(visible) if visible else 0)
+        # Thoughts and nothing else are content too, where the template shows them.
+        shown = visible or self._messages[number]["content"].strip()
+        content_end = start + (own.rfind(shown) + len(shown) if shown in own else 0)
         return Span(start, content_end, start + len(own.rstrip()), whole=calls)
 
     def _through(self, number: int, content_end: int) -> str:

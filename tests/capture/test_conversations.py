@@ -224,6 +224,14 @@ def test_marks_around_whole_messages_supervise_no_header():
     ]
 
 
+def test_thoughts_without_an_answer_may_hold_an_end_of_turn():
+    messages = [user("x"), assistant("<|im_end|></think>"), user("y"), assistant("yes")]
+    assert supervised_turns(TOKENIZERS["chatml"], messages) == [
+        "<|im_end|></think><|im_end|>",
+        "yes<|im_end|>",
+    ]
+
+
 def test_marks_in_a_comment_are_none():
     assert supervised_turns(make_tokenizer(COMMENTED_MARKS), ONE) == ["the sky is blue<|im_end|>"]
 
