@@ -175,7 +175,7 @@ class _Finder:
         calls = bool(self._messages[number].get("tool_calls"))
         # Thoughts and nothing else are content too, where the template shows them.
         shown = visible or self._messages[number]["content"].strip()
-        content_end = start + (own.rfind(shown) + len(shown) if shown in own else 0)
+        content_end = start + (own.rfind(shown) + len(shown) if shown and shown in own else 0)
         return Span(start, content_end, start + len(own.rstrip()), whole=calls)
 
     def _through(self, number: int, content_end: int) -> str:
