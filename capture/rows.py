@@ -85,7 +85,9 @@ def _text(value: Any, what: str) -> str:
     ):
         value = "".join(_text(part.get("text"), what) for part in value)
     if not isinstance(value, str):
-        raise BadRowError("malformed message", f'{what} has no text "content": expected role and content')
+        raise BadRowError(
+            "malformed message", f"{what} is no text: expected a string, got {type(value).__name__}"
+        )
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise BadRowError("not text", f"{what} holds half of a surrogate pair, which is no text: fix the row")
     return value
@@ -128,7 +130,9 @@ def _message(message: Any, number: int) -> Message:
         clean.setdefault("content", "")
     else:
         clean.pop("tool_calls", None)
-    clean["content"] = _text(clean.get("content"), what)
+    if "content" not in clean:
+        raise BadRowError("malformed message", f'{what} has no text "content": expected role and content')
+    clean["content"] = _text(clean["content"], what)
     if isinstance(clean.get("reasoning_content"), str):
         _text(clean["reasoning_content"], what)
     return clean

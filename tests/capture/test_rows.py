@@ -133,7 +133,7 @@ BAD: dict[str, tuple[Any, str | None, str, str]] = {
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         None,
         "malformed message",
-        "message 0 has no text",
+        "message 0 is no text",
     ),
     "a role nobody knows": (
         {"conversations": [{"from": "narrator", "value": "x"}]},
@@ -170,7 +170,7 @@ BAD: dict[str, tuple[Any, str | None, str, str]] = {
         "malformed message",
         "the response",
     ),
-    "text that is a list": ({"text": ["x"]}, None, "malformed message", '"text"'),
+    "text that is a list": ({"text": ["x"]}, None, "malformed message", '"text" of this row is no text'),
     "half a pair": ({"text": "\ud83d"}, None, "not text", "surrogate"),
     "ids of another length": (
         {"input_ids": [1], "loss_mask": []},
