@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from pipeline import config as configuration
 from pipeline.cache import CacheReader
 from pipeline.device import resolve_device, reuse_freed_memory
-from pipeline.errors import CacheError, RunError
+from pipeline.errors import RunError
 from train.batches import AnchorChoice, Batch, load_batch, load_blocks, prefetch, random_anchors
 from train.checkpoint import save_checkpoint
 from train.config import RunConfig
-from train.draft.config import draft_config
+from train.draft.config import draft_config, read_target_config
 from train.draft.model import Qwen3DSparkModel
 from train.evaluate import evaluate, split
 from train.losses import LossSums, divide
@@ -52,11 +51,7 @@ def build_draft(reader: CacheReader, config: RunConfig) -> Qwen3DSparkModel:
         ConfigError: a combination no draft can have.
     """
     layer_ids = reader.require_layers(config.draft.target_layer_ids or reader.layer_ids)
-    try:
-        target = AutoConfig.from_pretrained(reader.path / "target", local_files_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CacheError(f"{reader.path}/target/config.json can't be read ({reason})") from None
+    target = read_target_config(reader.path / "target")
     torch.manual_seed(config.train.seed)
     model = Qwen3DSparkModel(draft_config(config.draft, target, reader.manifest, layer_ids)).float()
     frozen = reader.frozen()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
+from transformers import PretrainedConfig
 
+from pipeline.cache import CacheReader
+from pipeline.errors import CacheError
 from tests.train.drafts import as_batch, random_samples, small_config, small_model
+from train.config import DraftConfig
+from train.draft.config import draft_config, read_target_config
 from train.draft.model import Qwen3DSparkModel
 
 LAYER = [
@@ -104,3 +112,58 @@ def test_context_of_another_width_is_refused() -> None:
     batch["target_hidden_states"] = batch["target_hidden_states"][..., :16]
     with pytest.raises(ValueError, match=r"width 32 \(2 layers\), got 16"):
         small_model()(**batch)
+
+
+ROPES = {
+    "plain": {"rope_theta": 5e5, "rope_type": "default"},
+    "partial": {"rope_theta": 5e5, "rope_type": "default", "partial_rotary_factor": 0.5},
+    "partial and scaled": {
+        "rope_theta": 5e5,
+        "rope_type": "linear",
+        "factor": 4.0,
+        "partial_rotary_factor": 0.5,
+    },
+    "partial longrope": {
+        "rope_theta": 5e5,
+        "rope_type": "longrope",
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 2.0],
+        "long_factor": [3.0, 4.0],
+        "original_max_position_embeddings": 64,
+    },
+    "sets by layer": {
+        "full_attention": {"rope_theta": 5e5, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_whatever_rope_the_target_has_the_drafts_heads_rotate_whole(cache_dir, name) -> None:
+    manifest = CacheReader(cache_dir).manifest
+    target = PretrainedConfig(num_attention_heads=4, head_dim=8, intermediate_size=48)
+    target.rope_parameters = ROPES[name]
+    config = draft_config(DraftConfig(num_layers=1, block_size=3, markov_rank=8), target, manifest, (0, 2))
+    assert config.rope_parameters["rope_theta"] == 5e5
+    model = Qwen3DSparkModel(config)
+    ids = torch.randint(9, (1, 12))
+    out = model(ids, torch.randn(1, 12, 64), torch.ones(1, 12))
+    assert out.draft_logits.isfinite().all()
+
+
+def test_a_target_with_code_of_its_own_is_read_without_running_it(cache_dir, tmp_path) -> None:
+    folder = shutil.copytree(cache_dir / "target", tmp_path / "target")
+    plain = read_target_config(folder)
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"model_type": "own_llama", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "own.py").write_text("raise SystemExit('this ran')")
+    manifest = CacheReader(cache_dir).manifest
+    made = [
+        draft_config(DraftConfig(markov_rank=8), target, manifest, (0, 2)).to_dict()
+        for target in (plain, read_target_config(folder))
+    ]
+    assert made[0] == made[1]
+    (folder / "config.json").write_text(json.dumps({"model_type": "nobody's"}))
+    with pytest.raises(CacheError, match=r"config\.json can't be read"):
+        read_target_config(folder)

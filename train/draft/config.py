@@ -5,12 +5,14 @@ This is the one place where a run's short names become the names that vLLM and S
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, Qwen3Config
+from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 
 from pipeline.cache import Manifest
-from pipeline.errors import ConfigError
+from pipeline.errors import CacheError, ConfigError
 from train.config import DraftConfig
 
 
@@ -29,6 +31,25 @@ def default_mask_token_id(manifest: Manifest) -> int:
         if token_id is not None:
             return token_id
     raise ConfigError("the target's tokenizer has no mask, unknown or padding token: set draft.mask_token_id")
+
+
+def read_target_config(folder: Path) -> PretrainedConfig:
+    """The target's own config, from a cache's `target/`; its code, if it brings any, is not run.
+
+    Raises:
+        CacheError: it can't be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+    try:  # a model type that only its own code knows: the dimensions have the field's usual names
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in values:
+            return PretrainedConfig.from_dict(values.get("text_config", values))
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise CacheError(f"{folder / 'config.json'} can't be read ({reason}): capture again")
 
 
 def draft_config(
@@ -99,5 +120,8 @@ def draft_config(
 def _rope_parameters(text: PretrainedConfig) -> dict[str, Any]:
     """The target's rotary settings; where it has several sets (Gemma 3), those of its global layers."""
     rope = getattr(text, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
-    return {"rope_theta": 10000.0, "rope_type": "default", **rope}
+    rope = dict(rope.get("full_attention", rope))
+    if rope.pop("partial_rotary_factor", 1.0) != 1 and rope.get("rope_type") == "longrope":
+        # Its factors are one a rotated pair of the target's heads; the draft's heads rotate whole.
+        rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
+    return {"rope_theta": getattr(text, "rope_theta", None) or 10000.0, "rope_type": "default", **rope}
