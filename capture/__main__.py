@@ -1,7 +1,5 @@
 """`python -m capture ...` is `dspark capture ...`."""
 
-import sys
+from pipeline.cli import main
 
-from pipeline.cli import cli
-
-cli(["capture", *sys.argv[1:]], prog_name="dspark")
+main("capture")

@@ -67,10 +67,24 @@ class LazyGroup(click.Group):
                 err=True,
             )
             ctx.exit(1)
-        except click.UsageError as error:  # one line for these too, instead of click's four
-            command = error.ctx.command_path if error.ctx else "dspark"
-            click.echo(f"error: {error.format_message()} (see `{command} --help`)", err=True)
-            ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            _refuse(ctx, error)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            return super().parse_args(ctx, args)  # the help page
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            _refuse(ctx, error)
+            raise
+
+
+def _refuse(ctx: click.Context, error: click.UsageError) -> None:
+    """One line for a wrong command line, instead of click's four."""
+    command = error.ctx.command_path if error.ctx else "dspark"
+    click.echo(f"error: {error.format_message()} (see `{command} --help`)", err=True)
+    ctx.exit(error.exit_code)
 
 
 @contextmanager
@@ -106,10 +120,10 @@ def cli() -> None:
     """Train DSpark speculative-decoding drafts offline: capture once, train many."""
 
 
-def main() -> None:
-    """Console entry point."""
+def main(*command: str) -> None:
+    """Console entry point; `command` is put before the arguments, as `python -m capture` does."""
     try:
-        cli()
+        cli([*command, *sys.argv[1:]], prog_name="dspark")
     except BrokenPipeError:  # the reader of our output went away, as with `dspark ... | head`
         sys.exit(1)
 

@@ -15,7 +15,7 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # a device that computes, which meta does not
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} can't be used here ({str(error).splitlines()[0]})") from None
     return device

@@ -12,7 +12,7 @@ from pipeline import cli
 from tests.conftest import assert_refused, run_cli
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["capture", "--nonsense"], ["train"]])
+@pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["capture", "--nonsense"], ["train"]])
 def test_usage_errors_are_one_line(arguments: list[str]) -> None:
     assert_refused(run_cli(*arguments), 2, "--help`")
 
