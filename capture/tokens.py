@@ -39,7 +39,7 @@ _CODE = (conversations, rows, sources, template, turns)
 DUPLICATE = "a duplicate"
 BEYOND = "beyond --num-samples"
 # Rows a worker takes at a time; and how many of the first rows it is not worth starting workers for.
-CHUNK_ROWS, FEW_ROWS = 64, 512
+CHUNK_ROWS, FEW_ROWS = 64, 2048
 MAX_PROBLEMS = 5
 
 _SCHEMA = pa.schema(
