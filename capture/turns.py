@@ -159,11 +159,15 @@ class _Finder:
             return None
         bare, before = self._beginning(number), self._beginning(number, prompt=True)
         through = self._through(number, len(before))
-        # The prompt may open thoughts that this answer does not have: they part where it starts.
-        opened = before.find("<think>", len(bare))
-        opened = opened if opened >= 0 else len(before)
-        start = len(before) if self.text.startswith(before) else min(_shared(before, self.text), opened)
-        own = through[len(before) if through.startswith(before) else min(_shared(before, through), opened) :]
+        thoughts = before.find("<think>", len(bare))
+
+        def answer_start(text: str) -> int:
+            """Behind the prompt, or where the two part: a prompt may open thoughts that an answer has not."""
+            if text.startswith(before):
+                return len(before)
+            return min(_shared(before, text), thoughts if thoughts >= 0 else len(before))
+
+        start, own = answer_start(self.text), through[answer_start(through) :]
         parted = start < len(before)
         if start < floor or (parted and not (self.text.startswith(bare) and start > len(bare))):
             return None
