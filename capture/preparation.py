@@ -55,7 +55,7 @@ def row_tokenizer(
 
 
 def prepare_data(
-    options: DataOptions, tokenize: RowTokenizer, tokenizer_sha256: str, sources: list[Source] | None = None
+    options: DataOptions, tokenize: RowTokenizer, tokenizer_sha256: str, sources: list[Source]
 ) -> TokenizedData:
     """Tokenise what the options name, and say on stderr what it was and which rows were left out.
 
@@ -70,7 +70,6 @@ def prepare_data(
         form=None if options.format == "auto" else options.format,
         bad_rows=options.bad_rows,
     )
-    sources = sources or open_data(options)
     data = load_data(sources, tokenize, tokenizer_sha256, selection, workers=options.tokenize_workers)
     for source, form in zip(sources, data.forms, strict=True):
         click.echo(f"data {source.place}: rows of {form}", err=True)
