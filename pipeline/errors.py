@@ -43,5 +43,17 @@ class CacheError(DSparkError):
     """A cache is missing, incomplete, foreign, newer than this version, or damaged."""
 
 
+class WriteError(DSparkError):
+    """A file can't be written: the disk is full, permission is missing, or the file system failed."""
+
+
+class StoppedError(DSparkError):
+    """Asked to stop by a signal, with everything finished so far kept."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # as a shell reports it
+
+
 class RunError(DSparkError):
     """A training run's directory is missing, taken or unusable."""
