@@ -47,20 +47,16 @@ ROUNDS = 5
 def make(cache: Path, samples: int, shard_tokens: int) -> int:
     """Write a cache whose shards are holes; return the number of shards."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(6.55, 0.8, samples), 16, 4096).astype(int).tolist()  # mean about 950
-    names = rng.bytes(16 * samples)
-    facts = [
-        SampleFacts(
-            sample_id=names[16 * i : 16 * i + 16],
-            source=0,
-            source_row=i,
-            length=length,
-            last_rows=length // 2,
-            candidates=length // 2 - 1,
-        )
-        for i, length in enumerate(lengths)
-    ]
-    index, plan = build_index(facts, plan_shards(lengths, shard_tokens))
+    lengths = np.clip(rng.lognormal(6.55, 0.8, samples), 16, 4096).astype(int)  # mean about 950
+    facts = SampleFacts(
+        sample_ids=np.frombuffer(rng.bytes(16 * samples), dtype=np.uint8).reshape(-1, 16),
+        sources=np.zeros(samples, dtype=np.int32),
+        source_rows=np.arange(samples),
+        lengths=lengths,
+        last_rows=lengths // 2,
+        candidates=lengths // 2 - 1,
+    )
+    index, plan = build_index(facts, plan_shards(lengths.tolist(), shard_tokens))
     for folder in ("shards", "target"):
         (cache / folder).mkdir(parents=True)
     (cache / INDEX).write_bytes(index_bytes(index))

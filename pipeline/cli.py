@@ -19,12 +19,14 @@ from pipeline.errors import DSparkError, LayerIdWarning
 
 # name: (where its click command is, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "plan": ("capture.cli:plan_command", "Say what a capture will do and cost."),
     "capture": ("capture.cli:capture_command", "Run the target once and write a cache."),
     "preview": ("capture.cli:preview_command", "Show samples as the target sees them."),
     "regenerate": ("capture.regenerate.cli:regenerate_command", "Replace answers by the target's own."),
     "train": ("train.cli:train_command", "Train a draft from a cache."),
     "evaluate": ("train.cli:evaluate_command", "Measure a draft on a cache's held-out split."),
-    "verify": ("pipeline.cache.cli:verify_command", "Re-hash every file of a cache."),
+    "inspect": ("pipeline.cache.cli:inspect_command", "Show what a cache holds, or how far its capture is."),
+    "verify": ("pipeline.cache.cli:verify_command", "Re-hash every file of a cache; set damaged ones aside."),
 }
 
 
@@ -51,6 +53,9 @@ class LazyGroup(click.Group):
         except DSparkError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
         except BrokenPipeError:
             raise
         except OSError as error:  # disk full, no permission, ...

@@ -1,26 +1,95 @@
-"""`dspark verify`."""
+"""`dspark verify` and `dspark inspect`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from pipeline.errors import CacheError
 
+_CACHE = click.argument("cache", type=click.Path(path_type=Path))
+
 
 @click.command("verify")
-@click.argument("cache", type=click.Path(path_type=Path))
-def verify_command(cache: Path) -> None:
-    """Re-hash every file of CACHE against its manifest; exit 1 if any differs."""
-    from pipeline.cache import CacheReader
+@_CACHE
+@click.option("--fast", is_flag=True, help="Sizes, headers and the index only: reads no states.")
+@click.option("--repair", is_flag=True, help="Set damaged files aside, for the next capture to rewrite.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Files read at once. Default: the cores, up to 8."
+)
+def verify_command(cache: Path, fast: bool, repair: bool, threads: int | None) -> None:
+    """Check every file of CACHE against its manifest; exit 1 if any is damaged.
 
-    reader = CacheReader(cache)
-    with tqdm(total=reader.manifest.num_bytes, unit="B", unit_scale=True, desc="verify") as progress:
-        bad = reader.verify(progress.update)
-    for name in bad:
-        click.echo(f"damaged: {cache / name}")
-    if bad:
-        raise CacheError(f"{len(bad)} of {reader.manifest.num_files} files are damaged: capture them again")
-    click.echo(f"{cache}: {reader.manifest.num_files} files, {reader.manifest.num_bytes:,} bytes, all good")
+    Hashes every file, and compares the samples' tokens with their ids. Of a cache whose capture is not
+    finished, the finished shards are checked. With --repair, damaged files are moved to CACHE/damaged;
+    after that the same capture command rewrites just those.
+    """
+    from tqdm import tqdm
+
+    from pipeline.cache.verify import DAMAGED, set_aside, verify_cache
+
+    with tqdm(unit="B", unit_scale=True, desc="verify") as bar:
+        found = verify_cache(cache, fast=fast, threads=threads, begin=bar.reset, progress=bar.update)
+    for problem in found.problems:
+        click.echo(f"damaged: {cache / problem.file}: {problem.reason}")
+    state = f"{cache}: "
+    if not found.complete:
+        state += f"incomplete, {found.shards:,} shards finished, {found.pending:,} still to be captured; "
+    if not found.problems:
+        how = "sizes and structure" if fast else "all"
+        click.echo(f"{state}{found.files:,} files, {found.bytes:,} bytes, {how} good")
+        return
+    if not found.complete:
+        click.echo(state.removesuffix("; "))
+    count = f"{cache}: {len(found.problems):,} of {found.files:,} files are damaged or missing"
+    if not repair:
+        raise CacheError(f"{count}: `dspark verify {cache} --repair` sets them aside for capture to rewrite")
+    moved = set_aside(cache, found.problems)
+    raise CacheError(
+        f"{count}, {len(moved):,} set aside in {cache / DAMAGED}: run the capture that made it again, with "
+        "the same options, to rewrite just those"
+    )
+
+
+@click.command("inspect")
+@_CACHE
+@click.option(
+    "--sample", metavar="ID", help="Show that sample: its hash, the beginning of it, or '#N', counted from 0."
+)
+@click.option(
+    "--held-out",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    help="Fraction of the samples that a run would hold out.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: bool) -> None:
+    """Show what CACHE holds, or, while it is captured, how far that is.
+
+    With --sample: the sample's text, supervised tokens in green, and its states in figures, a line a layer.
+    Reads only, from any machine that sees the directory.
+    """
+    from pipeline.cache.inspect import cache_facts, fact_lines
+
+    if sample is None:
+        facts = cache_facts(cache, fraction=held_out)
+        lines = fact_lines(facts)
+    else:
+        from pipeline.cache.reader import CacheReader
+        from pipeline.cache.sample import cached_decoder, find_sample, sample_facts, sample_lines
+
+        reader = CacheReader(cache)
+        shown = sample_facts(reader, find_sample(reader, sample))
+        decode = cached_decoder(cache)
+        lines = sample_lines(shown, decode)
+        if as_json:
+            shown["text"] = decode(shown["input_ids"]) if decode else None
+            facts = cache_facts(cache, fraction=held_out) | {"sample": shown}
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    for line in lines:
+        click.echo(line)  # click strips the colours where the output is no terminal

@@ -7,8 +7,9 @@ any number of workers, now or after a crash, fill the same shards.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +33,27 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SampleFacts:
-    """What the plan needs to know of a sample, without its tokens."""
+    """What the plan needs to know of n samples, without their tokens: a column a fact."""
 
-    sample_id: bytes
-    source: int
-    source_row: int
-    length: int
-    last_rows: int
-    candidates: int
+    sample_ids: np.ndarray  # [n, 16] uint8
+    sources: np.ndarray  # [n]
+    source_rows: np.ndarray  # [n]
+    lengths: np.ndarray  # [n], tokens
+    last_rows: np.ndarray  # [n], supervised labels
+    candidates: np.ndarray  # [n], positions an anchor can take
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, order: np.ndarray) -> SampleFacts:
+        """These samples in another order, or some of them."""
+        return SampleFacts(**{field.name: getattr(self, field.name)[order] for field in fields(self)})
+
+    def content_hash(self) -> str:
+        """SHA-256 over the sample ids in order, that is over all token ids and loss masks."""
+        return hashlib.sha256(np.ascontiguousarray(self.sample_ids)).hexdigest()
 
 
 def sample_id(input_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:
@@ -61,7 +73,7 @@ def count_candidates(loss_mask: np.ndarray) -> int:
 
 
 def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[range]:
-    """Split samples, in order, into shards of at most `shard_tokens` tokens (one sample at least)."""
+    """Split samples (or batches), in order, into shards of at most `shard_tokens` tokens, one at least."""
     shards: list[range] = []
     first = tokens = 0
     for i, length in enumerate(lengths):
@@ -74,23 +86,40 @@ def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[range]:
     return shards
 
 
-def build_index(facts: Sequence[SampleFacts], shards: Sequence[range]) -> tuple[pa.Table, Plan]:
-    """The index table and the manifest's plan for samples laid out in `shards`."""
-    columns: dict[str, list] = {name: [] for name in SCHEMA.names}
-    plan: dict[str, list[int]] = {"samples": [], "tokens": [], "last_rows": []}
-    for shard, members in enumerate(shards):
-        tokens = last_rows = 0
-        for i in members:
-            fact = facts[i]
-            where = (fact.sample_id, fact.source, fact.source_row, shard, tokens)
-            values = (*where, fact.length, last_rows, fact.last_rows, fact.candidates)
-            for name, value in zip(SCHEMA.names, values, strict=True):
-                columns[name].append(value)
-            tokens += fact.length
-            last_rows += fact.last_rows
-        for name, total in zip(plan, (len(members), tokens, last_rows), strict=True):
-            plan[name].append(total)
-    return pa.table(columns, schema=SCHEMA), Plan(**{name: tuple(totals) for name, totals in plan.items()})
+def build_index(facts: SampleFacts, shards: Sequence[range]) -> tuple[pa.Table, Plan]:
+    """The index table and the manifest's plan for samples that lie in `shards`, in order."""
+    samples = np.array([len(members) for members in shards], dtype=np.int64)
+    first = np.cumsum(samples) - samples  # each shard's first sample
+
+    def starts(sizes: np.ndarray) -> np.ndarray:
+        """Where each sample's rows begin in its shard."""
+        ends = np.cumsum(sizes, dtype=np.int64)
+        return ends - sizes - np.repeat((ends - sizes)[first], samples)
+
+    def totals(sizes: np.ndarray) -> tuple[int, ...]:
+        return tuple(np.add.reduceat(sizes, first, dtype=np.int64).tolist()) if len(first) else ()
+
+    values = (
+        pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(16), len(facts), [None, pa.py_buffer(np.ascontiguousarray(facts.sample_ids))]
+        ),
+        facts.sources,
+        facts.source_rows,
+        np.repeat(np.arange(len(shards)), samples),
+        starts(facts.lengths),
+        facts.lengths,
+        starts(facts.last_rows),
+        facts.last_rows,
+        facts.candidates,
+    )
+    columns = [
+        pa.array(v, type=f.type) if isinstance(v, np.ndarray) else v
+        for v, f in zip(values, SCHEMA, strict=True)
+    ]
+    plan = Plan(
+        samples=tuple(samples.tolist()), tokens=totals(facts.lengths), last_rows=totals(facts.last_rows)
+    )
+    return pa.table(columns, schema=SCHEMA), plan
 
 
 def index_bytes(table: pa.Table) -> bytes:
@@ -112,19 +141,26 @@ def open_index(path: Path, plan: Plan) -> pa.Table:
         with pa.memory_map(str(path)) as mapped:
             whole = mapped.read_buffer()
             # A compressed index could unpack to anything: one smaller than its rows is not even opened,
-            # and one whose columns do not lie in the file itself is refused.
+            # and one whose columns do not lie in the file itself, as they are, is not read.
             row_bytes = sum(column.type.bit_width // 8 for column in SCHEMA)
             if whole.size < num_samples * row_bytes:
                 raise CacheError(f"{path} is damaged (too short for {num_samples} samples): capture again")
-            table = pa.ipc.open_file(mapped).read_all()
+            with pa.ipc.open_file(mapped) as reader:
+                if not reader.schema.equals(SCHEMA):
+                    raise CacheError(
+                        f"{path} is damaged (its columns are not those of FORMAT.md): capture again"
+                    )
+                if not _is_plain(memoryview(whole).cast("B"), num_samples):
+                    raise CacheError(
+                        f"{path} is damaged (it is compressed, or has other rows): capture again"
+                    )
+                table = reader.read_all()
         table.validate(full=True)
     except FileNotFoundError:
         raise CacheError(f"{path} is missing: the cache is damaged, capture again") from None
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(f"{path} is damaged ({reason}): capture again") from None
-    if not table.schema.equals(SCHEMA):
-        raise CacheError(f"{path} is damaged (its columns are not those of FORMAT.md): capture again")
     if not all(_lies_in(whole, column) for column in table.columns):
         raise CacheError(f"{path} is damaged (it is compressed): capture again")
     if any(column.null_count for column in table.columns):
@@ -132,6 +168,53 @@ def open_index(path: Path, plan: Plan) -> pa.Table:
     if not _matches(table, plan):
         raise CacheError(f"{path} is damaged (its rows do not tile the shards of the plan): capture again")
     return table
+
+
+def sample_ids(table: pa.Table) -> np.ndarray:
+    """The index's sample ids as `[n, 16]` uint8, a view."""
+    column = table["sample_id"].combine_chunks()
+    return np.frombuffer(column.buffers()[1], dtype=np.uint8).reshape(-1, 16)[: len(column)]
+
+
+def _is_plain(data: memoryview, num_samples: int) -> bool:
+    """Whether an Arrow file's record batches have so many rows and none is compressed.
+
+    Looks at their metadata alone: Arrow itself would tell only by unpacking them. Fields are numbered as in
+    Arrow's File.fbs and Message.fbs.
+    """
+    (size,) = struct.unpack_from("<i", data, len(data) - 10)
+    footer = data[len(data) - 10 - size : len(data) - 10]
+    root = _follow(footer, 0)
+    dictionaries, blocks = _field(footer, root, 2), _field(footer, root, 3)
+    if dictionaries and struct.unpack_from("<I", footer, _follow(footer, dictionaries))[0]:
+        return False
+    rows, start = 0, _follow(footer, blocks) if blocks else 0
+    for i in range(struct.unpack_from("<I", footer, start)[0] if blocks else 0):
+        offset, size = struct.unpack_from("<qi", footer, start + 4 + 24 * i)
+        prefix = 8 if data[offset : offset + 4] == b"\xff\xff\xff\xff" else 4  # 4 before Arrow 0.15
+        message = data[offset + prefix : offset + size]
+        root = _follow(message, 0)
+        header, custom = _field(message, root, 2), _field(message, root, 4)
+        batch = _follow(message, header)
+        length, compression = _field(message, batch, 0), _field(message, batch, 3)
+        if custom or compression:  # before Arrow 1.0, a batch's own metadata said that it is compressed
+            return False
+        rows += struct.unpack_from("<q", message, length)[0] if length else 0
+    return rows == num_samples
+
+
+def _follow(data: memoryview, position: int) -> int:
+    """Where a flatbuffer's reference leads."""
+    return position + struct.unpack_from("<I", data, position)[0]
+
+
+def _field(data: memoryview, table: int, number: int) -> int:
+    """Where a field of a flatbuffer's table lies; 0 if it is left out."""
+    vtable = table - struct.unpack_from("<i", data, table)[0]
+    (size,) = struct.unpack_from("<H", data, vtable)
+    entry = 4 + 2 * number
+    (offset,) = struct.unpack_from("<H", data, vtable + entry) if entry < size else (0,)
+    return table + offset if offset else 0
 
 
 def _lies_in(whole: pa.Buffer, column: pa.ChunkedArray) -> bool:

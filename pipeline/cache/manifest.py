@@ -7,6 +7,7 @@ complete manifest, no cache.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import stat
@@ -23,9 +24,11 @@ FORMAT = "dspark-cache"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "samples.arrow"
+PROGRESS = "progress"
 FROZEN = "target/frozen.safetensors"
 # A manifest lists about a hundred bytes a shard: five million shards stay below this.
 MAX_MANIFEST_BYTES = 512 * 2**20
+UNSEALED = "0" * 64  # what a manifest's checksum is while it is computed
 MAX_COUNT = 2**48  # no real size comes near it, and sums of many still fit 64 bits
 
 
@@ -161,6 +164,8 @@ class Manifest:
 
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
+    checksum: str = UNSEALED
+    """SHA-256 of the file's bytes with this value's 64 digits as zeros; filled in by `to_json`."""
     status: Literal["incomplete", "complete"] = "incomplete"
     created_by: str
     identity: Identity
@@ -202,7 +207,8 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Canonical bytes: the same manifest always gives the same file."""
-        return (_dumps(dataclasses.asdict(self)) + "\n").encode()
+        unsealed = (_dumps(dataclasses.asdict(self) | {"checksum": UNSEALED}) + "\n").encode()
+        return unsealed.replace(UNSEALED.encode(), hashlib.sha256(unsealed).hexdigest().encode(), 1)
 
 
 def _dumps(value: Any, indent: str = "") -> str:
@@ -233,7 +239,8 @@ def read_manifest(cache: Path) -> Manifest:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise CacheError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
-        values = json.loads(path.read_bytes().decode("utf-8"))
+        data = path.read_bytes()
+        values = json.loads(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CacheError(f"{path} is damaged, not readable as JSON ({error}): capture again") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -244,6 +251,8 @@ def read_manifest(cache: Path) -> Manifest:
             f"{path} has format version {config.show(version)}, this package reads version {FORMAT_VERSION}: "
             "use the version of dspark-pipeline that wrote it, or capture again"
         )
+    if not _sealed(data, values.get("checksum")):
+        raise CacheError(f"{path} is damaged (its checksum is not that of its content): capture again")
     try:
         manifest = config.build(Manifest, values, "manifest")
     except ConfigError as error:
@@ -252,11 +261,20 @@ def read_manifest(cache: Path) -> Manifest:
     return manifest
 
 
+def _sealed(data: bytes, checksum: Any) -> bool:
+    """Whether `checksum`, somewhere in `data`, is the hash of `data` with zeros in its place."""
+    if not isinstance(checksum, str) or not is_sha256(checksum):
+        return False
+    unsealed = data.replace(checksum.encode(), UNSEALED.encode(), 1)
+    return hashlib.sha256(unsealed).hexdigest() == checksum
+
+
 def _check(manifest: Manifest, path: Path) -> None:
     target, features = manifest.identity.target, manifest.identity.features
     sizes = [target.hidden_size, target.num_layers, target.vocab_size]
-    sizes += [record.bytes for record in manifest.files]
     plan, shards = manifest.plan, manifest.shards
+    if any(not 0 <= record.bytes <= MAX_COUNT for record in manifest.files):
+        raise CacheError(f"{path} is damaged (a size outside 0 to 2^48): capture again")
     for column in (sizes, plan.samples, plan.tokens, plan.last_rows, shards.bytes):
         sizes = [*sizes, *([min(column), max(column)] if column else [])]
     if min(sizes) < 1 or max(sizes) > MAX_COUNT or manifest.num_tokens > MAX_COUNT:
@@ -268,7 +286,7 @@ def _check(manifest: Manifest, path: Path) -> None:
     for label in (target.name, *manifest.identity.data.sources):
         if label.startswith(("/", "\\", "~")) or label[1:2] == ":":
             raise CacheError(f"{path} is damaged (it holds an absolute path): capture again")
-    if not all(map(_is_sha256, [*shards.sha256, *(record.sha256 for record in manifest.files)])):
+    if not all(map(is_sha256, [*shards.sha256, *(record.sha256 for record in manifest.files)])):
         raise CacheError(f"{path} is damaged (a hash that is no SHA-256): capture again")
     if manifest.status == "complete":
         if not len(shards.bytes) == len(shards.sha256) == len(plan):
@@ -277,7 +295,7 @@ def _check(manifest: Manifest, path: Path) -> None:
         listed = {record.file for record in manifest.files} | {MANIFEST}
         if len(listed) != len(manifest.files) + 1:
             raise CacheError(f"{path} is damaged (its file table names a file twice): capture again")
-        strangers = [name for name in listed - expected if not _is_target_file(name)]
+        strangers = [name for name in listed - expected if not is_target_file(name)]
         if expected - listed or strangers:
             wrong = sorted(expected - listed) or sorted(strangers)
             raise CacheError(
@@ -285,10 +303,11 @@ def _check(manifest: Manifest, path: Path) -> None:
             )
 
 
-_is_sha256 = re.compile("[0-9a-f]{64}").fullmatch
+is_sha256 = re.compile("[0-9a-f]{64}").fullmatch
 
 
-def _is_target_file(name: str) -> bool:
+def is_target_file(name: str) -> bool:
+    """Whether a name is one that a config or tokenizer file can have in a cache."""
     folder, _, rest = name.partition("/")
     plain = folder == "target" and rest not in ("", ".", "..") and not set(rest) & set("/\\\0")
     return plain and rest.isprintable() and not is_weights(rest)

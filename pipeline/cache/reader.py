@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline import files
 from pipeline.cache.codecs import get_codec
-from pipeline.cache.index import count_candidates, open_index
+from pipeline.cache.index import count_candidates, open_index, sample_ids
 from pipeline.cache.index import sample_id as content_id
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
 from pipeline.cache.manifest import FROZEN, INDEX, Manifest, is_weights, read_manifest, shard_file
 from pipeline.cache.shard import map_shard
+from pipeline.cache.verify import FileChecks
 from pipeline.errors import CacheError
 
 # Shards kept mapped. A mapping costs address space and a file handle, not memory.
@@ -72,8 +72,8 @@ class CacheReader:
         self._last_codec = get_codec(features.last_codec)
         self._check_files()
         table = open_index(self.path / INDEX, self.manifest.plan)
-        ids = table["sample_id"].combine_chunks()
-        self.sample_ids = np.frombuffer(ids.buffers()[1], dtype=np.uint8).reshape(-1, 16)[: len(ids)]
+        self.sample_ids = sample_ids(table)
+        self.sources, self.source_rows = table["source"].to_numpy(), table["source_row"].to_numpy()
         self._shard, self._start, self.lengths, self._last_start, self._last_rows, self.candidates = (
             table[name].to_numpy()
             for name in ("shard", "token_start", "length", "last_start", "last_rows", "candidates")
@@ -114,7 +114,10 @@ class CacheReader:
             got = f"it has {found.st_size}"
         else:
             return
-        raise CacheError(f"{self.path / name} is damaged: expected {size} bytes, {got}; capture again")
+        raise CacheError(
+            f"{self.path / name} is damaged: expected {size} bytes, {got}; "
+            "`dspark verify --repair` sets damaged files aside, then capture again"
+        )
 
     def __len__(self) -> int:
         return len(self._shard)
@@ -225,18 +228,18 @@ class CacheReader:
         weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
         return weights
 
+    def shard_of(self, i: int) -> int:
+        """The shard that sample `i` lies in."""
+        return int(self._shard[i])
+
     def verify(self, progress: Callable[[int], None] = lambda _bytes: None) -> list[str]:
-        """Re-hash every file and return the names of those that differ from the manifest."""
-        bad = []
-        for record in self.manifest.all_files():
-            try:
-                good = files.sha256_file(self.path / record.file) == record.sha256
-            except OSError:
-                good = False
-            if not good:
-                bad.append(record.file)
-            progress(record.bytes)
-        return bad
+        """Re-hash every file and return the names of those that differ from the manifest.
+
+        Args:
+            progress: called with the bytes of every block that was read.
+        """
+        with FileChecks(self.path, self.manifest, progress=progress) as checks:
+            return [bad.file for bad in checks.problems(self.manifest.all_files())]
 
 
 def last_positions(loss_mask: Tensor) -> Tensor:

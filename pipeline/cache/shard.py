@@ -1,7 +1,9 @@
-"""Map one shard file: tensors that are views of the file, read only when touched.
+"""One shard file: lay it out in memory to be written, and map it to be read.
 
-The header is parsed here rather than by the safetensors library because the plan already says what it
-must be: anything else is refused before a byte of data is looked at, and the mapping stays ours.
+Both sides are ours rather than the safetensors library's because the plan already says what a shard holds. To
+write one, its tensors are views of one buffer that is the file, header and all, and goes to disk without a
+copy. To read one, anything but what the plan says is refused before a byte of data is looked at, and tensors
+are views of the map, read only when touched.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import json
 import math
 import mmap
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,80 @@ from torch import Tensor
 from pipeline.cache.codecs import TensorSpec
 from pipeline.errors import CacheError
 
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.int32: "I32", torch.uint8: "U8"}
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+# How the safetensors library orders tensors in a file, from its last to its first.
+DTYPE_ORDER = ("U8", "F16", "BF16", "I32", "F32")
 # A header lists a few hundred layers at most, at about 100 bytes each.
 MAX_HEADER_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """A safetensors file that is yet to be: its first bytes, and where its tensors go."""
+
+    header: bytes
+    offsets: dict[str, int]
+    """Where each tensor begins in the file; a multiple of 8 for the first, of its dtype's size for all."""
+    size: int
+    """Bytes of the whole file."""
+
+
+def file_layout(specs: dict[str, TensorSpec]) -> FileLayout:
+    """Lay out a safetensors file as the library does: tensors of wider dtypes first, then by name."""
+    ranks = {name: rank for rank, name in enumerate(DTYPE_ORDER)}
+    entries, ends = {}, [0]
+    for name, (dtype, shape) in sorted(specs.items(), key=lambda s: (-ranks[DTYPE_NAMES[s[1][0]]], s[0])):
+        ends.append(ends[-1] + math.prod(shape) * dtype.itemsize)
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": ends[-2:]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items()}
+    return FileLayout(struct.pack("<Q", len(text)) + text, offsets, start + ends[-1])
+
+
+@dataclass(frozen=True)
+class ShardBuffer:
+    """A shard file in memory, to be filled through its tensors."""
+
+    memory: Tensor
+    """`[size]` uint8 on the CPU: the bytes of the file."""
+    tensors: dict[str, Tensor]
+    """Views of it, by name."""
+
+    def bytes(self) -> memoryview:
+        """The file."""
+        return memoryview(self.memory.numpy())
+
+
+def shard_buffer(specs: dict[str, TensorSpec], memory: Tensor | None = None) -> ShardBuffer:
+    """A shard to be filled.
+
+    Args:
+        memory: uint8 on the CPU, at least as large as the file, to be reused; None allocates.
+    """
+    layout = file_layout(specs)
+    memory = torch.empty(layout.size, dtype=torch.uint8) if memory is None else memory[: layout.size]
+    memory[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+    tensors = {}
+    for name, (dtype, shape) in specs.items():
+        start = layout.offsets[name]
+        tensors[name] = memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    return ShardBuffer(memory, tensors)
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """A safetensors file of tensors that are in memory already, in pieces and without copies."""
+    layout = file_layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    ordered = sorted(tensors, key=lambda name: layout.offsets[name])
+    views = [tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy() for name in ordered]
+    return [layout.header, *map(memoryview, views)]
 
 
 def map_shard(path: Path, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
@@ -52,7 +127,9 @@ def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> d
     """Each tensor's absolute offset, after checking that the header says exactly what the plan says."""
 
     def damaged(reason: str) -> CacheError:
-        return CacheError(f"{path} is damaged ({reason}): remove the cache and capture again")
+        return CacheError(
+            f"{path} is damaged ({reason}): `dspark verify --repair` sets it aside for capture to rewrite"
+        )
 
     if len(data) < 8:
         raise damaged("shorter than a header")

@@ -1,4 +1,4 @@
-"""Write a cache: plan, then shards in any order, then the complete manifest.
+"""Write a cache: plan, then shards in any order by any number of processes, then the complete manifest.
 
 Every file is published atomically, and a shard's record under `progress/` only after the shard, so
 that a capture killed at any moment continues with the shards that have no record.
@@ -7,36 +7,67 @@ that a capture killed at any moment continues with the shards that have no recor
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import __version__, config, files
+from pipeline.cache.fidelity import Measured, summarise
 from pipeline.cache.index import index_bytes
 from pipeline.cache.layout import shard_specs
 from pipeline.cache.manifest import (
     FROZEN,
     INDEX,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
+    PROGRESS,
     FileRecord,
     Identity,
     Manifest,
     Plan,
     ShardFiles,
     differing_fields,
+    is_sha256,
+    is_target_file,
     read_manifest,
     shard_file,
     write_manifest,
 )
-from pipeline.errors import CacheError, ConfigError
+from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
+from pipeline.errors import CacheError, ConfigError, WriteError
+
+_FOLDERS = ("shards", PROGRESS, "target")
+# What `progress/` is moved into once it is of no more use, so that it goes at once and whole.
+_DONE = ".progress-done"
+# A record lists a few figures of a few rows.
+MAX_RECORD_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord(FileRecord):
+    """A finished shard, and what was measured while it was captured."""
+
+    measured: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetRecord:
+    """The finished `target/` folder, and what the proof before the first shard measured."""
+
+    files: tuple[FileRecord, ...]
+    proof: dict[str, float]
 
 
 class CacheWriter:
-    """Fills one cache directory according to one plan.
+    """Fills one cache directory according to one plan. Many processes may do so at once.
 
     Args:
         path: the cache directory; made if missing, continued if it holds the same identity.
@@ -48,6 +79,7 @@ class CacheWriter:
     Raises:
         CacheError: the directory holds another identity (the fields that differ are named), or
             files that are no cache.
+        WriteError: it can't be written to.
     """
 
     def __init__(
@@ -59,136 +91,265 @@ class CacheWriter:
         rows: dict[str, int],
     ):
         self.path = path
-        self._target: list[FileRecord] = []
+        self.progress = path / PROGRESS
+        self._kept = ShardFiles()
         self.manifest = Manifest(
             created_by=f"dspark-pipeline {__version__}", identity=identity, rows=rows, plan=plan, fidelity={}
         )
         if path.exists() and not path.is_dir():
             raise CacheError(f"{path} is a file: --cache must name a directory, new or holding a cache")
-        if not (path / MANIFEST).exists():
-            self._start(index)
+        try:
+            if not (path / MANIFEST).exists():
+                self._start()
+            self._join(index)
+        except OSError as error:
+            raise WriteError(
+                f"{error.filename or path} can't be written ({error.strerror or error})"
+            ) from error
+
+    def _start(self) -> None:
+        if self.path.exists():
+            files.remove_partials(self.path)  # a capture killed while it wrote its first file
+        self.path.mkdir(parents=True, exist_ok=True)
+        strangers = [entry for entry in self.path.iterdir() if not entry.name.endswith(".partial")]
+        if (self.path / MANIFEST).exists():  # another process started this very moment
             return
-        found = read_manifest(path)
-        differing = differing_fields(found.identity, identity)
+        if strangers:
+            raise CacheError(
+                f"{self.path} is not empty and holds no {MANIFEST}: choose an empty or new --cache directory"
+            )
+        # Not over another: this process may have been held up here while others did the whole capture.
+        files.publish_bytes(self.path / MANIFEST, self.manifest.to_json(), replace=False)
+
+    def _join(self, index: pa.Table) -> None:
+        """Take up a directory that has a manifest: a finished cache, or one to be continued."""
+        for folder in (self.path / name for name in _FOLDERS):
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise CacheError(f"{folder} is not a directory: remove it, a cache lies in one place")
+        found = read_manifest(self.path)
+        differing = differing_fields(found.identity, self.manifest.identity)
         if differing:
             raise CacheError(
-                f"{path} holds another capture ({'; '.join(differing)}): "
+                f"{self.path} holds another capture ({'; '.join(differing)}): "
                 "choose another --cache, or remove that directory"
             )
-        self.manifest = dataclasses.replace(self.manifest, status=found.status, created_by=found.created_by)
+        if found.plan != self.manifest.plan:
+            raise CacheError(
+                f"{self.path / MANIFEST} is damaged (its plan is not that of its samples): "
+                "choose another --cache, or remove that directory"
+            )
         if found.status == "complete":
             damaged = self._damaged(found)
             if not damaged:
                 self.manifest = found
+                self._remove_progress()
                 return
             self._reopen(found, damaged)
-        self._write_index(index)
+        else:
+            self.manifest = dataclasses.replace(
+                self.manifest, created_by=found.created_by, fidelity=found.fidelity
+            )
+        for folder in _FOLDERS:
+            (self.path / folder).mkdir(exist_ok=True)
+            files.remove_partials(self.path / folder)
+        again = read_manifest(self.path)
+        if again.status == "complete":  # another process finished it this very moment
+            self.manifest = again
+            self._remove_progress()
+            return
+        files.remove_partials(self.path)
+        self._kept = self._read_kept()
+        self._write_index(index_bytes(index))
 
     def _damaged(self, manifest: Manifest) -> set[str]:
         """Files of a complete cache that are missing or have another size than they should."""
-
-        def size(name: str) -> int:
-            path = self.path / name
-            return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
-
-        return {record.file for record in manifest.all_files() if size(record.file) != record.bytes}
+        return {record.file for record in manifest.all_files() if not self._is_there(record)}
 
     def _reopen(self, found: Manifest, damaged: set[str]) -> None:
         """Turn a complete but damaged cache back into an incomplete one that keeps its good shards."""
-        self.manifest = dataclasses.replace(
-            found, status="incomplete", fidelity={}, shards=ShardFiles(), files=()
-        )
-        (self.path / "progress").mkdir(exist_ok=True)
-        for shard, record in zip(range(len(found.plan)), found.all_files(), strict=False):
-            if record.file not in damaged:
-                self._write_progress(shard, record)
-        for name in damaged:
-            (self.path / name).unlink(missing_ok=True)
+        self.progress.mkdir(exist_ok=True)
+        good = [shard_file(shard) not in damaged for shard in range(len(found.plan))]
+        kept = {
+            "bytes": [size * whole for size, whole in zip(found.shards.bytes, good, strict=True)],
+            "sha256": list(found.shards.sha256),
+        }
+        files.publish_bytes(self._kept_file, json.dumps(kept).encode())
+        # The rewritten shards are what they were, so what was measured stays true.
+        self.manifest = dataclasses.replace(found, status="incomplete", shards=ShardFiles(), files=())
         write_manifest(self.path, self.manifest)
 
-    def _start(self, index: pa.Table) -> None:
-        if self.path.exists():
-            files.remove_partials(self.path)  # a capture killed while it wrote its first file
-        if self.path.exists() and any(self.path.iterdir()):
-            raise CacheError(
-                f"{self.path} is not empty and holds no {MANIFEST}: choose an empty or new --cache directory"
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_manifest(self.path, self.manifest)
-        self._write_index(index)
+    @property
+    def _kept_file(self) -> Path:
+        return self.progress / "kept.json"
 
-    def _write_index(self, index: pa.Table) -> None:
-        for folder in ("shards", "progress", "target"):
-            (self.path / folder).mkdir(exist_ok=True)
-            files.remove_partials(self.path / folder)
-        files.remove_partials(self.path)
-        size, digest = files.publish_bytes(self.path / INDEX, index_bytes(index))
-        self._index = FileRecord(file=INDEX, bytes=size, sha256=digest)
+    def _read_kept(self) -> ShardFiles:
+        """The shards that a damaged cache was reopened with; a size of 0 marks one to be written again."""
+        try:
+            kept = config.build(ShardFiles, json.loads(files.read_small(self._kept_file, MAX_MANIFEST_BYTES)))
+        except (OSError, ValueError, RecursionError, ConfigError):
+            return ShardFiles()
+        whole = len(kept.bytes) == len(kept.sha256) == len(self.manifest.plan)
+        return kept if whole and all(map(is_sha256, kept.sha256)) else ShardFiles()
+
+    def _write_index(self, data: bytes) -> None:
+        path, digest = self.path / INDEX, hashlib.sha256(data).hexdigest()
+        if files.plain_size(path) != len(data) or files.sha256_file(path) != digest:
+            files.publish_bytes(path, data)
+        self._index = FileRecord(file=INDEX, bytes=len(data), sha256=digest)
 
     @property
     def complete(self) -> bool:
         """Whether the cache is finished."""
         return self.manifest.status == "complete"
 
+    def completed_by_another(self) -> bool:
+        """Whether another process finished the cache meanwhile; if so, its manifest is the one to go by."""
+        if not self.complete:
+            found = read_manifest(self.path)
+            if found.status == "complete":
+                self.manifest = found
+        return self.complete
+
     def pending(self) -> list[int]:
         """The shards still to be written, in order."""
-        return [shard for shard in range(len(self.manifest.plan)) if self._record(shard) is None]
+        if self.complete or (not self.progress.is_dir() and self.completed_by_another()):
+            return []
+        return [shard for shard in range(len(self.manifest.plan)) if not self.written(shard)]
+
+    def written(self, shard: int) -> bool:
+        """Whether a shard is finished, by whichever process."""
+        return self._record(shard) is not None
 
     def _progress_file(self, shard: int) -> Path:
-        return self.path / "progress" / f"{shard:05d}.json"
+        return self.progress / f"{shard:05d}.json"
 
-    def _record(self, shard: int) -> FileRecord | None:
+    def _record(self, shard: int) -> ShardRecord | None:
         """The record of a published shard whose file is still as large as it was."""
-        try:
-            values = json.loads(self._progress_file(shard).read_bytes())
-            record = config.build(FileRecord, values)
-            size = (self.path / shard_file(shard)).stat().st_size
-        except (OSError, ValueError, RecursionError, ConfigError):
-            return None  # never finished, or damaged since: it is written again
-        return record if (record.file, record.bytes) == (shard_file(shard), size) else None
-
-    def write_shard(self, shard: int, tensors: dict[str, Tensor]) -> None:
-        """Publish one shard. The tensors must be exactly those of the plan, on the CPU."""
-        specs = shard_specs(self.manifest.identity, self.manifest.plan[shard])
-        got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        assert got == specs, f"shard {shard} does not follow the plan"
         name = shard_file(shard)
-        size, digest = files.publish(self.path / name, lambda partial: save_file(tensors, str(partial)))
-        self._write_progress(shard, FileRecord(file=name, bytes=size, sha256=digest))
+        try:
+            data = files.read_small(self._progress_file(shard), MAX_RECORD_BYTES)
+            record = config.build(ShardRecord, json.loads(data))
+        except (OSError, ValueError, RecursionError, ConfigError):  # never finished, or damaged since
+            if not self._kept.bytes or not self._kept.bytes[shard]:
+                return None
+            record = ShardRecord(file=name, bytes=self._kept.bytes[shard], sha256=self._kept.sha256[shard])
+        good = record.file == name and is_sha256(record.sha256)
+        return record if good and self._is_there(record) else None
 
-    def _write_progress(self, shard: int, record: FileRecord) -> None:
-        data = json.dumps(dataclasses.asdict(record)).encode()
-        files.publish_bytes(self._progress_file(shard), data)
+    def new_shard(self, shard: int, memory: Tensor | None = None) -> ShardBuffer:
+        """A shard to be filled; `memory` as in `pipeline.cache.shard.shard_buffer`."""
+        return shard_buffer(shard_specs(self.manifest.identity, self.manifest.plan[shard]), memory)
 
-    def write_target(self, others: dict[str, bytes], frozen: dict[str, Tensor]) -> None:
-        """Write `target/`: config and tokenizer files by name, and the frozen embedding and head."""
+    def shard_bytes(self, shard: int) -> int:
+        """The size of a shard's file."""
+        return file_layout(shard_specs(self.manifest.identity, self.manifest.plan[shard])).size
 
-        def record(name: str, published: tuple[int, str]) -> FileRecord:
-            return FileRecord(file=name, bytes=published[0], sha256=published[1])
+    def write_shard(
+        self,
+        shard: int,
+        buffer: ShardBuffer,
+        measured: Measured | None = None,
+        step: Callable[[str], AbstractContextManager] = nullcontext,
+    ) -> None:
+        """Publish one shard, then its record.
 
-        self._target = [
-            record(f"target/{name}", files.publish_bytes(self.path / "target" / name, others[name]))
-            for name in sorted(others)
-        ]
-        weights = files.publish(self.path / FROZEN, lambda partial: save_file(frozen, str(partial)))
-        self._target.append(record(FROZEN, weights))
+        Args:
+            buffer: from `new_shard(shard)`, filled.
+            measured: what checking some of its rows gave.
+            step: as in `pipeline.files.publish_bytes`.
 
-    def finalise(self, fidelity: dict[str, float]) -> Manifest:
-        """Publish the complete manifest. Every shard and `target/` must have been written."""
+        Raises:
+            WriteError: the file can't be written; nothing of it is to be seen.
+        """
+        name = shard_file(shard)
+        with self._unless_completed():
+            size, digest = files.publish_bytes(self.path / name, buffer.bytes(), step=step)
+            record = ShardRecord(file=name, bytes=size, sha256=digest, measured=measured or {})
+            data = json.dumps(dataclasses.asdict(record)).encode()
+            files.publish_bytes(self._progress_file(shard), data)
+
+    @contextmanager
+    def _unless_completed(self) -> Iterator[None]:
+        """Forgive what can't be written because another wrote the same, and tidied the complete cache."""
+        try:
+            yield
+        except WriteError:
+            if not self.completed_by_another():
+                raise
+
+    @property
+    def _target_file(self) -> Path:
+        return self.progress / "target.json"
+
+    def _target_record(self) -> TargetRecord | None:
+        try:
+            data = files.read_small(self._target_file, MAX_RECORD_BYTES)
+            record = config.build(TargetRecord, json.loads(data))
+        except (OSError, ValueError, RecursionError, ConfigError):
+            return None
+        names = [each.file for each in record.files]
+        good = len({*names}) == len(names) and FROZEN in names
+        good = good and all(name == FROZEN or is_target_file(name) for name in names)
+        good = good and all(is_sha256(each.sha256) for each in record.files)
+        return record if good and all(map(self._is_there, record.files)) else None
+
+    def _is_there(self, record: FileRecord) -> bool:
+        return 0 <= record.bytes == files.plain_size(self.path / record.file)
+
+    def target_written(self) -> bool:
+        """Whether `target/` is finished, by whichever process."""
+        return self._target_record() is not None
+
+    def write_target(
+        self, others: Mapping[str, bytes], frozen: Mapping[str, Tensor], proof: dict[str, float] | None = None
+    ) -> None:
+        """Write `target/`: config and tokenizer files by name, and the frozen embedding and head.
+
+        Args:
+            frozen: `embed_tokens.weight` and, unless tied, `lm_head.weight`, `[V, H]` on the CPU.
+            proof: what the proof before the first shard measured.
+        """
+        records = []
+        with self._unless_completed():
+            for name, data in sorted(others.items()):
+                size, digest = files.publish_bytes(self.path / "target" / name, data)
+                records.append(FileRecord(file=f"target/{name}", bytes=size, sha256=digest))
+            size, digest = files.publish_bytes(self.path / FROZEN, *file_bytes(frozen))
+            records.append(FileRecord(file=FROZEN, bytes=size, sha256=digest))
+            record = TargetRecord(files=tuple(records), proof=proof or {})
+            files.publish_bytes(self._target_file, json.dumps(dataclasses.asdict(record)).encode())
+
+    def finalise(self) -> Manifest | None:
+        """Publish the complete manifest if every shard and `target/` are written; None if not yet."""
         shards = []
         for shard in range(len(self.manifest.plan)):
             record = self._record(shard)
             if record is None:
-                raise CacheError(f"{self.path}: shard {shard} is not written yet; run the capture again")
+                return self.manifest if self.completed_by_another() else None
             shards.append(record)
-        assert self._target, "write_target comes first"
+        target = self._target_record()
+        if target is None:
+            return self.manifest if self.completed_by_another() else None
+        fidelity = self.manifest.fidelity or target.proof | summarise(r.measured for r in shards)
         self.manifest = dataclasses.replace(
             self.manifest,
             status="complete",
             fidelity=fidelity,
             shards=ShardFiles(bytes=tuple(r.bytes for r in shards), sha256=tuple(r.sha256 for r in shards)),
-            files=(self._index, *self._target),
+            files=(self._index, *target.files),
         )
         write_manifest(self.path, self.manifest)
-        shutil.rmtree(self.path / "progress", ignore_errors=True)
+        self._remove_progress()
         return self.manifest
+
+    def _remove_progress(self) -> None:
+        """Tidy a complete cache: no progress, and nothing that a killed process of any machine left."""
+        if self.progress.is_dir():
+            with suppress(OSError):  # gone already, or not ours to remove: no reader looks at it
+                self.progress.rename(Path(tempfile.mkdtemp(prefix=_DONE, dir=self.path)))
+        for done in self.path.glob(f"{_DONE}*"):
+            shutil.rmtree(done, ignore_errors=True)
+        for folder in (self.path / "shards", self.path / "target"):
+            for path in folder.glob(".*.partial"):
+                with suppress(OSError):
+                    path.unlink()

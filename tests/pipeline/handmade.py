@@ -160,6 +160,7 @@ def hand_manifest() -> dict[str, Any]:
     return {
         "format": "dspark-cache",
         "format_version": 1,
+        "checksum": "0" * 64,
         "status": "complete",
         "created_by": "a hand",
         "identity": {
@@ -207,6 +208,13 @@ def hand_manifest() -> dict[str, Any]:
     }
 
 
+def seal(data: bytes) -> bytes:
+    """Rule 14: the hash of the whole file with zeros for the hash. A manifest without one stays as it is."""
+    before, zeros, after = data.partition(b'"checksum": "' + b"0" * 64)
+    digits = hashlib.sha256(data).hexdigest().encode() if zeros else b""
+    return before + zeros[:-64] + digits + after
+
+
 @dataclass
 class HandCache:
     """The whole cache in pieces. Bend what a test needs, then `save`."""
@@ -232,6 +240,9 @@ class HandCache:
     edit_manifest: Callable[[dict], Any] = lambda manifest: manifest
     """Last word on the manifest, after its file table was filled in."""
     edit_json: Callable[[bytes], bytes] = lambda data: data
+    """Last word on its text, but for the checksum."""
+    edit_sealed: Callable[[bytes], bytes] = lambda data: data
+    """Last word on its bytes."""
 
     def save(self, path: Path) -> Path:
         """Write the cache; the file table says what was written, however bent it is."""
@@ -254,5 +265,5 @@ class HandCache:
         for name, content in data.items():
             (path / name).write_bytes(content)
         text = json.dumps(self.edit_manifest(manifest)).encode()
-        (path / "manifest.json").write_bytes(self.edit_json(text))
+        (path / "manifest.json").write_bytes(self.edit_sealed(seal(self.edit_json(text))))
         return path

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline import files
 from pipeline.cache import CacheReader
+from pipeline.files import sha256_file
 from tests.pipeline.handmade import HIDDEN, VOCAB, HandCache
 from tests.pipeline.hostile import Bend, assert_refuses, lengthen
 from tests.pipeline.written import read_all
@@ -99,6 +104,48 @@ def test_a_harmed_directory_is_refused(tmp_path, name):
     path = HandCache().save(tmp_path / "cache")
     DIRECTORY_HARMS[name](path)
     assert_refuses(path)
+
+
+def truncate(path: Path) -> None:
+    """A terabyte of nothing: as long as nobody reads it, it costs nothing."""
+    os.truncate(path / SHARD_1, 2**40)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [remove(SHARD_1), link(SHARD_1), dangling(SHARD_1), as_folder(SHARD_1), as_fifo(SHARD_1), truncate],
+)
+def test_verify_reads_nothing_but_plain_files_of_their_size(tmp_path, monkeypatch, harm):
+    path = HandCache().save(tmp_path / "cache")
+    harm(path)
+    read = []
+    monkeypatch.setattr(
+        files, "sha256_file", lambda path, real=sha256_file: read.append(path.name) or real(path)
+    )
+    assert CacheReader(path).verify() == [SHARD_1]
+    assert Path(SHARD_1).name not in read
+
+
+@pytest.mark.parametrize("name", [FROZEN, SHARD_1])
+def test_nothing_in_a_cache_is_unpickled(tmp_path, name):
+    """torch's own files are pickles, plain or in a zip archive."""
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    for number, zipped in enumerate((True, False)):
+        content = io.BytesIO()
+        torch.save({"embed_tokens.weight": Payload()}, content, _use_new_zipfile_serialization=zipped)
+        cache = HandCache()
+        bent = cache.frozen if name == FROZEN else cache.shards[1]
+        bent.edit_file = lambda data, content=content: content.getvalue()
+        assert_refuses(cache.save(tmp_path / str(number)))
+    for text in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        cache = HandCache()
+        cache.others[f"target/{text}"] = pickle.dumps(Payload())
+        read_all(cache.save(tmp_path / text))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_link_as_long_as_the_file_it_stands_for_is_refused(tmp_path):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from pipeline.errors import CacheError
 from tests.pipeline.handmade import SCHEMA, HandCache, arrow_file
 from tests.pipeline.hostile import Bend, assert_refuses
+from tests.pipeline.written import read_all
 
 pytestmark = pytest.mark.usefixtures("bounded_memory")
 
@@ -70,6 +75,44 @@ def lying_compressed(table: pa.Table) -> bytes:
     return data[:start] + struct.pack("<q", 2**60) + data[start + 8 :]
 
 
+def zeros(rows: int) -> pa.Table:
+    """A table of nothing, which packs into next to nothing."""
+    arrays = []
+    for field in SCHEMA:
+        data = pa.py_buffer(bytes(field.type.bit_width // 8 * rows))
+        arrays.append(pa.Array.from_buffers(field.type, rows, [None, data]))
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def bomb(rows: int, compression: str | None, before: bool = False) -> Bend:
+    """Many more rows than the plan has, beside the right ones or without them."""
+
+    def edit(table: pa.Table) -> bytes:
+        sink = pa.BufferOutputStream()
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        with pa.ipc.new_file(sink, SCHEMA, options=options) as writer:
+            for each in (table, zeros(rows)) if before else (zeros(rows),):
+                writer.write_table(each)
+        return sink.getvalue().to_pybytes()
+
+    return index(edit)
+
+
+def old_compression(table: pa.Table) -> bytes:
+    """As Arrow 0.17 said that a batch is compressed: in the batch's own metadata."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        (batch,) = table.to_batches()
+        writer.write_batch(batch, custom_metadata={"ARROW:experimental_compression": "zstd"})
+    return sink.getvalue().to_pybytes()
+
+
+def with_dictionary(table: pa.Table) -> bytes:
+    """One column's values lie elsewhere in the file."""
+    ids = pa.array([b"0" * 16] * 3, type=pa.binary(16)).dictionary_encode()
+    return arrow_file(table.set_column(0, pa.field("sample_id", ids.type, nullable=False), ids))
+
+
 INDEX_BENDS: dict[str, Bend] = {
     "overlapping token ranges": column("token_start", [0, 4, 0]),
     "a gap between token ranges": column("token_start", [0, 6, 0]),
@@ -122,6 +165,13 @@ INDEX_BENDS: dict[str, Bend] = {
     "compressed with zstd": index(lambda t: arrow_file(t, "zstd")),
     "compressed with lz4": index(lambda t: arrow_file(t, "lz4")),
     "compressed, lying about its size": index(lying_compressed),
+    "a compressed bomb": bomb(2**20, "zstd"),
+    "a compressed bomb in lz4": bomb(2**20, "lz4"),
+    "a compressed bomb after the right rows": bomb(2**20, "zstd", before=True),
+    "more rows after the right ones": bomb(3, None, before=True),
+    "one compressed batch after the right rows": bomb(0, "zstd", before=True),
+    "compressed in the way of old": index(old_compression),
+    "a column by dictionary": index(with_dictionary),
     "cut in half": cut(0.5),
     "cut at the start": cut(0.05),
     "cut by a few bytes": cut(0.99),
@@ -139,6 +189,61 @@ def test_a_bent_index_is_refused(tmp_path, name):
     cache = HandCache()
     INDEX_BENDS[name](cache)
     assert_refuses(cache.save(tmp_path))
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import pyarrow as pa
+from pipeline.cache import CacheReader
+from pipeline.errors import CacheError
+for path in sys.argv[1:]:
+    try:
+        CacheReader(Path(path))
+    except CacheError:
+        print("refused")
+print(pa.default_memory_pool().max_memory())
+"""
+
+
+def test_a_zip_bomb_of_an_index_is_not_unpacked(tmp_path):
+    """54 MB of rows in a few kilobytes. Arrow counts what it allocates: next to nothing."""
+    paths = []
+    for before in (False, True):
+        cache = HandCache()
+        bomb(2**20, "zstd", before)(cache)
+        paths.append(cache.save(tmp_path / str(before)))
+        assert (paths[-1] / "samples.arrow").stat().st_size < 20_000
+    command = [sys.executable, "-c", PEAK, *map(str, paths)]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    *refused, peak = result.stdout.split()
+    assert refused == ["refused"] * 2
+    assert int(peak) < 100_000
+
+
+def test_nothing_in_an_index_is_unpickled(tmp_path):
+    """Arrow's extension types of Python were once pickles in a field's metadata, run when read."""
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    def edit(table: pa.Table) -> bytes:
+        metadata = {
+            "ARROW:extension:name": "arrow.py_extension_type",
+            "ARROW:extension:metadata": pickle.dumps(Payload()),
+        }
+        for name in ("length", "sample_id"):
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, table.field(at).with_metadata(metadata), table[name])
+        return arrow_file(table.replace_schema_metadata({"pandas": "!!python/object"}))
+
+    path = HandCache(edit_index=edit).save(tmp_path / "cache")
+    with contextlib.suppress(CacheError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read_all(path)
+    assert not (tmp_path / "executed").exists()
 
 
 OVERFLOW = """

@@ -8,10 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from pipeline.cache import CacheReader
+from pipeline.cache.manifest import read_manifest
 from pipeline.errors import CacheError
 from tests.conftest import assert_refused, run_cli
-from tests.pipeline.handmade import HIDDEN, HandCache
+from tests.pipeline.handmade import HIDDEN, HandCache, seal
 from tests.pipeline.hostile import Bend, assert_refuses
+from tests.pipeline.written import small_cache
 
 pytestmark = pytest.mark.usefixtures("bounded_memory")
 
@@ -196,7 +198,77 @@ MANIFEST_BENDS: dict[str, Bend] = {
 def test_a_bent_manifest_is_refused(tmp_path, name):
     cache = HandCache()
     MANIFEST_BENDS[name](cache)
-    assert_refuses(cache.save(tmp_path))
+    assert "its checksum" not in assert_refuses(cache.save(tmp_path))  # it is right, the manifest is not
+
+
+def sealed(edit: Callable[[bytes], bytes]) -> Bend:
+    """A change after the checksum was computed."""
+    return lambda cache: setattr(cache, "edit_sealed", edit)
+
+
+def digits(edit: Callable[[bytes], bytes]) -> Bend:
+    """A change of the checksum itself."""
+
+    def apply(data: bytes) -> bytes:
+        before, name, after = data.partition(b'"checksum": "')
+        return before + name + edit(after[:64]) + after[64:]
+
+    return sealed(apply)
+
+
+CHECKSUM_BENDS: dict[str, Bend] = {
+    "no checksum": drop("checksum"),
+    "checksum null": put("checksum", None),
+    "checksum a number": put("checksum", 0),
+    "checksum a list": put("checksum", ["0" * 64]),
+    "checksum empty": put("checksum", ""),
+    "checksum of zeros": digits(lambda d: b"0" * 64),
+    "checksum of another file": put("checksum", hashlib.sha256(b"another").hexdigest()),
+    "checksum too short": put("checksum", "0" * 63),
+    "checksum in upper case": digits(bytes.upper),
+    "checksum with a line break": put("checksum", "0" * 64 + "\n"),
+    "checksum off by a digit": digits(lambda d: d[:-1] + (b"1" if d.endswith(b"0") else b"0")),
+    "checksum written with an escape": digits(lambda d: b"\\u%04x" % d[0] + d[1:]),
+    "a value changed": sealed(lambda d: d.replace(b'"batch_tokens": 32', b'"batch_tokens": 33')),
+    "a name changed": sealed(lambda d: d.replace(b'"created_by": "a hand"', b'"created_by": "A hand"')),
+    "a space more": sealed(lambda d: d + b" "),
+    "a line break more": sealed(lambda d: d + b"\n"),
+    "a space for a line break": sealed(lambda d: d.replace(b", ", b",\n", 1)),
+    "a zero byte more": sealed(lambda d: d + b"\0"),
+    "written again with spaces": sealed(lambda d: d.replace(b'": ', b'" : ')),
+}
+
+
+@pytest.mark.parametrize("name", CHECKSUM_BENDS)
+def test_a_manifest_without_its_checksum_is_refused(tmp_path, name):
+    cache = HandCache()
+    CHECKSUM_BENDS[name](cache)
+    assert "manifest.json is damaged" in assert_refuses(cache.save(tmp_path))
+
+
+def test_a_manifest_with_any_byte_changed_is_refused(tmp_path):
+    """Every byte in turn, spaces and line breaks among them: nothing of what it says can change unseen."""
+    manifest = small_cache(tmp_path / "cache") / "manifest.json"
+    good = manifest.read_bytes()
+    assert good.count(b"\n") > 20
+    for at in range(len(good)):
+        changed = bytearray(good)
+        changed[at] ^= 1 << at % 8
+        manifest.write_bytes(changed)
+        with pytest.raises(CacheError) as caught:
+            read_manifest(tmp_path / "cache")
+        assert len(str(caught.value).splitlines()) == 1, at
+    manifest.write_bytes(good)
+    assert len(CacheReader(tmp_path / "cache")) == 7
+
+
+def test_the_checksum_is_that_of_the_format_page(tmp_path):
+    """Of a written manifest too, taken apart by hand."""
+    data = (small_cache(tmp_path / "cache") / "manifest.json").read_bytes()
+    before, name, after = data.partition(b'"checksum": "')
+    digest = hashlib.sha256(before + name + b"0" * 64 + after[64:]).hexdigest()
+    assert after[:64].decode() == digest
+    assert seal(before + name + b"0" * 64 + after[64:]) == data
 
 
 NAME_BENDS: dict[str, Bend] = {
@@ -242,9 +314,11 @@ def test_every_depth_of_nesting_is_refused(tmp_path, where):
         nest = ("[" * depth + "]" * depth).encode()
         cache.edit_json = lambda text, nest=nest: text.replace(b'"NEST"', nest)
         if depth == 700:
+            cache.edit_sealed = lambda data, nest=nest: data.replace(nest, b"NEST")
             path = cache.save(tmp_path)
-            whole = (path / "manifest.json").read_bytes().split(nest)
-        (path / "manifest.json").write_bytes(nest.join(whole))
+            before, digits, after = (path / "manifest.json").read_bytes().partition(b'"checksum": "')
+            unsealed = before + digits + b"0" * 64 + after[64:]
+        (path / "manifest.json").write_bytes(seal(unsealed.replace(b"NEST", nest)))
         with pytest.raises(CacheError) as caught:
             CacheReader(path)
         assert len(str(caught.value).splitlines()) == 1
@@ -304,9 +378,9 @@ def test_a_cache_without_samples_is_refused_or_empty(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["newer version", "unknown key", "../x", "incomplete", "a lone surrogate in a name"]
+    "name", ["newer version", "unknown key", "../x", "no checksum", "a lone surrogate in a name"]
 )
 def test_the_command_line_says_it_in_one_line(tmp_path, name):
     cache = HandCache()
-    {**MANIFEST_BENDS, **NAME_BENDS}[name](cache)
+    {**MANIFEST_BENDS, **NAME_BENDS, **CHECKSUM_BENDS}[name](cache)
     assert_refused(run_cli("verify", cache.save(tmp_path / "cache")), 1, str(tmp_path / "cache"))

@@ -72,29 +72,38 @@ def test_a_plan_by_hand():
     assert plan_shards([], 10) == []
 
 
+def facts_of(samples: list[dict]) -> SampleFacts:
+    """The facts of samples as rows, turned into columns."""
+    return SampleFacts(
+        sample_ids=np.array([list(s["sample_id"]) for s in samples], dtype=np.uint8),
+        sources=np.array([s["source"] for s in samples]),
+        source_rows=np.array([s["source_row"] for s in samples]),
+        lengths=np.array([s["length"] for s in samples]),
+        last_rows=np.array([s["last_rows"] for s in samples]),
+        candidates=np.array([s["candidates"] for s in samples]),
+    )
+
+
 @QUICK
 @given(
     st.lists(st.tuples(st.integers(2, 30), st.integers(1, 29), st.integers(1, 29)), min_size=1, max_size=30),
     st.integers(2, 60),
 )
 def test_the_index_tiles_every_shard(tmp_path_factory, triples, limit):
-    facts = [
-        SampleFacts(
-            sample_id=struct.pack(">16s", str(i).encode()),
-            source=i % 2,
-            source_row=3 * i,
-            length=length,
-            last_rows=min(rows, length - 1),
-            candidates=min(candidates, rows, length - 1),
-        )
+    expected = [
+        {
+            "sample_id": struct.pack(">16s", str(i).encode()),
+            "source": i % 2,
+            "source_row": 3 * i,
+            "length": length,
+            "last_rows": min(rows, length - 1),
+            "candidates": min(candidates, rows, length - 1),
+        }
         for i, (length, rows, candidates) in enumerate(triples)
     ]
-    table, plan = build_index(facts, plan_shards([f.length for f in facts], limit))
+    table, plan = build_index(facts_of(expected), plan_shards([f["length"] for f in expected], limit))
     rows = table.to_pylist()
-    assert [
-        (r["sample_id"], r["source"], r["source_row"], r["length"], r["last_rows"], r["candidates"])
-        for r in rows
-    ] == [(f.sample_id, f.source, f.source_row, f.length, f.last_rows, f.candidates) for f in facts]
+    assert [{name: row[name] for name in expected[0]} for row in rows] == expected
     tokens, labels, samples = Counter(), Counter(), Counter()
     previous = 0
     for row in rows:
@@ -115,10 +124,8 @@ def test_the_index_tiles_every_shard(tmp_path_factory, triples, limit):
 
 
 def test_an_index_is_the_same_bytes_every_time():
-    facts = [
-        SampleFacts(sample_id=bytes(16), source=0, source_row=i, length=3, last_rows=2, candidates=1)
-        for i in range(5)
-    ]
+    sample = {"sample_id": bytes(16), "source": 0, "length": 3, "last_rows": 2, "candidates": 1}
+    facts = facts_of([{**sample, "source_row": i} for i in range(5)])
     table, _ = build_index(facts, plan_shards([3] * 5, 7))
     again, _ = build_index(facts, plan_shards([3] * 5, 7))
     assert index_bytes(table) == index_bytes(again)

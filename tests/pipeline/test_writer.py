@@ -7,24 +7,28 @@ import json
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from pipeline.cache import CacheReader
-from pipeline.errors import CacheError
+from pipeline import files
+from pipeline.cache import CacheReader, CacheWriter
+from pipeline.cache import writer as writer_module
+from pipeline.errors import CacheError, WriteError
+from pipeline.files import partial_name
 from tests.conftest import capture_arguments, run_cli
 from tests.pipeline.written import (
     MASKS,
     Writing,
     every_byte,
+    fill,
     make_identity,
     make_sample,
     make_writing,
@@ -37,6 +41,14 @@ QUICK = settings(max_examples=20, deadline=None, database=None, derandomize=True
 masks = st.tuples(
     st.lists(st.integers(0, 1), max_size=5), st.just([1, 1]), st.lists(st.integers(0, 1), max_size=4)
 ).map(lambda parts: [*parts[0], *parts[1], *parts[2], *([1] if parts[2] else [])])
+
+
+def in_bytes(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """In the place of `files._blocks`: what is written, some bytes at a time."""
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        for start in range(0, len(view), 100):
+            yield view[start : start + 100]
 
 
 # --- Resume --------------------------------------------------------------------------------------
@@ -53,7 +65,7 @@ def test_a_killed_capture_continues_to_the_same_bytes(tmp_path_factory, samples,
         writer = writing.open(path)
         pending = writer.pending()
         for shard in random.sample(pending, random.randint(0, len(pending))):
-            writer.write_shard(shard, writing.tensors(shard))
+            writing.write_shard(writer, shard)
         del writer
     writer = writing.open(path)
     assert not writer.complete
@@ -71,7 +83,7 @@ def test_writers_side_by_side_fill_one_cache(scratch):
     shards = one.pending()
     assert len(shards) >= 3
     for n, shard in enumerate(reversed(shards)):
-        (one, two)[n % 2].write_shard(shard, writing.tensors(shard))
+        writing.write_shard((one, two)[n % 2], shard)
     assert two.pending() == one.pending() == []
     writing.finish(two)
     assert every_byte(path) == whole
@@ -80,7 +92,7 @@ def test_writers_side_by_side_fill_one_cache(scratch):
 def test_only_what_is_pending_is_written_again(scratch):
     writing, path = make_writing(MASKS), scratch()
     writer = writing.open(path)
-    writer.write_shard(1, writing.tensors(1))
+    writing.write_shard(writer, 1)
     before = (path / "shards/00001.safetensors").stat().st_mtime_ns
     again = writing.open(path)
     assert 1 not in again.pending()
@@ -99,12 +111,15 @@ def test_a_complete_cache_is_left_alone(scratch):
 def test_no_cache_can_be_opened_before_it_is_complete(scratch):
     writing, path = make_writing(MASKS), scratch()
     writer = writing.open(path)
-    writer.write_shard(0, writing.tensors(0))
+    writing.write_shard(writer, 0)
     with pytest.raises(CacheError, match=rf"incomplete \(1 of {len(writing.plan)}"):
         CacheReader(path)
     assert json.loads((path / "manifest.json").read_text())["status"] == "incomplete"
-    with pytest.raises(CacheError, match="shard 1 is not written"):
-        writer.finalise({})
+    assert writer.finalise() is None  # neither shard 1 nor the target is written
+    for shard in writer.pending():
+        writing.write_shard(writer, shard)
+    assert writer.finalise() is None  # the target is not
+    assert json.loads((path / "manifest.json").read_text())["status"] == "incomplete"
     writing.finish(writer)
     assert not (path / "progress").exists()
     assert len(CacheReader(path)) == len(MASKS)
@@ -149,7 +164,7 @@ def test_a_shard_without_a_matching_record_is_written_again(scratch, name):
     writing = make_writing(MASKS)
     whole = every_byte(writing.write(scratch()))
     path = scratch()
-    writing.open(path).write_shard(0, writing.tensors(0))
+    writing.write_shard(writing.open(path), 0)
     HARMS[name](path)
     writer = writing.open(path)
     assert 0 in writer.pending()
@@ -191,8 +206,8 @@ def test_what_a_kill_left_half_written_is_not_in_the_finished_cache(scratch, dea
     writing = make_writing(MASKS)
     whole = every_byte(writing.write(scratch()))
     path = scratch()
-    writing.open(path).write_shard(0, writing.tensors(0))
-    (path / folder / f".{name}~{socket.gethostname()}~{dead_pid}.partial").write_bytes(b"half a file")
+    writing.write_shard(writing.open(path), 0)
+    (path / folder / partial_name(name, pid=dead_pid)).write_bytes(b"half a file")
     writing.finish(writing.open(path))
     assert every_byte(path).keys() == whole.keys()
     assert every_byte(path) == whole
@@ -202,7 +217,7 @@ def test_a_kill_during_the_very_first_write_does_not_lock_the_directory(scratch,
     """The first thing written is the manifest; killed there, the same command must be able to start."""
     writing, path = make_writing(MASKS), scratch()
     path.mkdir()
-    (path / f".manifest.json~{socket.gethostname()}~{dead_pid}.partial").write_bytes(b'{"format": "dspark-ca')
+    (path / partial_name("manifest.json", pid=dead_pid)).write_bytes(b'{"format": "dspark-ca')
     writing.finish(writing.open(path))
     assert len(CacheReader(path)) == len(MASKS)
 
@@ -212,14 +227,165 @@ def test_a_write_in_progress_survives_another_writer_that_opens(scratch, monkeyp
     writing, path = make_writing(MASKS), scratch()
     writer = writing.open(path)
 
-    def save_while_another_opens(tensors: dict, name: str) -> None:
-        save_file(tensors, name)
-        writing.open(path)
+    def cut_while_another_opens(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+        for block in in_bytes(pieces):
+            yield block
+            with monkeypatch.context() as patch:
+                patch.setattr(files, "_blocks", in_bytes)
+                writing.open(path)
 
-    monkeypatch.setattr("pipeline.cache.writer.save_file", save_while_another_opens)
-    writer.write_shard(0, writing.tensors(0))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_blocks", cut_while_another_opens)
+        writing.write_shard(writer, 0)
     assert 0 not in writing.open(path).pending()
+
+
+# --- Many at once --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("round_", range(5))
+def test_threads_that_start_write_and_finish_at_once_make_one_cache(scratch, round_):
+    """Each with a writer of its own, in a directory that none of them finds, and without any claims."""
+    writing = make_writing(MASKS)
+    whole = every_byte(writing.write(scratch()))
+    path = scratch()
+    barrier = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(fill, writing, path, barrier.wait) for _ in range(4)]
+        assert [future.result(timeout=60) for future in futures] == [True] * 4
+    assert every_byte(path) == whole
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "samples.arrow", "shards", "target"]
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from tests.pipeline.written import MASKS, fill, make_writing
+writing = make_writing(MASKS)
+print("ready", flush=True)
+for line in sys.stdin:
+    print(fill(writing, Path(line.rstrip("\\n"))), flush=True)
+"""
+
+
+def test_processes_that_start_write_and_finish_at_once_make_one_cache(scratch):
+    whole = every_byte(make_writing(MASKS).write(scratch()))
+    command = [sys.executable, "-c", PROCESS]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    children = [subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) for _ in range(2)]
+    try:
+        assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
+        for _ in range(10):
+            path = scratch()
+            for child in children:
+                print(path, file=child.stdin)
+            assert [child.stdout.readline() for child in children] == ["True\n"] * 2
+            assert every_byte(path) == whole
+            left = ["manifest.json", "samples.arrow", "shards", "target"]
+            assert sorted(p.name for p in path.iterdir()) == left
+    finally:
+        for child in children:
+            child.communicate(timeout=60)
+
+
+def all_written(writing: Writing, path: Path) -> CacheWriter:
+    """A writer that has nothing left to do but to finalise."""
+    writer = writing.open(path)
+    writer.write_target({"config.json": b"{}"}, writing.frozen())
+    for shard in writer.pending():
+        writing.write_shard(writer, shard)
+    return writer
+
+
+def test_two_that_finalise_at_once_both_have_the_manifest(scratch):
+    writing = make_writing(MASKS)
+    whole = every_byte(writing.write(scratch()))
+    for _ in range(10):
+        path = scratch()
+        writers = [all_written(writing, path), writing.open(path)]
+        barrier = threading.Barrier(2)
+
+        def finalise(writer: CacheWriter, barrier: threading.Barrier = barrier) -> bytes:
+            barrier.wait()
+            return writer.finalise().to_json()
+
+        with ThreadPoolExecutor(2) as pool:
+            manifests = [f.result(timeout=60) for f in [pool.submit(finalise, w) for w in writers]]
+        assert manifests == [whole["manifest.json"]] * 2
+        assert every_byte(path) == whole
+
+
+def test_one_that_finalises_later_has_the_manifest_of_the_first(scratch):
+    writing, path = make_writing(MASKS), scratch()
+    one = all_written(writing, path)
+    two = writing.open(path)
+    assert one.finalise() is not None
+    before = every_byte(path)
+    assert not two.complete
+    assert two.pending() == []  # nothing is to be done again
+    assert two.finalise().to_json() == one.manifest.to_json()
+    assert two.complete
+    assert one.finalise().to_json() == before["manifest.json"]
+    assert every_byte(path) == before
+
+
+@pytest.mark.parametrize("step", ["mkdir", "remove_partials", "_read_kept", "_write_index", "read_manifest"])
+def test_a_cache_that_is_finished_while_another_joins_stays_as_it_is(scratch, monkeypatch, step):
+    """The newcomer is stopped before each step of joining in turn, and the cache is finished meanwhile."""
+    writing = make_writing(MASKS)
+    whole = every_byte(writing.write(scratch()))
+    owners = {"mkdir": Path, "remove_partials": files, "read_manifest": writer_module}
+    owner = owners.get(step, CacheWriter)
+    real, calls = getattr(owner, step), 0
+    for stop in range(6):
+        path = scratch()
+        one, calls = all_written(writing, path), 0
+
+        def before(*args: object, one=one, stop=stop, **kwargs: object) -> object:
+            nonlocal calls
+            if calls == stop:
+                calls += 1  # whatever `one` itself calls
+                with monkeypatch.context() as patch:
+                    patch.setattr(owner, step, real)
+                    assert one.finalise() is not None
+            calls += 1
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, before)
+            two = writing.open(path)
+        if calls <= stop:
+            break  # joining has no more of these steps
+        assert two.pending() == []
+        assert two.finalise().to_json() == one.manifest.to_json()
+        assert every_byte(path) == whole
+        assert not [entry for entry in path.iterdir() if entry.name.startswith((".", "progress"))]
+    assert stop > 0  # it has one at least
+
+
+def test_what_another_wrote_and_finished_meanwhile_is_no_error(scratch, monkeypatch):
+    """Two owners of one shard write the same: the slower finds its folder gone, or its file tidied away."""
+    writing = make_writing(MASKS)
+    whole = every_byte(writing.write(scratch()))
+
+    def finish_first(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_blocks", in_bytes)
+            writing.finish(writing.open(path))
+        return in_bytes(pieces)
+
+    for slow in (
+        lambda writer: writing.write_shard(writer, 1),
+        lambda writer: writer.write_target({"config.json": b"{}"}, writing.frozen()),
+    ):
+        path = scratch()
+        writer = writing.open(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_blocks", finish_first)
+            slow(writer)
+        assert writer.pending() == []
+        assert writer.finalise().status == "complete"
+        assert every_byte(path) == whole
 
 
 # --- Refusals ------------------------------------------------------------------------------------
@@ -241,7 +407,7 @@ def test_another_identity_is_refused_naming_the_field_and_both_values(scratch, s
     if state == "complete":
         writing.write(path)
     else:
-        writing.open(path).write_shard(0, writing.tensors(0))
+        writing.write_shard(writing.open(path), 0)
     before = every_byte(path)
     layers = change.get("layers", (0, 2))
     made = [make_sample(mask, layers, 4, seed=i) for i, mask in enumerate(MASKS)]
@@ -331,16 +497,18 @@ def test_a_write_that_fails_half_way_leaves_nothing_to_see(scratch, monkeypatch)
     whole = every_byte(writing.write(scratch()))
     path = scratch()
     writer = writing.open(path)
-    writer.write_shard(0, writing.tensors(0))
+    writing.write_shard(writer, 0)
 
-    def fail(tensors: dict, name: str) -> None:
-        Path(name).write_bytes(b"half a shard")
+    def fail(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+        yield next(in_bytes(pieces))
+        assert len(every_byte(path)) == before + 1  # half of the file is there
         raise OSError(28, "No space left on device")
 
+    before = len(every_byte(path))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.cache.writer.save_file", fail)
-        with pytest.raises((OSError, CacheError), match="No space left"):
-            writer.write_shard(1, writing.tensors(1))
+        patch.setattr(files, "_blocks", fail)
+        with pytest.raises(WriteError, match="No space left"):
+            writing.write_shard(writer, 1)
     assert_nothing_half_written(path, writing, done=[0])
     writing.finish(writing.open(path))
     assert every_byte(path) == whole
@@ -349,7 +517,7 @@ def test_a_write_that_fails_half_way_leaves_nothing_to_see(scratch, monkeypatch)
 def test_a_shard_rewritten_on_a_failing_disk_stays_as_it_was(scratch, monkeypatch):
     writing, path = make_writing(MASKS), scratch()
     writer = writing.open(path)
-    writer.write_shard(0, writing.tensors(0))
+    writing.write_shard(writer, 0)
     before = every_byte(path)
 
     def fail(descriptor: int) -> None:
@@ -357,8 +525,8 @@ def test_a_shard_rewritten_on_a_failing_disk_stays_as_it_was(scratch, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises((OSError, CacheError), match="Input/output error"):
-            writer.write_shard(0, writing.tensors(0))
+        with pytest.raises(WriteError, match="Input/output error"):
+            writing.write_shard(writer, 0)
     assert every_byte(path) == before
 
 
@@ -369,12 +537,11 @@ def test_a_shard_that_the_file_system_refuses_leaves_nothing_to_see(scratch):
     samples = [make_sample([1] * 4000, layers, 4, seed=0), make_sample([1, 1], layers, 4, seed=1)]
     writing, path = Writing(samples, make_identity(layers)), scratch()
     writer = writing.open(path)
-    tensors = writing.tensors(0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the shard has about 100,000 bytes
     try:
-        with pytest.raises((OSError, SafetensorError, CacheError)):
-            writer.write_shard(0, tensors)
+        with pytest.raises(WriteError, match=r"00000.safetensors can't be written \(File too large\)"):
+            writing.write_shard(writer, 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_nothing_half_written(path, writing, done=[])
@@ -396,7 +563,7 @@ def test_a_failing_last_step_leaves_an_incomplete_cache_that_can_be_finished(scr
         patch.setattr(
             Path, "replace", lambda self, to: (fail if to.name == "manifest.json" else real)(self, to)
         )
-        with pytest.raises((OSError, CacheError), match="Input/output error"):
+        with pytest.raises(WriteError, match="Input/output error"):
             writing.finish(writer)
     with pytest.raises(CacheError, match="incomplete"):
         CacheReader(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,21 +104,28 @@ class Writing:
         self.samples, self.identity = samples, identity
         self.shards = plan_shards([len(s.ids) for s in samples], identity.shard_tokens)
         names = names or [s.name for s in samples]
-        facts = [
-            SampleFacts(
-                sample_id=name,
-                source=0,
-                source_row=i,
-                length=len(s.ids),
-                last_rows=len(s.rows),
-                candidates=len(s.candidates),
-            )
-            for i, (name, s) in enumerate(zip(names, samples, strict=True))
-        ]
+        facts = SampleFacts(
+            sample_ids=np.frombuffer(b"".join(names), dtype=np.uint8).reshape(-1, 16),
+            sources=np.zeros(len(samples), dtype=np.int32),
+            source_rows=np.arange(len(samples)),
+            lengths=np.array([len(s.ids) for s in samples]),
+            last_rows=np.array([len(s.rows) for s in samples]),
+            candidates=np.array([len(s.candidates) for s in samples]),
+        )
         self.index, self.plan = build_index(facts, self.shards)
 
     def open(self, path: Path) -> CacheWriter:
         return CacheWriter(path, self.identity, self.plan, self.index, {"read": len(self.samples)})
+
+    def write_shard(self, writer: CacheWriter, shard: int) -> None:
+        """Fill a shard and publish it."""
+        buffer = writer.new_shard(shard)
+        tensors = self.tensors(shard)
+        assert tensors.keys() == buffer.tensors.keys()
+        for name, tensor in tensors.items():
+            assert (tensor.dtype, tensor.shape) == (buffer.tensors[name].dtype, buffer.tensors[name].shape)
+            buffer.tensors[name].copy_(tensor)
+        writer.write_shard(shard, buffer, {"teacher_tv": (0.25, 0.5)})
 
     def tensors(self, shard: int) -> dict[str, Tensor]:
         members = [self.samples[i] for i in self.shards[shard]]
@@ -143,12 +150,24 @@ class Writing:
     def finish(self, writer: CacheWriter) -> None:
         writer.write_target({"config.json": b"{}"}, self.frozen())
         for shard in writer.pending():
-            writer.write_shard(shard, self.tensors(shard))
-        writer.finalise({"teacher_tv_mean": 0.25})
+            self.write_shard(writer, shard)
+        assert writer.finalise() is not None
 
     def write(self, path: Path) -> Path:
         self.finish(self.open(path))
         return path
+
+
+def fill(writing: Writing, path: Path, wait: Callable[[], object] = lambda: None) -> bool:
+    """What every process of a capture does; whether the cache was complete when it left."""
+    wait()
+    writer = writing.open(path)
+    if not writer.complete:
+        if not writer.target_written():
+            writer.write_target({"config.json": b"{}"}, writing.frozen())
+        for shard in writer.pending():
+            writing.write_shard(writer, shard)
+    return writer.finalise() is not None
 
 
 def small_cache(path: Path, *, count: int = 7, layers: Sequence[int] = (0, 2, 5)) -> Path:

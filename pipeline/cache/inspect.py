@@ -1,0 +1,248 @@
+"""What a cache is and holds, or how far its capture is: facts as plain values, and lines for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from pipeline.cache.claims import WorkerState, live_workers
+from pipeline.cache.fidelity import TEACHER_TV
+from pipeline.cache.index import open_index, sample_ids
+from pipeline.cache.manifest import INDEX, MANIFEST, PROGRESS, Manifest, read_manifest
+from pipeline.cache.progress import finished_shards, listed_shards, target_written
+from pipeline.cache.reader import held_out
+from pipeline.cache.verify import DAMAGED
+from pipeline.errors import CacheError
+from pipeline.units import duration, size
+
+Facts = dict[str, Any]
+# A rate over less than this says nothing.
+SHORTEST_SECONDS = 0.001
+
+
+def cache_facts(cache: Path, *, fraction: float) -> Facts:
+    """Everything that manifest, index and progress say, JSON's types only. Reads no shard, writes nothing.
+
+    Args:
+        fraction: which share of the samples would be held out.
+
+    Raises:
+        CacheError: no manifest, or a complete cache with a damaged index.
+    """
+    manifest = read_manifest(cache)
+    running = None
+    if manifest.status != "complete":
+        running = _running(cache, manifest)
+        again = read_manifest(cache)
+        if again.status == "complete":  # this very moment
+            manifest, running = again, None
+    facts: Facts = {
+        "cache": str(cache),
+        "status": manifest.status,
+        "created_by": manifest.created_by,
+        "identity": dataclasses.asdict(manifest.identity),
+        "samples": manifest.num_samples,
+        "tokens": manifest.num_tokens,
+        "labels": manifest.num_last_rows,
+        "supervised_share": manifest.num_last_rows / max(1, manifest.num_tokens),
+        "shards": len(manifest.plan),
+        "rows": manifest.rows,
+        "fidelity": manifest.fidelity,
+    }
+    facts |= _of_the_index(cache, manifest, fraction)
+    if running is not None:
+        return facts | {"progress": running}
+    found = sum(1 for _ in listed_shards(cache / "shards", ".safetensors"))
+    return facts | {"bytes": _bytes(cache, manifest), "shards_missing": max(0, len(manifest.plan) - found)}
+
+
+def _of_the_index(cache: Path, manifest: Manifest, fraction: float) -> Facts:
+    """What only the index tells; nothing while a capture has not written it."""
+    try:
+        table = open_index(cache / INDEX, manifest.plan)
+    except CacheError:
+        if manifest.status == "complete":
+            raise
+        return {}
+    held, lengths = held_out(sample_ids(table), fraction), table["length"].to_numpy()
+    names = manifest.identity.data.sources
+    counts = np.bincount(table["source"].to_numpy(), minlength=len(names))[: len(names)]
+    return {
+        "sources": [{"name": n, "samples": int(c)} for n, c in zip(names, counts, strict=True)],
+        "held_out": {
+            "fraction": fraction,
+            "samples": int(held.sum()),
+            "tokens": int(lengths[held].sum(dtype=np.int64)),
+            "labels": int(table["last_rows"].to_numpy()[held].sum(dtype=np.int64)),
+        },
+    }
+
+
+def _bytes(cache: Path, manifest: Manifest) -> Facts:
+    shards = sum(manifest.shards.bytes)
+    others = {record.file: record.bytes for record in manifest.files}
+    index = others.pop(INDEX)
+    own = (cache / MANIFEST).stat().st_size
+    aside = [path.lstat().st_size for path in (cache / DAMAGED).rglob("*") if not path.is_dir()]
+    return {
+        "shards": shards,
+        "index": index,
+        "target": sum(others.values()),
+        "manifest": own,
+        "total": manifest.num_bytes + own,
+        "a_token": shards / max(1, manifest.num_tokens),
+        "set_aside": sum(aside),
+    }
+
+
+def _running(cache: Path, manifest: Manifest) -> Facts:
+    """How far a capture is. Files may come, go and be half there at any moment."""
+    finished = finished_shards(cache, manifest)
+    done = sum(manifest.plan.tokens[shard] for shard in finished)
+    try:
+        states = live_workers(cache / PROGRESS)
+    except OSError:
+        states = []
+    workers = [_worker(state) for state in states]
+    rate = sum(worker["tokens_per_second"] for worker in workers)
+    return {
+        "shards_done": len(finished),
+        "tokens_done": done,
+        "bytes_done": sum(finished.values()),
+        "target_written": target_written(cache),
+        "workers": workers,
+        "tokens_per_second": rate,
+        "seconds_left": (manifest.num_tokens - done) / rate if rate else None,
+    }
+
+
+def _worker(state: WorkerState) -> Facts:
+    """What a worker says of itself, as far as it makes sense."""
+    sensible = (
+        math.isfinite(state.seconds) and state.seconds >= SHORTEST_SECONDS and 0 <= state.tokens <= 2**48
+    )
+    return {
+        "label": _printable(state.label),
+        "host": _printable(state.host),
+        "pid": state.pid,
+        "seconds": state.seconds if sensible else 0.0,
+        "tokens": state.tokens if sensible else 0,
+        "tokens_per_second": state.tokens / state.seconds if sensible else 0.0,
+    }
+
+
+def _printable(text: str) -> str:
+    """A file may say anything; a terminal must not obey it."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:80]
+
+
+def fact_lines(facts: Facts) -> Iterator[str]:
+    """The facts of `cache_facts` for the terminal."""
+    target, features = facts["identity"]["target"], facts["identity"]["features"]
+    data = facts["identity"]["data"]
+    yield click.style(f"cache {facts['cache']}: {facts['status']}", bold=True)
+    if facts["status"] != "complete":
+        yield from _progress_lines(facts)
+    yield (
+        f"  target    {target['name']} ({target['architecture']}, {target['dtype']}), "
+        f"width {target['hidden_size']:,}, {target['num_layers']} layers, vocabulary {target['vocab_size']:,}"
+    )
+    yield f"            weights {target['weights'][:16]}, tokenizer {_tokenizer(facts)}"
+    yield (
+        f"  features  layers {list(features['layer_ids'])}, {features['context_codec']} context, "
+        f"{features['last_codec']} last hidden"
+    )
+    yield (
+        f"  data      {facts['samples']:,} samples, {facts['tokens']:,} tokens, {facts['labels']:,} of them "
+        f"supervised ({facts['supervised_share']:.0%})"
+    )
+    for source in facts.get("sources", [{"name": name} for name in data["sources"]]):
+        count = f": {source['samples']:,} samples" if "samples" in source else ""
+        yield f"            {_printable(source['name'])}{count}"
+    settings = ", ".join(f"{name} {_printable(value)}" for name, value in sorted(data["settings"].items()))
+    yield f"            settings: {settings or 'none'}"
+    yield f"            rows: {', '.join(f'{name} {n:,}' for name, n in sorted(facts['rows'].items()))}"
+    yield f"            content {data['sha256'][:16]}"
+    if "held_out" in facts:
+        held = facts["held_out"]
+        yield (
+            f"  held out  {held['samples']:,} samples, {held['tokens']:,} tokens, {held['labels']:,} "
+            f"supervised at a fraction of {held['fraction']:g}"
+        )
+    yield f"  shards    {facts['shards']:,} of at most {facts['identity']['shard_tokens']:,} tokens"
+    if "bytes" in facts:
+        yield from _size_lines(facts)
+    yield from _fidelity_lines(facts["fidelity"])
+
+
+def _tokenizer(facts: Facts) -> str:
+    return facts["identity"]["tokenizer"]["sha256"][:16]
+
+
+def _size_lines(facts: Facts) -> Iterator[str]:
+    sizes = facts["bytes"]
+    yield (
+        f"  sizes     {size(sizes['total'])}: shards {size(sizes['shards'])}, index {size(sizes['index'])}, "
+        f"target {size(sizes['target'])}; {sizes['a_token']:,.0f} bytes a token"
+    )
+    if facts["shards_missing"]:
+        yield f"  missing   {facts['shards_missing']:,} shards: see `dspark verify {facts['cache']} --fast`"
+    if sizes["set_aside"]:
+        yield f"  aside     {size(sizes['set_aside'])} in {DAMAGED}/, which nothing reads: remove it"
+
+
+def _progress_lines(facts: Facts) -> Iterator[str]:
+    progress = facts["progress"]
+    share = progress["tokens_done"] / max(1, facts["tokens"])
+    yield (
+        f"  progress  {progress['shards_done']:,} of {facts['shards']:,} shards, "
+        f"{progress['tokens_done']:,} of {facts['tokens']:,} tokens ({share:.0%}), "
+        f"{size(progress['bytes_done'])}"
+    )
+    for worker in progress["workers"]:
+        yield (
+            f"            {worker['label'] or 'worker'} on {worker['host']}, process {worker['pid']}: "
+            f"{worker['tokens_per_second']:,.0f} tokens/s"
+        )
+    if not progress["workers"]:
+        yield "  rate      nobody is at work: run the same capture again to continue"
+    elif progress["seconds_left"] is None:
+        yield f"  rate      not known yet, {len(progress['workers'])} at work"
+    else:
+        yield (
+            f"  rate      {progress['tokens_per_second']:,.0f} tokens/s by {len(progress['workers'])} "
+            f"at work, {duration(progress['seconds_left'])} left"
+        )
+
+
+def _fidelity_lines(fidelity: dict[str, float]) -> Iterator[str]:
+    """Mean and 99th percentile of what was measured, a line a quantity."""
+    proof = {name.removeprefix("proof."): v for name, v in fidelity.items() if name.startswith("proof.")}
+    means = [name.removesuffix("_mean") for name in fidelity if name.endswith("_mean")]
+    rows = fidelity.get(f"{TEACHER_TV}_rows")
+    head = "  fidelity  "
+    for name in sorted((n for n in means if not n.startswith("proof.")), key=_layer_order):
+        words = (
+            "teacher total variation" if name == TEACHER_TV else name.replace("relative_error.", "error of ")
+        )
+        late = fidelity.get(f"{name}_p99")
+        text = f"{words}: mean {fidelity[f'{name}_mean']:.4g}" + (
+            f", p99 {late:.4g}" if late is not None else ""
+        )
+        yield head + text + (f", over {rows:,.0f} rows" if rows and name == TEACHER_TV else "")
+        head = " " * len(head)
+    if proof:
+        yield head + "proof: " + ", ".join(f"{name} {value:.4g}" for name, value in sorted(proof.items()))
+
+
+def _layer_order(name: str) -> tuple[int, int, str]:
+    """The teacher first, then layers by number, then the last hidden state."""
+    tail = name.rpartition(".")[2]
+    number = int(tail) if tail.removeprefix("-").isdecimal() else 2**31
+    return (0 if name == TEACHER_TV else 1, number, name)

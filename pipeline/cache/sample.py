@@ -1,0 +1,131 @@
+"""One sample of a cache for people: its text with the supervised tokens marked, and its states in figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import CacheReader
+from pipeline.errors import UsageError
+from pipeline.marked import marked_text
+
+
+def find_sample(reader: CacheReader, text: str) -> int:
+    """The number of the sample that `text` names: a content hash or its beginning, or `#N`.
+
+    Raises:
+        UsageError: it names none, or several.
+    """
+    if text.startswith("#"):
+        number = int(text[1:]) if re.fullmatch(r"#[0-9]{1,18}", text) else -1
+        if not 0 <= number < len(reader):
+            raise UsageError(
+                f"--sample {text}: {reader.path} has samples #0 to #{len(reader) - 1}, counted from 0"
+            )
+        return number
+    if not re.fullmatch(r"[0-9a-f]{1,32}", text):
+        raise UsageError(f"--sample expects the beginning of a sample's hash, in hex, or #N; got {text!r}")
+    whole, ids = len(text) // 2, reader.sample_ids
+    found = (ids[:, :whole] == np.frombuffer(bytes.fromhex(text[: 2 * whole]), dtype=np.uint8)).all(axis=1)
+    if len(text) % 2:
+        found &= ids[:, whole] >> 4 == int(text[-1], 16)
+    numbers = np.flatnonzero(found)
+    if not len(numbers):
+        raise UsageError(f"--sample {text}: {reader.path} has no sample whose hash begins so")
+    if len(numbers) > 1:
+        raise UsageError(
+            f"--sample {text}: the hashes of {len(numbers):,} samples begin so, give more digits "
+            f"(#{numbers[0]} is {reader.sample_id(int(numbers[0]))})"
+        )
+    return int(numbers[0])
+
+
+def sample_facts(reader: CacheReader, number: int) -> dict[str, Any]:
+    """Where a sample comes from and lies, its tokens, and its states in figures; JSON's types only.
+
+    Raises:
+        CacheError: its shard is damaged.
+    """
+    input_ids, loss_mask = reader.tokens(number)
+    source, names = int(reader.sources[number]), reader.manifest.identity.data.sources
+    facts = {
+        "number": number,
+        "sample_id": reader.sample_id(number),
+        "source": names[source] if source < len(names) else f"source {source}",
+        "source_row": int(reader.source_rows[number]),
+        "shard": reader.shard_of(number),
+        "tokens": len(input_ids),
+        "supervised": int(loss_mask.sum(dtype=torch.int64)),
+        "input_ids": input_ids.tolist(),
+        "loss_mask": loss_mask.tolist(),
+    }
+    states: dict[str, dict[str, float]] = {}
+    out = torch.empty(len(input_ids), reader.hidden_size, dtype=torch.bfloat16)
+    for layer_id in reader.layer_ids:
+        reader.read_context(number, [layer_id], out)
+        states[f"layer {layer_id}"] = statistics(out)
+    out = torch.empty(reader.num_last_rows(number), reader.hidden_size, dtype=torch.bfloat16)
+    reader.read_last_hidden(number, out)
+    return facts | {"states": states | {"last hidden": statistics(out)}}
+
+
+def statistics(rows: Tensor) -> dict[str, float]:
+    """Figures of rows `[n, H]`, over all their values; the largest channel is the one of the largest rms."""
+    values = rows.double()
+    channels = values.square().mean(dim=0).sqrt()
+    return {
+        "rows": len(values),
+        "mean": values.mean().item(),
+        "deviation": values.std(correction=0).item(),
+        "rms": values.square().mean().sqrt().item(),
+        "min": values.min().item(),
+        "max": values.max().item(),
+        "largest_channel": int(channels.argmax()),
+        "largest_channel_rms": channels.max().item(),
+    }
+
+
+def sample_lines(facts: dict[str, Any], decode: Callable[[list[int]], str] | None) -> Iterator[str]:
+    """The facts of `sample_facts` for the terminal.
+
+    Args:
+        decode: token ids to text; None shows the ids themselves.
+    """
+    yield click.style(f"== sample #{facts['number']:,} {facts['sample_id']}", bold=True)
+    yield (
+        f"row {facts['source_row'] + 1:,} of {facts['source']}, shard {facts['shard']:,}, "
+        f"{facts['tokens']:,} tokens, {facts['supervised']:,} supervised "
+        f"({facts['supervised'] / facts['tokens']:.0%})"
+    )
+    if decode is None:
+        yield "the tokenizer can't be loaded from the cache, so these are token ids"
+    ids, mask = np.array(facts["input_ids"]), np.array(facts["loss_mask"])
+    yield marked_text(ids, mask, decode or (lambda run: " ".join(map(str, run)) + " "))
+    yield f"{'':<12}{'mean':>11}{'deviation':>11}{'rms':>11}{'min':>11}{'max':>11}  largest channel"
+    for name, s in facts["states"].items():
+        figures = "".join(f"{s[key]:>11.4g}" for key in ("mean", "deviation", "rms", "min", "max"))
+        yield f"{name:<12}{figures}  {s['largest_channel']} (rms {s['largest_channel_rms']:.4g})"
+
+
+def cached_decoder(cache: Path) -> Callable[[list[int]], str] | None:
+    """The decoder of the tokenizer in `cache/target`; None if it can't be loaded. No code of its runs."""
+    from transformers import AutoTokenizer
+
+    from pipeline.quiet import quiet_transformers
+
+    quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            cache / "target", local_files_only=True, trust_remote_code=False
+        )
+        tokenizer.decode([0])
+    except Exception:  # whatever a tokenizer of any age or make raises
+        return None
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
