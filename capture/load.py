@@ -75,9 +75,24 @@ class Target:
         """
         return build_shell(self.directory, self.config, self.dtype, self.options)
 
-    def identity(self) -> TargetIdentity:
-        """What goes into a cache's manifest. Hashes the weights; raises TargetError without any."""
-        return _identity(self.name, weights_hash(self.directory, self.options), self.shell, self.dtype)
+    @property
+    def checkpoint_dtype(self) -> torch.dtype:
+        """What the weights are stored in."""
+        if self.options.gguf_file is not None:  # quantised weights become whatever it computes in
+            return self.dtype
+        return _config_dtype(self.config)
+
+    def identity(self, *, hash_weights: bool = True) -> TargetIdentity:
+        """What goes into a cache's manifest.
+
+        Args:
+            hash_weights: False leaves their hash empty: reading all of them takes seconds.
+
+        Raises:
+            TargetError: there are no weights.
+        """
+        weights = weights_hash(self.directory, self.options) if hash_weights else ""
+        return _identity(self.name, weights, self.shell, self.dtype)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -161,9 +176,13 @@ def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     """What the target computes in. `auto` is the checkpoint's own dtype where the device is fast at it."""
     if name != "auto":
         return DTYPES[name]
-    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    dtype = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype), torch.float32)
+    dtype = _config_dtype(config)
     return torch.float32 if dtype == torch.bfloat16 and not _native_bf16(device) else dtype
+
+
+def _config_dtype(config: Any) -> torch.dtype:
+    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype), torch.float32)
 
 
 def gguf_options(gguf_file: str | None) -> dict[str, Any]:

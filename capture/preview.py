@@ -11,10 +11,9 @@ from capture.conversations import TokenizedSample
 from capture.load import open_target, tokenizer_identity
 from capture.options import DataOptions, TargetOptions
 from capture.preparation import open_data, prepare_data, row_tokenizer
-from capture.tokens import TokenizedData
+from capture.summary import accounts, data_lines
 from pipeline.errors import UsageError
-
-BAR_WIDTH = 40
+from pipeline.marked import marked_text
 
 
 def preview(target: TargetOptions, options: DataOptions, *, row: int | None, count: int) -> Iterator[str]:
@@ -34,16 +33,16 @@ def preview(target: TargetOptions, options: DataOptions, *, row: int | None, cou
     data = prepare_data(options, tokenize, tokenizer_identity(tokenizer).sha256, sources)
     chosen = range(min(count, len(data)))
     if row is not None:
-        chosen = [i for i, f in enumerate(data.facts) if (f.source, f.source_row) == (0, row - 1)]
+        chosen = np.flatnonzero((data.facts.sources == 0) & (data.facts.source_rows == row - 1)).tolist()
         if not chosen:
             raise UsageError(
                 f"{sources[0].at(row - 1)} gave no sample: it is no row, an empty line, or was left out "
-                f"({_accounts(data)})"
+                f"({accounts(data.rows)})"
             )
     for i in chosen:
-        place = sources[data.facts[i].source].at(data.facts[i].source_row)
+        place = sources[data.facts.sources[i]].at(int(data.facts.source_rows[i]))
         yield from _sample(place, data[i], tokenizer)
-    yield from _summary(data)
+    yield from data_lines(data)
 
 
 def _sample(place: str, sample: TokenizedSample, tokenizer) -> Iterator[str]:
@@ -52,45 +51,7 @@ def _sample(place: str, sample: TokenizedSample, tokenizer) -> Iterator[str]:
     yield click.style(
         f"== {place}: {len(sample.input_ids):,} tokens, {supervised:,} supervised ({share:.0%})", bold=True
     )
-    # Runs of one kind are decoded together: a character may be several tokens.
-    edges = np.flatnonzero(np.diff(sample.loss_mask)) + 1
-    pieces = []
-    for run in np.split(np.arange(len(sample.input_ids)), edges):
-        text = tokenizer.decode(sample.input_ids[run].tolist(), skip_special_tokens=False)
-        if sample.loss_mask[run[0]]:
-            pieces.append(click.style(text, fg="green"))
-        else:
-            pieces.append(text)
-    yield "".join(pieces)
+    yield marked_text(
+        sample.input_ids, sample.loss_mask, lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+    )
     yield ""
-
-
-def _accounts(data: TokenizedData) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in sorted(data.rows.items()))
-
-
-def _summary(data: TokenizedData) -> Iterator[str]:
-    lengths = np.array([fact.length for fact in data.facts])
-    labels = sum(fact.last_rows for fact in data.facts)
-    yield click.style(
-        f"== {len(data):,} samples, {lengths.sum():,} tokens, "
-        f"{labels:,} labels ({labels / lengths.sum():.0%})",
-        bold=True,
-    )
-    middle, late = np.percentile(lengths, [50, 95])
-    yield (
-        f"length: shortest {lengths.min():,}, median {middle:,.0f}, mean {lengths.mean():,.0f}, "
-        f"95th percentile {late:,.0f}, longest {lengths.max():,}"
-    )
-    yield from histogram(lengths)
-    yield f"rows: {_accounts(data)}"
-
-
-def histogram(lengths: np.ndarray) -> Iterator[str]:
-    """Lengths in bins that double, a line a bin."""
-    low = 2 ** int(np.log2(lengths.min()))
-    while low <= lengths.max():
-        inside = int(((lengths >= low) & (lengths < 2 * low)).sum())
-        bar = "#" * round(BAR_WIDTH * inside / len(lengths))
-        yield f"{low:>7,} to {2 * low - 1:>7,}  {inside:>9,}  {bar}"
-        low *= 2

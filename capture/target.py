@@ -61,19 +61,24 @@ class HFDSparkTargetModel:
         return find_final_norm(self.model)
 
     @torch.no_grad()
-    def states(self, input_ids: Tensor, attention_mask: Tensor) -> dict[int | str, Tensor]:
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[int | str, Tensor]:
         """Run the backbone once (never the head) and return `[B, S, H]` by layer id and `"last_hidden"`.
 
         Inputs may be on any device. A target spread over several leaves each state where its layer is.
+
+        Args:
+            input_ids: `[B, S]`.
+            attention_mask: `[B, S]`, 0 on padding. None for right-padded rows: what comes after a token
+                changes nothing of a causal target's states, and without a mask its fastest attention
+                runs. States of padding mean nothing then.
 
         Raises:
             TargetError: a layer that was asked for did not run, or gave no `[B, S, H]`.
         """
         device = input_device(self.model)
         with tap_states(self.model, self.target_layer_ids) as states:
-            self._inner_model()(
-                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
-            )
+            mask = {} if attention_mask is None else {"attention_mask": attention_mask.to(device)}
+            self._inner_model()(input_ids=input_ids.to(device), use_cache=False, **mask)
         check_states(self.model, states, [*self.target_layer_ids, "last_hidden"], input_ids.shape)
         return states
 

@@ -76,7 +76,8 @@ class Selection:
 class TokenizedData:
     """Every usable sample, memory-mapped, and where every row went. `data[i]` is sample i."""
 
-    facts: list[SampleFacts]
+    facts: SampleFacts
+    """In the order of the data, or shuffled."""
     rows: Counter[str] = field(default_factory=Counter)
     """Rows read, captured, and dropped by reason: read = captured + everything dropped."""
     forms: list[str] = field(default_factory=list)
@@ -94,8 +95,8 @@ class TokenizedData:
         row = int(self._order[i])
         # Copies: torch has no tensors that can't be written to, and the map can't.
         ids, mask = (self._table[name][row].values.to_numpy().copy() for name in ("input_ids", "loss_mask"))
-        sample = TokenizedSample(self.facts[i].source_row, ids, mask)
-        if sample.sample_id != self.facts[i].sample_id:
+        sample = TokenizedSample(int(self.facts.source_rows[i]), ids, mask)
+        if sample.sample_id != self.facts.sample_ids[i].tobytes():
             self._path.unlink(missing_ok=True)
             raise DataError(f"{self._path} was damaged and is removed: run this again to tokenise anew")
         return sample
@@ -133,11 +134,14 @@ def load_data(
     table = _open(path)
     if table is None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.remove_partials(path.parent)
-        records = _select(_records(sources, forms, tokenize, selection, workers), selection)
-        files.publish(path, lambda partial: _write(partial, records, sources))
-        table = _open(path)
-        assert table is not None
+        with _only_one(path.with_suffix(".lock")):
+            table = _open(path)  # what another process did while this one waited
+            if table is None:
+                files.remove_partials(path.parent)
+                records = _select(_records(sources, forms, tokenize, selection, workers), selection)
+                files.publish(path, lambda partial: _write(partial, records, sources))
+                table = _open(path)
+    assert table is not None
     data = _arrange(table, path, selection, sources, forms)
     if not len(data):
         places = ", ".join(source.place for source in sources)
@@ -146,6 +150,24 @@ def load_data(
             f"{places}: no row has an assistant turn to learn from ({data.rows['read']:,} rows read{why})"
         )
     return data
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Let one process in at a time: the workers of a capture need the same tokens at the same moment.
+
+    The kernel gives the lock back when its owner dies. Where the file system knows no locks, all go in, and
+    each does the same work.
+    """
+    with path.open("w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _form_of(source: Source) -> str:
@@ -203,10 +225,10 @@ def _write(path: Path, records: Iterator[dict[str, Any]], sources: Sequence[Sour
 def _arrange(
     table: pa.Table, path: Path, selection: Selection, sources: Sequence[Source], forms: list[str]
 ) -> TokenizedData:
-    dropped = np.array(table["dropped"].to_pylist(), dtype=object)
-    counts = Counter({f"dropped: {reason}": count for reason, count in Counter(dropped).items() if reason})
+    reasons = pc.value_counts(table["dropped"]).to_pylist()
+    counts = Counter({f"dropped: {r['values']}": r["counts"] for r in reasons if r["values"]})
     counts["read"] = len(table)
-    order = np.flatnonzero(dropped == "")
+    order = np.flatnonzero(pc.equal(table["dropped"], "").to_numpy())
     if selection.shuffle:
         order = np.random.default_rng(selection.seed).permutation(order)
         beyond = len(order[selection.num_samples :]) if selection.num_samples else 0
@@ -214,20 +236,15 @@ def _arrange(
             order = order[: selection.num_samples]
             counts[f"dropped: {BEYOND}"] += beyond
     counts["captured"] = len(order)
-    wanted = table.select(["source", "source_row", "sample_id", "last_rows", "candidates"]).take(order)
-    lengths = pc.list_value_length(table["input_ids"]).fill_null(0).to_numpy()[order]
-    columns = [wanted[name].to_pylist() for name in wanted.schema.names]
-    facts = [
-        SampleFacts(
-            sample_id=name,
-            source=source,
-            source_row=row,
-            length=length,
-            last_rows=last,
-            candidates=candidates,
-        )
-        for source, row, name, last, candidates, length in zip(*columns, lengths.tolist(), strict=True)
-    ]
+    names = pc.fill_null(table["sample_id"], bytes(16)).combine_chunks()
+    facts = SampleFacts(
+        sample_ids=np.frombuffer(names.buffers()[1] or b"", dtype=np.uint8).reshape(-1, 16),
+        lengths=pc.list_value_length(table["input_ids"]).fill_null(0).to_numpy(),
+        sources=table["source"].to_numpy(),
+        source_rows=table["source_row"].to_numpy(),
+        last_rows=table["last_rows"].fill_null(0).to_numpy(),
+        candidates=table["candidates"].fill_null(0).to_numpy(),
+    ).take(order)
     bad = table.filter(pc.not_equal(table["problem"], "")).slice(0, MAX_PROBLEMS).to_pylist()
     problems = [f"{sources[row['source']].at(row['source_row'])}: {row['problem']}" for row in bad]
     return TokenizedData(facts, counts, forms, problems, order, table, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -20,6 +21,19 @@ def arguments(target: Path, data: Path, cache: Path, **options: Any) -> list[str
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def places(cache: Path) -> list[tuple[int, int]]:
+    """Source and row of each of the cache's samples, in the cache's order."""
+    with pa.memory_map(str(cache / "samples.arrow")) as mapped:
+        table = pa.ipc.open_file(mapped).read_all()
+    return list(zip(*(table[name].to_pylist() for name in ("source", "source_row")), strict=True))
+
+
+def in_data_order(cache: Path) -> list[int]:
+    """The cache's samples as the data has them: a cache sorts them by length."""
+    found = places(cache)
+    return sorted(range(len(found)), key=found.__getitem__)
 
 
 @pytest.fixture(scope="session")

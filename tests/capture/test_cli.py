@@ -24,6 +24,7 @@ from tests.tiny import make_conversations
         ({"max_length": 1}, 2, ["--max-length"]),
         ({"batch_tokens": 0}, 2, ["--batch-tokens"]),
         ({"shard_tokens": -5}, 2, ["--shard-tokens"]),
+        ({"worker": "2/2"}, 2, ["--worker I/N", "'2/2'"]),
     ],
     ids=str,
 )
@@ -74,7 +75,9 @@ def test_target_directories_that_are_no_model(tmp_path, target_dir, data_file):
     refused(lambda folder: [p.unlink() for p in folder.glob("chat_template*")], "chat template")
 
 
-def test_help():
-    output = run_ok("capture", "--help")
-    for option in ("--target", "--data", "--cache", "--layers", "--max-length", "--batch-tokens"):
+@pytest.mark.parametrize(("command", "own"), [("capture", "--worker"), ("plan", "--probe")])
+def test_help(command, own):
+    output = run_ok(command, "--help")
+    for option in ("--target", "--data", "--cache", "--layers", "--max-length", "--batch-tokens", "--force"):
         assert option in output
+    assert own in output

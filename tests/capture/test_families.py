@@ -244,6 +244,14 @@ def test_parity(family):
                 states[key][row, :length], state[0], rtol=1e-4, atol=2e-5 * max(1, size)
             )
 
+    # Capture gives no mask: right padding must not reach what comes before it.
+    unmasked = target.states(ids)
+    for key, state in states.items():
+        size = state[mask.bool()].abs().max().item()
+        torch.testing.assert_close(
+            unmasked[key][mask.bool()], state[mask.bool()], rtol=1e-4, atol=2e-5 * max(1, size)
+        )
+
     if family not in MORE_THAN_EMBEDDING:
         rows = nn.functional.embedding(ids, model.get_input_embeddings().weight)
         assert torch.equal(embedding_scale(model) * rows, states[-1])

@@ -8,7 +8,7 @@ import click
 import numpy as np
 from click.testing import CliRunner
 
-from capture.preview import histogram
+from capture.summary import histogram
 from pipeline.cli import cli
 from tests.capture.test_tokens import talk, write
 from tests.conftest import assert_refused, run_cli, run_ok
@@ -22,8 +22,11 @@ def test_samples_and_summary(tmp_path, target_dir):
     assert f"== {path}:3: " in said
     assert f"{path}:4" not in said
     assert "rows: captured 3, read 3" in said
-    total, share = re.search(r"== 3 samples, (\d+) tokens, (\d+) labels", said).groups()
-    assert 0 < int(share) < int(total)
+    total, labels, share = re.search(
+        r"^3 samples, (\d+) tokens, (\d+) of them supervised \((\d+)%\)$", said, re.MULTILINE
+    ).groups()
+    assert 0 < int(labels) < int(total)
+    assert int(share) == round(100 * int(labels) / int(total))
     assert "\x1b[" not in said, "no colours where the output is no terminal"
 
 

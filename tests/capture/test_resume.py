@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 
 import capture.example
+from capture.conversations import TokenizedSample
+from capture.load import open_target
+from capture.options import DataOptions, TargetOptions
+from capture.plan import CaptureOptions, prepare
 from capture.target import HFDSparkTargetModel
-from pipeline.cache import CacheReader, read_manifest
+from pipeline.cache import CacheReader, Manifest, read_manifest
+from pipeline.cache.manifest import ShardFiles, write_manifest
+from pipeline.errors import CacheError
 from tests.capture.conftest import arguments, tree
+from tests.capture.processes import Dspark, die_in_the_middle
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
-from tests.tiny import make_conversations, make_target
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.tiny import CHATML, make_conversations, make_target
 
 
 def test_a_second_capture_reuses_without_a_forward(cache_dir, target_dir, data_file, tmp_path, monkeypatch):
@@ -45,36 +51,21 @@ def test_two_captures_give_the_same_bytes(cache_dir, target_dir, data_file, tmp_
     assert run_ok("verify", tmp_path / "again").strip().endswith("all good")
 
 
-def subprocess_environment() -> dict[str, str]:
-    # The same thread count as this process: other sums, other bytes.
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
 def test_a_killed_capture_continues_to_the_same_bytes(tmp_path, target_dir):
     data = make_conversations(tmp_path / "chats.jsonl", count=70, seed=2)
     small = {"shard_tokens": 64, "batch_tokens": 64}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments(target_dir, data, killed, **small))]
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=subprocess_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        while not list(killed.glob("progress/00000.json")):
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.005)
-    finally:
-        process.kill()
-    assert process.wait() == -signal.SIGKILL
+    dspark = Dspark(tmp_path / "out", *arguments(target_dir, data, killed, **small))
+    assert dspark.wait_until(lambda: list(killed.glob("progress/00000.json"))), dspark.err
+    dspark.send(signal.SIGKILL)
+    assert dspark.wait() == -signal.SIGKILL
 
     manifest = read_manifest(killed)
     assert manifest.status == "incomplete"
     done = sorted((killed / "progress").glob("[0-9]*.json"))
     assert 1 <= len(done) < len(manifest.plan)
-    assert_refused(run_cli("verify", killed), 1, "incomplete")
+    with pytest.raises(CacheError, match="incomplete"):
+        CacheReader(killed)
     first = killed / "shards" / "00000.safetensors"
     stamp = first.stat().st_mtime_ns
 
@@ -88,49 +79,42 @@ def test_a_killed_capture_continues_to_the_same_bytes(tmp_path, target_dir):
     assert {name: ours[name] for name in listed} == theirs
 
 
-KILLED_WHILE_WRITING = """
-import os, signal, sys
-import pipeline.cache.writer as writer
-real, calls = writer.save_file, []
-
-def save_half(tensors, path, *rest, **options):
-    calls.append(path)
-    real(tensors, path, *rest, **options)
-    if len(calls) == int(sys.argv[1]):
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-writer.save_file = save_half
-from pipeline.cli import cli
-cli(sys.argv[2:])
-"""
-
-
-@pytest.mark.parametrize("call", [1, 3], ids=["frozen", "shard"])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("manifest.json", 1),
+        ("samples.arrow", 1),
+        ("frozen.safetensors", 1),
+        ("00001.safetensors", 1),
+        ("00001.json", 1),
+        ("manifest.json", 2),
+    ],
+)
 def test_killed_in_the_middle_of_a_file_leaves_nothing_behind(
-    tmp_path, target_dir, data_file, cache_dir, call
+    tmp_path, target_dir, data_file, cache_dir, name, call
 ):
     cache = tmp_path / "killed"
-    command = list(map(str, capture_arguments(target_dir, data_file, cache)))
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED_WHILE_WRITING, str(call), *command],
-        cwd=REPOSITORY,
-        env=subprocess_environment(),
-        capture_output=True,
-        check=False,
-    )
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    command = capture_arguments(target_dir, data_file, cache)
+    dspark = Dspark(tmp_path / "out", *command, before=die_in_the_middle, DIE_IN=name, DIE_AT=str(call))
+    assert dspark.wait() == -signal.SIGKILL, dspark.err
+    assert [p.name.split("~")[0] for p in cache.rglob(".*.partial")] == [f".{name}"]
+    assert len(list(cache.rglob(name))) == call - 1
     run_ok(*command)
     CacheReader(cache).check_shards()
     assert sorted(tree(cache)) == sorted(tree(cache_dir))
     assert tree(cache) == tree(cache_dir)
 
 
+def incomplete(manifest: Manifest) -> Manifest:
+    """The manifest as it was before the last shard."""
+    return dataclasses.replace(manifest, status="incomplete", shards=ShardFiles(), files=())
+
+
 def test_a_damaged_progress_record_or_shard_is_captured_again(tmp_path, target_dir, data_file, cache_dir):
     cache = tmp_path / "cache"
     shutil.copytree(cache_dir, cache)
-    manifest = json.loads((cache / "manifest.json").read_text())
-    table = zip(manifest["shards"]["bytes"], manifest["shards"]["sha256"], strict=True)
+    manifest = read_manifest(cache)
+    table = zip(manifest.shards.bytes, manifest.shards.sha256, strict=True)
     records = [
         {"file": f"shards/{number:05d}.safetensors", "bytes": size, "sha256": digest}
         for number, (size, digest) in enumerate(table)
@@ -139,17 +123,7 @@ def test_a_damaged_progress_record_or_shard_is_captured_again(tmp_path, target_d
     (cache / "progress").mkdir()
     for number, record in enumerate(records):
         (cache / "progress" / f"{number:05d}.json").write_text(json.dumps(record))
-    (cache / "manifest.json").write_text(
-        json.dumps(
-            {
-                **manifest,
-                "status": "incomplete",
-                "files": [],
-                "fidelity": {},
-                "shards": {"bytes": [], "sha256": []},
-            }
-        )
-    )
+    write_manifest(cache, incomplete(manifest))
     (cache / "progress" / "00000.json").write_text('{"file": "shards/0')
     os.truncate(cache / records[1]["file"], 100)
     (cache / records[2]["file"]).unlink()
@@ -174,39 +148,85 @@ def test_a_damaged_complete_cache_is_not_called_complete(tmp_path, target_dir, d
 # Another capture in the same directory
 
 
+def assert_names_both(result: Result, cache: Path, field: str, ours: Any, theirs: Any = None) -> None:
+    """The refusal names the field, what the cache holds and what was asked for instead."""
+    held: Any = dataclasses.asdict(read_manifest(cache).identity)
+    for name in field.split("."):
+        held = held[name]
+    assert held == ours != theirs
+    assert_refused(result, 1, f"{field}: {ours} against {'' if theirs is None else theirs}", "--cache")
+
+
 @pytest.mark.parametrize(
-    ("change", "field"),
+    ("change", "field", "ours", "theirs"),
     [
-        ({"layers": "0,2,3"}, "features.layer_ids"),
-        ({"max_length": 40}, "data.settings.max_length"),
-        ({"shard_tokens": 256}, "shard_tokens"),
-        ({"batch_tokens": 128}, "batch_tokens"),
-        ({"dtype": "float16"}, "target.dtype"),
+        ({"layers": "0,2,3"}, "features.layer_ids", (0, 2, 4), (0, 2, 3)),
+        ({"max_length": 40}, "data.settings.max_length", "4096", "40"),
+        ({"shard_tokens": 256}, "shard_tokens", 512, 256),
+        ({"batch_tokens": 128}, "batch_tokens", 256, 128),
+        ({"dtype": "float16"}, "target.dtype", "float32", "float16"),
     ],
-    ids=lambda value: value if isinstance(value, str) else None,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_setting_in_the_same_directory_is_refused(cache_dir, target_dir, data_file, change, field):
+def test_another_setting_in_the_same_directory_is_refused(
+    cache_dir, target_dir, data_file, change, field, ours, theirs
+):
     before = tree(cache_dir)
-    assert_refused(run_cli(*arguments(target_dir, data_file, cache_dir, **change)), 1, field, "--cache")
+    if field == "target.dtype":
+        ours = read_manifest(cache_dir).identity.target.dtype  # bfloat16 where the processor has it
+    result = run_cli(*arguments(target_dir, data_file, cache_dir, **change))
+    assert_names_both(result, cache_dir, field, ours, theirs)
     assert tree(cache_dir) == before
 
 
 def test_other_data_or_another_target_in_the_same_directory_is_refused(
     tmp_path, cache_dir, target_dir, data_file
 ):
+    before, held = tree(cache_dir), read_manifest(cache_dir).identity
     other = make_conversations(tmp_path / data_file.name, count=40, seed=9)
-    assert_refused(run_cli(*capture_arguments(target_dir, other, cache_dir)), 1, "data.sha256")
+    result = run_cli(*capture_arguments(target_dir, other, cache_dir))
+    ids = [sample.sample_id for sample in load_as(target_dir, other)]
+    assert_names_both(result, cache_dir, "data.sha256", held.data.sha256, None)
+    assert hashlib.sha256(b"".join(ids)).hexdigest() in result.stderr
     twin = make_target(tmp_path / target_dir.name, seed=1)  # same shape and name, other weights
     result = run_cli(*capture_arguments(twin, data_file, cache_dir))
-    assert_refused(result, 1, "target.weights")
+    theirs = open_target(TargetOptions(target=str(twin))).identity().weights
+    assert_names_both(result, cache_dir, "target.weights", held.target.weights, theirs)
     assert "target.hidden_size" not in result.stderr
+    assert tree(cache_dir) == before
+
+
+def load_as(target: Path, data: Path) -> list[TokenizedSample]:
+    """Samples of a file in the order of a cache of it."""
+    prepared = prepare(
+        CaptureOptions(
+            target=TargetOptions(target=str(target)),
+            data=DataOptions(data=(str(data),)),
+            cache=data.parent / "nowhere",
+            batch_tokens=256,
+            shard_tokens=512,
+        )
+    )
+    return [prepared.data[int(i)] for i in prepared.batching.order]
+
+
+def test_another_chat_template_in_the_same_directory_is_refused(tmp_path, cache_dir, target_dir, data_file):
+    before, held = tree(cache_dir), read_manifest(cache_dir).identity
+    template = tmp_path / "template.jinja"
+    for text in (CHATML + "{# the same text #}", CHATML.replace("<|im_end|>", "<|im_end|> ")):
+        template.write_text(text)
+        result = run_cli(*arguments(target_dir, data_file, cache_dir, chat_template=template))
+        assert_names_both(
+            result, cache_dir, "tokenizer.chat_template_sha256", held.tokenizer.chat_template_sha256
+        )
+        assert ("data.sha256" in result.stderr) == ("#" not in text), "other samples only where the text is"
+    assert tree(cache_dir) == before
 
 
 def test_an_incomplete_cache_of_another_capture_is_refused_too(tmp_path, cache_dir, target_dir, data_file):
     cache = tmp_path / "cache"
     shutil.copytree(cache_dir, cache)
-    manifest = json.loads((cache / "manifest.json").read_text())
-    (cache / "manifest.json").write_text(json.dumps({**manifest, "status": "incomplete", "files": []}))
+    write_manifest(cache, incomplete(read_manifest(cache)))
     result = run_cli(*arguments(target_dir, data_file, cache, layers="1,2"))
     assert_refused(result, 1, "features.layer_ids", "(0, 2, 4)", "(1, 2)")
 

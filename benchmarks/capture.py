@@ -1,0 +1,168 @@
+"""The whole capture against the bare forward of the target's backbone over the same batches.
+
+    python benchmarks/capture.py                    # SmolLM2-135M's shape on the CPU, Qwen3-4B's on a GPU
+
+Weights are random and conversations are random tokens of log-normal lengths: speed depends on neither. Both
+ways run in turn, several times, in one process; read the ratio. The capture writes to a temporary directory.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.record import record
+from capture.clock import Clock
+from capture.fill import ShardFiller, pad
+from capture.options import DataOptions, TargetOptions
+from capture.plan import CaptureOptions, PreparedCapture, prepare
+from capture.run import capture, capture_shards
+from capture.target import HFDSparkTargetModel
+from capture.workers import WorkerPlace
+from pipeline.cache import CacheWriter
+from pipeline.cache.claims import Worker
+from pipeline.device import reuse_freed_memory
+from pipeline.hooks import find_decoder, input_device
+from pipeline.quiet import quiet_transformers
+from pipeline.signals import StopRequest
+
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+}
+QWEN3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
+# Shape, samples, longest, mean of the lengths' logarithm, tokens of a batch and of a shard, rounds.
+CPU = ("SmolLM2-135M shape fp32", SMOLLM2, 64, 512, 4.8, 2048, 4096, 3)
+GPU = ("Qwen3-4B shape bf16", QWEN3_4B, 400, 4096, 6.55, 16384, 32768, 3)
+
+
+def make_target(folder: Path, shape: dict[str, int], device: torch.device) -> Path:
+    """A random Qwen3 of `shape`, with a tokenizer that is never asked for more than its name."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="a")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
+    config = AutoConfig.for_model("qwen3", **shape, tie_word_embeddings=True, max_position_embeddings=8192)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_data(path: Path, samples: int, longest: int, mean_log: float) -> Path:
+    """Samples of random tokens, the latter half supervised."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(mean_log, 0.8, samples), 16, longest).astype(int)
+    with path.open("w") as file:
+        for length in lengths:
+            mask = [0] * (length // 2) + [1] * (length - length // 2)
+            row = {"input_ids": rng.integers(0, 40000, length).tolist(), "loss_mask": mask}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def bare_seconds(target: HFDSparkTargetModel, prepared: PreparedCapture) -> float:
+    """The backbone's forward over every batch of the plan, and nothing else."""
+    device, decoder = input_device(target.model), find_decoder(target.model)
+    order = prepared.batching.order
+    batches = [
+        pad([prepared.data[int(order[i])] for i in batch], device) for batch in prepared.batching.batches
+    ]
+    synchronise(device)
+    began = time.perf_counter()
+    for ids in batches:
+        decoder(input_ids=ids, use_cache=False)
+    synchronise(device)
+    return time.perf_counter() - began
+
+
+def capture_seconds(
+    target: HFDSparkTargetModel, prepared: PreparedCapture, cache: Path
+) -> tuple[float, dict[str, float]]:
+    """Every shard from tokens to disk, and the complete manifest; and where the time went."""
+    identity, clock = prepared.identity(prepared.target.identity()), Clock()
+    writer = CacheWriter(cache, identity, prepared.plan, prepared.index, dict(prepared.data.rows))
+    writer.write_target({}, {"embed_tokens.weight": target.get_input_embeddings().weight.cpu()})
+    filler, place = ShardFiller(target, identity, clock), WorkerPlace()
+    with Worker(writer.progress) as worker:
+        synchronise(filler.device)
+        began = time.perf_counter()
+        capture_shards(writer, worker, place, filler, prepared.batching, prepared.data, StopRequest())
+        assert writer.finalise() is not None
+        return time.perf_counter() - began, clock.seconds()
+
+
+def main() -> None:
+    quiet_transformers()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        reuse_freed_memory()
+    case, shape, samples, longest, mean_log, batch_tokens, shard_tokens, rounds = (
+        GPU if device.type == "cuda" else CPU
+    )
+    with tempfile.TemporaryDirectory(prefix="dspark-bench-") as name:
+        folder = Path(name)
+        options = CaptureOptions(
+            target=TargetOptions(
+                target=str(make_target(folder / "target", shape, device)), device=str(device)
+            ),
+            data=DataOptions(data=(str(make_data(folder / "data.jsonl", samples, longest, mean_log)),)),
+            cache=folder / "first",
+            batch_tokens=batch_tokens,
+            shard_tokens=shard_tokens,
+        )
+        prepared = prepare(options)
+        target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
+        bare_seconds(target, prepared)  # to warm up
+        bare, whole, steps = [], [], {}
+        for i in range(rounds):
+            bare.append(bare_seconds(target, prepared))
+            seconds, steps = capture_seconds(target, prepared, folder / f"cache-{i}")
+            whole.append(seconds)
+        began = time.perf_counter()
+        capture(options)
+        command = time.perf_counter() - began
+    ratio = statistics.median(w / b for w, b in zip(whole, bare, strict=True))
+    tokens = prepared.batching.tokens
+    rows = [(case, "capture / bare forward", ratio, "")]
+    rows += [(case, "capture", tokens / statistics.median(whole), "tokens/s")]
+    rows += [(case, f"of it: {name}", value, "s") for name, value in sorted(steps.items())]
+    rows += [(case, "all of it", whole[-1], "s"), (case, "the whole command, set-up included", command, "s")]
+    print(f"{tokens:,} tokens, {len(prepared.plan)} shards, {prepared.batching.padding:.1%} padding")
+    record("capture", device, rows)
+
+
+if __name__ == "__main__":
+    main()

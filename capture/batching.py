@@ -1,0 +1,84 @@
+"""Which samples go through the target together, and which batches make a shard.
+
+Samples of similar length share a batch, so that little is computed on padding: they are sorted by length
+inside windows of a few thousand, longest first, and cut by a budget of tokens. All of it is a pure function
+of the lengths, so every process that takes part, now or after a crash, works on the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.cache.index import plan_shards
+
+# Samples sorted together. More pad less, and spread a shard's samples over more of the data.
+WINDOW_SAMPLES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class CapturePlan:
+    """Samples in the order of the cache, cut into batches, and those into shards."""
+
+    order: np.ndarray
+    """`[n]`: which sample of the data is the cache's i-th."""
+    batches: list[range]
+    """The cache's samples of each batch."""
+    shard_batches: list[range]
+    """The batches of each shard."""
+    padded_tokens: int
+    """What the target computes: the batches' rows times their longest."""
+    tokens: int
+
+    @property
+    def shards(self) -> list[range]:
+        """The cache's samples of each shard."""
+        return [range(self.batches[b[0]].start, self.batches[b[-1]].stop) for b in self.shard_batches]
+
+    @property
+    def padding(self) -> float:
+        """The share of what the target computes that is padding."""
+        return 1 - self.tokens / self.padded_tokens
+
+    def batches_of(self, shard: int) -> Iterator[range]:
+        """The cache's samples of each batch of a shard."""
+        return (self.batches[b] for b in self.shard_batches[shard])
+
+
+def plan_capture(lengths: np.ndarray, batch_tokens: int, shard_tokens: int) -> CapturePlan:
+    """Plan the forwards and the shards.
+
+    Args:
+        lengths: tokens of each sample of the data, `[n]`.
+        batch_tokens: rows times longest of a batch at most (one sample at least).
+        shard_tokens: tokens of a shard at most (one sample at least).
+    """
+    order = np.concatenate(
+        [
+            start + np.argsort(-lengths[start : start + WINDOW_SAMPLES].astype(np.int64), kind="stable")
+            for start in range(0, len(lengths), WINDOW_SAMPLES)
+        ]
+        or [np.empty(0, np.int64)]
+    )
+    ordered = lengths[order].tolist()
+    batches: list[range] = []
+    sums: list[int] = []
+    for start in range(0, len(ordered), WINDOW_SAMPLES):
+        stop = min(start + WINDOW_SAMPLES, len(ordered))
+        while start < stop:
+            longest = tokens = ordered[start]
+            end = start + 1
+            while (
+                end < stop
+                and (end + 1 - start) * longest <= batch_tokens
+                and tokens + ordered[end] <= shard_tokens
+            ):
+                tokens += ordered[end]
+                end += 1
+            batches.append(range(start, end))
+            sums.append(tokens)
+            start = end
+    padded = sum(ordered[batch.start] * len(batch) for batch in batches)
+    return CapturePlan(order, batches, plan_shards(sums, shard_tokens), padded, sum(sums))

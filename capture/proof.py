@@ -1,0 +1,134 @@
+"""Before the first shard: show that what will be captured is the target's own.
+
+Three things go wrong without an error: hooks on the wrong modules, states that padding leaks into, and a
+teacher from before the final norm. Each is measured on a few samples of the data, and refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from capture.conversations import TokenizedSample
+from capture.fill import MAX_TEACHER_TV, check_peaks, pad, row_peaks, state_name
+from capture.target import HFDSparkTargetModel
+from pipeline.cache import Identity
+from pipeline.cache.codecs import get_codec
+from pipeline.cache.layout import LAST_HIDDEN
+from pipeline.errors import TargetError
+from pipeline.features import head_logits
+from pipeline.hooks import input_device, tap_states
+
+# Tokens of each sample that the proof looks at; longer ones are cut.
+PROOF_TOKENS = 256
+# Relative error of a row, mean over a sample, by what the target computes in. The same module in the same
+# forward gives the same numbers; another batch sums in another order, layer after layer.
+SAME_FORWARD = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+OTHER_BATCH = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@torch.no_grad()
+def prove_target(
+    target: HFDSparkTargetModel, identity: Identity, samples: Sequence[TokenizedSample]
+) -> dict[str, float]:
+    """Prove hooks, padding and teacher on `samples`, run as one padded batch and one of them alone.
+
+    Returns:
+        What was measured: the total variation between the target's own next-token distribution and the
+        one from the stored last hidden states (mean and maximum over rows), and the relative error of a
+        padded row.
+
+    Raises:
+        TargetError: one of them is off by more than rounding.
+    """
+    samples = [
+        TokenizedSample(s.source_row, s.input_ids[:PROOF_TOKENS], s.loss_mask[:PROOF_TOKENS]) for s in samples
+    ]
+    shortest = min(range(len(samples)), key=lambda i: len(samples[i].input_ids))
+    sample, device = samples[shortest], input_device(target.model)
+    layer_ids = identity.features.layer_ids
+    ids = pad([sample], device)
+    with tap_states(target.model, layer_ids) as tapped:
+        output = target.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    for key, rows in tapped.items():
+        check_peaks(row_peaks(rows[0]).cpu().numpy(), key, sample)
+    _prove_hooks(target, tapped, output)
+    teacher = _prove_teacher(target, identity, tapped[LAST_HIDDEN][0], output.logits[0])
+    return teacher | _prove_padding(target, tapped, samples, shortest, device)
+
+
+def _prove_hooks(target: HFDSparkTargetModel, tapped: dict[int | str, Tensor], output: object) -> None:
+    """Hooked states are those that Hugging Face itself returns, in the convention of `pipeline.features`."""
+    returned = getattr(output, "hidden_states", None)
+    if returned is None or len(returned) != target._num_layers + 1:
+        return  # a model of somebody's own that returns none: the teacher is proved all the same
+    expected = {i: returned[i + 1] for i in target.target_layer_ids} | {LAST_HIDDEN: returned[-1]}
+    for key, rows in expected.items():
+        error = _relative_error(tapped[key][0], rows[0])
+        limit = SAME_FORWARD.get(rows.dtype, 1e-2)
+        if not error <= limit:
+            raise TargetError(
+                f"{state_name(key)} as hooked is not the hidden state that {type(target.model).__name__} "
+                f"returns: relative error {error:.2g}, expected at most {limit:g}; its layers or its final "
+                "norm were mistaken for others, mend the tables of pipeline/hooks.py"
+            )
+
+
+def _prove_teacher(
+    target: HFDSparkTargetModel, identity: Identity, last_hidden: Tensor, logits: Tensor
+) -> dict[str, float]:
+    """head(decoded last hidden) is the target's own next-token distribution. Rows `[S, H]` and `[S, V]`."""
+    codec = get_codec(identity.features.last_codec)
+    decoded = torch.empty(last_hidden.shape, dtype=torch.bfloat16, device=last_hidden.device)
+    codec.decode(codec.encode(last_hidden), decoded)
+    head, facts = target.get_output_embeddings().weight, identity.target
+    stored = head_logits(decoded.to(head.device), head, facts.final_logit_softcapping, facts.logit_scale)
+    mean = worst = 1.0
+    if stored.shape == logits.shape:
+        expected = logits.to(head.device).float().softmax(-1)
+        variation = (stored.softmax(-1) - expected).abs().sum(-1) / 2  # [S]
+        mean, worst = variation.mean().item(), variation.max().item()
+    if not mean <= MAX_TEACHER_TV:
+        raise TargetError(
+            f"the captured teacher is not the target's: mean total variation {mean:.3f}, expected at most "
+            f"{MAX_TEACHER_TV}; {type(target.model).__name__} changes its logits after lm_head in a way that "
+            "this version does not record"
+        )
+    return {
+        "proof.teacher_tv_mean": mean,
+        "proof.teacher_tv_max": worst,
+        "proof.teacher_tv_rows": float(len(stored)),
+    }
+
+
+def _prove_padding(
+    target: HFDSparkTargetModel,
+    alone: dict[int | str, Tensor],
+    samples: Sequence[TokenizedSample],
+    shortest: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """A row's states in a padded batch, by the forward that capture uses, are those of the row alone."""
+    length = len(samples[shortest].input_ids)
+    states = target.states(pad(samples, device))
+    worst = 0.0
+    for key, rows in alone.items():
+        error = _relative_error(states[key][shortest, :length], rows[0])
+        limit = OTHER_BATCH.get(rows.dtype, 1e-1)
+        if not error <= limit:
+            raise TargetError(
+                f"{state_name(key)} of a row of {length} tokens changes when the row is padded in a batch: "
+                f"relative error {error:.2g}, expected at most {limit:g}; {type(target.model).__name__} lets "
+                "padding into its states, capture with --batch-tokens 2 (one row at a time)"
+            )
+        worst = max(worst, error)
+    return {"proof.padding_error": worst}
+
+
+def _relative_error(got: Tensor, want: Tensor) -> float:
+    """Mean over rows `[S, H]` of |got - want| / |want|."""
+    got, want = got.float(), want.to(got.device).float()
+    floor = torch.finfo(torch.float32).tiny
+    return ((got - want).norm(dim=1) / want.norm(dim=1).clamp_min(floor)).mean().item()

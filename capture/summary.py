@@ -1,0 +1,44 @@
+"""What tokenised data amounts to, in lines for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import click
+import numpy as np
+
+from capture.tokens import TokenizedData
+
+BAR_WIDTH = 40
+
+
+def data_lines(data: TokenizedData) -> Iterator[str]:
+    """Samples, tokens, labels, lengths with a histogram, and where every row went."""
+    lengths = data.facts.lengths
+    tokens, labels = int(lengths.sum(dtype=np.int64)), int(data.facts.last_rows.sum(dtype=np.int64))
+    yield click.style(
+        f"{len(data):,} samples, {tokens:,} tokens, {labels:,} of them supervised ({labels / tokens:.0%})",
+        bold=True,
+    )
+    middle, late = np.percentile(lengths, [50, 95])
+    yield (
+        f"length: shortest {lengths.min():,}, median {middle:,.0f}, mean {lengths.mean():,.0f}, "
+        f"95th percentile {late:,.0f}, longest {lengths.max():,}"
+    )
+    yield from histogram(lengths)
+    yield f"rows: {accounts(data.rows)}"
+
+
+def accounts(rows: Mapping[str, int]) -> str:
+    """Where every row went, by name."""
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(rows.items()))
+
+
+def histogram(lengths: np.ndarray) -> Iterator[str]:
+    """Lengths in bins that double, a line a bin."""
+    low = 2 ** int(np.log2(lengths.min()))
+    while low <= lengths.max():
+        inside = int(((lengths >= low) & (lengths < 2 * low)).sum())
+        bar = "#" * round(BAR_WIDTH * inside / len(lengths))
+        yield f"{low:>7,} to {2 * low - 1:>7,}  {inside:>9,}  {bar}"
+        low *= 2

@@ -1,0 +1,82 @@
+"""Which of several capturing processes this one is, and which shards it takes.
+
+Nothing but speed depends on it: the plan says what every shard holds, and claims keep two processes from the
+same one. A process takes every N-th shard, then helps with the rest from the far end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.cache import CacheWriter
+from pipeline.cache.claims import Worker
+from pipeline.errors import UsageError
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """Number `rank` of `world` processes, counted from 0; `local_rank` on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def label(self) -> str:
+        """For people; empty for a process alone."""
+        return f"{self.rank}/{self.world}" if self.world > 1 else ""
+
+    def device(self, name: str) -> str:
+        """`auto` on a machine with several GPUs is one a process; everything else stays as it is."""
+        if name != "auto" or self.world == 1:
+            return name
+        import torch
+
+        count = torch.cuda.device_count()
+        return f"cuda:{self.local_rank % count}" if count else name
+
+
+def worker_place(text: str | None) -> WorkerPlace:
+    """From `--worker I/N`, else from torchrun's environment.
+
+    Raises:
+        UsageError: not of that form, or I is not below N.
+    """
+    if text is None:
+        try:
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            return WorkerPlace(rank, world, int(os.environ.get("LOCAL_RANK", rank)))
+        except (KeyError, ValueError):
+            return WorkerPlace()
+    rank, sign, world = text.partition("/")
+    if not (sign and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UsageError(f"expected --worker I/N with I from 0 to N-1, such as 0/4, got {text!r}")
+    return WorkerPlace(int(rank), int(world), int(rank))
+
+
+def take_shards(writer: CacheWriter, worker: Worker, place: WorkerPlace) -> Iterator[int]:
+    """Shards that are not written yet, each claimed for this process, until none is left to claim."""
+    number = len(writer.manifest.plan)
+    own = range(place.rank, number, place.world)
+    for shard in [*own, *(s for s in reversed(range(number)) if s % place.world != place.rank)]:
+        if writer.written(shard):
+            continue
+        try:
+            claimed = worker.claim(claim_name(shard))
+        except FileNotFoundError:  # the cache was completed by another process
+            return
+        if not claimed:
+            continue
+        if writer.written(shard):  # by another, between the two questions
+            worker.release(claim_name(shard))
+        elif not writer.progress.is_dir():
+            return
+        else:
+            yield shard
+
+
+def claim_name(shard: int) -> str:
+    """What a shard is called among claims."""
+    return f"{shard:05d}"

@@ -1,0 +1,170 @@
+"""`dspark ...` in processes of their own, forked from one that has imported everything: a second each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.capture.conftest import tree
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")]
+_CONTEXT.set_forkserver_preload(["tests.capture.processes", "capture.run", "pipeline.cli", *_MODELS])
+PATIENCE_SECONDS = 120
+
+
+def _work(folder: Path, arguments: list[str], before: Callable[[], None], variables: dict[str, str]) -> None:
+    """The life of such a process."""
+    for number, name in ((1, "out"), (2, "err")):
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+    os.environ.update(variables)
+    sys.argv = ["dspark", *arguments]
+    before()
+    from pipeline.cli import main
+
+    try:
+        main()
+    finally:
+        (folder / "peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def nothing() -> None:
+    """What most processes do before they begin."""
+
+
+class Dspark:
+    """A `dspark` command at work.
+
+    Args:
+        folder: for its output; made.
+        before: called in it first, to break something; a function of a module.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str | Path,
+        before: Callable[[], None] = nothing,
+        **variables: str,
+    ):
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        kept = {"DSPARK_TOKENS": os.environ["DSPARK_TOKENS"], **variables}
+        work = (folder, [str(a) for a in arguments], before, kept)
+        self.process = _CONTEXT.Process(target=_work, args=work)
+        self.process.start()
+
+    def wait(self) -> int:
+        """Its exit code; minus the signal that killed it."""
+        self.process.join(PATIENCE_SECONDS)
+        assert self.process.exitcode is not None, "it hangs"
+        return self.process.exitcode
+
+    def wait_until(self, condition: Callable[[], object]) -> bool:
+        """Wait for something to become true; False if it ended before."""
+        while not condition():
+            if self.process.exitcode is not None:
+                return bool(condition())
+            time.sleep(0.001)
+        return True
+
+    def send(self, number: int) -> None:
+        """A signal to it."""
+        os.kill(self.process.pid, number)
+
+    @property
+    def out(self) -> str:
+        return (self.folder / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        path = self.folder / "err"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def errors(self) -> list[str]:
+        """What it says for the user to act on; one line, and never a traceback."""
+        assert "Traceback" not in self.err, self.err
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory it had."""
+        return int((self.folder / "peak").read_text())
+
+
+def finished_shards(cache: Path) -> list[str]:
+    """The records of finished shards."""
+    return sorted(path.name for path in cache.glob("progress/[0-9]*.json"))
+
+
+def leftovers(cache: Path) -> list[str]:
+    """What no process may leave behind but one that was killed."""
+    names = tree(cache) if cache.exists() else {}
+    return [name for name in names if name.endswith((".partial", ".claim")) or "worker-" in name]
+
+
+def count_tokenised_rows() -> None:
+    """Let every row that is tokenised add a byte to the file $TOKENISED."""
+    from capture.conversations import RowTokenizer
+
+    real = RowTokenizer.tokenize
+
+    def tokenize(self, *given):
+        with Path(os.environ["TOKENISED"]).open("ab") as file:
+            file.write(b".")
+        return real(self, *given)
+
+    RowTokenizer.tokenize = tokenize
+
+
+def die_at() -> None:
+    """Be killed right before the $DIE_AT-th change to the disk."""
+    left, lock = [int(os.environ["DIE_AT"])], threading.Lock()
+
+    def deadly(real: Callable) -> Callable:
+        def change(*given, **options):
+            with lock:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given, **options)
+
+        return change
+
+    for name in ("fsync", "replace", "rename", "unlink", "rmdir"):
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def die_in_the_middle() -> None:
+    """Be killed when half of the file $DIE_IN is written, the $DIE_AT-th time that it is."""
+    from pipeline import files
+
+    name, left, publish = os.environ["DIE_IN"], [int(os.environ["DIE_AT"])], files.publish_bytes
+
+    def half(pieces):
+        whole = b"".join(map(bytes, pieces))
+        yield memoryview(whole[: len(whole) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def publish_bytes(path: Path, *pieces, **options):
+        if path.name == name:
+            left[0] -= 1
+            if left[0] == 0:
+                files._blocks = half
+        return publish(path, *pieces, **options)
+
+    files.publish_bytes = publish_bytes
+
+
+def small_files_only() -> None:
+    """As if the disk were full: no file may grow beyond 48 KiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (48 * 1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
