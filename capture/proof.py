@@ -43,8 +43,12 @@ def prove_target(
     Raises:
         TargetError: one of them is off by more than rounding.
     """
+    samples = sorted(samples, key=lambda s: -len(s.input_ids))
+    width = min(PROOF_TOKENS, len(samples[0].input_ids))
+    cuts = [width] + [max(2, 3 * width // 4)] * (len(samples) - 1)  # so that there is padding
     samples = [
-        TokenizedSample(s.source_row, s.input_ids[:PROOF_TOKENS], s.loss_mask[:PROOF_TOKENS]) for s in samples
+        TokenizedSample(s.source_row, s.input_ids[:cut], s.loss_mask[:cut])
+        for s, cut in zip(samples, cuts, strict=True)
     ]
     shortest = min(range(len(samples)), key=lambda i: len(samples[i].input_ids))
     sample, device = samples[shortest], input_device(target.model)
