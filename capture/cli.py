@@ -107,8 +107,10 @@ def capture_command(ctx: click.Context, options: CaptureOptions, worker: str | N
     one of another target, data or setting is refused. With --cache alone, a complete cache is reused
     whatever it holds, and the command says what that is.
     """
+    from capture.workers import worker_place
     from pipeline.cache.manifest import MANIFEST, read_manifest
 
+    worker_place(worker)  # wrong ones are refused whatever is there already
     given = {name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if given <= {"cache", "device", "worker"} and (options.cache / MANIFEST).is_file():
         manifest = read_manifest(options.cache)

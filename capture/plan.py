@@ -36,7 +36,7 @@ from pipeline.cache import (
 from pipeline.cache.codecs import CODECS, get_codec
 from pipeline.cache.index import index_bytes
 from pipeline.cache.layout import shard_specs
-from pipeline.cache.manifest import INDEX, MANIFEST, Plan
+from pipeline.cache.manifest import INDEX, MANIFEST, Plan, refuse_another
 from pipeline.cache.shard import file_layout
 from pipeline.errors import CacheError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
@@ -83,6 +83,18 @@ class PreparedCapture:
     batching: CapturePlan
     index: pa.Table
     plan: Plan
+    found: Identity | None
+    """Of the cache that is in the directory already, if any."""
+
+    def check_directory(self) -> None:
+        """Refuse a directory with another capture in it, as far as can be told without hashing the weights.
+
+        Raises:
+            CacheError: naming the fields that differ.
+        """
+        if self.found is not None:
+            shape = dataclasses.replace(self.shape, weights=self.found.target.weights)
+            refuse_another(self.options.cache, self.found, self.identity(shape))
 
     def identity(self, shape: TargetIdentity) -> Identity:
         """The cache's identity, with `shape` for the target."""
@@ -135,6 +147,7 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
         batching=batching,
         index=index,
         plan=plan,
+        found=found,
     )
 
 
@@ -284,6 +297,10 @@ def show_plan(options: CaptureOptions, *, probing: bool) -> None:
     prepared = prepare(options)
     for line in plan_lines(prepared):
         click.echo(line)
+    try:
+        prepared.check_directory()
+    except CacheError as error:
+        click.echo(f"warning: {error}", err=True)
     if probing:
         click.echo(probe(prepared))
     features = prepared.identity(prepared.shape).features

@@ -22,7 +22,7 @@ from capture.target import HFDSparkTargetModel
 from capture.tokens import TokenizedData
 from capture.workers import WorkerPlace, claim_name, take_shards, worker_place
 from pipeline.cache import CacheWriter, Manifest
-from pipeline.cache.claims import Worker
+from pipeline.cache.claims import DEAD_AFTER_SECONDS, Worker
 from pipeline.device import reuse_freed_memory
 from pipeline.signals import StopRequest, stop_on_signals
 
@@ -57,6 +57,7 @@ def capture(options: CaptureOptions) -> Captured:
     if place.rank == 0:
         for line in plan_lines(prepared):
             click.echo(line)
+    prepared.check_directory()
     identity = prepared.identity(prepared.target.identity())
     if not options.force:
         features = identity.features
@@ -74,17 +75,39 @@ def capture(options: CaptureOptions) -> Captured:
         proof = prove_target(target, identity, _proof_samples(prepared))
         try:
             with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:
-                if not writer.target_written() and worker.claim(_TARGET):
-                    _write_target(writer, prepared, target.model, proof)
                 filler = ShardFiller(target, identity, Clock())
-                written = capture_shards(
-                    writer, worker, place, filler, prepared.batching, prepared.data, stop
-                )
+                while True:
+                    if not writer.target_written() and worker.claim(_TARGET):
+                        _write_target(writer, prepared, target.model, proof)
+                    written += capture_shards(
+                        writer, worker, place, filler, prepared.batching, prepared.data, stop
+                    )
+                    done = writer.target_written() and not writer.pending()
+                    if done or not worker.others_died(_waiting(writer, stop)):
+                        break
         except FileNotFoundError:  # no progress/ any more
             if not writer.completed_by_another():
                 raise
     manifest = writer.finalise()
     return Captured(manifest or writer.manifest, complete=manifest is not None, reused=False, shards=written)
+
+
+def _waiting(writer: CacheWriter, stop: StopRequest) -> Callable[[int], None]:
+    """What to do every second of a wait for signs of life: say so, once, and stop when asked to."""
+    said = False
+
+    def wait(processes: int) -> None:
+        nonlocal said
+        stop.check(f"{writer.path} keeps every finished shard, the same command continues")
+        if not said:
+            click.echo(
+                f"what is left belongs to processes elsewhere ({processes}): waiting for a sign of life, "
+                f"at most {DEAD_AFTER_SECONDS:.0f} seconds",
+                err=True,
+            )
+        said = True
+
+    return wait
 
 
 def _proof_samples(prepared: PreparedCapture) -> list[TokenizedSample]:

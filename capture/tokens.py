@@ -11,13 +11,14 @@ import hashlib
 import itertools
 import json
 import os
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,8 +339,17 @@ _worker_tokenize: RowTokenizer | None = None
 
 def _start_worker(tokenize: RowTokenizer) -> None:
     global _worker_tokenize
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenize = tokenize
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed process would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(chunk: list[_Row]) -> list[dict[str, Any]]:

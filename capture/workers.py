@@ -29,8 +29,8 @@ class WorkerPlace:
         return f"{self.rank}/{self.world}" if self.world > 1 else ""
 
     def device(self, name: str) -> str:
-        """`auto` on a machine with several GPUs is one a process; everything else stays as it is."""
-        if name != "auto" or self.world == 1:
+        """`auto` or `cuda` on a machine with several GPUs is one a process; all else stays as it is."""
+        if name not in ("auto", "cuda") or self.world == 1:
             return name
         import torch
 
@@ -47,9 +47,10 @@ def worker_place(text: str | None) -> WorkerPlace:
     if text is None:
         try:
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            return WorkerPlace(rank, world, int(os.environ.get("LOCAL_RANK", rank)))
+            local = int(os.environ.get("LOCAL_RANK", rank))
         except (KeyError, ValueError):
             return WorkerPlace()
+        return WorkerPlace(rank, world, local) if 0 <= rank < world else WorkerPlace()
     rank, sign, world = text.partition("/")
     if not (sign and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UsageError(f"expected --worker I/N with I from 0 to N-1, such as 0/4, got {text!r}")

@@ -3,8 +3,8 @@
 A process at work keeps a small file that it touches every few seconds (its heartbeat), and holds a shard by
 a claim: a file that only one process can create, with the owner's name in it. Where the owner is dead, what
 it left is claimed in the same way, by a file named after that claim and its owner: so only one process
-can. Should two processes ever hold one shard all the same, they write the same bytes, each file whole, so
-that costs time and nothing else.
+can. Should two processes ever hold one shard all the same, each writes a whole file, on equal hardware with
+the same bytes, so that costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -71,16 +72,16 @@ class Worker:
         self._pulse = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Worker:
-        for path in self.folder.glob("worker-*.json"):  # those that were killed
-            if not self._at_work(path.name.removeprefix("worker-").removesuffix(".json")):
-                with contextlib.suppress(OSError):
-                    path.unlink()
         try:
-            self._touch()
+            self._touch()  # first, because its time is what others' are compared with
         except FileNotFoundError:  # the cache was completed
             raise
         except OSError as error:
             raise WriteError(f"{self._file} can't be written ({error.strerror or error})") from error
+        for path in self.folder.glob("worker-*.json"):  # those that were killed
+            if path != self._file and not self._at_work(_id_of(path)):
+                with contextlib.suppress(OSError):
+                    path.unlink()
         self._pulse.start()
         return self
 
@@ -127,6 +128,41 @@ class Worker:
                         return True
                 path.unlink(missing_ok=True)  # an heir, but what it follows was given back, not left
             path, before = self.folder / f"{name}.claim", []
+
+    def others_died(self, waiting: Callable[[int], object]) -> bool:
+        """Find out about processes elsewhere, whose life shows in nothing but heartbeats.
+
+        Returns at once where there are none, after a heartbeat where all of them live, and else when the time
+        after which they count as dead has passed.
+
+        Args:
+            waiting: called about every second with the number of those that have shown no sign of life since
+                the waiting began; may raise to stop it.
+
+        Returns:
+            Whether one of them turned out to be dead, so that what it held can be claimed.
+        """
+        unsure, died = {}, False
+        for path in self.folder.glob("worker-*.json"):
+            state = read_worker(path)
+            if path != self._file and state and state.place != process.place():
+                with contextlib.suppress(OSError):
+                    unsure[path] = path.stat().st_mtime_ns
+        while unsure:
+            for path, before in list(unsure.items()):
+                try:
+                    if path.stat().st_mtime_ns != before:
+                        del unsure[path]
+                    elif not self._at_work(_id_of(path)):
+                        del unsure[path]
+                        died = True
+                except OSError:  # it ended, and gave back what it held
+                    del unsure[path]
+                    died = True
+            if unsure:
+                waiting(len(unsure))
+                time.sleep(min(1.0, HEARTBEAT_SECONDS))
+        return died
 
     def _create(self, path: Path) -> None:
         """Make a claim, its owner's name in it from the first moment on where the file system has links."""
@@ -218,7 +254,7 @@ class Worker:
             seconds=time.monotonic() - self._began,
             tokens=self._tokens,
         )
-        partial = self._file.with_name(f".{self._file.name}.partial")
+        partial = self._file.with_name(files.partial_name(self._file.name))
         partial.write_text(json.dumps(asdict(state)))
         partial.replace(self._file)
 
@@ -226,6 +262,11 @@ class Worker:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # a heartbeat alone is no reason to stop
                 self._touch()
+
+
+def _id_of(path: Path) -> str:
+    """The id of the process whose file this is."""
+    return path.name.removeprefix("worker-").removesuffix(".json")
 
 
 # As `Worker` makes them; whatever else a claim may say names no file.

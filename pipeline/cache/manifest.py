@@ -242,7 +242,7 @@ def read_manifest(cache: Path) -> Manifest:
         data = path.read_bytes()
         values = json.loads(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CacheError(f"{path} is damaged, not readable as JSON ({error}): capture again") from None
+        raise _damaged(path, f"not readable as JSON: {error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CacheError(f"{path} is not the manifest of a {FORMAT}: point --cache at a captured directory")
     version = values.get("format_version")
@@ -252,13 +252,17 @@ def read_manifest(cache: Path) -> Manifest:
             "use the version of dspark-pipeline that wrote it, or capture again"
         )
     if not _sealed(data, values.get("checksum")):
-        raise CacheError(f"{path} is damaged (its checksum is not that of its content): capture again")
+        raise _damaged(path, "its checksum is not that of its content")
     try:
         manifest = config.build(Manifest, values, "manifest")
     except ConfigError as error:
-        raise CacheError(f"{path} is damaged ({error}): capture again") from None
+        raise _damaged(path, f"{error}") from None
     _check(manifest, path)
     return manifest
+
+
+def _damaged(path: Path, reason: str) -> CacheError:
+    return CacheError(f"{path} is damaged ({reason}): restore it, or remove the cache and capture again")
 
 
 def _sealed(data: bytes, checksum: Any) -> bool:
@@ -274,27 +278,27 @@ def _check(manifest: Manifest, path: Path) -> None:
     sizes = [target.hidden_size, target.num_layers, target.vocab_size]
     plan, shards = manifest.plan, manifest.shards
     if any(not 0 <= record.bytes <= MAX_COUNT for record in manifest.files):
-        raise CacheError(f"{path} is damaged (a size outside 0 to 2^48): capture again")
+        raise _damaged(path, "a size outside 0 to 2^48")
     for column in (sizes, plan.samples, plan.tokens, plan.last_rows, shards.bytes):
         sizes = [*sizes, *([min(column), max(column)] if column else [])]
     if min(sizes) < 1 or max(sizes) > MAX_COUNT or manifest.num_tokens > MAX_COUNT:
-        raise CacheError(f"{path} is damaged (a size outside 1 to 2^48): capture again")
+        raise _damaged(path, "a size outside 1 to 2^48")
     try:
         validate_target_layer_ids(features.layer_ids, target.num_layers)
     except ValueError as error:
-        raise CacheError(f"{path} is damaged ({error}): capture again") from None
+        raise _damaged(path, f"{error}") from None
     for label in (target.name, *manifest.identity.data.sources):
         if label.startswith(("/", "\\", "~")) or label[1:2] == ":":
-            raise CacheError(f"{path} is damaged (it holds an absolute path): capture again")
+            raise _damaged(path, "it holds an absolute path")
     if not all(map(is_sha256, [*shards.sha256, *(record.sha256 for record in manifest.files)])):
-        raise CacheError(f"{path} is damaged (a hash that is no SHA-256): capture again")
+        raise _damaged(path, "a hash that is no SHA-256")
     if manifest.status == "complete":
         if not len(shards.bytes) == len(shards.sha256) == len(plan):
-            raise CacheError(f"{path} is damaged (its shards are not those of its plan): capture again")
+            raise _damaged(path, "its shards are not those of its plan")
         expected = {MANIFEST, INDEX, FROZEN}
         listed = {record.file for record in manifest.files} | {MANIFEST}
         if len(listed) != len(manifest.files) + 1:
-            raise CacheError(f"{path} is damaged (its file table names a file twice): capture again")
+            raise _damaged(path, "its file table names a file twice")
         strangers = [name for name in listed - expected if not is_target_file(name)]
         if expected - listed or strangers:
             wrong = sorted(expected - listed) or sorted(strangers)
@@ -337,6 +341,20 @@ def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
     if ours.data.sha256 == theirs.data.sha256:  # the same samples, by whatever options
         keys = [key for key in keys if not key.startswith("data.")]
     return [f"{key}: {a.get(key)} against {b.get(key)}" for key in keys]
+
+
+def refuse_another(cache: Path, found: Identity, asked: Identity) -> None:
+    """Refuse to continue a cache with another identity.
+
+    Raises:
+        CacheError: naming the fields that differ, and both values of each.
+    """
+    differing = differing_fields(found, asked)
+    if differing:
+        raise CacheError(
+            f"{cache} holds another capture (it has, against what is asked for: {'; '.join(differing)}): "
+            "choose another --cache, or remove that directory"
+        )
 
 
 def write_manifest(cache: Path, manifest: Manifest) -> None:

@@ -34,10 +34,10 @@ from pipeline.cache.manifest import (
     Manifest,
     Plan,
     ShardFiles,
-    differing_fields,
     is_sha256,
     is_target_file,
     read_manifest,
+    refuse_another,
     shard_file,
     write_manifest,
 )
@@ -96,6 +96,8 @@ class CacheWriter:
         self.manifest = Manifest(
             created_by=f"dspark-pipeline {__version__}", identity=identity, rows=rows, plan=plan, fidelity={}
         )
+        if path.is_symlink() and not path.exists():
+            raise CacheError(f"{path} is a link to nothing: --cache must name a directory")
         if path.exists() and not path.is_dir():
             raise CacheError(f"{path} is a file: --cache must name a directory, new or holding a cache")
         try:
@@ -127,12 +129,7 @@ class CacheWriter:
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                 raise CacheError(f"{folder} is not a directory: remove it, a cache lies in one place")
         found = read_manifest(self.path)
-        differing = differing_fields(found.identity, self.manifest.identity)
-        if differing:
-            raise CacheError(
-                f"{self.path} holds another capture ({'; '.join(differing)}): "
-                "choose another --cache, or remove that directory"
-            )
+        refuse_another(self.path, found.identity, self.manifest.identity)
         if found.plan != self.manifest.plan:
             raise CacheError(
                 f"{self.path / MANIFEST} is damaged (its plan is not that of its samples): "
@@ -262,6 +259,8 @@ class CacheWriter:
             WriteError: the file can't be written; nothing of it is to be seen.
         """
         name = shard_file(shard)
+        if self.written(shard):  # by another that held it too
+            return
         with self._unless_completed():
             size, digest = files.publish_bytes(self.path / name, buffer.bytes(), step=step)
             record = ShardRecord(file=name, bytes=size, sha256=digest, measured=measured or {})

@@ -97,7 +97,7 @@ def test_killed_in_the_middle_of_a_file_leaves_nothing_behind(
     command = capture_arguments(target_dir, data_file, cache)
     dspark = Dspark(tmp_path / "out", *command, before=die_in_the_middle, DIE_IN=name, DIE_AT=str(call))
     assert dspark.wait() == -signal.SIGKILL, dspark.err
-    assert [p.name.split("~")[0] for p in cache.rglob(".*.partial")] == [f".{name}"]
+    assert f".{name}" in [p.name.split("~")[0] for p in cache.rglob(".*.partial")]
     assert len(list(cache.rglob(name))) == call - 1
     run_ok(*command)
     CacheReader(cache).check_shards()

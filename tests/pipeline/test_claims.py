@@ -220,6 +220,54 @@ def test_a_silent_process_of_another_machine_is_noticed_while_at_work(tmp_path):
         assert worker.claim("00001")
 
 
+def test_nobody_is_waited_for_where_nobody_is_elsewhere(tmp_path, owner):
+    owner("00000")
+
+    def never(_processes: int) -> None:
+        raise AssertionError("it waited")
+
+    with Worker(tmp_path) as worker:
+        assert not worker.others_died(never)
+
+
+def test_a_sign_of_life_ends_the_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.01)
+    there = leave_behind(tmp_path, "00000", age=30)
+    asked = []
+
+    def beat(processes: int) -> None:
+        asked.append(processes)
+        if len(asked) == 3:
+            touch(tmp_path / f"worker-{there}.json", 0)
+
+    with Worker(tmp_path) as worker:
+        assert not worker.others_died(beat)
+        assert not worker.claim("00000")
+    assert asked == [1, 1, 1]
+
+
+def test_who_shows_no_sign_of_life_for_long_is_dead_and_leaves_its_shards(tmp_path, monkeypatch):
+    """As a container does that was killed and started again: another place, the same cache."""
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(claims, "DEAD_AFTER_SECONDS", 30.0)
+    leave_behind(tmp_path, "00000", age=29.5)
+    asked = []
+    with Worker(tmp_path) as worker:
+        assert not worker.claim("00000")
+        assert worker.others_died(asked.append)
+        assert worker.claim("00000")
+    assert set(asked) == {1}
+
+
+def test_a_newcomer_with_a_wrong_clock_leaves_the_living_alone(tmp_path, monkeypatch):
+    """Ages are told by the file system's clock, that of the newcomer's own file."""
+    there = leave_behind(tmp_path, "00000", age=5)
+    monkeypatch.setattr(claims.time, "time", lambda: 10 * DEAD_AFTER_SECONDS + 1e9)
+    with Worker(tmp_path) as worker:
+        assert (tmp_path / f"worker-{there}.json").exists()
+        assert not worker.claim("00000")
+
+
 def test_a_heartbeat_in_the_future_keeps_nothing_for_ever(tmp_path):
     """Clocks are set back: a dead process must not own its shard until they have caught up."""
     leave_behind(tmp_path, "00000", age=-100 * DEAD_AFTER_SECONDS)

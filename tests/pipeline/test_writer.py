@@ -514,7 +514,8 @@ def test_a_write_that_fails_half_way_leaves_nothing_to_see(scratch, monkeypatch)
     assert every_byte(path) == whole
 
 
-def test_a_shard_rewritten_on_a_failing_disk_stays_as_it_was(scratch, monkeypatch):
+def test_a_shard_that_is_written_is_not_written_again(scratch, monkeypatch):
+    """By a second owner, of other hardware perhaps: the record must stay that of the file."""
     writing, path = make_writing(MASKS), scratch()
     writer = writing.open(path)
     writing.write_shard(writer, 0)
@@ -525,8 +526,7 @@ def test_a_shard_rewritten_on_a_failing_disk_stays_as_it_was(scratch, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(WriteError, match="Input/output error"):
-            writing.write_shard(writer, 0)
+        writing.write_shard(writer, 0)
     assert every_byte(path) == before
 
 
