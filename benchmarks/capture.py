@@ -28,10 +28,12 @@ from capture.fill import ShardFiller, pad
 from capture.options import DataOptions, TargetOptions
 from capture.plan import CaptureOptions, PreparedCapture, prepare
 from capture.run import capture, capture_shards
+from capture.statistics import measure_statistics
 from capture.target import HFDSparkTargetModel
 from capture.workers import WorkerPlace
 from pipeline.cache import CacheWriter
 from pipeline.cache.claims import Worker
+from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
 from pipeline.hooks import find_decoder, input_device
 from pipeline.quiet import quiet_transformers
@@ -115,7 +117,11 @@ def capture_seconds(
     identity, clock = prepared.identity(prepared.target.identity()), Clock()
     writer = CacheWriter(cache, identity, prepared.plan, prepared.index, dict(prepared.data.rows))
     writer.write_target({}, {"embed_tokens.weight": target.get_input_embeddings().weight.cpu()})
-    filler, place = ShardFiller(target, identity, clock), WorkerPlace()
+    statistics = writer.statistics(
+        lambda: measure_statistics(target, identity, prepared.data, prepared.batching.order)
+    )
+    filler = ShardFiller(target, identity, state_codecs(identity, statistics), clock)
+    place = WorkerPlace()
     with Worker(writer.progress) as worker:
         synchronise(filler.device)
         began = time.perf_counter()

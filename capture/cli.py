@@ -13,21 +13,11 @@ from click.core import ParameterSource
 
 from capture.options import DataOptions, TargetOptions, data_options, target_options
 from pipeline.errors import UsageError
+from pipeline.options import CONTEXT_CODECS, LAST_CODECS, parse_layer_ids
 
 if TYPE_CHECKING:  # so that --help imports no torch
     from capture.plan import CaptureOptions
     from pipeline.cache import Manifest
-
-
-def _layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"--layers expects integers separated by commas, such as 1,9,17; got {text!r}"
-        ) from None
 
 
 _AT_LEAST_1, _AT_LEAST_2 = click.IntRange(min=1), click.IntRange(min=2)
@@ -44,6 +34,8 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         layers: tuple[int, ...] | None,
         batch_tokens: int,
         shard_tokens: int,
+        context_codec: str,
+        last_codec: str,
         force: bool,
         **others: Any,
     ) -> Any:
@@ -58,6 +50,8 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
             layer_ids=layers,
             batch_tokens=batch_tokens,
             shard_tokens=shard_tokens,
+            context_codec=context_codec,
+            last_codec=last_codec,
             force=force,
         )
         return command(options, **others)
@@ -68,7 +62,9 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--cache", type=click.Path(path_type=Path), required=True, help="Directory to write."
             ),
             click.option(
-                "--layers", callback=_layer_ids, help="Layer ids, as 1,9,17. Default: an even spread of five."
+                "--layers",
+                callback=parse_layer_ids,
+                help="Layer ids, as 1,9,17. Default: an even spread of five.",
             ),
             click.option(
                 "--batch-tokens",
@@ -83,6 +79,20 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 default=32768,
                 show_default=True,
                 help="Tokens of a shard.",
+            ),
+            click.option(
+                "--context-codec",
+                type=click.Choice(CONTEXT_CODECS),
+                default="bf16",
+                show_default=True,
+                help="How context features are stored: see `dspark plan` for what each costs.",
+            ),
+            click.option(
+                "--last-codec",
+                type=click.Choice(LAST_CODECS),
+                default="bf16",
+                show_default=True,
+                help="How the teacher's states are stored.",
             ),
             click.option("--force", is_flag=True, help="Start though the disk can't hold the cache."),
         ]
@@ -171,17 +181,12 @@ def preview_command(target: TargetOptions, data: DataOptions, row: int | None, c
 
 
 def _report(manifest: Manifest, cache: Path, *, reused: bool) -> None:
-    target, features = manifest.identity.target, manifest.identity.features
+    from pipeline.cache.inspect import summary_lines
+
     state = "already complete, reused without running the target" if reused else "complete"
     click.echo(f"cache {cache}: {state}")
-    click.echo(
-        f"  {target.name} ({target.architecture}, {target.dtype}), layers {list(features.layer_ids)}, "
-        f"{features.context_codec} context, {features.last_codec} last hidden"
-    )
-    click.echo(
-        f"  {manifest.num_samples:,} samples, {manifest.num_tokens:,} tokens, "
-        f"{manifest.num_last_rows:,} labels, {len(manifest.plan)} shards, {manifest.num_bytes / 1e6:,.1f} MB"
-    )
+    for line in summary_lines(manifest):
+        click.echo(line)
     rows = ", ".join(f"{name} {count:,}" for name, count in sorted(manifest.rows.items()))
     click.echo(f"  rows: {rows}; teacher total variation {_teacher_tv(manifest)}")
 

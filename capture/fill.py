@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import click
@@ -20,21 +20,18 @@ from capture.clock import Clock
 from capture.conversations import TokenizedSample
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity, last_hidden_rows
-from pipeline.cache.codecs import Codec, get_codec
-from pipeline.cache.fidelity import TEACHER_TV, Measured, relative_error
+from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, spread
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name
 from pipeline.cache.shard import ShardBuffer
+from pipeline.cache.statistics import StateCodec
 from pipeline.errors import TargetError
-from pipeline.features import head_logits
 from pipeline.hooks import input_device
 
 # Mean total variation above which the stored teacher is not the target's. bf16 rounding of the logits alone
 # costs about 0.01; a teacher from before the final norm costs 0.3 or more.
 MAX_TEACHER_TV = 0.05
-# Label rows of a shard whose stored states are decoded and compared with the target's.
-CHECKED_ROWS = 4
-# Rows of the head that are turned to fp32 at a time.
-VOCABULARY_CHUNK = 16384
+# The same over the few rows that are checked in a shard, among which one may be an odd one.
+MAX_SHARD_TEACHER_TV = 0.25
 # Batches that may be under way on a GPU while the next one is prepared.
 BATCHES_AHEAD = 2
 
@@ -116,11 +113,11 @@ class FilledShard:
             self._check_peaks(key, first, peaks.numpy())
         measured = {name: tuple(torch.cat(rows).tolist()) for name, rows in self._measured.items()}
         variation = measured.get(TEACHER_TV, (0.0,))
-        if not sum(variation) / len(variation) <= MAX_TEACHER_TV:
+        if not sum(variation) / len(variation) <= MAX_SHARD_TEACHER_TV:
             raise TargetError(
                 f"the stored teacher of {len(self.samples)} samples, among them the one at row "
                 f"{self.samples[0].source_row + 1} of the data, differs from the target's: mean total "
-                f"variation {sum(variation) / len(variation):.3f}, expected at most {MAX_TEACHER_TV}"
+                f"variation {sum(variation) / len(variation):.3f}, expected at most {MAX_SHARD_TEACHER_TV}"
             )
         return measured
 
@@ -161,14 +158,16 @@ def row_peaks(rows: Tensor) -> Tensor:
 class ShardFiller:
     """Runs the target over the batches of a shard and lays the encoded rows into its buffer."""
 
-    def __init__(self, target: HFDSparkTargetModel, identity: Identity, clock: Clock):
+    def __init__(
+        self,
+        target: HFDSparkTargetModel,
+        identity: Identity,
+        codecs: Mapping[str, StateCodec],
+        clock: Clock,
+    ):
         self.target, self._identity, self.clock = target, identity, clock
         self.device = input_device(target.model)
-        features = identity.features
-        self._context_codec, self._last_codec = (
-            get_codec(features.context_codec),
-            get_codec(features.last_codec),
-        )
+        self._codecs = codecs
         self._copier = Copier(clock)
         self._limit = sys.maxsize
         """Padded tokens of a forward that fit the device, as far as is known."""
@@ -189,8 +188,9 @@ class ShardFiller:
             TargetError: a sample does not fit the device's memory, or a layer did not run.
         """
         tensors = buffer.tensors
-        label_rows = len(tensors[part_name(LAST_HIDDEN, next(iter(self._last_codec.specs(1, 1))))])
-        shard = FilledShard(buffer, [sample for batch in batches for sample in batch], _spread(label_rows))
+        samples = [sample for batch in batches for sample in batch]
+        label_rows = sum(len(last_hidden_rows(sample.loss_mask)) for sample in samples)
+        shard = FilledShard(buffer, samples, spread(label_rows))
         tensors["input_ids"].copy_(torch.from_numpy(np.concatenate([s.input_ids for s in shard.samples])))
         tensors["loss_mask"].copy_(torch.from_numpy(np.concatenate([s.loss_mask for s in shard.samples])))
         ahead: deque[Callable[[], None]] = deque()
@@ -254,22 +254,22 @@ class ShardFiller:
             rows = states.pop(layer_id).flatten(0, 1)
             rows = rows[token_index.to(rows.device)] if len(token_rows) < len(rows) else rows
             name = context_name(layer_id)
-            parts = self._encode(self._context_codec, rows)
+            parts = self._encode(name, rows)
             peaks.append((layer_id, first, self._peaks(rows)))
-            measured.append(self._compare(self._context_codec, name, rows, parts, checked_tokens))
+            measured.append(self._compare(name, rows, parts, checked_tokens))
             self._store(shard, name, parts, token)
         rows = states.pop(LAST_HIDDEN).flatten(0, 1)
         rows = rows[label_index.to(rows.device)]
-        parts = self._encode(self._last_codec, rows)
+        parts = self._encode(LAST_HIDDEN, rows)
         peaks.append((LAST_HIDDEN, first, self._peaks(rows)))
-        measured.append(self._compare(self._last_codec, LAST_HIDDEN, rows, parts, checked))
+        measured.append(self._compare(LAST_HIDDEN, rows, parts, checked))
         self._store(shard, LAST_HIDDEN, parts, last)
         shard.add(peaks, measured)
         shard._filled = (first + len(batch), token + len(token_rows), last + len(label_rows))
 
-    def _encode(self, codec: Codec, rows: Tensor) -> dict[str, Tensor]:
+    def _encode(self, state: str, rows: Tensor) -> dict[str, Tensor]:
         with self.clock.step("encode", rows.device):
-            return codec.encode(rows)
+            return self._codecs[state].encode(rows)
 
     def _peaks(self, rows: Tensor) -> Tensor:
         with self.clock.step("check", rows.device):
@@ -282,46 +282,22 @@ class ShardFiller:
             self._copier.copy(encoded, out)
 
     def _compare(
-        self, codec: Codec, name: str, rows: Tensor, parts: dict[str, Tensor], checked: np.ndarray
+        self, name: str, rows: Tensor, parts: dict[str, Tensor], checked: np.ndarray
     ) -> dict[str, Tensor]:
         """What storing does to some of a state's rows `[n, H]`: their relative error, and the teacher's."""
         if not len(checked):
             return {}
         with self.clock.step("check", rows.device):
             index = self._index(checked).to(rows.device)
-            own = rows[index].float()
-            decoded = torch.empty(own.shape, dtype=torch.bfloat16, device=own.device)
-            codec.decode({suffix: encoded[index] for suffix, encoded in parts.items()}, decoded)
-            floor = torch.finfo(torch.float32).tiny
-            error = (decoded.float() - own).norm(dim=1) / own.norm(dim=1).clamp_min(floor)
-            values = {relative_error(name): error}
-            if name == LAST_HIDDEN:
-                values[TEACHER_TV] = teacher_variation(self.target, self._identity, decoded, own)
+            chosen = {suffix: encoded[index] for suffix, encoded in parts.items()}
+            head = self.target.get_output_embeddings().weight
+            values = measure_rows(name, self._codecs[name], rows[index], chosen, head, self._identity)
             return {what: self._copier.to_cpu(value) for what, value in values.items()}
 
     def _index(self, rows: np.ndarray) -> Tensor:
         """Row numbers on the device."""
         index = torch.from_numpy(rows.astype(np.int64))
         return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
-
-
-def teacher_variation(target: HFDSparkTargetModel, identity: Identity, one: Tensor, other: Tensor) -> Tensor:
-    """Total variation `[n]` between the next-token distributions of two sets of last hidden rows `[n, H]`."""
-    head = target.get_output_embeddings().weight
-    cap, scale = identity.target.final_logit_softcapping, identity.target.logit_scale
-
-    def distribution(rows: Tensor) -> Tensor:
-        rows = rows.float().to(head.device)
-        logits = [head_logits(rows, some.float(), cap, scale) for some in head.split(VOCABULARY_CHUNK)]
-        return torch.cat(logits, dim=-1).softmax(-1)
-
-    return (distribution(one) - distribution(other)).abs().sum(-1) / 2
-
-
-def _spread(rows: int) -> list[int]:
-    """Some rows of a shard, evenly spread."""
-    count = min(CHECKED_ROWS, rows)
-    return sorted({(2 * i + 1) * rows // (2 * count) for i in range(count)})
 
 
 def longest(samples: Sequence[TokenizedSample]) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,26 +25,25 @@ from pipeline.cache import (
     DataIdentity,
     FeatureIdentity,
     Identity,
-    Manifest,
     TargetIdentity,
     TokenizerIdentity,
     build_index,
     read_manifest,
 )
-from pipeline.cache.codecs import CODECS, get_codec
-from pipeline.cache.index import index_bytes
-from pipeline.cache.layout import shard_specs
-from pipeline.cache.manifest import INDEX, MANIFEST, Plan, refuse_another
-from pipeline.cache.shard import file_layout
+from pipeline.cache import price as disk
+from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
+from pipeline.cache.price import Price, cache_price, free_bytes, written_bytes
 from pipeline.errors import CacheError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
-from pipeline.files import plain_size
 from pipeline.hooks import input_device
 from pipeline.units import duration, size
 
 PROBE_BATCHES = 6
-# What is left free on a disk that a capture nearly fills, as a share of the cache: other files grow too.
-DISK_RESERVE = 0.01
+# Codecs for context and last hidden whose price is told.
+PRICED = (
+    *((name, name) for name in ("bf16", "fp16", "fp32", "fp8", "int8")),
+    *((name, "int8") for name in ("nf4", "lm3")),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +59,9 @@ class CaptureOptions:
     """Padded tokens of one target forward."""
     shard_tokens: int = 32768
     """Tokens of a shard: 1 GB at Qwen3-4B's size, and 40,000 shards for the paper's 1.3M conversations."""
+    context_codec: str = "bf16"
+    last_codec: str = "bf16"
+    """How states are stored, names in `pipeline.cache.codecs.CODECS`."""
     force: bool = False
     """Whether to start though the disk can't hold the cache."""
     worker: str | None = None
@@ -102,7 +102,11 @@ class PreparedCapture:
             target=shape,
             tokenizer=self.tokenizer,
             data=self.data_identity,
-            features=FeatureIdentity(layer_ids=self.layer_ids),
+            features=FeatureIdentity(
+                layer_ids=self.layer_ids,
+                context_codec=self.options.context_codec,
+                last_codec=self.options.last_codec,
+            ),
             shard_tokens=self.options.shard_tokens,
             batch_tokens=self.options.batch_tokens,
         )
@@ -158,49 +162,14 @@ def _with_the_caches_dtype(options: TargetOptions, found: Identity | None) -> Ta
     return options
 
 
-@dataclass(frozen=True)
-class Price:
-    """What a cache takes on disk, in bytes."""
-
-    shards: int
-    others: int
-    """Index, manifest, tokenizer, embedding and head."""
-    tokens: int
-
-    @property
-    def total(self) -> int:
-        return self.shards + self.others
-
-    @property
-    def per_token(self) -> float:
-        return self.shards / self.tokens
-
-
 def price(prepared: PreparedCapture, context_codec: str, last_codec: str) -> Price:
     """What the cache takes with these codecs."""
     features = FeatureIdentity(
         layer_ids=prepared.layer_ids, context_codec=context_codec, last_codec=last_codec
     )
     identity = dataclasses.replace(prepared.identity(prepared.shape), features=features)
-    plan, width = prepared.plan, prepared.shape.hidden_size
-
-    def row_bytes(codec: str) -> int:
-        specs = get_codec(codec).specs(1, width)
-        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
-
-    tokens, last_rows = sum(plan.tokens), sum(plan.last_rows)
-    header = len(file_layout(shard_specs(identity, plan[0])).header)
-    token_bytes = 4 + 1 + len(prepared.layer_ids) * row_bytes(context_codec)
-    shards = tokens * token_bytes + last_rows * row_bytes(last_codec) + len(plan) * header
-    digest = "0" * 64
-    manifest = Manifest(
-        created_by="", identity=identity, rows=dict(prepared.data.rows), plan=plan, fidelity={}
-    )
-    table = len(plan) * len(f'{shards // len(plan)}, "{digest}", ')
-    others = (
-        len(index_bytes(prepared.index)) + len(manifest.to_json()) + table + _target_bytes(prepared.target)
-    )
-    return Price(shards, others, tokens)
+    rows = dict(prepared.data.rows)
+    return cache_price(identity, prepared.plan, rows, prepared.index, _target_bytes(prepared.target))
 
 
 def _target_bytes(target: Target) -> int:
@@ -212,35 +181,11 @@ def _target_bytes(target: Target) -> int:
     return values * stored.itemsize + sum(map(len, target.files().values()))
 
 
-def free_bytes(path: Path) -> int:
-    """What the disk under `path`, which need not exist yet, has free for this user."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def written_bytes(cache: Path) -> int:
-    """What an earlier capture left in a cache directory; files that were set aside are not of it."""
-    paths = [cache / INDEX, *(path for folder in ("shards", "target") for path in (cache / folder).glob("*"))]
-    return sum(max(0, plain_size(path)) for path in paths if not path.name.endswith(".partial"))
-
-
 def check_disk(prepared: PreparedCapture, cost: Price) -> None:
-    """Refuse a cache that the disk can't hold.
-
-    Raises:
-        CacheError: with what it needs and what there is.
-    """
-    cache = prepared.options.cache
-    if (cache / MANIFEST).is_file() and read_manifest(cache).status == "complete":
-        return  # it needs nothing more, however the estimate is rounded
-    need, free = cost.total - written_bytes(cache), free_bytes(cache)
-    if need * (1 + DISK_RESERVE) > free:
-        raise CacheError(
-            f"{cache} needs {size(need)} more, but its disk has {size(free)} free: capture fewer layers "
-            "(--layers) or samples (--num-samples), use another disk, or give --force to start all the same"
-        )
+    """Refuse a cache that the disk can't hold. Raises CacheError with what it needs and what there is."""
+    disk.check_disk(
+        prepared.options.cache, cost, "capture fewer layers (--layers) or samples (--num-samples)"
+    )
 
 
 def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
@@ -259,7 +204,7 @@ def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
     yield f"{len(prepared.plan):,} shards of at most {options.shard_tokens:,} tokens"
     yield f"{'codec':<14}{'bytes a token':>14}{'cache':>12}"
     chosen = (features.context_codec, features.last_codec)
-    for pair in dict.fromkeys([chosen, *((name, name) for name in CODECS)]):
+    for pair in dict.fromkeys([chosen, *PRICED]):
         cost = price(prepared, *pair)
         name = pair[0] if pair[0] == pair[1] else "+".join(pair)
         mark = "  (this capture's)" if pair == chosen else ""

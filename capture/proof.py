@@ -15,8 +15,8 @@ from capture.conversations import TokenizedSample
 from capture.fill import MAX_TEACHER_TV, check_peaks, pad, row_peaks, state_name
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity
-from pipeline.cache.codecs import get_codec
 from pipeline.cache.layout import LAST_HIDDEN
+from pipeline.cache.statistics import StateCodec
 from pipeline.errors import TargetError
 from pipeline.features import head_logits
 from pipeline.hooks import input_device, tap_states
@@ -31,7 +31,10 @@ OTHER_BATCH = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 @torch.no_grad()
 def prove_target(
-    target: HFDSparkTargetModel, identity: Identity, samples: Sequence[TokenizedSample]
+    target: HFDSparkTargetModel,
+    identity: Identity,
+    samples: Sequence[TokenizedSample],
+    last_codec: StateCodec,
 ) -> dict[str, float]:
     """Prove hooks, padding and teacher on `samples`, run as one padded batch and one of them alone.
 
@@ -59,7 +62,7 @@ def prove_target(
     for key, rows in tapped.items():
         check_peaks(row_peaks(rows[0]).cpu().numpy(), key, sample)
     _prove_hooks(target, tapped, output)
-    teacher = _prove_teacher(target, identity, tapped[LAST_HIDDEN][0], output.logits[0])
+    teacher = _prove_teacher(target, identity, last_codec, tapped[LAST_HIDDEN][0], output.logits[0])
     return teacher | _prove_padding(target, tapped, samples, shortest, device)
 
 
@@ -81,10 +84,9 @@ def _prove_hooks(target: HFDSparkTargetModel, tapped: dict[int | str, Tensor], o
 
 
 def _prove_teacher(
-    target: HFDSparkTargetModel, identity: Identity, last_hidden: Tensor, logits: Tensor
+    target: HFDSparkTargetModel, identity: Identity, codec: StateCodec, last_hidden: Tensor, logits: Tensor
 ) -> dict[str, float]:
     """head(decoded last hidden) is the target's own next-token distribution. Rows `[S, H]` and `[S, V]`."""
-    codec = get_codec(identity.features.last_codec)
     decoded = torch.empty(last_hidden.shape, dtype=torch.bfloat16, device=last_hidden.device)
     codec.decode(codec.encode(last_hidden), decoded)
     head, facts = target.get_output_embeddings().weight, identity.target

@@ -18,11 +18,14 @@ from capture.disk import ShardDisk
 from capture.fill import FilledShard, ShardFiller
 from capture.plan import CaptureOptions, PreparedCapture, check_disk, plan_lines, prepare, price
 from capture.proof import prove_target
+from capture.statistics import measure_statistics
 from capture.target import HFDSparkTargetModel
 from capture.tokens import TokenizedData
-from capture.workers import WorkerPlace, claim_name, take_shards, worker_place
+from capture.workers import WorkerPlace, worker_place
 from pipeline.cache import CacheWriter, Manifest
-from pipeline.cache.claims import DEAD_AFTER_SECONDS, Worker
+from pipeline.cache.claims import DEAD_AFTER_SECONDS, Worker, claim_name, take_shards
+from pipeline.cache.layout import LAST_HIDDEN
+from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
 from pipeline.signals import StopRequest, stop_on_signals
 
@@ -66,16 +69,20 @@ def capture(options: CaptureOptions) -> Captured:
     if writer.complete:
         return Captured(writer.manifest, complete=True, reused=True, shards=0)
     written = 0
-    if writer.pending() or not writer.target_written():
+    if writer.pending() or not writer.target_written() or not writer.statistics_written():
         if prepared.target.device.type == "cpu":
             reuse_freed_memory()
         elif prepared.target.device.type == "cuda":
             torch.cuda.set_device(prepared.target.device)
         target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
-        proof = prove_target(target, identity, _proof_samples(prepared))
+        statistics = writer.statistics(
+            lambda: measure_statistics(target, identity, prepared.data, prepared.batching.order)
+        )
+        codecs = state_codecs(identity, statistics)
+        proof = prove_target(target, identity, _proof_samples(prepared), codecs[LAST_HIDDEN])
         try:
             with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:
-                filler = ShardFiller(target, identity, Clock())
+                filler = ShardFiller(target, identity, codecs, Clock())
                 while True:
                     if not writer.target_written() and worker.claim(_TARGET):
                         _write_target(writer, prepared, target.model, proof)
@@ -169,7 +176,7 @@ def capture_shards(
             disk.check()
             stop.check(f"{writer.path} keeps every finished shard, the same command continues")
 
-        for shard in take_shards(writer, worker, place):
+        for shard in take_shards(writer, worker, place.rank, place.world):
             memory = disk.buffer()
             batches = [[data[int(batching.order[i])] for i in batch] for batch in batching.batches_of(shard)]
             filled = filler.fill(writer.new_shard(shard, memory), batches, between)

@@ -1,17 +1,14 @@
-"""Which of several capturing processes this one is, and which shards it takes.
+"""Which of several capturing processes this one is.
 
 Nothing but speed depends on it: the plan says what every shard holds, and claims keep two processes from the
-same one. A process takes every N-th shard, then helps with the rest from the far end.
+same one (see `pipeline.cache.claims`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.cache import CacheWriter
-from pipeline.cache.claims import Worker
 from pipeline.errors import UsageError
 
 
@@ -55,29 +52,3 @@ def worker_place(text: str | None) -> WorkerPlace:
     if not (sign and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UsageError(f"expected --worker I/N with I from 0 to N-1, such as 0/4, got {text!r}")
     return WorkerPlace(int(rank), int(world), int(rank))
-
-
-def take_shards(writer: CacheWriter, worker: Worker, place: WorkerPlace) -> Iterator[int]:
-    """Shards that are not written yet, each claimed for this process, until none is left to claim."""
-    number = len(writer.manifest.plan)
-    own = range(place.rank, number, place.world)
-    for shard in [*own, *(s for s in reversed(range(number)) if s % place.world != place.rank)]:
-        if writer.written(shard):
-            continue
-        try:
-            claimed = worker.claim(claim_name(shard))
-        except FileNotFoundError:  # the cache was completed by another process
-            return
-        if not claimed:
-            continue
-        if writer.written(shard):  # by another, between the two questions
-            worker.release(claim_name(shard))
-        elif not writer.progress.is_dir():
-            return
-        else:
-            yield shard
-
-
-def claim_name(shard: int) -> str:
-    """What a shard is called among claims."""
-    return f"{shard:05d}"

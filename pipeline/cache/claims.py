@@ -17,13 +17,17 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from pipeline import config, files, process
 from pipeline.errors import ConfigError, WriteError
+
+if TYPE_CHECKING:
+    from pipeline.cache.writer import CacheWriter
 
 HEARTBEAT_SECONDS = 10.0
 # A process of another machine counts as dead when its file was not touched for so long. Network file
@@ -279,6 +283,35 @@ def read_worker(path: Path) -> WorkerState | None:
         return config.build(WorkerState, json.loads(files.read_small(path, MAX_WORKER_BYTES)))
     except (OSError, ValueError, RecursionError, ConfigError):
         return None
+
+
+def claim_name(shard: int) -> str:
+    """What a shard is called among claims."""
+    return f"{shard:05d}"
+
+
+def take_shards(writer: CacheWriter, worker: Worker, rank: int = 0, world: int = 1) -> Iterator[int]:
+    """Shards that are not written yet, each claimed for this process, until none is left to claim.
+
+    Process `rank` of `world` takes every `world`-th shard, then helps with the rest from the far end.
+    """
+    number = len(writer.manifest.plan)
+    own = range(rank, number, world)
+    for shard in [*own, *(s for s in reversed(range(number)) if s % world != rank)]:
+        if writer.written(shard):
+            continue
+        try:
+            claimed = worker.claim(claim_name(shard))
+        except FileNotFoundError:  # the cache was completed by another process
+            return
+        if not claimed:
+            continue
+        if writer.written(shard):  # by another, between the two questions
+            worker.release(claim_name(shard))
+        elif not writer.progress.is_dir():
+            return
+        else:
+            yield shard
 
 
 def live_workers(folder: Path) -> list[WorkerState]:

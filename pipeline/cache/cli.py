@@ -1,13 +1,15 @@
-"""`dspark verify` and `dspark inspect`."""
+"""`dspark verify`, `dspark inspect` and `dspark convert`."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import click
 
 from pipeline.errors import CacheError
+from pipeline.options import CONTEXT_CODECS, LAST_CODECS, parse_layer_ids
 
 _CACHE = click.argument("cache", type=click.Path(path_type=Path))
 
@@ -48,7 +50,7 @@ def verify_command(cache: Path, fast: bool, repair: bool, threads: int | None) -
         raise CacheError(f"{count}: `dspark verify {cache} --repair` sets them aside for capture to rewrite")
     moved = set_aside(cache, found.problems)
     raise CacheError(
-        f"{count}, {len(moved):,} set aside in {cache / DAMAGED}: run the capture that made it again, with "
+        f"{count}, {len(moved):,} set aside in {cache / DAMAGED}: run the command that made it again, with "
         "the same options, to rewrite just those"
     )
 
@@ -93,3 +95,60 @@ def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: b
         return
     for line in lines:
         click.echo(line)  # click strips the colours where the output is no terminal
+
+
+@click.command("convert")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--context-codec",
+    type=click.Choice(CONTEXT_CODECS),
+    help="How context features are stored. Default: as in SRC.",
+)
+@click.option(
+    "--last-codec",
+    type=click.Choice(LAST_CODECS),
+    help="How the teacher's states are stored. Default: as in SRC.",
+)
+@click.option(
+    "--layers", callback=parse_layer_ids, help="Layer ids to keep, as 1,9,17. Default: all of SRC's."
+)
+@click.option("--force", is_flag=True, help="Start though the disk can't hold the cache.")
+def convert_command(
+    source: Path,
+    destination: Path,
+    context_codec: str | None,
+    last_codec: str | None,
+    layers: tuple[int, ...] | None,
+    force: bool,
+) -> None:
+    """Write the cache DST from the cache SRC, with other codecs or fewer layers. Needs no target.
+
+    States whose codec stays are copied exactly. SRC is only read, and every file of it is hashed before it is
+    used. Stopped at any moment, the same command continues; several of it at once share the work.
+    """
+    from pipeline.cache.convert import convert
+    from pipeline.cache.inspect import summary_lines
+
+    converted = convert(
+        source,
+        destination,
+        context_codec=context_codec,
+        last_codec=last_codec,
+        layer_ids=layers,
+        force=force,
+    )
+    if not converted.complete:
+        click.echo(
+            f"cache {destination}: shards written by this process: {converted.shards}; "
+            "others are at work on the rest"
+        )
+        return
+    click.echo(f"cache {destination}: {'already complete' if converted.reused else 'complete'}")
+    for line in summary_lines(converted.manifest):
+        click.echo(line)
+    fidelity = converted.manifest.fidelity
+    click.echo(
+        f"  converted from {source}; teacher total variation {fidelity.get('teacher_tv_mean', math.nan):.4f} "
+        "against its states"
+    )

@@ -12,6 +12,7 @@ import click
 import numpy as np
 
 from pipeline.cache.claims import WorkerState, live_workers
+from pipeline.cache.codecs import bits_per_value, get_codec
 from pipeline.cache.fidelity import TEACHER_TV
 from pipeline.cache.index import open_index, sample_ids
 from pipeline.cache.manifest import INDEX, MANIFEST, PROGRESS, Manifest, read_manifest
@@ -54,6 +55,7 @@ def cache_facts(cache: Path, *, fraction: float) -> Facts:
         "shards": len(manifest.plan),
         "rows": manifest.rows,
         "fidelity": manifest.fidelity,
+        "history": list(manifest.history),
     }
     facts |= _of_the_index(cache, manifest, fraction)
     if running is not None:
@@ -154,10 +156,12 @@ def fact_lines(facts: Facts) -> Iterator[str]:
         f"width {target['hidden_size']:,}, {target['num_layers']} layers, vocabulary {target['vocab_size']:,}"
     )
     yield f"            weights {target['weights'][:16]}, tokenizer {_tokenizer(facts)}"
-    yield (
-        f"  features  layers {list(features['layer_ids'])}, {features['context_codec']} context, "
-        f"{features['last_codec']} last hidden"
-    )
+    width = target["hidden_size"]
+    stored = [
+        f"{features[key]} {what} ({bits_per_value(get_codec(features[key]), width):.4g} bits a value)"
+        for key, what in (("context_codec", "context"), ("last_codec", "last hidden"))
+    ]
+    yield f"  features  layers {list(features['layer_ids'])}, {', '.join(stored)}"
     yield (
         f"  data      {facts['samples']:,} samples, {facts['tokens']:,} tokens, {facts['labels']:,} of them "
         f"supervised ({facts['supervised_share']:.0%})"
@@ -179,6 +183,7 @@ def fact_lines(facts: Facts) -> Iterator[str]:
     if "bytes" in facts:
         yield from _size_lines(facts)
     yield from _fidelity_lines(facts["fidelity"])
+    yield from _history_lines(facts["history"])
 
 
 def _tokenizer(facts: Facts) -> str:
@@ -211,7 +216,8 @@ def _progress_lines(facts: Facts) -> Iterator[str]:
             f"{worker['tokens_per_second']:,.0f} tokens/s"
         )
     if not progress["workers"]:
-        yield "  rate      nobody is at work: run the same capture again to continue"
+        work = "conversion" if facts["history"] else "capture"
+        yield f"  rate      nobody is at work: run the same {work} again to continue"
     elif progress["seconds_left"] is None:
         yield f"  rate      not known yet, {len(progress['workers'])} at work"
     else:
@@ -221,12 +227,42 @@ def _progress_lines(facts: Facts) -> Iterator[str]:
         )
 
 
-def _fidelity_lines(fidelity: dict[str, float]) -> Iterator[str]:
-    """Mean and 99th percentile of what was measured, a line a quantity."""
+def summary_lines(manifest: Manifest) -> Iterator[str]:
+    """A complete cache in two lines, for the end of the command that wrote it."""
+    target, features = manifest.identity.target, manifest.identity.features
+    yield (
+        f"  {target.name} ({target.architecture}, {target.dtype}), layers {list(features.layer_ids)}, "
+        f"{features.context_codec} context, {features.last_codec} last hidden"
+    )
+    yield (
+        f"  {manifest.num_samples:,} samples, {manifest.num_tokens:,} tokens, "
+        f"{manifest.num_last_rows:,} labels, {len(manifest.plan)} shards, {manifest.num_bytes / 1e6:,.1f} MB"
+    )
+
+
+def _history_lines(history: list[dict[str, str]]) -> Iterator[str]:
+    """The caches that this one was converted from, a line each."""
+    head = "  history   "
+    for step in history:
+        words = {key: _printable(value) for key, value in step.items()}
+        layers, context, last = (
+            words.get(key, "?").replace(",", ", ") for key in ("layers", "context_codec", "last_codec")
+        )
+        yield (
+            f"{head}converted from {words.get('from', '?')[:16]}: layers [{layers}], "
+            f"{context} context, {last} last hidden"
+        )
+        head = " " * len(head)
+
+
+def _fidelity_lines(fidelity: dict[str, float], whose: str = "") -> Iterator[str]:
+    """Mean and 99th percentile of what was measured, a line a quantity; then the same of the source."""
+    source = {k.removeprefix("source."): v for k, v in fidelity.items() if k.startswith("source.")}
+    fidelity = {k: v for k, v in fidelity.items() if not k.startswith("source.")}
     proof = {name.removeprefix("proof."): v for name, v in fidelity.items() if name.startswith("proof.")}
     means = [name.removesuffix("_mean") for name in fidelity if name.endswith("_mean")]
     rows = fidelity.get(f"{TEACHER_TV}_rows")
-    head = "  fidelity  "
+    head = " " * 12 if whose else "  fidelity  "
     for name in sorted((n for n in means if not n.startswith("proof.")), key=_layer_order):
         words = (
             "teacher total variation" if name == TEACHER_TV else name.replace("relative_error.", "error of ")
@@ -235,10 +271,13 @@ def _fidelity_lines(fidelity: dict[str, float]) -> Iterator[str]:
         text = f"{words}: mean {fidelity[f'{name}_mean']:.4g}" + (
             f", p99 {late:.4g}" if late is not None else ""
         )
-        yield head + text + (f", over {rows:,.0f} rows" if rows and name == TEACHER_TV else "")
+        yield head + whose + text + (f", over {rows:,.0f} rows" if rows and name == TEACHER_TV else "")
         head = " " * len(head)
     if proof:
-        yield head + "proof: " + ", ".join(f"{name} {value:.4g}" for name, value in sorted(proof.items()))
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(proof.items()))
+        yield f"{head}{whose}proof: {figures}"
+    if source:
+        yield from _fidelity_lines(source, f"{whose}source's ")
 
 
 def _layer_order(name: str) -> tuple[int, int, str]:

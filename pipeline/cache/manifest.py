@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "samples.arrow"
 PROGRESS = "progress"
+STATISTICS = "statistics.safetensors"
 FROZEN = "target/frozen.safetensors"
 # A manifest lists about a hundred bytes a shard: five million shards stay below this.
 MAX_MANIFEST_BYTES = 512 * 2**20
@@ -174,6 +175,8 @@ class Manifest:
     plan: Plan
     fidelity: dict[str, float]
     """How well the stored states reproduce the target; measured during capture."""
+    history: tuple[dict[str, str], ...] = ()
+    """The caches this one was converted from, the first one first; empty for a captured one."""
     shards: ShardFiles = ShardFiles()
     """The shards; empty until the cache is complete."""
     files: tuple[FileRecord, ...] = ()
@@ -296,10 +299,11 @@ def _check(manifest: Manifest, path: Path) -> None:
         if not len(shards.bytes) == len(shards.sha256) == len(plan):
             raise _damaged(path, "its shards are not those of its plan")
         expected = {MANIFEST, INDEX, FROZEN}
+        allowed = {*expected, STATISTICS}
         listed = {record.file for record in manifest.files} | {MANIFEST}
         if len(listed) != len(manifest.files) + 1:
             raise _damaged(path, "its file table names a file twice")
-        strangers = [name for name in listed - expected if not is_target_file(name)]
+        strangers = [name for name in listed - allowed if not is_target_file(name)]
         if expected - listed or strangers:
             wrong = sorted(expected - listed) or sorted(strangers)
             raise CacheError(
@@ -343,8 +347,11 @@ def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
     return [f"{key}: {a.get(key)} against {b.get(key)}" for key in keys]
 
 
-def refuse_another(cache: Path, found: Identity, asked: Identity) -> None:
+def refuse_another(cache: Path, found: Identity, asked: Identity, option: str = "--cache") -> None:
     """Refuse to continue a cache with another identity.
+
+    Args:
+        option: what the command calls the directory.
 
     Raises:
         CacheError: naming the fields that differ, and both values of each.
@@ -353,8 +360,17 @@ def refuse_another(cache: Path, found: Identity, asked: Identity) -> None:
     if differing:
         raise CacheError(
             f"{cache} holds another capture (it has, against what is asked for: {'; '.join(differing)}): "
-            "choose another --cache, or remove that directory"
+            f"choose another {option}, or remove that directory"
         )
+
+
+def origin(history: tuple[dict[str, str], ...]) -> str:
+    """Where a cache comes from, for people."""
+    return (
+        f"converted from the cache {config.show(history[-1].get('from', '?')[:16])}"
+        if history
+        else "captured"
+    )
 
 
 def write_manifest(cache: Path, manifest: Manifest) -> None:

@@ -16,12 +16,11 @@ from pipeline.cache.manifest import (
     PROGRESS,
     FileRecord,
     Manifest,
-    ShardFiles,
     is_sha256,
     is_target_file,
     shard_file,
 )
-from pipeline.cache.writer import MAX_RECORD_BYTES, ShardRecord, TargetRecord
+from pipeline.cache.writer import MAX_RECORD_BYTES, Kept, ShardRecord, TargetRecord
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
@@ -101,11 +100,11 @@ def target_written(cache: Path) -> bool:
     return files.plain_size(cache / PROGRESS / "target.json") > 0
 
 
-def _kept(folder: Path, number: int) -> ShardFiles:
-    kept = _read(folder / "kept.json", ShardFiles, MAX_MANIFEST_BYTES)
+def _kept(folder: Path, number: int) -> Kept:
+    kept = _read(folder / "kept.json", Kept, MAX_MANIFEST_BYTES)
     if kept is None or not len(kept.bytes) == len(kept.sha256) == number:
-        return ShardFiles()
-    return kept if all(map(is_sha256, kept.sha256)) else ShardFiles()
+        return Kept()
+    return kept if all(map(is_sha256, kept.sha256)) else Kept()
 
 
 def _read(path: Path, cls: type[T], limit: int) -> T | None:

@@ -19,9 +19,12 @@ from pipeline.cache.index import sample_id as content_id
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
 from pipeline.cache.manifest import FROZEN, INDEX, Manifest, is_weights, read_manifest, shard_file
 from pipeline.cache.shard import map_shard
+from pipeline.cache.statistics import check_statistics_listed, read_statistics, state_codecs
 from pipeline.cache.verify import FileChecks
 from pipeline.errors import CacheError
 
+# Scales beyond it could decode to infinity (FORMAT.md, rule 9).
+MAX_SCALE = 2.0**60
 # Shards kept mapped. A mapping costs address space and a file handle, not memory.
 MAX_OPEN_SHARDS = 512
 
@@ -61,16 +64,21 @@ class CacheReader:
         self.manifest: Manifest = read_manifest(self.path)
         if self.manifest.status != "complete":
             done = len(list((self.path / "progress").glob("[0-9]*.json")))
+            work = "conversion" if self.manifest.history else "capture"
             raise CacheError(
-                f"{self.path} is incomplete ({done} of {len(self.manifest.plan)} shards captured): "
-                "run the same capture again to finish it"
+                f"{self.path} is incomplete ({done} of {len(self.manifest.plan)} shards written): "
+                f"run the same {work} again to finish it"
             )
         features = self.manifest.identity.features
         self.layer_ids: tuple[int, ...] = features.layer_ids
         self.hidden_size: int = self.manifest.identity.target.hidden_size
-        self._context_codec = get_codec(features.context_codec)
-        self._last_codec = get_codec(features.last_codec)
+        for codec in (features.context_codec, features.last_codec):
+            get_codec(codec)  # an unknown one is refused before anything else is read
+        check_statistics_listed(self.path, self.manifest)
         self._check_files()
+        self._codecs = state_codecs(
+            self.manifest.identity, read_statistics(self.path, self.manifest.identity)
+        )
         table = open_index(self.path / INDEX, self.manifest.plan)
         self.sample_ids = sample_ids(table)
         self.sources, self.source_rows = table["source"].to_numpy(), table["source_row"].to_numpy()
@@ -172,17 +180,22 @@ class CacheReader:
         """Decode a sample's context features into `out` `[S, L*H]`, layers in the order given."""
         shard, tokens, _ = self._rows(i)
         for column, layer_id in enumerate(layer_ids):
-            name = context_name(layer_id)
-            suffixes = self._context_codec.specs(1, self.hidden_size)
-            parts = {suffix: shard[part_name(name, suffix)][tokens] for suffix in suffixes}
             columns = slice(column * self.hidden_size, (column + 1) * self.hidden_size)
-            self._context_codec.decode(parts, out[:, columns])
+            self._decode(i, context_name(layer_id), shard, tokens, out[:, columns])
 
     def read_last_hidden(self, i: int, out: Tensor) -> None:
         """Decode a sample's last hidden states into `out` `[M, H]`."""
         shard, _, rows = self._rows(i)
-        suffixes = self._last_codec.specs(1, self.hidden_size)
-        self._last_codec.decode({s: shard[part_name(LAST_HIDDEN, s)][rows] for s in suffixes}, out)
+        self._decode(i, LAST_HIDDEN, shard, rows, out)
+
+    def _decode(self, i: int, state: str, shard: dict[str, Tensor], rows: slice, out: Tensor) -> None:
+        """Decode rows of one state into `out` `[n, H]`, its scales checked for sense."""
+        bound = self._codecs[state]
+        parts = {s: shard[part_name(state, s)][rows] for s in bound.codec.specs(1, self.hidden_size)}
+        scales = parts.get("scale")
+        if scales is not None and not bool((scales.abs() <= MAX_SCALE).all()):
+            raise CacheError(f"{self.path}: sample {i} has a scale of {state} that no writer writes: damaged")
+        bound.decode(parts, out)
 
     def num_last_rows(self, i: int) -> int:
         """M, the number of stored last hidden rows of sample `i`."""

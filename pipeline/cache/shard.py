@@ -28,10 +28,12 @@ DTYPE_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
     torch.uint8: "U8",
 }
 # How the safetensors library orders tensors in a file, from its last to its first.
-DTYPE_ORDER = ("U8", "F16", "BF16", "I32", "F32")
+DTYPE_ORDER = ("U8", "I8", "F8_E4M3", "F16", "BF16", "I32", "F32")
 # A header lists a few hundred layers at most, at about 100 bytes each.
 MAX_HEADER_BYTES = 2**20
 

@@ -25,12 +25,14 @@ from pipeline.cache.manifest import (
     FROZEN,
     INDEX,
     MANIFEST,
+    STATISTICS,
     FileRecord,
     Manifest,
     is_weights,
     read_manifest,
 )
 from pipeline.cache.shard import MAX_HEADER_BYTES, map_shard
+from pipeline.cache.statistics import check_statistics_listed, read_statistics
 from pipeline.errors import CacheError
 
 FOLDERS = ("shards", "target")
@@ -92,6 +94,7 @@ def verify_cache(
     manifest = read_manifest(cache)
     for codec in (manifest.identity.features.context_codec, manifest.identity.features.last_codec):
         get_codec(codec)
+    check_statistics_listed(cache, manifest)
     if manifest.status == "complete":
         records, shards = list(manifest.all_files()), len(manifest.plan)
     else:
@@ -214,6 +217,8 @@ class FileChecks:
             return "its hash differs"
         if record.file == FROZEN:
             return self._frozen(path)
+        if record.file == STATISTICS:
+            read_statistics(self.cache, self.manifest.identity)
         if not record.file.startswith("shards/"):
             return None
         shard = int(Path(record.file).stem)

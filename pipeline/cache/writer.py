@@ -20,6 +20,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from pipeline import __version__, config, files
+from pipeline.cache.codecs import Statistics
 from pipeline.cache.fidelity import Measured, summarise
 from pipeline.cache.index import index_bytes
 from pipeline.cache.layout import shard_specs
@@ -29,6 +30,7 @@ from pipeline.cache.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     PROGRESS,
+    STATISTICS,
     FileRecord,
     Identity,
     Manifest,
@@ -36,12 +38,14 @@ from pipeline.cache.manifest import (
     ShardFiles,
     is_sha256,
     is_target_file,
+    origin,
     read_manifest,
     refuse_another,
     shard_file,
     write_manifest,
 )
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
+from pipeline.cache.statistics import read_statistics, standardised_states, statistics_bytes
 from pipeline.errors import CacheError, ConfigError, WriteError
 
 _FOLDERS = ("shards", PROGRESS, "target")
@@ -66,6 +70,14 @@ class TargetRecord:
     proof: dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kept(ShardFiles):
+    """What a damaged cache was reopened with; a size of 0 marks a shard to be written again."""
+
+    statistics: str = ""
+    """The hash of its statistics, if it had any: its shards can't be read with others."""
+
+
 class CacheWriter:
     """Fills one cache directory according to one plan. Many processes may do so at once.
 
@@ -75,6 +87,7 @@ class CacheWriter:
         plan: what each shard holds, from `build_index`.
         index: the sample index, from `build_index`.
         rows: where every source row went, by reason.
+        history: the caches this one is converted from, the first one first.
 
     Raises:
         CacheError: the directory holds another identity (the fields that differ are named), or
@@ -89,17 +102,23 @@ class CacheWriter:
         plan: Plan,
         index: pa.Table,
         rows: dict[str, int],
+        history: tuple[dict[str, str], ...] = (),
     ):
         self.path = path
         self.progress = path / PROGRESS
-        self._kept = ShardFiles()
+        self._kept = Kept()
         self.manifest = Manifest(
-            created_by=f"dspark-pipeline {__version__}", identity=identity, rows=rows, plan=plan, fidelity={}
+            created_by=f"dspark-pipeline {__version__}",
+            identity=identity,
+            rows=rows,
+            plan=plan,
+            fidelity={},
+            history=history,
         )
         if path.is_symlink() and not path.exists():
             raise CacheError(f"{path} is a link to nothing: --cache must name a directory")
         if path.exists() and not path.is_dir():
-            raise CacheError(f"{path} is a file: --cache must name a directory, new or holding a cache")
+            raise CacheError(f"{path} is a file: name a directory, new or holding a cache")
         try:
             if not (path / MANIFEST).exists():
                 self._start()
@@ -118,7 +137,7 @@ class CacheWriter:
             return
         if strangers:
             raise CacheError(
-                f"{self.path} is not empty and holds no {MANIFEST}: choose an empty or new --cache directory"
+                f"{self.path} is not empty and holds no {MANIFEST}: choose an empty or new directory"
             )
         # Not over another: this process may have been held up here while others did the whole capture.
         files.publish_bytes(self.path / MANIFEST, self.manifest.to_json(), replace=False)
@@ -129,11 +148,16 @@ class CacheWriter:
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                 raise CacheError(f"{folder} is not a directory: remove it, a cache lies in one place")
         found = read_manifest(self.path)
-        refuse_another(self.path, found.identity, self.manifest.identity)
+        option = "directory" if self.manifest.history else "--cache"  # what the command calls it
+        refuse_another(self.path, found.identity, self.manifest.identity, option)
+        remedy = f"choose another {option}, or remove that directory"
         if found.plan != self.manifest.plan:
             raise CacheError(
-                f"{self.path / MANIFEST} is damaged (its plan is not that of its samples): "
-                "choose another --cache, or remove that directory"
+                f"{self.path / MANIFEST} is damaged (its plan is not that of its samples): {remedy}"
+            )
+        if found.history != self.manifest.history:
+            raise CacheError(
+                f"{self.path} was {origin(found.history)}, not {origin(self.manifest.history)}: {remedy}"
             )
         if found.status == "complete":
             damaged = self._damaged(found)
@@ -169,6 +193,7 @@ class CacheWriter:
         kept = {
             "bytes": [size * whole for size, whole in zip(found.shards.bytes, good, strict=True)],
             "sha256": list(found.shards.sha256),
+            "statistics": next((r.sha256 for r in found.files if r.file == STATISTICS), ""),
         }
         files.publish_bytes(self._kept_file, json.dumps(kept).encode())
         # The rewritten shards are what they were, so what was measured stays true.
@@ -179,14 +204,13 @@ class CacheWriter:
     def _kept_file(self) -> Path:
         return self.progress / "kept.json"
 
-    def _read_kept(self) -> ShardFiles:
-        """The shards that a damaged cache was reopened with; a size of 0 marks one to be written again."""
+    def _read_kept(self) -> Kept:
         try:
-            kept = config.build(ShardFiles, json.loads(files.read_small(self._kept_file, MAX_MANIFEST_BYTES)))
+            kept = config.build(Kept, json.loads(files.read_small(self._kept_file, MAX_MANIFEST_BYTES)))
         except (OSError, ValueError, RecursionError, ConfigError):
-            return ShardFiles()
+            return Kept()
         whole = len(kept.bytes) == len(kept.sha256) == len(self.manifest.plan)
-        return kept if whole and all(map(is_sha256, kept.sha256)) else ShardFiles()
+        return kept if whole and all(map(is_sha256, kept.sha256)) else Kept()
 
     def _write_index(self, data: bytes) -> None:
         path, digest = self.path / INDEX, hashlib.sha256(data).hexdigest()
@@ -276,6 +300,44 @@ class CacheWriter:
             if not self.completed_by_another():
                 raise
 
+    def statistics(self, measure: Callable[[], Mapping[str, Statistics]]) -> dict[str, Statistics]:
+        """The statistics by which this cache's states are standardised; empty where no codec needs any.
+
+        Args:
+            measure: called if the cache has none yet. Of several processes that measure, the first to publish
+                decides for all.
+
+        Raises:
+            CacheError: shards were written with other statistics, and those are lost.
+        """
+        identity, path = self.manifest.identity, self.path / STATISTICS
+        if not standardised_states(identity):
+            return {}
+        if files.plain_size(path) < 0:
+            data = b"".join(statistics_bytes(measure()))
+            if self._kept.statistics not in ("", hashlib.sha256(data).hexdigest()):
+                raise CacheError(
+                    f"{path} is lost and what is measured here differs from it, so the shards that are there "
+                    "can't be read: remove the cache and capture again"
+                )
+            with self._unless_completed():
+                files.publish_bytes(path, data, replace=False)
+        found = read_statistics(self.path, identity)
+        if self._kept.statistics not in ("", files.sha256_file(path)):
+            raise CacheError(f"{path} is damaged (its hash differs): remove it, then capture again")
+        return found
+
+    def statistics_written(self) -> bool:
+        """Whether the statistics are there, by whichever process, or none are needed."""
+        needed = bool(standardised_states(self.manifest.identity))
+        return not needed or files.plain_size(self.path / STATISTICS) >= 0
+
+    def _statistics_record(self) -> list[FileRecord]:
+        if not standardised_states(self.manifest.identity):
+            return []
+        path = self.path / STATISTICS
+        return [FileRecord(file=STATISTICS, bytes=path.stat().st_size, sha256=files.sha256_file(path))]
+
     @property
     def _target_file(self) -> Path:
         return self.progress / "target.json"
@@ -300,12 +362,16 @@ class CacheWriter:
         return self._target_record() is not None
 
     def write_target(
-        self, others: Mapping[str, bytes], frozen: Mapping[str, Tensor], proof: dict[str, float] | None = None
+        self,
+        others: Mapping[str, bytes],
+        frozen: Mapping[str, Tensor] | memoryview,
+        proof: dict[str, float] | None = None,
     ) -> None:
         """Write `target/`: config and tokenizer files by name, and the frozen embedding and head.
 
         Args:
-            frozen: `embed_tokens.weight` and, unless tied, `lm_head.weight`, `[V, H]` on the CPU.
+            frozen: `embed_tokens.weight` and, unless tied, `lm_head.weight`, `[V, H]` on the CPU; or the
+                whole file that holds them.
             proof: what the proof before the first shard measured.
         """
         records = []
@@ -313,7 +379,8 @@ class CacheWriter:
             for name, data in sorted(others.items()):
                 size, digest = files.publish_bytes(self.path / "target" / name, data)
                 records.append(FileRecord(file=f"target/{name}", bytes=size, sha256=digest))
-            size, digest = files.publish_bytes(self.path / FROZEN, *file_bytes(frozen))
+            pieces = [frozen] if isinstance(frozen, memoryview) else file_bytes(frozen)
+            size, digest = files.publish_bytes(self.path / FROZEN, *pieces)
             records.append(FileRecord(file=FROZEN, bytes=size, sha256=digest))
             record = TargetRecord(files=tuple(records), proof=proof or {})
             files.publish_bytes(self._target_file, json.dumps(dataclasses.asdict(record)).encode())
@@ -335,7 +402,7 @@ class CacheWriter:
             status="complete",
             fidelity=fidelity,
             shards=ShardFiles(bytes=tuple(r.bytes for r in shards), sha256=tuple(r.sha256 for r in shards)),
-            files=(self._index, *target.files),
+            files=(self._index, *self._statistics_record(), *target.files),
         )
         write_manifest(self.path, self.manifest)
         self._remove_progress()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import capture.batching
 from capture.batching import WINDOW_SAMPLES, CapturePlan, plan_capture
 from capture.plan import CaptureOptions
-from capture.workers import WorkerPlace, take_shards
+from pipeline.cache.claims import take_shards
 
 BATCH_TOKENS, SHARD_TOKENS = CaptureOptions.batch_tokens, CaptureOptions.shard_tokens
 lists_of_lengths = st.lists(st.integers(1, 200), max_size=60)
@@ -121,7 +121,7 @@ class Everything:
 @given(st.integers(0, 40), st.integers(1, 7), st.integers(0, 2**32))
 def test_any_number_of_workers_in_any_order_takes_every_shard_once(shards, world, seed):
     cache = Everything(shards)
-    workers = [take_shards(cache, cache, WorkerPlace(rank, world, rank)) for rank in range(world)]
+    workers = [take_shards(cache, cache, rank, world) for rank in range(world)]
     generator, taken = np.random.default_rng(seed), []
     while workers:
         worker = workers[generator.integers(len(workers))]

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import capture.fill
 from capture.target import HFDSparkTargetModel
-from pipeline.cache import CacheReader, read_manifest
+from pipeline.cache import CacheReader, fidelity, read_manifest
 from tests.capture.conftest import arguments, in_data_order, places, tree
 from tests.capture.processes import Dspark, finished_shards
 from tests.conftest import assert_refused, run_cli, run_ok
@@ -115,7 +114,7 @@ def test_memory_that_runs_out_while_a_batch_is_encoded_counts_nothing_twice(
 ):
     options = {"batch_tokens": 1000, "shard_tokens": 1000}
     run_ok(*arguments(fp32_target, data, tmp_path / "whole", **options))
-    real, failed = capture.fill.teacher_variation, []
+    real, failed = fidelity.teacher_variation, []
 
     def teacher_variation(*given: Any) -> Tensor:
         if len(failed) < 2:
@@ -123,7 +122,7 @@ def test_memory_that_runs_out_while_a_batch_is_encoded_counts_nothing_twice(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*given)
 
-    monkeypatch.setattr(capture.fill, "teacher_variation", teacher_variation)
+    monkeypatch.setattr(fidelity, "teacher_variation", teacher_variation)
     result = run_cli(*arguments(fp32_target, data, tmp_path / "split", **options))
     assert result.exit_code == 0, result.output
     assert len(failed) == 2
@@ -210,10 +209,10 @@ def test_bad_states_of_rows_that_are_not_kept_do_not_matter(tmp_path, fp32_targe
 
 def test_a_teacher_that_storing_spoils_is_refused(tmp_path, fp32_target, data, monkeypatch):
     monkeypatch.setattr(
-        capture.fill, "teacher_variation", lambda target, identity, one, other: torch.full((len(one),), 0.2)
+        fidelity, "teacher_variation", lambda head, identity, one, other: torch.full((len(one),), 0.3)
     )
     result = run_cli(*arguments(fp32_target, data, tmp_path / "cache"))
-    assert_refused(result, 1, "stored teacher", "0.200", "at most 0.05")
+    assert_refused(result, 1, "stored teacher", "0.300", "at most 0.25")
     assert finished_shards(tmp_path / "cache") == []
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import capture.plan
 from capture.options import DataOptions, TargetOptions
 from capture.plan import CaptureOptions, free_bytes, prepare, price
 from pipeline.cache import read_manifest
@@ -84,7 +83,7 @@ def test_a_plan_says_what_a_capture_will_do_and_loads_and_writes_nothing(
     assert re.search(r"^\d+ batches of at most 256 tokens, \d+\.\d% padding$", said, re.MULTILINE)
     assert f"{len(manifest.plan)} shards of at most 512 tokens" in lines
     for codec in CODECS:
-        assert re.search(rf"^{codec} +[\d,]+ +[\d.,]+ [kMGT]?B", said, re.MULTILINE)
+        assert re.search(rf"^{codec}(\+int8)? +[\d,]+ +[\d.,]+ [kMGT]?B", said, re.MULTILINE)
     # By hand: id, mask, three layers of 32 bf16 numbers, and such a row of last hidden for every label.
     per_token = 4 + 1 + 3 * 32 * 2 + 32 * 2 * labels / tokens
     shown = int(re.search(r"^bf16 +(\d+) +.*\(this capture's\)$", said, re.MULTILINE)[1])
@@ -154,7 +153,7 @@ def test_the_estimate_holds_for_a_shard_a_sample_and_many_of_them(tmp_path, targ
 def small_disk(monkeypatch) -> list[int]:
     """A disk with as many bytes free as the list's one number says."""
     free = [0]
-    monkeypatch.setattr(capture.plan.shutil, "disk_usage", lambda path: Usage(10**12, 0, free[0]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, free[0]))
     return free
 
 
@@ -191,7 +190,7 @@ def test_what_is_captured_already_needs_no_room(tmp_path, target_dir, data_file,
 
 def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(capture.plan.shutil, "disk_usage", lambda path: asked.append(path) or Usage(0, 0, 12))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(0, 0, 12))
     assert free_bytes(tmp_path / "not" / "yet") == 12
     assert asked == [tmp_path]
 

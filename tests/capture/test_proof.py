@@ -17,9 +17,12 @@ import pipeline.hooks
 from capture.conversations import TokenizedSample
 from capture.load import open_target
 from capture.options import TargetOptions
-from capture.proof import PROOF_TOKENS, prove_target
+from capture.proof import PROOF_TOKENS
+from capture.proof import prove_target as prove_with_codec
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity, read_manifest
+from pipeline.cache.layout import LAST_HIDDEN
+from pipeline.cache.statistics import state_codecs
 from pipeline.errors import TargetError
 from tests.capture.conftest import arguments
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
@@ -35,6 +38,13 @@ def sample(length: int, seed: int = 0) -> TokenizedSample:
 
 
 SAMPLES = [sample(length, seed) for seed, length in enumerate(LENGTHS)]
+
+
+def prove_target(
+    target: HFDSparkTargetModel, identity: Identity, samples: list[TokenizedSample]
+) -> dict[str, float]:
+    """With the last codec of the identity, which needs no statistics here."""
+    return prove_with_codec(target, identity, samples, state_codecs(identity, {})[LAST_HIDDEN])
 
 
 def opened(folder: Path, layer_ids: tuple[int, ...] = (0, 1)) -> tuple[HFDSparkTargetModel, Identity]:

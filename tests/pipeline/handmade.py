@@ -204,6 +204,7 @@ def hand_manifest() -> dict[str, Any]:
         "plan": {"samples": [2, 1], "tokens": [9, 2], "last_rows": [5, 1]},
         "fidelity": {"teacher_tv_mean": 0.001, "teacher_tv_max": 0.01, "teacher_tv_rows": 3.0},
         "shards": {"bytes": [], "sha256": []},
+        "history": [],
         "files": [],
     }
 

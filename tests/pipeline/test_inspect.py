@@ -77,7 +77,7 @@ def test_the_lines_of_a_complete_cache(cache_dir):
     assert said.startswith(f"cache {cache_dir}: complete\n")
     for part in (
         "tiny-llama (LlamaForCausalLM, ",
-        "layers [0, 2, 4], bf16 context, bf16 last hidden",
+        "layers [0, 2, 4], bf16 context (16 bits a value), bf16 last hidden (16 bits a value)",
         f"40 samples, {facts['tokens']:,} tokens, {facts['labels']:,} of them supervised",
         "chats.jsonl: 40 samples",
         "max_length 4096",

@@ -1,0 +1,230 @@
+"""What each codec costs and keeps, on real activations, and how fast it is.
+
+    python benchmarks/codecs.py                       # the example's target; every target found is measured
+    python benchmarks/codecs.py --target DIR [--gguf-file F]   # another one
+
+For each codec: bits a value; the relative error of held-out rows; a ridge probe; the teacher's total
+variation with the codec for the last hidden state; GB/s of bf16 decoded and encoded.
+
+The probe asks what a draft would lose: it predicts the last hidden state at an anchor from the context
+features at the position before it and the anchor's embedding, by ridge regression on ENCODED features, and is
+evaluated on RAW ones, as a served draft is: the figure is the total variation between the prediction's
+next-token distribution and the target's own. Statistics, probe and figures come from three separate sets of
+samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import timeit
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.record import record
+from capture.fill import pad
+from capture.options import DataOptions, TargetOptions
+from capture.plan import CaptureOptions, PreparedCapture, prepare
+from capture.target import HFDSparkTargetModel
+from pipeline.cache.codecs import CODECS, Codec, Statistics, bits_per_value
+from pipeline.cache.layout import LAST_HIDDEN
+from pipeline.cache.statistics import StateStatistics
+from pipeline.device import reuse_freed_memory
+from pipeline.features import head_logits
+from pipeline.quiet import quiet_transformers
+
+STATISTICS_TOKENS, TRAIN_TOKENS, TEST_TOKENS = 5000, 24000, 4000
+RIDGE = 1e-3  # of the mean diagonal
+LAST_CODECS = ("bf16", "fp16", "fp32", "fp8", "int8")
+
+
+def options(target: str | None, gguf_file: str | None, folder: Path) -> CaptureOptions:
+    """The example's conversations, through the target's chat template; as plain text where it has none."""
+    from capture.example import EXAMPLE_DATA
+    from capture.load import open_target
+
+    chosen = TargetOptions(target=target, gguf_file=gguf_file)
+    data = EXAMPLE_DATA
+    if open_target(chosen).tokenizer().chat_template is None:
+        data = folder / "text.jsonl"
+        with EXAMPLE_DATA.open() as rows, data.open("w") as texts:
+            for row in rows:
+                contents = [message["content"] for message in json.loads(row)["messages"]]
+                texts.write(json.dumps({"text": "\n\n".join(contents)}) + "\n")
+    return CaptureOptions(target=chosen, data=DataOptions(data=(str(data),)), cache=folder / "cache")
+
+
+@dataclass
+class Rows:
+    """States of one set of samples. R rows in all, position 0 of every sample left out."""
+
+    context: list[Tensor]
+    """Of each layer, `[R, H]` fp32."""
+    last_hidden: Tensor  # [R, H] fp32
+    embedding: Tensor  # [R, H] fp32, of the row's own token
+    follows: Tensor  # [R] bool: whether the row before is the position before
+
+
+@torch.no_grad()
+def activations(target: HFDSparkTargetModel, prepared: PreparedCapture, picks: np.ndarray) -> Rows:
+    """Run the target over some samples, one by one."""
+    context: list[list[Tensor]] = [[] for _ in prepared.layer_ids]
+    last, embedding, follows = [], [], []
+    embed = target.get_input_embeddings().weight
+    for i in tqdm(picks.tolist(), desc="target", unit="sample", leave=False):
+        sample = prepared.data[i]
+        states = target.states(pad([sample], embed.device))
+        for store, layer_id in zip(context, prepared.layer_ids, strict=True):
+            store.append(states[layer_id][0, 1:].float().cpu())
+        last.append(states[LAST_HIDDEN][0, 1:].float().cpu())
+        embedding.append(embed[torch.from_numpy(sample.input_ids[1:]).long()].float().cpu())
+        follows.append(torch.arange(len(last[-1])) > 0)
+    return Rows(
+        [torch.cat(rows) for rows in context], torch.cat(last), torch.cat(embedding), torch.cat(follows)
+    )
+
+
+def pick(lengths: np.ndarray, tokens: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first samples of `order` that have so many tokens, and the others."""
+    count = int(np.searchsorted(np.cumsum(lengths[order]), tokens)) + 1
+    return order[:count], order[count:]
+
+
+def statistics_of(rows: Tensor) -> Statistics:
+    sums = StateStatistics()
+    sums.add(rows)
+    return sums.result()
+
+
+def through(codec: Codec, rows: Tensor, statistics: Statistics) -> Tensor:
+    """Rows encoded and decoded, `[R, H]` bf16."""
+    out = torch.empty(rows.shape, dtype=torch.bfloat16)
+    codec.decode(codec.encode(rows, statistics), out, statistics)
+    return out
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got.float() - want.float()).norm(dim=1) / want.float().norm(dim=1)).mean().item()
+
+
+class Probe:
+    """Ridge regression to last hidden, from context features one position earlier and the row's embedding."""
+
+    def __init__(self, rows: Rows, scale: list[Statistics]):
+        self._scale, self._follows = scale, rows.follows
+        self._embedding = rows.embedding / rows.embedding.std()
+
+    def inputs(self, context: list[Tensor]) -> Tensor:
+        """`[R', L*H + H + 1]` for the rows that have a row before."""
+        scaled = [(c.float() - s.mean) / s.deviation for c, s in zip(context, self._scale, strict=True)]
+        before = torch.cat(scaled, dim=1)[:-1][self._follows[1:]]
+        here = self._embedding[1:][self._follows[1:]]
+        return torch.cat([before, here, torch.ones(len(here), 1)], dim=1)
+
+    def targets(self, rows: Tensor) -> Tensor:
+        return rows[1:][self._follows[1:]]
+
+
+def fit(inputs: Tensor, outputs: Tensor) -> Tensor:
+    square, product = inputs.T @ inputs, inputs.T @ outputs
+    square += RIDGE * square.diagonal().mean() * torch.eye(len(square))
+    return torch.linalg.solve(square.double(), product.double()).float()
+
+
+def variation(one: Tensor, other: Tensor, head: Tensor, cap: float | None, scale: float) -> float:
+    """Mean total variation between the next-token distributions of two sets of last hidden rows."""
+    total = 0.0
+    for a, b in zip(one.split(256), other.split(256), strict=True):
+        p, q = (head_logits(rows.float(), head, cap, scale).softmax(-1) for rows in (a, b))
+        total += ((p - q).abs().sum(-1) / 2).sum().item()
+    return total / len(one)
+
+
+def gigabytes_per_second(work: Callable[[], object], values: int) -> float:
+    work()
+    best = min(timeit.repeat(work, number=1, repeat=5))
+    return 2 * values / best / 1e9
+
+
+def speed_rows() -> list[tuple[str, str, float, str]]:
+    """Encode and decode at Qwen3-4B's width, into reused buffers."""
+    rows, width = 4096, 2560
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(rows, width, generator=generator) * 3).bfloat16()
+    statistics = Statistics(
+        torch.randn(width, generator=generator), torch.rand(width, generator=generator) + 0.5
+    )
+    out, results = torch.empty_like(values), []
+    for codec in CODECS.values():
+        parts = codec.encode(values, statistics)
+        decode = gigabytes_per_second(lambda c=codec, p=parts: c.decode(p, out, statistics), values.numel())
+        encode = gigabytes_per_second(lambda c=codec: c.encode(values, statistics), values.numel())
+        results += [(f"{codec.name} H={width}", "decode", decode, "GB/s of bf16")]
+        results += [(f"{codec.name} H={width}", "encode", encode, "GB/s of bf16")]
+    return results
+
+
+def quality_rows(prepared: PreparedCapture) -> list[tuple[str, str, float, str]]:
+    target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
+    lengths = prepared.data.facts.lengths
+    order = np.random.default_rng(0).permutation(len(lengths))
+    sets = []
+    for tokens in (STATISTICS_TOKENS, TRAIN_TOKENS, TEST_TOKENS):
+        picks, order = pick(lengths, tokens, order)
+        sets.append(activations(target, prepared, picks))
+    first, train, test = sets
+    scale = [statistics_of(rows) for rows in first.context]
+    last_scale = statistics_of(first.last_hidden)
+    # What bf16 stores is what every codec is compared with.
+    raw, raw_test = ([rows.bfloat16() for rows in each.context] for each in (train, test))
+    head = target.get_output_embeddings().weight.float().cpu()
+    facts = (head, prepared.shape.final_logit_softcapping, prepared.shape.logit_scale)
+    learning, judging = Probe(train, scale), Probe(test, scale)
+    own, judged = judging.targets(test.last_hidden), judging.inputs(raw_test)
+    outputs = learning.targets(train.last_hidden)
+    results, width = [], prepared.shape.hidden_size
+    for codec in CODECS.values():
+        case = f"{codec.name} {prepared.shape.name}"
+        stored = [through(codec, rows, s) for rows, s in zip(raw, scale, strict=True)]
+        errors = [
+            relative_error(through(codec, rows, s), rows) for rows, s in zip(raw_test, scale, strict=True)
+        ]
+        weights = fit(learning.inputs(stored), outputs)
+        results += [(case, "bits a value", bits_per_value(codec, width), "")]
+        results += [(case, "relative error, context", float(np.mean(errors)), "")]
+        results += [(case, "ridge probe TV", variation(judged @ weights, own, *facts), "")]
+        if codec.name in LAST_CODECS:
+            rows = test.last_hidden.bfloat16()
+            decoded = through(codec, rows, last_scale)
+            results += [(case, "relative error, last", relative_error(decoded, rows), "")]
+            results += [(case, "teacher TV", variation(decoded, rows, *facts), "")]
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", help="Hugging Face directory; default: the example's target")
+    parser.add_argument("--gguf-file")
+    parser.add_argument("--speed-only", action="store_true")
+    arguments = parser.parse_args()
+    quiet_transformers()
+    reuse_freed_memory()
+    record("codecs", torch.device("cpu"), speed_rows())
+    if not arguments.speed_only:
+        with tempfile.TemporaryDirectory(prefix="dspark-bench-") as folder:
+            prepared = prepare(options(arguments.target, arguments.gguf_file, Path(folder)))
+            record("codecs", torch.device("cpu"), quality_rows(prepared))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""Make a cache from another one: other codecs, fewer layers, no target. `dspark convert`.
+
+Shard by shard: each source shard is hashed before it is used, decoded, encoded anew and published as capture
+publishes, so that a stopped conversion continues and several processes may share one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.cache.claims import Worker, claim_name, take_shards
+from pipeline.cache.codecs import Statistics, get_codec
+from pipeline.cache.codecs.base import peaks
+from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, relative_error, spread
+from pipeline.cache.layout import LAST_HIDDEN, part_name, shard_specs
+from pipeline.cache.manifest import FROZEN, INDEX, FileRecord, Identity, Manifest, shard_file
+from pipeline.cache.price import Price, cache_price, check_disk, free_bytes
+from pipeline.cache.reader import MAX_SCALE, CacheReader, last_positions
+from pipeline.cache.shard import ShardBuffer, map_shard
+from pipeline.cache.statistics import (
+    TOKENS,
+    StateStatistics,
+    chosen_samples,
+    read_statistics,
+    standardised_states,
+    state_codecs,
+)
+from pipeline.cache.verify import FileChecks, Problem
+from pipeline.cache.writer import CacheWriter
+from pipeline.errors import CacheError, UsageError
+from pipeline.features import validate_target_layer_ids
+from pipeline.signals import StopRequest, stop_on_signals
+from pipeline.units import size
+
+# Rows decoded and encoded at a time.
+ROWS = 2048
+# What the writing of `target/` is called among claims.
+_TARGET = "target"
+# Codecs by how much of a state they lose, those that lose most first.
+PRECISION = ("lm3", "nf4", "fp8", "int8", "bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """How a conversion ended."""
+
+    manifest: Manifest
+    complete: bool
+    """False when other processes still hold shards."""
+    reused: bool
+    """Whether the cache was there already."""
+    shards: int
+    """Written by this process."""
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    context_codec: str | None = None,
+    last_codec: str | None = None,
+    layer_ids: tuple[int, ...] | None = None,
+    force: bool = False,
+) -> Converted:
+    """Write `destination` from `source`, which is only read, or continue where earlier conversions stopped.
+
+    Args:
+        context_codec, last_codec: None keeps the source's.
+        layer_ids: which of the source's layers to keep; None keeps all.
+        force: whether to start though the disk can't hold it.
+
+    Raises:
+        UsageError: both are the same directory, or one lies in the other.
+        CacheError: the source is incomplete or damaged or lacks a layer, the destination holds something
+            else, or the disk can't hold it.
+    """
+    _check_places(source, destination)
+    old = Source(source)
+    identity = _identity(old, context_codec, last_codec, layer_ids)
+    history = (*old.manifest.history, _step(old.manifest))
+    cost = old.price(identity)
+    for line in _plan_lines(old, identity, cost, destination):
+        click.echo(line)
+    if not force:
+        check_disk(destination, cost, "keep fewer layers (--layers) or use smaller codecs")
+    writer = CacheWriter(destination, identity, old.manifest.plan, old.index, old.manifest.rows, history)
+    if writer.complete:
+        return Converted(writer.manifest, complete=True, reused=True, shards=0)
+    _warn_of_finer_codecs(old.manifest.identity, identity)
+    old.reader.check_shards()
+    written = 0
+    try:
+        with stop_on_signals() as stop, Worker(writer.progress, "convert") as worker:
+            written = _convert(writer, worker, old, stop)
+    except FileNotFoundError:  # no progress/ any more
+        if not writer.completed_by_another():
+            raise
+    manifest = writer.finalise()
+    return Converted(manifest or writer.manifest, complete=manifest is not None, reused=False, shards=written)
+
+
+def _check_places(source: Path, destination: Path) -> None:
+    """Nothing may be written to the source."""
+    here, there = source.resolve(), destination.resolve()
+    if here == there or (source.exists() and destination.exists() and source.samefile(destination)):
+        raise UsageError(f"{destination} is the cache to be read: name a new directory to write")
+    if here in there.parents:
+        raise UsageError(f"{destination} lies in the cache to be read: name a directory outside of it")
+
+
+def _identity(
+    old: Source, context_codec: str | None, last_codec: str | None, layer_ids: tuple[int, ...] | None
+) -> Identity:
+    found = old.manifest.identity
+    features = found.features
+    layers = features.layer_ids if layer_ids is None else layer_ids
+    layers = tuple(validate_target_layer_ids(layers, found.target.num_layers))
+    missing = [layer_id for layer_id in layers if layer_id not in features.layer_ids]
+    if missing:
+        raise CacheError(
+            f"{old.path} holds layers {list(features.layer_ids)}, --layers asks for {missing[0]}: keep "
+            "some of those, or capture again"
+        )
+    codecs = {
+        "context_codec": get_codec(context_codec or features.context_codec).name,
+        "last_codec": get_codec(last_codec or features.last_codec).name,
+    }
+    return dataclasses.replace(found, features=dataclasses.replace(features, layer_ids=layers, **codecs))
+
+
+def _step(manifest: Manifest) -> dict[str, str]:
+    """What the history says of a source."""
+    features = manifest.identity.features
+    return {
+        "from": manifest.checksum,
+        "layers": ",".join(map(str, features.layer_ids)),
+        "context_codec": features.context_codec,
+        "last_codec": features.last_codec,
+    }
+
+
+def _plan_lines(old: Source, identity: Identity, cost: Price, destination: Path) -> Iterator[str]:
+    features, manifest = identity.features, old.manifest
+    a_token = sum(manifest.shards.bytes) / manifest.num_tokens
+    yield (
+        f"from {old.path}: {size(manifest.num_bytes)}, {a_token:,.0f} bytes a token; to {destination}: "
+        f"layers {list(features.layer_ids)}, {features.context_codec} context, "
+        f"{features.last_codec} last hidden"
+    )
+    yield (
+        f"{cost.per_token:,.0f} bytes a token, {size(cost.total)} in {len(manifest.plan):,} shards; "
+        f"disk: {size(free_bytes(destination))} free"
+    )
+
+
+def _warn_of_finer_codecs(old: Identity, new: Identity) -> None:
+    """Say once that what a codec lost stays lost."""
+    pairs = [
+        (what, getattr(old.features, key), getattr(new.features, key))
+        for key, what in (("context_codec", "context"), ("last_codec", "last hidden"))
+    ]
+    finer = [
+        f"{before} {what} as {after}"
+        for what, before, after in pairs
+        if PRECISION.index(before) < PRECISION.index(after)
+    ]
+    if finer:
+        click.echo(
+            f"warning: {' and '.join(finer)} is no better than it was: the error stays, in a larger cache",
+            err=True,
+        )
+
+
+class Source:
+    """A complete cache whose files are hashed before they are used.
+
+    Raises:
+        CacheError: missing, incomplete, or with damaged files.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.reader = path, CacheReader(path)
+        self.manifest: Manifest = self.reader.manifest
+        self.identity = self.manifest.identity
+        records = {record.file: record for record in self.manifest.files}
+        self._frozen = records.pop(FROZEN)
+        with FileChecks(path, self.manifest, threads=1) as checks:
+            problem, table = checks.index([records.pop(INDEX)])
+            problems = [problem] if problem else checks.problems(records.values())
+        self._refuse(problems)
+        assert table is not None
+        self.index = table
+        self.starts, self.lengths, self.shards, self.last_starts, self.last_rows = (
+            table[name].to_numpy() for name in ("token_start", "length", "shard", "last_start", "last_rows")
+        )
+        self.statistics = read_statistics(path, self.identity)
+        self.codecs = state_codecs(self.identity, self.statistics)
+        self._shard: tuple[int, dict[str, Tensor]] = (-1, {})
+
+    def _refuse(self, problems: list[Problem]) -> None:
+        if problems:
+            raise CacheError(
+                f"{self.path / problems[0].file} is damaged ({problems[0].reason}): `dspark verify "
+                f"{self.path} --repair` sets damaged files aside for capture to rewrite; then run this again"
+            )
+
+    def price(self, identity: Identity) -> Price:
+        """What this cache would take with other features."""
+        target = sum(r.bytes for r in self.manifest.files if r.file.startswith("target/"))
+        return cache_price(identity, self.manifest.plan, self.manifest.rows, self.index, target)
+
+    def shard(self, shard: int) -> dict[str, Tensor]:
+        """The stored tensors of a shard, views of the file; hashed unless it is the one asked for before."""
+        if self._shard[0] != shard:
+            self._shard = (-1, {})  # one is mapped at a time
+            name, shards = shard_file(shard), self.manifest.shards
+            record = FileRecord(file=name, bytes=shards.bytes[shard], sha256=shards.sha256[shard])
+            with FileChecks(self.path, self.manifest, threads=1) as checks:
+                self._refuse(checks.problems([record], self.index))
+            specs = shard_specs(self.identity, self.manifest.plan[shard])
+            self._shard = (shard, map_shard(self.path / name, specs))
+        return self._shard[1]
+
+    def decode(self, shard: int, state: str, rows: slice | Tensor) -> Tensor:
+        """Some rows of a state, as training reads them, `[n, H]` bfloat16.
+
+        Raises:
+            CacheError: a value that no capture writes.
+        """
+        stored, bound = self.shard(shard), self.codecs[state]
+        width = self.identity.target.hidden_size
+        parts = {s: stored[part_name(state, s)][rows] for s in bound.codec.specs(1, width)}
+        scales = parts.get("scale")
+        good = scales is None or bool((scales.abs() <= MAX_SCALE).all())
+        out = torch.empty(len(parts[""]), width, dtype=torch.bfloat16)
+        if good:
+            bound.decode(parts, out)
+        if not good or not bool(torch.isfinite(peaks(out)).all()):
+            raise CacheError(
+                f"{self.path / shard_file(shard)} has a {'value' if good else 'scale'} of {state} that no "
+                "capture writes: capture again"
+            )
+        return out
+
+    def label_rows(self, shard: int) -> Tensor:
+        """The token row of each row of `last_hidden`, `[M]`."""
+        mask = self.shard(shard)["loss_mask"].clone()
+        mask[torch.from_numpy(self.starts[self.shards == shard])] = 0  # what precedes is another sample's
+        return mask.nonzero().squeeze(1) - 1
+
+    def head(self) -> Tensor:
+        """The target's `lm_head.weight` `[V, H]`."""
+        return self.reader.frozen()["lm_head.weight"]
+
+    def check_frozen(self) -> None:
+        """Hash the frozen weights."""
+        with FileChecks(self.path, self.manifest, threads=1) as checks:
+            self._refuse(checks.problems([self._frozen]))
+
+    def copy_target(self, writer: CacheWriter) -> None:
+        """Copy `target/`, byte for byte, and the figures of `fidelity`."""
+        names = [record.file for record in self.manifest.files if record.file.startswith("target/")]
+        others = {n.removeprefix("target/"): (self.path / n).read_bytes() for n in names if n != FROZEN}
+        proof = {f"source.{name}": value for name, value in self.manifest.fidelity.items()}
+        with (self.path / FROZEN).open("rb") as file:
+            frozen = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        writer.write_target(others, memoryview(frozen), proof)
+
+    def measure(self, identity: Identity, between: Callable[[], None]) -> dict[str, Statistics]:
+        """The statistics of a cache with `identity`: this one's, or measured from its rows where it has none.
+
+        As a capture's they come from some samples' first rows, position 0 left out: see `chosen_samples`.
+
+        Args:
+            between: called before each sample; may raise to stop.
+        """
+        wanted = standardised_states(identity)
+        known = {state: self.statistics[state] for state in wanted if state in self.statistics}
+        sums = {state: StateStatistics() for state in wanted if state not in known}
+        samples = chosen_samples(len(self.lengths)) if sums else []
+        last = {}
+        for i in samples:
+            between()
+            shard, start = int(self.shards[i]), int(self.starts[i])
+            tokens = slice(start + 1, start + min(int(self.lengths[i]), TOKENS))
+            mask = self.shard(shard)["loss_mask"][start : start + int(self.lengths[i])]
+            first = int(self.last_starts[i])
+            end = first + int(self.last_rows[i])
+            begin = first + int(last_positions(mask)[0] == 0)
+            last[i] = slice(begin, min(end, begin + TOKENS))
+            for state, each in sums.items():
+                each.add(self.decode(shard, state, last[i] if state == LAST_HIDDEN else tokens))
+        if LAST_HIDDEN in sums and not any(part.start < part.stop for part in last.values()):
+            for i in samples:  # of two tokens each: position 0 is all there is
+                row = int(self.last_starts[i])
+                sums[LAST_HIDDEN].add(self.decode(int(self.shards[i]), LAST_HIDDEN, slice(row, row + 1)))
+        return known | {state: each.result() for state, each in sums.items()}
+
+
+def _convert(writer: CacheWriter, worker: Worker, old: Source, stop: StopRequest) -> int:
+    """Convert every shard that nobody else holds; return how many."""
+
+    def between() -> None:
+        stop.check(f"{writer.path} keeps every finished shard, the same command continues")
+
+    plan, pending = writer.manifest.plan, writer.pending()
+    old.check_frozen()
+    between()
+    statistics = writer.statistics(lambda: old.measure(writer.manifest.identity, between))
+    if not writer.target_written() and worker.claim(_TARGET):
+        old.copy_target(writer)
+        worker.release(_TARGET)
+    total, written = writer.manifest.num_tokens, 0
+    done = total - sum(plan.tokens[shard] for shard in pending)
+    filler = Filler(old, writer.manifest.identity, statistics)
+    memory = torch.empty(max((writer.shard_bytes(s) for s in pending), default=0), dtype=torch.uint8)
+    with tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="convert") as bar:
+        for shard in take_shards(writer, worker):
+            between()
+            buffer = writer.new_shard(shard, memory)
+            measured = filler.fill(buffer, shard)
+            writer.write_shard(shard, buffer, measured)
+            worker.release(claim_name(shard))
+            worker.captured(plan.tokens[shard])
+            bar.update(plan.tokens[shard])
+            written += 1
+    return written
+
+
+class Filler:
+    """Lays the rows of source shards into buffers, as another identity stores them."""
+
+    def __init__(self, old: Source, identity: Identity, statistics: Mapping[str, Statistics]):
+        self._old, self._identity = old, identity
+        self._codecs = state_codecs(identity, statistics)
+        self._kept = {
+            state
+            for state, bound in self._codecs.items()
+            if bound.codec == old.codecs[state].codec
+            and _same(statistics.get(state), old.statistics.get(state))
+        }
+        self._head = torch.empty(0) if LAST_HIDDEN in self._kept else old.head()
+
+    @torch.no_grad()
+    def fill(self, buffer: ShardBuffer, shard: int) -> Measured:
+        """Fill `buffer` and return what storing did to a few label rows, measured as in a capture.
+
+        Raises:
+            CacheError: the source's shard is damaged, or a value does not fit the codec.
+        """
+        stored, new = self._old.shard(shard), buffer.tensors
+        for name in ("input_ids", "loss_mask"):
+            new[name].copy_(stored[name])
+        labels = self._old.label_rows(shard)
+        checked = torch.tensor(spread(len(labels)))
+        measured: Measured = {}
+        for state, bound in self._codecs.items():
+            suffixes = bound.codec.specs(1, self._identity.target.hidden_size)
+            names = {suffix: part_name(state, suffix) for suffix in suffixes}
+            if state in self._kept:
+                for name in names.values():
+                    new[name].copy_(stored[name])
+                figures = [relative_error(state)] + [TEACHER_TV] * (state == LAST_HIDDEN)
+                measured |= dict.fromkeys(figures, (0.0,) * len(checked))
+                continue
+            for start in range(0, len(new[names[""]]), ROWS):
+                part = slice(start, start + ROWS)
+                for suffix, encoded in bound.encode(self._old.decode(shard, state, part)).items():
+                    new[names[suffix]][part] = encoded
+            rows = checked if state == LAST_HIDDEN else labels[checked]
+            own = self._old.decode(shard, state, rows)
+            parts = {suffix: new[name][rows] for suffix, name in names.items()}
+            values = measure_rows(state, bound, own, parts, self._head, self._identity)
+            measured |= {what: tuple(value.tolist()) for what, value in values.items()}
+        return measured
+
+
+def _same(one: Statistics | None, other: Statistics | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.mean, other.mean) and torch.equal(one.deviation, other.deviation)

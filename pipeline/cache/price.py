@@ -1,0 +1,111 @@
+"""What a cache takes on disk, known before it is written."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from pipeline.cache.codecs import Statistics, get_codec
+from pipeline.cache.index import index_bytes
+from pipeline.cache.layout import shard_specs
+from pipeline.cache.manifest import INDEX, MANIFEST, STATISTICS, Identity, Manifest, Plan, read_manifest
+from pipeline.cache.shard import file_layout
+from pipeline.cache.statistics import standardised_states, statistics_bytes
+from pipeline.errors import CacheError
+from pipeline.files import plain_size
+from pipeline.units import size
+
+# What is left free on a disk that a cache nearly fills, as a share of the cache: other files grow too.
+DISK_RESERVE = 0.01
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a cache takes on disk, in bytes."""
+
+    shards: int
+    others: int
+    """Index, manifest, tokenizer, embedding and head."""
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.shards + self.others
+
+    @property
+    def per_token(self) -> float:
+        return self.shards / self.tokens
+
+
+def cache_price(
+    identity: Identity, plan: Plan, rows: dict[str, int], index: pa.Table, target_bytes: int
+) -> Price:
+    """What a cache takes.
+
+    Args:
+        rows: as in the manifest.
+        index: the sample index.
+        target_bytes: what the files of `target/` take.
+    """
+    features, width = identity.features, identity.target.hidden_size
+
+    def row_bytes(codec: str) -> int:
+        specs = get_codec(codec).specs(1, width)
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+
+    tokens, last_rows = sum(plan.tokens), sum(plan.last_rows)
+    header = len(file_layout(shard_specs(identity, plan[0])).header)
+    token_bytes = 4 + 1 + len(features.layer_ids) * row_bytes(features.context_codec)
+    shards = tokens * token_bytes + last_rows * row_bytes(features.last_codec) + len(plan) * header
+    digest = "0" * 64
+    manifest = Manifest(created_by="", identity=identity, rows=rows, plan=plan, fidelity={})
+    table = len(plan) * len(f'{shards // len(plan)}, "{digest}", ')
+    others = len(index_bytes(index)) + len(manifest.to_json()) + table + _statistics_bytes(identity)
+    return Price(shards, others + target_bytes, tokens)
+
+
+def _statistics_bytes(identity: Identity) -> int:
+    """The statistics file and its entry in the manifest."""
+    empty = torch.empty(identity.target.hidden_size)
+    states = standardised_states(identity)
+    entry = 200 if states else 0
+    return entry + sum(map(len, statistics_bytes({s: Statistics(empty, empty) for s in states})))
+
+
+def free_bytes(path: Path) -> int:
+    """What the disk under `path`, which need not exist yet, has free for this user."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def written_bytes(cache: Path) -> int:
+    """What was written of a cache before; files that were set aside are not of it."""
+    inside = (path for folder in ("shards", "target") for path in (cache / folder).glob("*"))
+    paths = [cache / INDEX, cache / STATISTICS, *inside]
+    return sum(max(0, plain_size(path)) for path in paths if not path.name.endswith(".partial"))
+
+
+def check_disk(cache: Path, cost: Price, remedy: str) -> None:
+    """Refuse a cache that the disk can't hold.
+
+    Args:
+        remedy: how it would take less.
+
+    Raises:
+        CacheError: with what it needs and what there is.
+    """
+    if (cache / MANIFEST).is_file() and read_manifest(cache).status == "complete":
+        return  # it needs nothing more, however the estimate is rounded
+    need, free = cost.total - written_bytes(cache), free_bytes(cache)
+    if need * (1 + DISK_RESERVE) > free:
+        raise CacheError(
+            f"{cache} needs {size(need)} more, but its disk has {size(free)} free: {remedy}, "
+            "use another disk, or give --force to start all the same"
+        )

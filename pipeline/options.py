@@ -1,0 +1,23 @@
+"""Command-line options that several commands share; importing this imports no torch."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.errors import UsageError
+
+# The names in `pipeline.cache.codecs`, which `--help` must not import. Fewer bits spoil a teacher.
+CONTEXT_CODECS = ("bf16", "fp16", "fp32", "fp8", "int8", "nf4", "lm3")
+LAST_CODECS = CONTEXT_CODECS[:5]
+
+
+def parse_layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """The callback of `--layers`."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--layers expects integers separated by commas, such as 1,9,17; got {text!r}"
+        ) from None
