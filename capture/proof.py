@@ -26,6 +26,7 @@ PROOF_TOKENS = 256
 # Relative error of a row, mean over a sample, by what the target computes in. The same module in the same
 # forward gives the same numbers; another batch sums in another order, layer after layer.
 SAME_FORWARD = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+OWN_TEACHER = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # total variation, mean
 OTHER_BATCH = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -90,21 +91,31 @@ def _prove_teacher(
     decoded = torch.empty(last_hidden.shape, dtype=torch.bfloat16, device=last_hidden.device)
     codec.decode(codec.encode(last_hidden), decoded)
     head, facts = target.get_output_embeddings().weight, identity.target
-    stored = head_logits(decoded.to(head.device), head, facts.final_logit_softcapping, facts.logit_scale)
-    mean = worst = 1.0
-    if stored.shape == logits.shape:
+
+    def variation(rows: Tensor) -> Tensor:
+        """`[S]`: between the target's own distribution and the one from last hidden `rows`."""
+        found = head_logits(rows.to(head.device), head, facts.final_logit_softcapping, facts.logit_scale)
+        if found.shape != logits.shape:
+            return torch.ones(len(rows))
         expected = logits.to(head.device).float().softmax(-1)
-        variation = (stored.softmax(-1) - expected).abs().sum(-1) / 2  # [S]
-        mean, worst = variation.mean().item(), variation.max().item()
-    if not mean <= MAX_TEACHER_TV:
-        raise TargetError(
-            f"the captured teacher is not the target's: mean total variation {mean:.3f}, expected at most "
-            f"{MAX_TEACHER_TV}; {type(target.model).__name__} changes its logits after lm_head in a way that "
-            "this version does not record"
-        )
+        return (found.softmax(-1) - expected).abs().sum(-1) / 2
+
+    # First as hooked, which only rounding may part from the target's; then as stored by the codec.
+    stored = variation(decoded)
+    for rows, limit in (
+        (variation(last_hidden), OWN_TEACHER.get(last_hidden.dtype, MAX_TEACHER_TV)),
+        (stored, MAX_TEACHER_TV),
+    ):
+        mean = rows.mean().item()
+        if not mean <= limit:
+            raise TargetError(
+                f"the captured teacher is not the target's: mean total variation {mean:.3f}, expected at "
+                f"most {limit}; {type(target.model).__name__} changes its logits after lm_head in a way that "
+                "this version does not record"
+            )
     return {
         "proof.teacher_tv_mean": mean,
-        "proof.teacher_tv_max": worst,
+        "proof.teacher_tv_max": stored.max().item(),
         "proof.teacher_tv_rows": float(len(stored)),
     }
 

@@ -260,3 +260,13 @@ def test_nan_is_refused_before_the_first_shard(tmp_path, fp32_target):
         target.model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(TargetError, match=r"layer 1 of the sample at row 2 .* NaN"):
         prove_target(target, identity, SAMPLES)
+
+
+def test_an_fp32_teacher_is_held_to_what_fp32_can_do(fp32_target):
+    """A scale that is slightly wrong hides behind bf16's rounding, but not behind fp32's."""
+    target, identity = opened(fp32_target)
+    wrong = dataclasses.replace(identity.target, logit_scale=1.05)
+    with pytest.raises(TargetError, match="expected at most 0.005") as caught:
+        prove_target(target, dataclasses.replace(identity, target=wrong), SAMPLES)
+    found = float(str(caught.value).partition("mean total variation ")[2].partition(",")[0])
+    assert 0.005 < found < 0.05
