@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from pipeline import config, files
+from pipeline import files
 from pipeline.cache.manifest import (
     FROZEN,
-    MAX_MANIFEST_BYTES,
     PROGRESS,
     FileRecord,
     Manifest,
     is_sha256,
     is_target_file,
-    shard_file,
 )
-from pipeline.cache.writer import MAX_RECORD_BYTES, Kept, ShardRecord, TargetRecord
-from pipeline.errors import ConfigError
-
-T = TypeVar("T")
+from pipeline.cache.records import TargetRecord, read_kept, read_record, read_shard_record
 
 
 @dataclass(frozen=True)
@@ -46,16 +39,14 @@ def finished_files(cache: Path, manifest: Manifest) -> Finished:
     it is to be written again, and so the writer sees it too.
     """
     folder, number = cache / PROGRESS, len(manifest.plan)
-    kept = _kept(folder, number)
+    kept = read_kept(folder, number)
     records: dict[int, FileRecord] = {}
     listed = {shard for shard, _ in listed_shards(cache / "shards", ".safetensors")}
     for shard in sorted(listed & set(range(number))):
-        record = _read(folder / f"{shard:05d}.json", ShardRecord, MAX_RECORD_BYTES)
-        if record is None and kept.bytes and kept.bytes[shard]:
-            record = FileRecord(file=shard_file(shard), bytes=kept.bytes[shard], sha256=kept.sha256[shard])
-        if record and record.file == shard_file(shard) and is_sha256(record.sha256):
+        record = read_shard_record(folder, shard, kept)
+        if record:
             records[shard] = record
-    target = _read(folder / "target.json", TargetRecord, MAX_RECORD_BYTES)
+    target = read_record(folder / "target.json", TargetRecord)
     others = target.files if target else ()
     good = all(
         is_sha256(each.sha256) and (each.file == FROZEN or is_target_file(each.file)) for each in others
@@ -68,7 +59,7 @@ def finished_shards(cache: Path, manifest: Manifest) -> dict[int, int]:
     """The size in bytes of every finished shard, by number: two directories are listed, no record is read."""
     number = len(manifest.plan)
     recorded = {shard for shard, _ in listed_shards(cache / PROGRESS, ".json")}
-    recorded |= {shard for shard, size in enumerate(_kept(cache / PROGRESS, number).bytes) if size}
+    recorded |= {shard for shard, size in enumerate(read_kept(cache / PROGRESS, number).bytes) if size}
     return {
         shard: size
         for shard, size in listed_shards(cache / "shards", ".safetensors")
@@ -98,17 +89,3 @@ def listed_shards(folder: Path, suffix: str) -> Iterator[tuple[int, int]]:
 def target_written(cache: Path) -> bool:
     """Whether `target/` is said to be finished."""
     return files.plain_size(cache / PROGRESS / "target.json") > 0
-
-
-def _kept(folder: Path, number: int) -> Kept:
-    kept = _read(folder / "kept.json", Kept, MAX_MANIFEST_BYTES)
-    if kept is None or not len(kept.bytes) == len(kept.sha256) == number:
-        return Kept()
-    return kept if all(map(is_sha256, kept.sha256)) else Kept()
-
-
-def _read(path: Path, cls: type[T], limit: int) -> T | None:
-    try:
-        return config.build(cls, json.loads(files.read_small(path, limit)))
-    except (OSError, ValueError, RecursionError, ConfigError):
-        return None

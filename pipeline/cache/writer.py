@@ -13,13 +13,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 from torch import Tensor
 
-from pipeline import __version__, config, files
+from pipeline import __version__, files
 from pipeline.cache.codecs import Statistics
 from pipeline.cache.fidelity import Measured, summarise
 from pipeline.cache.index import index_bytes
@@ -28,7 +27,6 @@ from pipeline.cache.manifest import (
     FROZEN,
     INDEX,
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     PROGRESS,
     STATISTICS,
     FileRecord,
@@ -44,38 +42,22 @@ from pipeline.cache.manifest import (
     shard_file,
     write_manifest,
 )
+from pipeline.cache.records import (
+    KEPT,
+    Kept,
+    ShardRecord,
+    TargetRecord,
+    read_kept,
+    read_record,
+    read_shard_record,
+)
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
 from pipeline.cache.statistics import read_statistics, standardised_states, statistics_bytes
-from pipeline.errors import CacheError, ConfigError, WriteError
+from pipeline.errors import CacheError, WriteError
 
 _FOLDERS = ("shards", PROGRESS, "target")
 # What `progress/` is moved into once it is of no more use, so that it goes at once and whole.
 _DONE = ".progress-done"
-# A record lists a few figures of a few rows.
-MAX_RECORD_BYTES = 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord(FileRecord):
-    """A finished shard, and what was measured while it was captured."""
-
-    measured: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetRecord:
-    """The finished `target/` folder, and what the proof before the first shard measured."""
-
-    files: tuple[FileRecord, ...]
-    proof: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept(ShardFiles):
-    """What a damaged cache was reopened with; a size of 0 marks a shard to be written again."""
-
-    statistics: str = ""
-    """The hash of its statistics, if it had any: its shards can't be read with others."""
 
 
 class CacheWriter:
@@ -179,7 +161,7 @@ class CacheWriter:
             self._remove_progress()
             return
         files.remove_partials(self.path)
-        self._kept = self._read_kept()
+        self._kept = read_kept(self.progress, len(self.manifest.plan))
         self._write_index(index_bytes(index))
 
     def _damaged(self, manifest: Manifest) -> set[str]:
@@ -195,22 +177,10 @@ class CacheWriter:
             "sha256": list(found.shards.sha256),
             "statistics": next((r.sha256 for r in found.files if r.file == STATISTICS), ""),
         }
-        files.publish_bytes(self._kept_file, json.dumps(kept).encode())
+        files.publish_bytes(self.progress / KEPT, json.dumps(kept).encode())
         # The rewritten shards are what they were, so what was measured stays true.
         self.manifest = dataclasses.replace(found, status="incomplete", shards=ShardFiles(), files=())
         write_manifest(self.path, self.manifest)
-
-    @property
-    def _kept_file(self) -> Path:
-        return self.progress / "kept.json"
-
-    def _read_kept(self) -> Kept:
-        try:
-            kept = config.build(Kept, json.loads(files.read_small(self._kept_file, MAX_MANIFEST_BYTES)))
-        except (OSError, ValueError, RecursionError, ConfigError):
-            return Kept()
-        whole = len(kept.bytes) == len(kept.sha256) == len(self.manifest.plan)
-        return kept if whole and all(map(is_sha256, kept.sha256)) else Kept()
 
     def _write_index(self, data: bytes) -> None:
         path, digest = self.path / INDEX, hashlib.sha256(data).hexdigest()
@@ -246,16 +216,8 @@ class CacheWriter:
 
     def _record(self, shard: int) -> ShardRecord | None:
         """The record of a published shard whose file is still as large as it was."""
-        name = shard_file(shard)
-        try:
-            data = files.read_small(self._progress_file(shard), MAX_RECORD_BYTES)
-            record = config.build(ShardRecord, json.loads(data))
-        except (OSError, ValueError, RecursionError, ConfigError):  # never finished, or damaged since
-            if not self._kept.bytes or not self._kept.bytes[shard]:
-                return None
-            record = ShardRecord(file=name, bytes=self._kept.bytes[shard], sha256=self._kept.sha256[shard])
-        good = record.file == name and is_sha256(record.sha256)
-        return record if good and self._is_there(record) else None
+        record = read_shard_record(self.progress, shard, self._kept)
+        return record if record and self._is_there(record) else None
 
     def new_shard(self, shard: int, memory: Tensor | None = None) -> ShardBuffer:
         """A shard to be filled; `memory` as in `pipeline.cache.shard.shard_buffer`."""
@@ -343,10 +305,8 @@ class CacheWriter:
         return self.progress / "target.json"
 
     def _target_record(self) -> TargetRecord | None:
-        try:
-            data = files.read_small(self._target_file, MAX_RECORD_BYTES)
-            record = config.build(TargetRecord, json.loads(data))
-        except (OSError, ValueError, RecursionError, ConfigError):
+        record = read_record(self._target_file, TargetRecord)
+        if record is None:
             return None
         names = [each.file for each in record.files]
         good = len({*names}) == len(names) and FROZEN in names

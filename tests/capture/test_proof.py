@@ -266,7 +266,7 @@ def test_an_fp32_teacher_is_held_to_what_fp32_can_do(fp32_target):
     """A scale that is slightly wrong hides behind bf16's rounding, but not behind fp32's."""
     target, identity = opened(fp32_target)
     wrong = dataclasses.replace(identity.target, logit_scale=1.05)
-    with pytest.raises(TargetError, match="expected at most 0.005") as caught:
+    with pytest.raises(TargetError, match=r"expected at most 0\.005") as caught:
         prove_target(target, dataclasses.replace(identity, target=wrong), SAMPLES)
     found = float(str(caught.value).partition("mean total variation ")[2].partition(",")[0])
     assert 0.005 < found < 0.05

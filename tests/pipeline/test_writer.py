@@ -329,12 +329,13 @@ def test_one_that_finalises_later_has_the_manifest_of_the_first(scratch):
     assert every_byte(path) == before
 
 
-@pytest.mark.parametrize("step", ["mkdir", "remove_partials", "_read_kept", "_write_index", "read_manifest"])
+@pytest.mark.parametrize("step", ["mkdir", "remove_partials", "read_kept", "_write_index", "read_manifest"])
 def test_a_cache_that_is_finished_while_another_joins_stays_as_it_is(scratch, monkeypatch, step):
     """The newcomer is stopped before each step of joining in turn, and the cache is finished meanwhile."""
     writing = make_writing(MASKS)
     whole = every_byte(writing.write(scratch()))
-    owners = {"mkdir": Path, "remove_partials": files, "read_manifest": writer_module}
+    owners = {"mkdir": Path, "remove_partials": files}
+    owners |= dict.fromkeys(["read_manifest", "read_kept"], writer_module)
     owner = owners.get(step, CacheWriter)
     real, calls = getattr(owner, step), 0
     for stop in range(6):
