@@ -103,7 +103,7 @@ def identity(shard_tokens: int) -> Identity:
             pad_token_id=151643,
         ),
         data=DataIdentity(sources=("data.jsonl",), sha256=HASH, settings={}),
-        features=FeatureIdentity(layer_ids=(1, 9, 17, 25, 33)),
+        features=FeatureIdentity(layer_ids=(1, 9, 17, 25, 33), context_codec="bf16", last_codec="bf16"),
         shard_tokens=shard_tokens,
         batch_tokens=16384,
     )

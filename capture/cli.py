@@ -13,7 +13,13 @@ from click.core import ParameterSource
 
 from capture.options import DataOptions, TargetOptions, data_options, target_options
 from pipeline.errors import UsageError
-from pipeline.options import CONTEXT_CODECS, LAST_CODECS, parse_layer_ids
+from pipeline.options import (
+    CONTEXT_CODECS,
+    DEFAULT_CONTEXT_CODEC,
+    DEFAULT_LAST_CODEC,
+    LAST_CODECS,
+    parse_layer_ids,
+)
 
 if TYPE_CHECKING:  # so that --help imports no torch
     from capture.plan import CaptureOptions
@@ -83,14 +89,14 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--context-codec",
                 type=click.Choice(CONTEXT_CODECS),
-                default="bf16",
+                default=DEFAULT_CONTEXT_CODEC,
                 show_default=True,
                 help="How context features are stored: see `dspark plan` for what each costs.",
             ),
             click.option(
                 "--last-codec",
                 type=click.Choice(LAST_CODECS),
-                default="bf16",
+                default=DEFAULT_LAST_CODEC,
                 show_default=True,
                 help="How the teacher's states are stored.",
             ),

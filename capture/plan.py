@@ -36,6 +36,7 @@ from pipeline.cache.price import Price, cache_price, free_bytes, written_bytes
 from pipeline.errors import CacheError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
 from pipeline.hooks import input_device
+from pipeline.options import DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC
 from pipeline.units import duration, size
 
 PROBE_BATCHES = 6
@@ -59,8 +60,8 @@ class CaptureOptions:
     """Padded tokens of one target forward."""
     shard_tokens: int = 32768
     """Tokens of a shard: 1 GB at Qwen3-4B's size, and 40,000 shards for the paper's 1.3M conversations."""
-    context_codec: str = "bf16"
-    last_codec: str = "bf16"
+    context_codec: str = DEFAULT_CONTEXT_CODEC
+    last_codec: str = DEFAULT_LAST_CODEC
     """How states are stored, names in `pipeline.cache.codecs.CODECS`."""
     force: bool = False
     """Whether to start though the disk can't hold the cache."""

@@ -7,17 +7,26 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test reaches a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, settings
 
 from pipeline.cli import cli
 from tests.tiny import make_conversations, make_target
 
 LAYERS = "0,2,4"
+EXACT = ("--context-codec", "bf16", "--last-codec", "bf16")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
+# The same examples on every machine, and none too slow for a busy one.
+settings.register_profile(
+    "dspark", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("dspark")
 
 
 def run_cli(*arguments: str | Path) -> Result:
@@ -61,9 +70,9 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def capture_arguments(target: Path, data: Path, cache: Path) -> list[str | Path]:
-    """`dspark capture` with small shards, so that a cache has several."""
+    """`dspark capture` with small shards, so that a cache has several, and exact."""
     arguments: list[str | Path] = ["capture", "--target", target, "--data", data, "--cache", cache]
-    return [*arguments, "--layers", LAYERS, "--shard-tokens", "512", "--batch-tokens", "256"]
+    return [*arguments, "--layers", LAYERS, "--shard-tokens", "512", "--batch-tokens", "256", *EXACT]
 
 
 @pytest.fixture(scope="session")

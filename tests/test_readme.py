@@ -1,4 +1,4 @@
-"""README's outline names every file of the repository, and no other, each with a word about it."""
+"""README's outline names every file of the repository, and no other; its costs are what codecs take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from pipeline.cache.codecs import bits_per_value, get_codec
 
 ROOT = Path(__file__).parents[1]
 INDENT = 4
@@ -43,3 +45,24 @@ def test_the_outline_names_every_file_and_no_other():
 def test_every_file_in_the_outline_is_annotated():
     bare = [name for name, words in outlined().items() if not words and not name.endswith("/")]
     assert not bare
+
+
+def test_the_table_of_costs_is_what_the_codecs_take():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## What a cache costs\n")[1]
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.split("\n## ")[0].splitlines()
+        if line.startswith("|")
+    ][:6]
+    widths = [int(cell.split("width ")[1].replace(",", "")) for cell in header[1:4]]
+    assert widths == [2560, 4096, 5120]
+    assert len(rows) == 4
+    for name, *cells, share in rows:
+        for context, last in re.findall(r"(\w+) \+ (\w+)", name):
+            for width, cell in zip(widths, cells, strict=True):
+                values = 5 * bits_per_value(get_codec(context), width) + bits_per_value(
+                    get_codec(last), width
+                )
+                a_token = 4 + 1 + values * width / 8  # its id and its mask
+                assert cell.replace(" a token", "") == f"{a_token:,.0f} B, {a_token * 1.237e-3:.1f} TB"
+                assert abs(a_token / (12 * width + 5) - float(share)) < 0.001

@@ -92,9 +92,9 @@ class FeatureIdentity:
     """Which states were kept, and how they were stored."""
 
     layer_ids: tuple[int, ...]
+    context_codec: str
+    last_codec: str
     last_hidden: Literal["post_norm"] = "post_norm"
-    context_codec: str = "bf16"
-    last_codec: str = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,8 @@ class ShardRecord(FileRecord):
     """A finished shard, and what was measured while it was captured."""
 
     measured: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    statistics: str = ""
+    """The hash of the statistics it was written with, if any: it can't be read with others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Kept(ShardFiles):
     """What a damaged cache was reopened with; a size of 0 marks a shard to be written again."""
 
     statistics: str = ""
-    """The hash of its statistics, if it had any: its shards can't be read with others."""
+    """As in ShardRecord, of every shard that was kept."""
 
 
 def read_record(path: Path, cls: type[T], limit: int = MAX_RECORD_BYTES) -> T | None:
@@ -63,5 +65,7 @@ def read_shard_record(folder: Path, shard: int, kept: Kept) -> ShardRecord | Non
     name = shard_file(shard)
     record = read_record(folder / f"{shard:05d}.json", ShardRecord)
     if record is None and kept.bytes and kept.bytes[shard]:
-        record = ShardRecord(file=name, bytes=kept.bytes[shard], sha256=kept.sha256[shard])
+        record = ShardRecord(
+            file=name, bytes=kept.bytes[shard], sha256=kept.sha256[shard], statistics=kept.statistics
+        )
     return record if record and record.file == name and is_sha256(record.sha256) else None

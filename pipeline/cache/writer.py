@@ -89,6 +89,7 @@ class CacheWriter:
         self.path = path
         self.progress = path / PROGRESS
         self._kept = Kept()
+        self._statistics = ""  # the hash of the file, once this process has read it
         self.manifest = Manifest(
             created_by=f"dspark-pipeline {__version__}",
             identity=identity,
@@ -249,7 +250,13 @@ class CacheWriter:
             return
         with self._unless_completed():
             size, digest = files.publish_bytes(self.path / name, buffer.bytes(), step=step)
-            record = ShardRecord(file=name, bytes=size, sha256=digest, measured=measured or {})
+            record = ShardRecord(
+                file=name,
+                bytes=size,
+                sha256=digest,
+                measured=measured or {},
+                statistics=self._statistics,
+            )
             data = json.dumps(dataclasses.asdict(record)).encode()
             files.publish_bytes(self._progress_file(shard), data)
 
@@ -277,7 +284,8 @@ class CacheWriter:
             return {}
         if files.plain_size(path) < 0:
             data = b"".join(statistics_bytes(measure()))
-            if self._kept.statistics not in ("", hashlib.sha256(data).hexdigest()):
+            # Asked in this order: where another process wrote shards meanwhile, its file came before them.
+            if self._others_than(hashlib.sha256(data).hexdigest()) and files.plain_size(path) < 0:
                 raise CacheError(
                     f"{path} is lost and what is measured here differs from it, so the shards that are there "
                     "can't be read: remove the cache and capture again"
@@ -285,9 +293,21 @@ class CacheWriter:
             with self._unless_completed():
                 files.publish_bytes(path, data, replace=False)
         found = read_statistics(self.path, identity)
-        if self._kept.statistics not in ("", files.sha256_file(path)):
-            raise CacheError(f"{path} is damaged (its hash differs): remove it, then capture again")
+        self._statistics = files.sha256_file(path)
+        if self._others_than(self._statistics):
+            raise self._damaged_statistics()
         return found
+
+    def _others_than(self, digest: str) -> bool:
+        """Whether a shard that is there was written with statistics of another hash."""
+        records = map(self._record, range(len(self.manifest.plan)))
+        return any(record.statistics not in ("", digest) for record in records if record)
+
+    def _damaged_statistics(self) -> CacheError:
+        return CacheError(
+            f"{self.path / STATISTICS} is damaged (its hash is not that of what shards were written with): "
+            "remove it, then capture again"
+        )
 
     def statistics_written(self) -> bool:
         """Whether the statistics are there, by whichever process, or none are needed."""
@@ -356,13 +376,16 @@ class CacheWriter:
         target = self._target_record()
         if target is None:
             return self.manifest if self.completed_by_another() else None
+        statistics = self._statistics_record()
+        if any(each.sha256 != r.statistics for each in statistics for r in shards):
+            raise self._damaged_statistics()
         fidelity = self.manifest.fidelity or target.proof | summarise(r.measured for r in shards)
         self.manifest = dataclasses.replace(
             self.manifest,
             status="complete",
             fidelity=fidelity,
             shards=ShardFiles(bytes=tuple(r.bytes for r in shards), sha256=tuple(r.sha256 for r in shards)),
-            files=(self._index, *self._statistics_record(), *target.files),
+            files=(self._index, *statistics, *target.files),
         )
         write_manifest(self.path, self.manifest)
         self._remove_progress()

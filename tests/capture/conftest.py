@@ -14,7 +14,9 @@ from tests.tiny import make_conversations, make_target
 
 
 def arguments(target: Path, data: Path, cache: Path, **options: Any) -> list[str | Path]:
-    options = {"layers": LAYERS, "shard_tokens": 512, "batch_tokens": 256, **options}
+    usual = {"layers": LAYERS, "shard_tokens": 512, "batch_tokens": 256}
+    exact = {"context_codec": "bf16", "last_codec": "bf16"}
+    options = {**usual, **exact, **options}
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
     return ["capture", "--target", target, "--data", data, "--cache", cache, *sum(pairs, ())]
 

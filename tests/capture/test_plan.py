@@ -91,6 +91,16 @@ def test_a_plan_says_what_a_capture_will_do_and_loads_and_writes_nothing(
     assert f"free at {tmp_path / 'cache'}" in lines[-1]
 
 
+def test_the_default_is_nf4_context_and_int8_last_hidden(tmp_path, target_dir, data_file):
+    common = ["--target", target_dir, "--data", data_file, "--cache", tmp_path / "cache"]
+    said = run_ok("plan", *common)
+    (line,) = [line for line in said.splitlines() if line.endswith("(this capture's)")]
+    assert line.startswith("nf4+int8 ")
+    run_ok("capture", *common)
+    kept = read_manifest(tmp_path / "cache").identity.features
+    assert (kept.context_codec, kept.last_codec) == ("nf4", "int8")
+
+
 def test_a_plan_shows_the_padding_that_the_forward_computes(tmp_path, target_dir):
     data = tmp_path / "data.jsonl"
     lengths = [8, 4, 2]

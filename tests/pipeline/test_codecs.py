@@ -27,7 +27,7 @@ from tests.pipeline.hostile import assert_refuses
 from tests.pipeline.stored import stored_cache, stored_identity
 from tests.pipeline.written import make_writing, read_all
 
-QUICK = settings(max_examples=25, deadline=None, database=None, derandomize=True)
+QUICK = settings(max_examples=25)
 WIDTHS = (1, 3, 64, 100, 576, 640, 2560, 2880, 5120)
 SCALED = ("fp8", "int8", "nf4", "lm3")
 STANDARDISED = ("int8", "nf4", "lm3")

@@ -23,7 +23,7 @@ from pipeline.cache import (
 )
 from pipeline.cache.index import index_bytes, open_index
 
-QUICK = settings(max_examples=100, deadline=None, database=None, derandomize=True)
+QUICK = settings(max_examples=100)
 
 lengths_and_limit = st.tuples(st.lists(st.integers(2, 40), max_size=40), st.integers(2, 100))
 masks = st.lists(st.integers(0, 1), min_size=2, max_size=40)

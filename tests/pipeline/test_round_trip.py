@@ -22,7 +22,7 @@ from tests.pipeline.written import (
     small_cache,
 )
 
-QUICK = settings(max_examples=20, deadline=None, database=None, derandomize=True)
+QUICK = settings(max_examples=20)
 
 # A sample's mask ends supervised and has two supervised tokens side by side somewhere.
 masks = st.tuples(

@@ -263,7 +263,25 @@ def test_a_manifest_that_is_wrong_about_the_file_is_refused(tmp_path, codec):
         assert f"its file table is wrong about {FILE}" in assert_refuses(cache, look)
 
 
-# A complete cache that lost files
+# A cache that lost files
+
+
+def test_statistics_changed_between_two_shards_are_refused_by_the_next_process_and_at_the_end(tmp_path):
+    writing = Stored("nf4", "int8")
+    cache = tmp_path / "cache"
+    writer = writing.open(cache)
+    writer.statistics(lambda: writing.statistics)
+    assert len(writer.manifest.plan) > 1
+    writing.write_shard(writer, 0)
+    whole = (cache / FILE).read_bytes()
+    changed(lambda tensors: tensors["context.0.mean"].add_(1))(cache / FILE)
+    with pytest.raises(CacheError, match="its hash is not that of what shards were written with"):
+        writing.open(cache).statistics(lambda: writing.statistics)
+    with pytest.raises(CacheError, match="its hash is not that of what shards were written with"):
+        writing.finish(writer)
+    (cache / FILE).write_bytes(whole)
+    assert writer.finalise().status == "complete"
+    assert verify_cache(cache).problems == []
 
 
 def test_a_lost_file_is_measured_again_to_the_same_bytes(tmp_path):
@@ -302,7 +320,7 @@ def test_a_changed_file_is_not_used_with_the_shards_of_another(tmp_path):
     changed(lambda tensors: tensors["context.0.mean"].add_(1))(cache / FILE)
     (cache / "shards/00001.safetensors").unlink()
     writing = Stored("nf4", "int8")
-    with pytest.raises(CacheError, match="its hash differs"):
+    with pytest.raises(CacheError, match="its hash is not that of what shards were written with"):
         writing.open(cache).statistics(lambda: writing.statistics)
     (cache / FILE).unlink()
     writing.write(cache)

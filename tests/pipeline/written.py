@@ -57,7 +57,7 @@ def make_identity(
             pad_token_id=2,
         ),
         data=DataIdentity(sources=("chats.jsonl",), sha256="01" * 32, settings={"max_length": "64"}),
-        features=FeatureIdentity(layer_ids=tuple(layers)),
+        features=FeatureIdentity(layer_ids=tuple(layers), context_codec="bf16", last_codec="bf16"),
         shard_tokens=shard_tokens,
         batch_tokens=32,
     )

@@ -29,7 +29,7 @@ def test_candidates_by_hand() -> None:
 
 
 @given(masks, st.integers(1, 15), st.integers(0, 3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_sampling_properties(rows: list[list[int]], count: int, seed: int) -> None:
     mask = torch.tensor(rows)
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def test_eval_mask_by_hand() -> None:
 
 
 @given(masks, st.integers(1, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_eval_mask_is_the_unbroken_prefix(rows: list[list[int]], block: int) -> None:
     mask = torch.tensor(rows)
     width = mask.shape[1]

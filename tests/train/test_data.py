@@ -21,7 +21,7 @@ from train.order import epoch_batches, sequential_batches
 
 
 @given(st.lists(st.integers(2, 500), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_epoch_has_every_sample_once(lengths: list[int], size: int, epoch: int) -> None:
     sizes = np.array(lengths)
     batches = epoch_batches(sizes, size, 3, epoch)

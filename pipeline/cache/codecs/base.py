@@ -13,7 +13,7 @@ from torch import Tensor
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 # Values worked on at a time: what fits a core's cache on a CPU, and little memory on a GPU.
-CPU_CHUNK, GPU_CHUNK = 2**19, 2**25
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**25
 
 
 @dataclass(frozen=True)

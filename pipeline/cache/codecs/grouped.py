@@ -63,7 +63,7 @@ def _codes(levels: tuple[float, ...], device: torch.device) -> Tensor:
 
 def _nearest(values: Tensor, levels: tuple[float, ...]) -> Tensor:
     """The number of the nearest level of each value, uint8, in the same shape."""
-    bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    bits = values.to(torch.bfloat16).view(torch.uint16).to(torch.int32)
     return _codes(levels, values.device).index_select(0, bits.flatten()).view(values.shape)
 
 
