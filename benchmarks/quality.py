@@ -1,6 +1,6 @@
 """Whether drafts trained from quantised caches are as good as one trained from raw bf16.
 
-    python benchmarks/quality.py             # about 45 minutes on two CPU cores
+    python benchmarks/quality.py             # about 50 minutes on two CPU cores
     python benchmarks/quality.py --keep DIR  # caches and runs stay there, and a later call goes on with them
 
 The example's target is captured once in bf16; the other caches are converted from that one, so all hold the
@@ -64,7 +64,7 @@ def make_caches(folder: Path) -> None:
 
 def held_out_tau(folder: Path, name: str, seed: int) -> float:
     """Train one draft, if that is not done yet, and evaluate it against the raw teacher."""
-    run = folder / f"run-{name}-{seed}"
+    run = folder / f"run-{name}-{seed}-{STEPS}"
     settings = {"train.seed": seed, "train.max_steps": STEPS, "train.eval_every": STEPS}
     if not (run / "latest").exists():
         dspark(

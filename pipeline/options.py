@@ -9,7 +9,7 @@ from pipeline.errors import UsageError
 # The names in `pipeline.cache.codecs`, which `--help` must not import. Fewer bits spoil a teacher.
 CONTEXT_CODECS = ("bf16", "fp16", "fp32", "fp8", "int8", "nf4", "lm3")
 LAST_CODECS = CONTEXT_CODECS[:5]
-# A third of the bytes of bf16, and drafts as good: benchmarks/quality.py.
+# A third of the bytes of bf16; what that does to drafts is in benchmarks/quality.py.
 DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC = "nf4", "int8"
 
 

@@ -68,4 +68,6 @@ def read_shard_record(folder: Path, shard: int, kept: Kept) -> ShardRecord | Non
         record = ShardRecord(
             file=name, bytes=kept.bytes[shard], sha256=kept.sha256[shard], statistics=kept.statistics
         )
-    return record if record and record.file == name and is_sha256(record.sha256) else None
+    if record is None or record.file != name or not is_sha256(record.sha256):
+        return None
+    return record if not record.statistics or is_sha256(record.statistics) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -89,7 +90,8 @@ class CacheWriter:
         self.path = path
         self.progress = path / PROGRESS
         self._kept = Kept()
-        self._statistics = ""  # the hash of the file, once this process has read it
+        self._standardised = bool(standardised_states(identity))
+        self._statistics = ""  # the hash of their file, once this process has read it
         self.manifest = Manifest(
             created_by=f"dspark-pipeline {__version__}",
             identity=identity,
@@ -218,7 +220,9 @@ class CacheWriter:
     def _record(self, shard: int) -> ShardRecord | None:
         """The record of a published shard whose file is still as large as it was."""
         record = read_shard_record(self.progress, shard, self._kept)
-        return record if record and self._is_there(record) else None
+        if record is None or bool(record.statistics) != self._standardised:
+            return None
+        return record if self._is_there(record) else None
 
     def new_shard(self, shard: int, memory: Tensor | None = None) -> ShardBuffer:
         """A shard to be filled; `memory` as in `pipeline.cache.shard.shard_buffer`."""
@@ -280,7 +284,7 @@ class CacheWriter:
             CacheError: shards were written with other statistics, and those are lost.
         """
         identity, path = self.manifest.identity, self.path / STATISTICS
-        if not standardised_states(identity):
+        if not self._standardised:
             return {}
         if files.plain_size(path) < 0:
             data = b"".join(statistics_bytes(measure()))
@@ -288,7 +292,7 @@ class CacheWriter:
             if self._others_than(hashlib.sha256(data).hexdigest()) and files.plain_size(path) < 0:
                 raise CacheError(
                     f"{path} is lost and what is measured here differs from it, so the shards that are there "
-                    "can't be read: remove the cache and capture again"
+                    "can't be read: remove the cache and run the same command again"
                 )
             with self._unless_completed():
                 files.publish_bytes(path, data, replace=False)
@@ -299,26 +303,31 @@ class CacheWriter:
         return found
 
     def _others_than(self, digest: str) -> bool:
-        """Whether a shard that is there was written with statistics of another hash."""
+        """Whether the first shard that is there was written with statistics of another hash.
+
+        Every process asks this, so the others are left to `finalise`, which reads all records anyway.
+        """
         records = map(self._record, range(len(self.manifest.plan)))
-        return any(record.statistics not in ("", digest) for record in records if record)
+        return any(record.statistics != digest for record in itertools.islice(filter(None, records), 1))
 
     def _damaged_statistics(self) -> CacheError:
         return CacheError(
             f"{self.path / STATISTICS} is damaged (its hash is not that of what shards were written with): "
-            "remove it, then capture again"
+            "remove it, then run the same command again"
         )
 
     def statistics_written(self) -> bool:
         """Whether the statistics are there, by whichever process, or none are needed."""
-        needed = bool(standardised_states(self.manifest.identity))
-        return not needed or files.plain_size(self.path / STATISTICS) >= 0
+        return not self._standardised or files.plain_size(self.path / STATISTICS) >= 0
 
     def _statistics_record(self) -> list[FileRecord]:
-        if not standardised_states(self.manifest.identity):
+        if not self._standardised:
             return []
         path = self.path / STATISTICS
-        return [FileRecord(file=STATISTICS, bytes=path.stat().st_size, sha256=files.sha256_file(path))]
+        size = files.plain_size(path)
+        if size < 0:
+            raise CacheError(f"{path} is lost: run the same command again")
+        return [FileRecord(file=STATISTICS, bytes=size, sha256=files.sha256_file(path))]
 
     @property
     def _target_file(self) -> Path:

@@ -266,6 +266,32 @@ def test_a_manifest_that_is_wrong_about_the_file_is_refused(tmp_path, codec):
 # A cache that lost files
 
 
+def test_a_shard_whose_record_names_no_statistics_or_nonsense_is_written_again(tmp_path):
+    writing = Stored("nf4", "int8")
+    cache = tmp_path / "cache"
+    writer = writing.open(cache)
+    writer.statistics(lambda: writing.statistics)
+    writing.write_shard(writer, 0)
+    path = cache / "progress/00000.json"
+    for value in ("", "zzz"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"statistics": value}))
+        assert 0 in writing.open(cache).pending()
+    writing.write(cache)
+    assert verify_cache(cache).problems == []
+
+
+def test_a_file_lost_at_the_end_is_one_error_and_comes_back(tmp_path):
+    writing = Stored("nf4", "int8")
+    cache = tmp_path / "cache"
+    writer = writing.open(cache)
+    writer.statistics(lambda: writing.statistics)
+    (cache / FILE).unlink()
+    with pytest.raises(CacheError, match=r"statistics\.safetensors is lost: run the same command again"):
+        writing.finish(writer)
+    writing.write(cache)
+    assert verify_cache(cache).problems == []
+
+
 def test_statistics_changed_between_two_shards_are_refused_by_the_next_process_and_at_the_end(tmp_path):
     writing = Stored("nf4", "int8")
     cache = tmp_path / "cache"
@@ -306,7 +332,9 @@ def test_other_figures_than_the_lost_ones_are_refused_and_not_written(tmp_path):
     writing = Stored("nf4", "int8")
     others = some_statistics(writing.identity, 1e-6)
     for _ in range(2):
-        with pytest.raises(CacheError, match=r"statistics\.safetensors is lost .* capture again") as caught:
+        with pytest.raises(
+            CacheError, match=r"statistics\.safetensors is lost .* run the same command again"
+        ) as caught:
             writing.open(cache).statistics(lambda: others)
         assert len(str(caught.value).splitlines()) == 1
         assert not (cache / FILE).exists()
