@@ -150,6 +150,7 @@ def main() -> None:
             shard_tokens=shard_tokens,
         )
         prepared = prepare(options)
+        case = f"{case}, {options.context_codec}+{options.last_codec}"
         target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
         bare_seconds(target, prepared)  # to warm up
         bare, whole, steps = [], [], {}

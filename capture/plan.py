@@ -59,7 +59,7 @@ class CaptureOptions:
     batch_tokens: int = 4096
     """Padded tokens of one target forward."""
     shard_tokens: int = 32768
-    """Tokens of a shard: 1 GB at Qwen3-4B's size, and 40,000 shards for the paper's 1.3M conversations."""
+    """Tokens of a shard: 0.3 GB at Qwen3-4B's size, and 40,000 shards for the paper's 1.3M conversations."""
     context_codec: str = DEFAULT_CONTEXT_CODEC
     last_codec: str = DEFAULT_LAST_CODEC
     """How states are stored, names in `pipeline.cache.codecs.CODECS`."""
