@@ -318,7 +318,7 @@ def test_lost_figures_that_come_out_differently_are_refused(tmp_path, fp32_targe
     monkeypatch.setattr(capture.run, "measure_statistics", elsewhere)
     for _ in range(2):
         result = run_cli(*arguments(fp32_target, data, cache, **DEFAULT, **SMALL))
-        assert_refused(result, 1, FILE, "differs", "capture again")
+        assert_refused(result, 1, FILE, "differs", "run the same command again")
         assert not (cache / FILE).exists()
 
 
