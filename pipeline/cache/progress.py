@@ -9,14 +9,11 @@ from pathlib import Path
 
 from pipeline import files
 from pipeline.cache.manifest import (
-    FROZEN,
     PROGRESS,
     FileRecord,
     Manifest,
-    is_sha256,
-    is_target_file,
 )
-from pipeline.cache.records import TargetRecord, read_kept, read_record, read_shard_record
+from pipeline.cache.records import read_kept, read_shard_record, read_target_record
 
 
 @dataclass(frozen=True)
@@ -46,13 +43,9 @@ def finished_files(cache: Path, manifest: Manifest) -> Finished:
         record = read_shard_record(folder, shard, kept)
         if record:
             records[shard] = record
-    target = read_record(folder / "target.json", TargetRecord)
+    target = read_target_record(folder)
     others = target.files if target else ()
-    good = all(
-        is_sha256(each.sha256) and (each.file == FROZEN or is_target_file(each.file)) for each in others
-    )
-    there = tuple(each for each in others if os.path.lexists(cache / each.file))
-    return Finished(records, there if good else ())
+    return Finished(records, tuple(each for each in others if os.path.lexists(cache / each.file)))
 
 
 def finished_shards(cache: Path, manifest: Manifest) -> dict[int, int]:

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline import config, files
-from pipeline.cache.manifest import MAX_MANIFEST_BYTES, FileRecord, ShardFiles, is_sha256, shard_file
+from pipeline.cache.manifest import (
+    FROZEN,
+    MAX_MANIFEST_BYTES,
+    FileRecord,
+    ShardFiles,
+    is_sha256,
+    is_target_file,
+    shard_file,
+)
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
 
-KEPT = "kept.json"
+KEPT, TARGET = "kept.json", "target.json"
 # A record lists a few figures of a few rows.
 MAX_RECORD_BYTES = 2**20
 
@@ -71,3 +79,14 @@ def read_shard_record(folder: Path, shard: int, kept: Kept) -> ShardRecord | Non
     if record is None or record.file != name or not is_sha256(record.sha256):
         return None
     return record if not record.statistics or is_sha256(record.statistics) else None
+
+
+def read_target_record(folder: Path) -> TargetRecord | None:
+    """The record of the finished `target/`; None while there is none."""
+    record = read_record(folder / TARGET, TargetRecord)
+    if record is None:
+        return None
+    names = [each.file for each in record.files]
+    good = len({*names}) == len(names) and FROZEN in names
+    good = good and all(name == FROZEN or is_target_file(name) for name in names)
+    return record if good and all(is_sha256(each.sha256) for each in record.files) else None

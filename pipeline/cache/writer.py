@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
 import tempfile
@@ -35,8 +34,6 @@ from pipeline.cache.manifest import (
     Manifest,
     Plan,
     ShardFiles,
-    is_sha256,
-    is_target_file,
     origin,
     read_manifest,
     refuse_another,
@@ -45,12 +42,13 @@ from pipeline.cache.manifest import (
 )
 from pipeline.cache.records import (
     KEPT,
+    TARGET,
     Kept,
     ShardRecord,
     TargetRecord,
     read_kept,
-    read_record,
     read_shard_record,
+    read_target_record,
 )
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
 from pipeline.cache.statistics import read_statistics, standardised_states, statistics_bytes
@@ -307,8 +305,8 @@ class CacheWriter:
 
         Every process asks this, so the others are left to `finalise`, which reads all records anyway.
         """
-        records = map(self._record, range(len(self.manifest.plan)))
-        return any(record.statistics != digest for record in itertools.islice(filter(None, records), 1))
+        first = next(filter(None, map(self._record, range(len(self.manifest.plan)))), None)
+        return first is not None and first.statistics != digest
 
     def _damaged_statistics(self) -> CacheError:
         return CacheError(
@@ -329,19 +327,10 @@ class CacheWriter:
             raise CacheError(f"{path} is lost: run the same command again")
         return [FileRecord(file=STATISTICS, bytes=size, sha256=files.sha256_file(path))]
 
-    @property
-    def _target_file(self) -> Path:
-        return self.progress / "target.json"
-
     def _target_record(self) -> TargetRecord | None:
-        record = read_record(self._target_file, TargetRecord)
-        if record is None:
-            return None
-        names = [each.file for each in record.files]
-        good = len({*names}) == len(names) and FROZEN in names
-        good = good and all(name == FROZEN or is_target_file(name) for name in names)
-        good = good and all(is_sha256(each.sha256) for each in record.files)
-        return record if good and all(map(self._is_there, record.files)) else None
+        """The record of a published `target/` whose files are still as large as they were."""
+        record = read_target_record(self.progress)
+        return record if record and all(map(self._is_there, record.files)) else None
 
     def _is_there(self, record: FileRecord) -> bool:
         return 0 <= record.bytes == files.plain_size(self.path / record.file)
@@ -372,7 +361,7 @@ class CacheWriter:
             size, digest = files.publish_bytes(self.path / FROZEN, *pieces)
             records.append(FileRecord(file=FROZEN, bytes=size, sha256=digest))
             record = TargetRecord(files=tuple(records), proof=proof or {})
-            files.publish_bytes(self._target_file, json.dumps(dataclasses.asdict(record)).encode())
+            files.publish_bytes(self.progress / TARGET, json.dumps(dataclasses.asdict(record)).encode())
 
     def finalise(self) -> Manifest | None:
         """Publish the complete manifest if every shard and `target/` are written; None if not yet."""
