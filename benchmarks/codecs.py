@@ -58,12 +58,13 @@ from capture.fill import pad
 from capture.options import DataOptions, TargetOptions
 from capture.plan import CaptureOptions, PreparedCapture, prepare
 from capture.target import HFDSparkTargetModel
+from pipeline.cache import Identity
 from pipeline.cache.codecs import CODECS, Codec, Statistics, bits_per_value
+from pipeline.cache.fidelity import teacher_variation
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.statistics import StateStatistics
 from pipeline.device import reuse_freed_memory
 from pipeline.errors import CacheError
-from pipeline.features import head_logits
 from pipeline.quiet import quiet_transformers
 
 STATISTICS_TOKENS, TRAIN_TOKENS, TEST_TOKENS = 5000, 30000, 4000
@@ -172,13 +173,10 @@ def fit(inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:
     return weights
 
 
-def variation(one: Tensor, other: Tensor, head: Tensor, cap: float | None, scale: float) -> float:
-    """Mean total variation between the next-token distributions of two sets of last hidden rows."""
-    total = 0.0
-    for a, b in zip(one.split(256), other.split(256), strict=True):
-        p, q = (head_logits(rows.float(), head, cap, scale).softmax(-1) for rows in (a, b))
-        total += ((p - q).abs().sum(-1) / 2).sum().item()
-    return total / len(one)
+def variation(head: Tensor, identity: Identity, one: Tensor, other: Tensor) -> float:
+    """The mean of `teacher_variation`, some rows at a time."""
+    pairs = zip(one.split(256), other.split(256), strict=True)
+    return torch.cat([teacher_variation(head, identity, a, b) for a, b in pairs]).mean().item()
 
 
 def gigabytes_per_second(work: Callable[[], object], values: int) -> float:
@@ -250,7 +248,7 @@ def quality_rows(prepared: PreparedCapture) -> list[tuple[str, str, float, str]]
     # What bf16 stores is what every codec is compared with.
     raw, raw_test = ([rows.bfloat16() for rows in each.context] for each in (train, test))
     head = target.get_output_embeddings().weight.float().cpu()
-    facts = (head, prepared.shape.final_logit_softcapping, prepared.shape.logit_scale)
+    vary = partial(variation, head, prepared.identity(prepared.shape))
     learning, judging = Probe(train, scale), Probe(test, scale)
     some = slice(None, None, -(-TEST_TOKENS * len(head) // MAX_LOGITS))
     own, judged = judging.targets(test.last_hidden)[some], judging.inputs(raw_test)[some]
@@ -269,12 +267,12 @@ def quality_rows(prepared: PreparedCapture) -> list[tuple[str, str, float, str]]
         results += [(case, "bits a value", bits_per_value(codec, width), "")]
         results += [(case, "relative error, context", float(np.mean(errors)), "")]
         for name, weights in fit(learning.inputs(stored), outputs).items():
-            results += [(case, name, variation(judged @ weights, own, *facts), "")]
+            results += [(case, name, vary(judged @ weights, own), "")]
         if codec.name in LAST_CODECS:
             rows = test.last_hidden.bfloat16()
             decoded = through(codec, rows, last_scale)
             results += [(case, "relative error, last", relative_error(decoded, rows), "")]
-            results += [(case, "teacher TV", variation(decoded[some], rows[some], *facts), "")]
+            results += [(case, "teacher TV", vary(decoded[some], rows[some]), "")]
     return results
 
 

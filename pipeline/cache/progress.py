@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import files
-from pipeline.cache.manifest import (
-    PROGRESS,
-    FileRecord,
-    Manifest,
-)
+from pipeline.cache.manifest import PROGRESS, FileRecord, Manifest
 from pipeline.cache.records import read_kept, read_shard_record, read_target_record
 
 
