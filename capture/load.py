@@ -23,7 +23,7 @@ from capture.find import resolve_directory, weights_hash
 from capture.options import TargetOptions
 from pipeline.cache import TargetIdentity, TokenizerIdentity
 from pipeline.cache.manifest import is_weights
-from pipeline.device import resolve_device
+from pipeline.device import native_bf16, resolve_device
 from pipeline.errors import TargetError, UsageError
 from pipeline.hooks import (
     embedding_scale,
@@ -164,20 +164,12 @@ def open_target(options: TargetOptions) -> Target:
     )
 
 
-def _native_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bf16 matrices in hardware; emulated, they are far slower than fp32."""
-    if device.type != "cpu":
-        return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
-
-
 def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     """What the target computes in. `auto` is the checkpoint's own dtype where the device is fast at it."""
     if name != "auto":
         return DTYPES[name]
     dtype = _config_dtype(config)
-    return torch.float32 if dtype == torch.bfloat16 and not _native_bf16(device) else dtype
+    return torch.float32 if dtype == torch.bfloat16 and not native_bf16(device) else dtype
 
 
 def _config_dtype(config: Any) -> torch.dtype:

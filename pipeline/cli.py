@@ -68,8 +68,8 @@ class LazyGroup(click.Group):
                 raise
             reason = " ".join(str(error).split())[:150] or type(error).__name__
             click.echo(
-                f"error: out of memory ({reason}): lower capture's --batch-tokens, or train.batch_size and "
-                "draft.num_anchors",
+                f"error: out of memory ({reason}): lower capture's --batch-tokens, or "
+                "train.batch_tokens and train.anchors_per_batch",
                 err=True,
             )
             ctx.exit(1)

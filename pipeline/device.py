@@ -21,6 +21,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def native_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices in hardware; emulated, they are far slower than fp32."""
+    if device.type != "cpu":
+        return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
 def reuse_freed_memory() -> None:
     """Let glibc keep freed memory for the next allocation instead of giving it back to the kernel.
 

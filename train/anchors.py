@@ -4,6 +4,9 @@ An anchor is a position p with `loss_mask[p]` and `loss_mask[p + 1]`. Its block 
 p+1 .. p+K: slot k predicts token p+k+1. (DSpark paper, section 3.1; names follow NVIDIA
 NeMo-Automodel's documented API, nemo_automodel.components.speculative.dspark.common.)
 
+A row may hold several documents (a pack). `document_ids` `[B, S]` then says which position belongs to
+which; a block begins and ends in one of them. None stands for one document a row.
+
 Shapes: B rows, S tokens, N anchors, K block size, H hidden size.
 """
 
@@ -13,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 
-def build_anchor_candidate_mask(seq_len: int, loss_mask: Tensor) -> Tensor:
-    """Which positions can be an anchor: supervised, with a supervised successor.
+def build_anchor_candidate_mask(
+    seq_len: int, loss_mask: Tensor, document_ids: Tensor | None = None
+) -> Tensor:
+    """Which positions can be an anchor: supervised, with a supervised successor in the same document.
 
     Args:
         seq_len: S, the tokens of a row that count.
         loss_mask: `[B, S]`, non-zero on supervised tokens.
+        document_ids: `[B, S]`, or None.
 
     Returns:
         `[B, S]` bool; the last position is never a candidate.
@@ -26,6 +32,8 @@ def build_anchor_candidate_mask(seq_len: int, loss_mask: Tensor) -> Tensor:
     supervised = loss_mask[:, :seq_len] > 0.5
     candidates = torch.zeros_like(supervised)
     candidates[:, :-1] = supervised[:, :-1] & supervised[:, 1:]
+    if document_ids is not None:
+        candidates[:, :-1] &= document_ids[:, : seq_len - 1] == document_ids[:, 1:seq_len]
     return candidates
 
 
@@ -35,6 +43,7 @@ def sample_anchor_positions(
     num_anchors: int,
     device: torch.device,
     generator: torch.Generator | None = None,
+    document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw anchors uniformly without replacement, each row on its own.
 
@@ -44,12 +53,13 @@ def sample_anchor_positions(
         num_anchors: N.
         device: where the result goes.
         generator: the source of randomness, on `loss_mask`'s device; torch's own when None.
+        document_ids: `[B, S]`, or None.
 
     Returns:
         `anchor_positions` `[B, N]` int64, ascending, and `block_keep_mask` `[B, N]` bool. A row with
         fewer than N candidates takes them all; its other entries are dummies: position 0, mask False.
     """
-    candidates = build_anchor_candidate_mask(seq_len, loss_mask)  # [B, S]
+    candidates = build_anchor_candidate_mask(seq_len, loss_mask, document_ids)  # [B, S]
     order = torch.rand(candidates.shape, generator=generator, device=candidates.device)
     order = order.masked_fill(~candidates, 2.0)  # beyond every draw, so that candidates come first
     width = min(num_anchors, candidates.shape[1])
@@ -67,8 +77,9 @@ def build_eval_mask(
     label_indices: Tensor,
     safe_label_indices: Tensor,
     block_keep_mask: Tensor,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
-    """Which slots are supervised: labels inside the row that form an unbroken supervised prefix.
+    """Which slots are supervised: labels inside the document that form an unbroken supervised prefix.
 
     Args:
         seq_len: S.
@@ -76,12 +87,16 @@ def build_eval_mask(
         label_indices: positions of the labels, `[B, N, K]`; may lie beyond the row.
         safe_label_indices: the same, clamped into the row.
         block_keep_mask: `[B, N]`, False for dummy blocks.
+        document_ids: `[B, S]`, or None.
 
     Returns:
         `[B, N, K]` bool.
     """
     rows = torch.arange(loss_mask.shape[0], device=loss_mask.device)[:, None, None]
     supervised = (loss_mask[rows, safe_label_indices] > 0.5) & (label_indices < seq_len)
+    if document_ids is not None:
+        anchors = safe_label_indices[..., :1] - 1  # an anchor has a successor, so this is not clamped
+        supervised &= document_ids[rows, safe_label_indices] == document_ids[rows, anchors]
     unbroken = supervised.int().cumprod(dim=-1).bool()
     return unbroken & block_keep_mask[..., None]
 
@@ -91,6 +106,17 @@ def label_positions(anchor_positions: Tensor, block_size: int, seq_len: int) -> 
     slots = torch.arange(1, block_size + 1, device=anchor_positions.device)
     labels = anchor_positions[..., None] + slots
     return labels, labels.clamp(max=seq_len - 1)
+
+
+def restarting_positions(document_ids: Tensor) -> Tensor:
+    """Positions counted from the start of each document: `[B, S]` to `[B, S]` int64.
+
+    The positions of a document are neighbours.
+    """
+    positions = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return positions - (positions * begins).cummax(dim=1).values
 
 
 def create_position_ids(anchor_positions: Tensor, block_size: int) -> Tensor:

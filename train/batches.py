@@ -1,137 +1,337 @@
-"""From the cache's memory map to device batches, with their anchors."""
+"""From the cache's memory map to packed device batches, with their anchors.
+
+A batch is one row of `P = batch_tokens` positions: samples end to end, then padding (document -1). Features
+go from the map straight to where the device takes them from: on a CPU decoded into the batch, for a GPU as
+they are stored into pinned memory, to be decoded there.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.cache import CacheReader, last_positions
-from train.anchors import build_eval_mask, label_positions
-from train.losses import slot_weights
+from pipeline.cache.layout import LAST_HIDDEN, context_name
 
-# Given a sample's number, its candidates [C] ascending and its id: the anchors to use, ascending.
-AnchorChoice = Callable[[np.ndarray, bytes], np.ndarray]
+Loaded = TypeVar("Loaded")
+# Given the candidates of each sample of a batch, ascending, and their ids: the anchors of each, ascending.
+AnchorChoice = Callable[[list[np.ndarray], list[bytes]], list[np.ndarray]]
 
-
-@dataclass
-class Blocks:
-    """Padded samples and where their blocks start. B rows, S tokens, N anchors."""
-
-    input_ids: Tensor  # [B, S] int64
-    loss_mask: Tensor  # [B, S] uint8
-    anchor_positions: Tensor  # [B, N] int64
-    block_keep_mask: Tensor  # [B, N] bool
-
-    def eval_mask(self, block_size: int) -> Tensor:
-        """The supervised slots `[B, N, K]` that a forward will have."""
-        seq_len = self.input_ids.shape[1]
-        labels, safe = label_positions(self.anchor_positions, block_size, seq_len)
-        return build_eval_mask(seq_len, self.loss_mask, labels, safe, self.block_keep_mask)
-
-    def weight(self, block_size: int, gamma: float | None) -> Tensor:
-        """The sum of slot weights, known before any forward: the loss's denominator."""
-        return (self.eval_mask(block_size) * slot_weights(block_size, gamma)).sum()
+# Blocks of a batch are a multiple of it, so that a GPU meets few shapes; the last few may be dummies.
+ANCHOR_MULTIPLE = 16
+# Batches read ahead, and threads that read them.
+DEPTH, THREADS = 2, 2
 
 
-@dataclass
-class Batch(Blocks):
-    """Blocks with the target's states. Fields are named as the module's arguments."""
+@dataclass(kw_only=True)
+class Pack:
+    """Samples in one row, and where their blocks start. P tokens, N anchors."""
 
-    target_hidden_states: Tensor  # [B, S, L*H] bfloat16
-    target_last_hidden_states: Tensor  # [B, S, H] bfloat16, zero where no loss can use it
+    input_ids: Tensor  # [1, P] int64
+    loss_mask: Tensor  # [1, P] uint8
+    document_ids: Tensor  # [1, P] int32, -1 behind the last sample
+    anchor_positions: Tensor  # [1, N] int64
+    block_keep_mask: Tensor  # [1, N] bool
+    num_tokens: int
+    flops: float = 0.0
+    """What a training step computes for it, where whoever loaded it counted."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, named as the module's arguments."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+_COUNTS = ("num_tokens", "flops")
+
+
+@dataclass(kw_only=True)
+class Batch(Pack):
+    """A pack with the target's states: what `DSparkTrainerModule.forward` takes."""
+
+    target_hidden_states: Tensor  # [1, P, L*H] bfloat16, zero behind the last sample
+    target_last_hidden_states: Tensor  # [1, P, H] bfloat16, zero where no loss can use it
+
+
+@dataclass(kw_only=True)
+class EncodedBatch(Pack):
+    """A pack with the target's states as they are stored, in memory that a GPU can copy from."""
+
+    reader: CacheReader
+    context: dict[int, dict[str, Tensor]]
+    """The stored tensors of each layer, by layer id and suffix, `[num_tokens, ..]`."""
+    last_hidden: dict[str, Tensor]
+    """Likewise, `[M, ..]`."""
+    last_positions: Tensor
+    """Where those M rows go, in the pack."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
-        if device.type == "cpu":
-            return self
-        return Batch(**{k: v.pin_memory().to(device, non_blocking=True) for k, v in self.arguments().items()})
+        """Copy to a device and decode there, on its current stream."""
 
-    def arguments(self) -> dict[str, Tensor]:
-        """Keyword arguments of `DSparkTrainerModule.forward`."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        def there(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+        tokens = there({f.name: getattr(self, f.name) for f in fields(Pack) if f.name not in _COUNTS})
+        hidden, width = self.reader.hidden_size, self.input_ids.shape[1]
+        context = torch.empty(width, len(self.context) * hidden, dtype=torch.bfloat16, device=device)
+        context[self.num_tokens :] = 0
+        for column, (layer_id, parts) in enumerate(self.context.items()):
+            out = context[: self.num_tokens, column * hidden : (column + 1) * hidden]
+            self.reader.codec(context_name(layer_id)).decode(there(parts), out)
+        positions = self.last_positions.to(device, non_blocking=True)
+        states = torch.empty(len(positions), hidden, dtype=torch.bfloat16, device=device)
+        self.reader.codec(LAST_HIDDEN).decode(there(self.last_hidden), states)
+        last_hidden = context.new_zeros(width, hidden).index_copy_(0, positions, states)
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return Batch(**tokens, **counts, **_states(context, last_hidden))
 
 
-def random_anchors(num_anchors: int, seed: int, epoch: int) -> AnchorChoice:
-    """Training's choice: uniform without replacement, from (seed, epoch, sample id) alone.
+def _states(context: Tensor, last_hidden: Tensor) -> dict[str, Tensor]:
+    return {"target_hidden_states": context[None], "target_last_hidden_states": last_hidden[None]}
 
-    So neither packing, resuming, nor the number of ranks can change a sample's anchors.
+
+def anchor_quotas(candidates: Sequence[int], total: int) -> np.ndarray:
+    """How many anchors each sample gets: in proportion to its candidates, `total` in all if there are enough.
+
+    Shares are rounded down; what is left goes to the largest remainders, the first of equals first.
+    """
+    counts = np.asarray(candidates, dtype=np.int64)
+    if counts.sum() <= total:
+        return counts
+    shares, remainders = np.divmod(counts * total, counts.sum())
+    left = total - shares.sum()
+    shares[np.argsort(-remainders, kind="stable")[:left]] += 1
+    return shares
+
+
+def random_anchors(total: int, seed: int, epoch: int) -> AnchorChoice:
+    """Training's choice: `total` a batch, in each sample uniform without replacement.
+
+    A sample's anchors come from (seed, epoch, sample id) and its quota alone: whatever else is random, and
+    the number of ranks, can't change them.
     """
 
-    def choose(candidates: np.ndarray, sample_id: bytes) -> np.ndarray:
-        if len(candidates) <= num_anchors:
+    def choose(candidates: list[np.ndarray], sample_ids: list[bytes]) -> list[np.ndarray]:
+        quotas = anchor_quotas([len(c) for c in candidates], total)
+        return [_draw(c, q, s) for c, q, s in zip(candidates, quotas, sample_ids, strict=True)]
+
+    def _draw(candidates: np.ndarray, quota: int, sample_id: bytes) -> np.ndarray:
+        if len(candidates) == quota:
             return candidates
         rng = np.random.default_rng((seed, epoch, int.from_bytes(sample_id, "big")))
-        return np.sort(rng.choice(candidates, num_anchors, replace=False))
+        return np.sort(rng.choice(candidates, quota, replace=False))
 
     return choose
 
 
-def spread_anchors(num_anchors: int) -> AnchorChoice:
-    """Evaluation's choice: evenly spread over the candidates, the same every time."""
+def spread_anchors(each: int) -> AnchorChoice:
+    """Evaluation's choice: up to `each` a sample, evenly spread over its candidates, always the same."""
 
-    def choose(candidates: np.ndarray, _sample_id: bytes) -> np.ndarray:
-        count = min(num_anchors, len(candidates))
-        return candidates[np.linspace(0, len(candidates) - 1, count).round().astype(np.int64)]
+    def choose(candidates: list[np.ndarray], _sample_ids: list[bytes]) -> list[np.ndarray]:
+        places = [np.linspace(0, len(c) - 1, min(each, len(c))).round().astype(np.int64) for c in candidates]
+        return [c[p] for c, p in zip(candidates, places, strict=True)]
 
     return choose
 
 
-def load_blocks(reader: CacheReader, samples: Sequence[int], choose: AnchorChoice) -> Blocks:
-    """Read samples' tokens, right-padded, and choose their anchors. No features are touched."""
-    lengths = [int(reader.lengths[i]) for i in samples]
-    rows, width = len(samples), max(lengths)
-    input_ids = torch.zeros(rows, width, dtype=torch.int64)
-    loss_mask = torch.zeros(rows, width, dtype=torch.uint8)
-    chosen = []
-    for row, (i, length) in enumerate(zip(samples, lengths, strict=True)):
+def load_pack(reader: CacheReader, samples: Sequence[int], batch_tokens: int, choose: AnchorChoice) -> Pack:
+    """Lay samples' tokens into one row and choose their anchors. No features are touched.
+
+    Args:
+        samples: sample numbers, `batch_tokens` tokens at most; none at all makes a pack of padding.
+    """
+    input_ids = torch.zeros(batch_tokens, dtype=torch.int64)
+    loss_mask = torch.zeros(batch_tokens, dtype=torch.uint8)
+    document_ids = torch.full((batch_tokens,), -1, dtype=torch.int32)
+    candidates, starts, start = [], [], 0
+    for document, i in enumerate(samples):
         ids, mask = reader.tokens(i)
-        input_ids[row, :length] = ids
-        loss_mask[row, :length] = mask
+        rows = slice(start, start + len(ids))
+        input_ids[rows], loss_mask[rows], document_ids[rows] = ids, mask, document
         supervised = mask.numpy().astype(bool)
-        candidates = np.flatnonzero(supervised[:-1] & supervised[1:])
-        chosen.append(choose(candidates, reader.sample_ids[i].tobytes()))
-    anchors = torch.zeros(rows, max(map(len, chosen)), dtype=torch.int64)
-    keep = torch.zeros(anchors.shape, dtype=torch.bool)
-    for row, positions in enumerate(chosen):
-        anchors[row, : len(positions)] = torch.from_numpy(positions)
-        keep[row, : len(positions)] = True
-    return Blocks(input_ids, loss_mask, anchors, keep)
+        candidates.append(np.flatnonzero(supervised[:-1] & supervised[1:]))
+        starts.append(start)
+        start += len(ids)
+    chosen = choose(candidates, [reader.sample_ids[i].tobytes() for i in samples])
+    count = sum(map(len, chosen))
+    width = -(-max(count, 1) // ANCHOR_MULTIPLE) * ANCHOR_MULTIPLE
+    anchors = torch.zeros(width, dtype=torch.int64)
+    if count:
+        shifted = [positions + first for positions, first in zip(chosen, starts, strict=True)]
+        anchors[:count] = torch.from_numpy(np.concatenate(shifted))
+    keep = torch.arange(width) < count
+    return Pack(
+        input_ids=input_ids[None],
+        loss_mask=loss_mask[None],
+        document_ids=document_ids[None],
+        anchor_positions=anchors[None],
+        block_keep_mask=keep[None],
+        num_tokens=start,
+    )
 
 
 def load_batch(
-    reader: CacheReader, samples: Sequence[int], layer_ids: Sequence[int], choose: AnchorChoice
+    reader: CacheReader,
+    samples: Sequence[int],
+    layer_ids: Sequence[int],
+    batch_tokens: int,
+    choose: AnchorChoice,
 ) -> Batch:
-    """Read samples into one batch, each feature row decoded straight into its place."""
-    blocks = load_blocks(reader, samples, choose)
-    rows, width = blocks.input_ids.shape
+    """Read samples into a batch on the CPU, each feature row decoded straight into its place."""
+    pack = load_pack(reader, samples, batch_tokens, choose)
     hidden = reader.hidden_size
-    context = torch.zeros(rows, width, len(layer_ids) * hidden, dtype=torch.bfloat16)
-    last_hidden = torch.zeros(rows, width, hidden, dtype=torch.bfloat16)
-    for row, i in enumerate(samples):
-        length = int(reader.lengths[i])
-        reader.read_context(i, layer_ids, context[row, :length])
-        states = torch.empty(reader.num_last_rows(i), hidden, dtype=torch.bfloat16)
-        reader.read_last_hidden(i, states)
-        last_hidden[row, last_positions(blocks.loss_mask[row, :length])] = states
-    return Batch(**vars(blocks), target_hidden_states=context, target_last_hidden_states=last_hidden)
+    context = torch.empty(batch_tokens, len(layer_ids) * hidden, dtype=torch.bfloat16)
+    context[pack.num_tokens :] = 0
+    last_hidden = torch.zeros(batch_tokens, hidden, dtype=torch.bfloat16)
+    codec = reader.codec(LAST_HIDDEN)
+    for i, rows in _places(reader, samples, layer_ids):
+        reader.read_context(i, layer_ids, context[rows])
+        states, parts, begin = last_hidden[rows], reader.parts(i, LAST_HIDDEN), 0
+        for run in _runs(last_positions(pack.loss_mask[0, rows])):
+            end = begin + run.stop - run.start
+            codec.decode({name: part[begin:end] for name, part in parts.items()}, states[run])
+            begin = end
+    return Batch(**vars(pack), **_states(context, last_hidden))
 
 
-def prefetch(jobs: Iterable[Callable[[], Batch]], depth: int = 2) -> Iterator[Batch]:
-    """Run loading jobs in order on a thread, `depth` ahead. An error is raised where its batch was due."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
-        pending = []
+def load_encoded_batch(
+    reader: CacheReader,
+    samples: Sequence[int],
+    layer_ids: Sequence[int],
+    batch_tokens: int,
+    choose: AnchorChoice,
+    *,
+    pin: bool = True,
+) -> EncodedBatch:
+    """Read samples into a batch that `EncodedBatch.to` takes to a GPU: stored bytes, copied once.
+
+    Args:
+        pin: whether to read into page-locked memory, which copies to a GPU need not wait for.
+    """
+    pack = load_pack(reader, samples, batch_tokens, choose)
+    num_last = sum(reader.num_last_rows(i) for i in samples)
+    positions = torch.empty(num_last, dtype=torch.int64, pin_memory=pin)
+
+    def buffers(state: str, rows: int) -> dict[str, Tensor]:
+        specs = reader.codec(state).codec.specs(rows, reader.hidden_size)
+        return {
+            name: torch.empty(shape, dtype=dtype, pin_memory=pin) for name, (dtype, shape) in specs.items()
+        }
+
+    context = {layer_id: buffers(context_name(layer_id), pack.num_tokens) for layer_id in layer_ids}
+    last_hidden, begin = buffers(LAST_HIDDEN, num_last), 0
+    for i, rows in _places(reader, samples, layer_ids):
+        for layer_id, parts in context.items():
+            for name, stored in reader.parts(i, context_name(layer_id)).items():
+                parts[name][rows] = stored
+        last_rows = slice(begin, begin + reader.num_last_rows(i))
+        for name, stored in reader.parts(i, LAST_HIDDEN).items():
+            last_hidden[name][last_rows] = stored
+        positions[last_rows] = last_positions(pack.loss_mask[0, rows]) + rows.start
+        begin = last_rows.stop
+    values = vars(pack)
+    if pin:
+        values = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()}
+    return EncodedBatch(
+        **values, reader=reader, context=context, last_hidden=last_hidden, last_positions=positions
+    )
+
+
+def _places(
+    reader: CacheReader, samples: Sequence[int], layer_ids: Sequence[int]
+) -> Iterator[tuple[int, slice]]:
+    """Each sample with its rows of the pack; the kernel reads ahead from the first to the last."""
+    for i in samples:
+        reader.advise(i, layer_ids, needed=True)
+    start = 0
+    for i in samples:
+        stop = start + int(reader.lengths[i])
+        yield i, slice(start, stop)
+        reader.advise(i, layer_ids, needed=False)
+        start = stop
+
+
+def _runs(positions: Tensor) -> list[slice]:
+    """Ascending positions `[M]` as slices of neighbours."""
+    places = positions.numpy()
+    breaks = np.flatnonzero(np.diff(places) != 1) + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(places, breaks) if len(run)]
+
+
+def prefetch(
+    jobs: Iterable[Callable[[], Loaded]], depth: int = DEPTH, threads: int = THREADS
+) -> Iterator[Loaded]:
+    """Run loading jobs on threads, `depth` ahead, and yield their results in order.
+
+    An error is raised where its batch was due.
+    """
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="batches") as pool:
+        pending: deque[Future[Loaded]] = deque()
         try:
             for job in jobs:
                 pending.append(pool.submit(job))
                 if len(pending) > depth:
-                    yield pending.pop(0).result()
+                    yield pending.popleft().result()
             while pending:
-                yield pending.pop(0).result()
+                yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()
+
+
+def loaded(
+    reader: CacheReader,
+    packs: Iterable[tuple[Sequence[int], AnchorChoice]],
+    layer_ids: Sequence[int],
+    batch_tokens: int,
+    device: torch.device,
+    count_flops: Callable[[Pack], float] = lambda _pack: 0.0,
+) -> Iterator[Batch]:
+    """Batches on a device, in order, read ahead by threads.
+
+    Args:
+        packs: the samples of each batch, and how their anchors are chosen.
+        count_flops: what is put into each batch's `flops`.
+
+    Raises:
+        CacheError: where a damaged sample's batch was due.
+    """
+    load = load_batch if device.type == "cpu" else load_encoded_batch
+
+    def job(samples: Sequence[int], choose: AnchorChoice) -> Batch | EncodedBatch:
+        batch = load(reader, samples, layer_ids, batch_tokens, choose)
+        batch.flops = count_flops(batch)
+        return batch
+
+    batches = prefetch(partial(job, *pack) for pack in packs)
+    return batches if device.type == "cpu" else _copied(batches, device)
+
+
+def _copied(batches: Iterator[EncodedBatch], device: torch.device) -> Iterator[Batch]:
+    """Copy and decode one batch ahead of the one in use, on a stream of its own."""
+    stream = torch.cuda.Stream(device)
+    ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
+
+    def take() -> Batch:
+        batch, copied = ahead.popleft()
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        for tensor in batch.tensors().values():
+            tensor.record_stream(current)  # its memory is not given away while that stream still reads it
+        return batch
+
+    for encoded in batches:
+        with torch.cuda.stream(stream):
+            batch = encoded.to(device)
+            ahead.append((batch, stream.record_event()))
+        if len(ahead) > 1:
+            yield take()
+    while ahead:
+        yield take()

@@ -21,8 +21,6 @@ class DraftConfig:
     """Draft decoder layers."""
     block_size: int = 7
     """K, tokens drafted a block."""
-    num_anchors: int = 512
-    """N, blocks trained a sample; fewer where a sample has fewer candidates."""
     target_layer_ids: tuple[int, ...] | None = None
     """Captured layers the draft reads, any subset of the cache's; all of them when not set."""
     mask_token_id: int | None = None
@@ -40,9 +38,11 @@ class DraftConfig:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """Attention kernel: flex_attention skips what a block can't see; auto takes it on CUDA where it runs."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "block_size", "num_anchors"):
+        for name in ("num_layers", "block_size"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
             value = getattr(self, name)
@@ -81,6 +81,16 @@ class LossConfig:
         _require(gamma is None or gamma > 0, f'decay_gamma must be positive or "none", got {gamma}')
 
 
+_COUNTS = (
+    "epochs",
+    "batch_tokens",
+    "anchors_per_batch",
+    "gradient_accumulation_steps",
+    "eval_anchors",
+    "log_every",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """`[train]`: data order, optimiser, schedule and what is written when."""
@@ -89,8 +99,10 @@ class TrainConfig:
     """Passes over the training samples, unless max_steps is set."""
     max_steps: int | None = None
     """Optimiser steps; overrides epochs."""
-    batch_size: int = 8
-    """Samples of a micro-batch."""
+    batch_tokens: int = 4096
+    """P, tokens of a micro-batch: samples are packed into one row of so many, none is cut."""
+    anchors_per_batch: int = 512
+    """N, blocks trained a micro-batch, shared among its samples in proportion to their candidates."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of an optimiser step; the loss is normalised over all of them together."""
     lr: float = 6e-4
@@ -116,7 +128,13 @@ class TrainConfig:
     eval_anchors: int = 32
     """Anchors of a held-out sample, evenly spread over its candidates."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute precision: auto is bf16 autocast on CUDA and fp32 elsewhere. Weights stay fp32."""
+    """Compute precision: auto is bf16 autocast where the device has bf16 in hardware. Weights stay fp32."""
+    tf32: bool = True
+    """Whether what CUDA computes in fp32 may use TF32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the draft's backbone and of the loss; auto is on for CUDA."""
+    activation_checkpointing: bool = False
+    """Recompute each draft layer in the backward instead of keeping its activations."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 0
@@ -125,7 +143,7 @@ class TrainConfig:
     """Steps between checkpoints; 0: at the end only."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "eval_anchors", "log_every"):
+        for name in _COUNTS:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(
             self.max_steps is None or self.max_steps >= 1,

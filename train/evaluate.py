@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from pipeline.cache import CacheReader, held_out
 from pipeline.errors import ConfigError
-from train.batches import load_batch, prefetch, spread_anchors
+from train.batches import loaded, spread_anchors
 from train.config import RunConfig
 from train.losses import LossSums, divide
 from train.module import DSparkTrainerModule
-from train.order import sequential_batches
+from train.order import sequential_packs
 from train.precision import autocast
 
 
@@ -49,18 +49,17 @@ def evaluate(
         raise ConfigError("nothing was held out (train.held_out = 0), so there is nothing to evaluate on")
     model = module.draft_model
     layer_ids = tuple(model.config.target_layer_ids)
-    choose = spread_anchors(config.train.eval_anchors)
-    batches = sequential_batches(reader.lengths[samples], config.train.batch_size)
-    jobs = [
-        lambda members=members: load_batch(reader, samples[members].tolist(), layer_ids, choose)
-        for members in batches
+    choose, size = spread_anchors(config.train.eval_anchors), config.train.batch_tokens
+    packs = [
+        (samples[members].tolist(), choose) for members in sequential_packs(reader.lengths[samples], size)
     ]
+    batches = loaded(reader, packs, layer_ids, size, device)
     was_training = module.training
     module.eval()
     total: LossSums | None = None
-    for batch in tqdm(prefetch(jobs), total=len(jobs), unit="batch", desc="evaluate", leave=False):
+    for batch in tqdm(batches, total=len(packs), unit="batch", desc="evaluate", leave=False):
         with autocast(device, config.train.precision):
-            sums = module(**batch.to(device).arguments()).sums
+            sums = module(**batch.tensors()).sums
         total = sums if total is None else total + sums
     module.train(was_training)
     assert total is not None

@@ -6,7 +6,8 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,45 @@ from tqdm import tqdm
 from pipeline import config as configuration
 from pipeline.cache import CacheReader
 from pipeline.device import resolve_device, reuse_freed_memory
-from pipeline.errors import RunError
-from train.batches import AnchorChoice, Batch, load_batch, load_blocks, prefetch, random_anchors
+from pipeline.errors import ConfigError, RunError
+from train.batches import AnchorChoice, loaded, random_anchors
 from train.checkpoint import save_checkpoint
-from train.config import RunConfig
+from train.config import RunConfig, TrainConfig
+from train.draft.attention import resolve_attention
 from train.draft.config import draft_config, read_target_config
 from train.draft.model import Qwen3DSparkModel
 from train.evaluate import evaluate, split
-from train.losses import LossSums, divide
+from train.flops import peak_flops, training_flops
 from train.module import DSparkTrainerModule
-from train.optim import build_optimizer, learning_rate
-from train.order import epoch_batches
-from train.precision import autocast
+from train.optim import build_optimizer, learning_rate, normalise_gradients
+from train.order import epoch_steps
+from train.precision import allow_tf32, autocast, resolve_precision
+from train.profile import step_profiler
+from train.window import Window
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.toml"
 EVALUATION = "evaluation.json"
+TRACE = "trace.json"
 
 
-def count_steps(num_samples: int, config: RunConfig) -> int:
-    """Optimiser steps of a run. An epoch's last step may hold fewer micro-batches than the others."""
-    batches = -(-num_samples // config.train.batch_size)
-    steps = -(-batches // config.train.gradient_accumulation_steps)
-    return config.train.max_steps or config.train.epochs * steps
+def _steps_of(lengths: np.ndarray, config: TrainConfig, epoch: int) -> list[list[np.ndarray]]:
+    return epoch_steps(lengths, config.batch_tokens, config.gradient_accumulation_steps, config.seed, epoch)
+
+
+def count_steps(lengths: np.ndarray, config: TrainConfig) -> int:
+    """Optimiser steps of a run over samples of these lengths `[n]`."""
+    return config.max_steps or sum(len(_steps_of(lengths, config, epoch)) for epoch in range(config.epochs))
+
+
+def check_lengths(reader: CacheReader, batch_tokens: int) -> None:
+    """Every sample fits a batch. Raises ConfigError naming what would be enough."""
+    longest = int(reader.lengths.max())
+    if longest > batch_tokens:
+        raise ConfigError(
+            f"train.batch_tokens = {batch_tokens} is less than the cache's longest sample, {longest} tokens: "
+            f"set it to at least {longest}"
+        )
 
 
 def build_draft(reader: CacheReader, config: RunConfig) -> Qwen3DSparkModel:
@@ -53,7 +70,8 @@ def build_draft(reader: CacheReader, config: RunConfig) -> Qwen3DSparkModel:
     layer_ids = reader.require_layers(config.draft.target_layer_ids or reader.layer_ids)
     target = read_target_config(reader.path / "target")
     torch.manual_seed(config.train.seed)
-    model = Qwen3DSparkModel(draft_config(config.draft, target, reader.manifest, layer_ids)).float()
+    shape = draft_config(config.draft, target, reader.manifest, layer_ids, config.train.anchors_per_batch)
+    model = Qwen3DSparkModel(shape).float()
     frozen = reader.frozen()
     model.initialize_embeddings_and_head(
         embed_tokens=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"]
@@ -86,74 +104,47 @@ def load_run_config(run: Path) -> RunConfig:
     return configuration.build(RunConfig, configuration.load_toml(run / CONFIG), str(run / CONFIG))
 
 
-def _optimizer_steps(
-    reader: CacheReader, samples: np.ndarray, config: RunConfig, layer_ids: tuple[int, ...], total_steps: int
-) -> Iterator[tuple[Tensor, Iterator[Batch]]]:
-    """For every optimiser step, its denominator and its micro-batches, read ahead one by one.
+def prepare(module: DSparkTrainerModule, config: RunConfig, device: torch.device) -> None:
+    """Set how the draft runs on a device: attention kernel, compilation, checkpointing."""
+    model, train = module.draft_model, config.train
+    allow_tf32(train.tf32)
+    model.attention = resolve_attention(config.draft.attention, model.config, device)
+    model.activation_checkpointing = train.activation_checkpointing
+    if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
+        model.backbone = torch.compile(model.backbone)
+        module.compile_loss = True
 
-    The denominator needs only masks and anchors, so a step's features are never held together.
-    """
-    lengths, train = reader.lengths[samples], config.train
 
-    def plan() -> Iterator[list[tuple[list[int], AnchorChoice]]]:
+def _packs(
+    lengths: np.ndarray, samples: np.ndarray, config: TrainConfig, total_steps: int
+) -> Iterator[list[tuple[list[int], AnchorChoice]]]:
+    """For every optimiser step, the samples of its micro-batches and the choice of their anchors."""
+
+    def endless() -> Iterator[list[tuple[list[int], AnchorChoice]]]:
         for epoch in itertools.count():
-            choose = random_anchors(config.draft.num_anchors, train.seed, epoch)
-            batches = epoch_batches(lengths, train.batch_size, train.seed, epoch)
-            for start in range(0, len(batches), train.gradient_accumulation_steps):
-                members = batches[start : start + train.gradient_accumulation_steps]
-                yield [(samples[m].tolist(), choose) for m in members]
+            choose = random_anchors(config.anchors_per_batch, config.seed, epoch)
+            for step in _steps_of(lengths, config, epoch):
+                yield [(samples[members].tolist(), choose) for members in step]
 
-    def job(members: list[int], choose: AnchorChoice) -> Callable[[], Batch]:
-        return lambda: load_batch(reader, members, layer_ids, choose)
-
-    def steps() -> Iterator[list[tuple[list[int], AnchorChoice]]]:
-        return itertools.islice(plan(), total_steps)
-
-    loaded = prefetch(job(*micro_batch) for step in steps() for micro_batch in step)
-    shape = (config.draft.block_size, config.loss.decay_gamma)
-    for step in steps():
-        weights = [load_blocks(reader, members, choose).weight(*shape) for members, choose in step]
-        yield torch.stack(weights).sum(), itertools.islice(loaded, len(step))
-
-
-class _Window:
-    """Sums since the last log line; divided once, when the line is written."""
-
-    def __init__(self) -> None:
-        self.sums: LossSums | None = None
-        self.tokens = 0
-        self.start = time.perf_counter()
-
-    def add(self, sums: LossSums, tokens: int) -> None:
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.tokens += tokens
-
-    def line(self, step: int, lr: float, config: RunConfig) -> dict[str, Any]:
-        assert self.sums is not None
-        loss = config.loss
-        metrics = divide(self.sums, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
-        values = {
-            "step": step,
-            "loss": metrics.loss.item(),
-            "ce_loss": metrics.ce_loss.item(),
-            "l1_loss": metrics.l1_loss.item(),
-            "confidence_loss": metrics.confidence_loss.item(),
-            "accept_rate": metrics.accept_rate.item(),
-            "tau": metrics.tau.item(),
-            "lr": lr,
-        }
-        # After .item(), so that the device has finished what is being timed.
-        values["tokens_per_s"] = self.tokens / (time.perf_counter() - self.start)
-        return values
+    return itertools.islice(endless(), total_steps)
 
 
 def train(
-    cache: Path, config: RunConfig, run: Path, *, device: str = "auto", fresh: bool = False
+    cache: Path,
+    config: RunConfig,
+    run: Path,
+    *,
+    device: str = "auto",
+    fresh: bool = False,
+    profile_steps: int = 0,
 ) -> dict[str, Any]:
     """Train a draft from a cache and return its held-out evaluation.
 
     Writes to `run`: `config.toml`, `metrics.jsonl` (a JSON object a logged step), `checkpoints/step-N`,
     `latest` and `evaluation.json`. The target is never loaded.
+
+    Args:
+        profile_steps: write a Chrome trace of so many steps, the first few left out, to `trace.json`.
 
     Raises:
         DSparkError: see `pipeline.errors`.
@@ -164,11 +155,15 @@ def train(
     reader = CacheReader(cache)
     reader.check_shards()
     train_samples, test_samples = split(reader, config.train.held_out)
+    check_lengths(reader, config.train.batch_tokens)
+    lengths = reader.lengths[train_samples]
+    total_steps = count_steps(lengths, config.train)
+    profiler = step_profiler(profile_steps, total_steps, run / TRACE)
     model = build_draft(reader, config).to(place)
-    open_run(run, config, fresh=fresh)
     module = trainer_module(model, config)
+    prepare(module, config, place)
+    open_run(run, config, fresh=fresh)
     optimizer = build_optimizer(model, config.train)
-    total_steps = count_steps(len(train_samples), config)
     target = reader.manifest.identity.target
     state = {"target_name": target.name, "target_weights": target.weights}
 
@@ -177,49 +172,71 @@ def train(
         _append(run / METRICS, {"step": step, "held_out": result})
         return result
 
-    layer_ids = tuple(model.config.target_layer_ids)
-    steps = _optimizer_steps(reader, train_samples, config, layer_ids, total_steps)
-    window = _Window()
+    steps = _packs(lengths, train_samples, config.train, total_steps)
+    steps, ahead = itertools.tee(steps)
+    batches = loaded(
+        reader,
+        itertools.chain.from_iterable(ahead),
+        tuple(model.config.target_layer_ids),
+        config.train.batch_tokens,
+        place,
+        partial(training_flops, model.config),
+    )
+    precision = resolve_precision(place, config.train.precision)
+    window = Window(config.loss, place, peak_flops(place, precision, config.train.tf32))
     result: dict[str, Any] = {}
+    norm: Tensor | None = None
+    one = torch.ones((), device=place)
     progress = tqdm(steps, total=total_steps, unit="step", desc="train")
-    for step, (denominator, batches) in enumerate(progress, start=1):
+    for step, packs in enumerate(progress, start=1):
         lr = learning_rate(step - 1, total_steps, config.train)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        for batch in batches:
-            with autocast(place, config.train.precision):
-                metrics = module(**batch.to(place).arguments(), denominator=denominator.to(place))
+        weight = torch.zeros((), device=place)
+        for _ in packs:
+            started = time.perf_counter()
+            batch = next(batches)
+            window.waited(time.perf_counter() - started)
+            with autocast(place, precision):
+                metrics = module(**batch.tensors(), denominator=one)
             metrics.loss.backward()
-            window.add(metrics.sums.detach(), _num_tokens(batch))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise RunError(f"step {step}: the gradient is not finite; lower train.lr, or look at the data")
+            weight += metrics.sums.weight
+            window.add(metrics.sums, batch)
+        check_norm(norm, step - 1)  # a step late, so that a GPU has work while this waits
+        norm = normalise_gradients(model, weight, config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % config.train.log_every == 0 or step == total_steps:
-            line = window.line(step, lr, config)
+        profiler.step()
+        last = step == total_steps
+        logs = step % config.train.log_every == 0 or last
+        saves = last or (config.train.checkpoint_every and step % config.train.checkpoint_every == 0)
+        if logs or saves:
+            check_norm(norm, step)
+        if logs:
+            line = window.line(step, lr)
             _append(run / METRICS, line)
             progress.set_postfix(
-                loss=f"{line['loss']:.3f}", tau=f"{line['tau']:.3f}", tok_s=f"{line['tokens_per_s']:.0f}"
+                loss=f"{line['loss']:.3f}",
+                tau=f"{line['tau']:.3f}",
+                tok_s=f"{line['tokens_per_s']:.0f}",
+                wait=f"{line['data_wait_percent']:.0f}%",
             )
-            window = _Window()
-        last = step == total_steps
-        if last or (config.train.checkpoint_every and step % config.train.checkpoint_every == 0):
+        started = time.perf_counter()
+        if saves:
             save_checkpoint(run, step, model, state)
         if len(test_samples) and (last or (config.train.eval_every and step % config.train.eval_every == 0)):
-            started = time.perf_counter()
             result = held_out_figures(step)
             progress.write(f"step {step}: held-out tau {result['tau']:.3f}, loss {result['loss']:.4f}")
-            window.start += time.perf_counter() - started  # not training time
+        window.pause(time.perf_counter() - started)
     if result:
         (run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _num_tokens(batch: Batch) -> int:
-    """Tokens up to each row's last supervised one, where every sample ends: padding is not counted."""
-    positions = torch.arange(1, batch.loss_mask.shape[1] + 1)
-    return int((positions * (batch.loss_mask > 0)).amax(dim=1).sum())
+def check_norm(norm: Tensor | None, step: int) -> None:
+    """Raises RunError when a step's gradient was not finite."""
+    if norm is not None and not torch.isfinite(norm):
+        raise RunError(f"step {step}: the gradient is not finite; lower train.lr, or look at the data")
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ class DSparkTrainerModule(nn.Module):
         self.ce_loss_alpha = ce_loss_alpha
         self.l1_loss_alpha = l1_loss_alpha
         self.confidence_head_alpha = confidence_head_alpha
+        self.compile_loss = False
 
     def forward(
         self,
@@ -48,6 +49,7 @@ class DSparkTrainerModule(nn.Module):
         target_last_hidden_states: Tensor | None = None,
         anchor_positions: Tensor | None = None,
         block_keep_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
         denominator: Tensor | None = None,
     ) -> DSparkStepMetrics:
         """Draft and compute the loss; arguments as in `Qwen3DSparkModel.forward`.
@@ -64,22 +66,28 @@ class DSparkTrainerModule(nn.Module):
             )
         model = self.draft_model
         blocks = model.draft_blocks(
-            input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask
+            input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask, document_ids
         )
         mask = blocks.eval_mask
         # Only supervised slots meet the vocabulary: dummies and tails behind a sample's end do not.
         weights = slot_weights(model.block_size, self.loss_decay_gamma, mask.device).expand(mask.shape)[mask]
-        teacher_hidden = which = None
+        # With many anchors a position is the teacher of up to K slots: keep each once.
+        rows = mask.nonzero()[:, 0] * input_ids.shape[1]
+        used, which = torch.unique(rows + blocks.teacher_positions[mask], return_inverse=True)
+        teacher_hidden = None
         if target_last_hidden_states is not None:
-            # With many anchors a position is the teacher of up to K slots: keep each once.
-            rows = mask.nonzero()[:, 0] * input_ids.shape[1]
-            used, which = torch.unique(rows + blocks.teacher_positions[mask], return_inverse=True)
             teacher_hidden = target_last_hidden_states.flatten(0, 1)[used]
+        latent, by_position = None, False
+        if model.markov_head is not None:
+            by_position = model.markov_head.by_position
+            # The token before a label is the one at its teacher's position.
+            before = input_ids.flatten()[used]
+            latent = model.markov_head.markov_w1(before) if by_position else blocks.latent[mask]
         objective, ce, l1 = vocabulary_loss(
             blocks.hidden[mask],
-            None if blocks.latent is None else blocks.latent[mask],
+            latent,
             model.lm_head.weight,
-            None if blocks.latent is None else model.markov_head.markov_w2.weight,
+            None if model.markov_head is None else model.markov_head.markov_w2.weight,
             blocks.target_ids[mask],
             teacher_hidden,
             which,
@@ -87,9 +95,11 @@ class DSparkTrainerModule(nn.Module):
             self.l1_loss_alpha * weights,
             model.softcap,
             model.logit_scale,
+            latent_by_position=by_position,
+            compile_passes=self.compile_loss,
         )
         confidence = None if blocks.confidence_pred is None else blocks.confidence_pred[mask]
-        sums = sum_slots(mask, ce, None if which is None else l1, confidence, self.loss_decay_gamma)
+        sums = sum_slots(mask, ce, None if teacher_hidden is None else l1, confidence, self.loss_decay_gamma)
         terms = (self.ce_loss_alpha, self.l1_loss_alpha, self.confidence_head_alpha)
         metrics = divide(sums, *terms, denominator)
         total = positive(sums.weight if denominator is None else denominator)

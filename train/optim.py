@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train.config import TrainConfig
+from train.losses import positive
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -31,3 +32,21 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     progress = (step - warmup) / max(total_steps - 1 - warmup, 1)
     cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def normalise_gradients(model: nn.Module, weight: Tensor, max_norm: float) -> Tensor:
+    """Divide a step's summed gradients by its weight, then clip them to a global norm.
+
+    So nobody needs to know the weight of a step before its last micro-batch was drafted.
+
+    Args:
+        weight: the sum of slot weights over the step; a step without any leaves the gradients zero.
+
+    Returns:
+        The norm before clipping.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    weight = positive(weight)
+    norm = torch.nn.utils.get_total_norm(gradients) / weight
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0) / weight)
+    return norm

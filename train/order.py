@@ -1,37 +1,122 @@
-"""The order of samples in an epoch: a pure function of (lengths, seed, epoch)."""
+"""Which samples make which batch: pure functions of (lengths, seed, epoch, rank, world).
+
+A batch is a *pack*: samples laid end to end in one row of a fixed number of tokens. An optimiser step is a
+group of packs, the same ones however many ranks share them.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 
-# Batches whose samples are sorted by length together: longer windows pad less and mix less.
-WINDOW_BATCHES = 16
+# Packs filled together from one stretch of the shuffled samples. More fill better and mix less.
+WINDOW_PACKS = 64
 
 
-def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Shuffle samples into batches of similar lengths.
+def pack(lengths: Sequence[int], order: Iterable[int], batch_tokens: int) -> list[list[int]]:
+    """Lay samples into packs of at most `batch_tokens` tokens: the longest first, each where it fits best.
 
-    Samples are shuffled, sorted by length inside windows of `WINDOW_BATCHES` batches, cut into
-    batches, and the batches shuffled.
+    Args:
+        lengths: tokens of every sample, none above `batch_tokens`.
+        order: the samples to pack; which of them come first decides between equals.
+
+    Returns:
+        The samples of each pack, in the order that packs were begun.
+    """
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # tokens left and number of each pack, ascending
+    for sample in sorted(order, key=lambda i: -lengths[i]):  # stable, so equals keep their order
+        length = lengths[sample]
+        fitting = bisect_left(room, (length, 0))
+        if fitting < len(room):
+            left, number = room.pop(fitting)
+        else:
+            left, number = batch_tokens, len(packs)
+            packs.append([])
+        packs[number].append(sample)
+        insort(room, (left - length, number))
+    return packs
+
+
+def _fill(packs: list[list[int]], lengths: Sequence[int], number: int) -> list[list[int]]:
+    """Split the fullest packs until there are `number` of them; empty ones where nothing can be split."""
+    packs = list(packs)
+    while len(packs) < number:
+        fullest = max(packs, key=lambda members: (len(members) > 1) * sum(lengths[i] for i in members))
+        packs.append(fullest[1::2])
+        packs[packs.index(fullest)] = fullest[::2]
+    return packs
+
+
+def epoch_packs(
+    lengths: np.ndarray, batch_tokens: int, seed: int, epoch: int, multiple: int = 1
+) -> list[np.ndarray]:
+    """An epoch's packs: each sample once, shuffled.
+
+    Samples are shuffled and packed window by window; what fills a window's last packs badly waits for the
+    next window. Then the packs are shuffled. Where the number of packs is no multiple of `multiple`, the
+    last few are split.
+
+    Args:
+        lengths: tokens of each sample, `[n]`, none above `batch_tokens`.
+        batch_tokens: P, what a pack holds.
+        multiple: packs of an optimiser step, all ranks together.
+
+    Returns:
+        Arrays of sample numbers.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths)).tolist()
+    tokens = lengths.tolist()
+    packs: list[list[int]] = []
+    window: list[int] = []
+    size = 0
+    for sample in order:
+        window.append(sample)
+        size += tokens[sample]
+        if size >= WINDOW_PACKS * batch_tokens:
+            full = pack(tokens, window, batch_tokens)
+            packs += full[:WINDOW_PACKS]
+            window = [i for late in full[WINDOW_PACKS:] for i in late]
+            size = sum(tokens[i] for i in window)
+    packs += pack(tokens, window, batch_tokens)
+    packs = [packs[i] for i in rng.permutation(len(packs))]
+    last = len(packs) % multiple
+    if last:
+        packs[-last:] = _fill(packs[-last:], tokens, multiple)
+    return [np.array(members, dtype=np.int64) for members in packs]
+
+
+def epoch_steps(
+    lengths: np.ndarray,
+    batch_tokens: int,
+    accumulation: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+) -> list[list[np.ndarray]]:
+    """One rank's share of an epoch: for each optimiser step, its packs.
+
+    A step is `accumulation * world` packs, dealt out in turn. So `accumulation` 4 on one rank and 1 on four
+    make the same steps.
 
     Args:
         lengths: tokens of each sample, `[n]`.
+        batch_tokens: P.
+        accumulation: packs of a rank in a step.
 
     Returns:
-        Batches of sample numbers; each sample once, the last batch of the cut possibly smaller.
+        Steps of `accumulation` packs each; the last step's packs are smaller and may be empty.
     """
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
-    window = batch_size * WINDOW_BATCHES
-    batches = []
-    for start in range(0, len(order), window):
-        members = order[start : start + window]
-        members = members[np.argsort(lengths[members], kind="stable")]
-        batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    group = accumulation * world
+    packs = epoch_packs(lengths, batch_tokens, seed, epoch, group)
+    return [packs[start + rank : start + group : world] for start in range(0, len(packs), group)]
 
 
-def sequential_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Batches for evaluation: by length, every sample once."""
-    order = np.argsort(lengths, kind="stable")
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def sequential_packs(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Packs for evaluation: every sample once, always the same."""
+    packs = pack(lengths.tolist(), range(len(lengths)), batch_tokens)
+    return [np.array(members, dtype=np.int64) for members in packs]

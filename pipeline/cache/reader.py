@@ -18,8 +18,8 @@ from pipeline.cache.index import count_candidates, open_index, sample_ids
 from pipeline.cache.index import sample_id as content_id
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
 from pipeline.cache.manifest import FROZEN, INDEX, Manifest, is_weights, read_manifest, shard_file
-from pipeline.cache.shard import map_shard
-from pipeline.cache.statistics import check_statistics_listed, read_statistics, state_codecs
+from pipeline.cache.shard import advise, map_shard
+from pipeline.cache.statistics import StateCodec, check_statistics_listed, read_statistics, state_codecs
 from pipeline.cache.verify import FileChecks
 from pipeline.errors import CacheError
 
@@ -176,26 +176,48 @@ class CacheReader:
         shard, tokens, _ = self._rows(i)
         return shard[context_name(layer_id)][tokens]
 
-    def read_context(self, i: int, layer_ids: Sequence[int], out: Tensor) -> None:
-        """Decode a sample's context features into `out` `[S, L*H]`, layers in the order given."""
-        shard, tokens, _ = self._rows(i)
-        for column, layer_id in enumerate(layer_ids):
-            columns = slice(column * self.hidden_size, (column + 1) * self.hidden_size)
-            self._decode(i, context_name(layer_id), shard, tokens, out[:, columns])
+    def codec(self, state: str) -> StateCodec:
+        """The codec of one state (`context.<layer id>` or `last_hidden`), with its statistics."""
+        return self._codecs[state]
 
-    def read_last_hidden(self, i: int, out: Tensor) -> None:
-        """Decode a sample's last hidden states into `out` `[M, H]`."""
-        shard, _, rows = self._rows(i)
-        self._decode(i, LAST_HIDDEN, shard, rows, out)
+    def parts(self, i: int, state: str) -> dict[str, Tensor]:
+        """Views of one state of sample `i` as it is stored, by suffix: what its codec decodes.
 
-    def _decode(self, i: int, state: str, shard: dict[str, Tensor], rows: slice, out: Tensor) -> None:
-        """Decode rows of one state into `out` `[n, H]`, its scales checked for sense."""
-        bound = self._codecs[state]
-        parts = {s: shard[part_name(state, s)][rows] for s in bound.codec.specs(1, self.hidden_size)}
+        Args:
+            state: `context.<layer id>`, of S rows, or `last_hidden`, of M.
+
+        Raises:
+            CacheError: scales that no writer writes.
+        """
+        shard, tokens, last = self._rows(i)
+        rows = last if state == LAST_HIDDEN else tokens
+        suffixes = self._codecs[state].codec.specs(1, self.hidden_size)
+        parts = {suffix: shard[part_name(state, suffix)][rows] for suffix in suffixes}
         scales = parts.get("scale")
         if scales is not None and not bool((scales.abs() <= MAX_SCALE).all()):
             raise CacheError(f"{self.path}: sample {i} has a scale of {state} that no writer writes: damaged")
-        bound.decode(parts, out)
+        return parts
+
+    def advise(self, i: int, layer_ids: Sequence[int], *, needed: bool) -> None:
+        """Tell the kernel that these states of sample `i` will be read soon, or that they were.
+
+        What was read stays in the page cache but no longer counts as this process's memory.
+        """
+        shard, tokens, last = self._rows(i)
+        for state, rows in [*((context_name(i), tokens) for i in layer_ids), (LAST_HIDDEN, last)]:
+            for suffix in self._codecs[state].codec.specs(1, self.hidden_size):
+                advise(shard[part_name(state, suffix)][rows], needed=needed)
+
+    def read_context(self, i: int, layer_ids: Sequence[int], out: Tensor) -> None:
+        """Decode a sample's context features into `out` `[S, L*H]`, layers in the order given."""
+        for column, layer_id in enumerate(layer_ids):
+            columns = slice(column * self.hidden_size, (column + 1) * self.hidden_size)
+            state = context_name(layer_id)
+            self._codecs[state].decode(self.parts(i, state), out[:, columns])
+
+    def read_last_hidden(self, i: int, out: Tensor) -> None:
+        """Decode a sample's last hidden states into `out` `[M, H]`."""
+        self._codecs[LAST_HIDDEN].decode(self.parts(i, LAST_HIDDEN), out)
 
     def num_last_rows(self, i: int) -> int:
         """M, the number of stored last hidden rows of sample `i`."""

@@ -8,6 +8,7 @@ are views of the map, read only when touched.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
@@ -123,6 +124,25 @@ def map_shard(path: Path, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
         count = math.prod(shape)
         tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=offsets[name]).view(shape)
     return tensors
+
+
+def advise(view: Tensor, *, needed: bool) -> None:
+    """Tell the kernel that a view of a mapped shard will be read soon, or that it was and can leave memory.
+
+    Only for views of `map_shard`: what leaves memory is read from the file again when touched. Does nothing
+    where the C library has no madvise.
+    """
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is None or not view.numel():
+        return
+    page, start, size = mmap.PAGESIZE, view.data_ptr(), view.nbytes
+    if needed:
+        first, last, advice = start // page * page, start + size, mmap.MADV_WILLNEED
+    else:  # whole pages only: those at the ends have neighbours
+        first, last = -(-start // page) * page, (start + size) // page * page
+        advice = mmap.MADV_DONTNEED
+    if last > first:
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
 def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> dict[str, int]:

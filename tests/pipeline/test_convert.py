@@ -305,7 +305,8 @@ def test_a_draft_trains_from_a_converted_cache(tmp_path, cache_dir):
     settings = {
         "draft.num_layers": 1,
         "draft.block_size": 3,
-        "draft.num_anchors": 8,
+        "train.batch_tokens": 256,
+        "train.anchors_per_batch": 64,
         "draft.markov_rank": 8,
         "train.max_steps": 2,
         "train.held_out": 0.2,

@@ -103,3 +103,25 @@ def as_batch(samples: list[reference.Sample], anchors: list[list[int]]) -> dict[
         "anchor_positions": torch.tensor([a + [0] * (count - len(a)) for a in anchors]),
         "block_keep_mask": torch.tensor([[True] * len(a) + [False] * (count - len(a)) for a in anchors]),
     }
+
+
+def as_pack(samples: list[reference.Sample], anchors: list[list[int]], padding: int = 3) -> dict[str, Tensor]:
+    """The same samples end to end in one row; the padding behind them holds junk, which must not matter."""
+    lengths = [len(s.input_ids) for s in samples]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    documents = [i for i, length in enumerate(lengths) for _ in range(length)] + [-1] * padding
+    positions = [start + anchor for start, own in zip(starts, anchors, strict=True) for anchor in own]
+
+    def row(parts: list[Tensor], filler: float) -> Tensor:
+        tail = torch.full((padding, *parts[0].shape[1:]), filler, dtype=parts[0].dtype)
+        return torch.cat([*parts, tail])[None]
+
+    return {
+        "input_ids": row([torch.tensor(s.input_ids) for s in samples], 7),
+        "target_hidden_states": row([s.context for s in samples], 1e3),
+        "loss_mask": row([torch.tensor(s.loss_mask) for s in samples], 0),
+        "target_last_hidden_states": row([s.last_hidden for s in samples], 1e3),
+        "anchor_positions": torch.tensor([[*positions, 0, 0]]),  # two dummies
+        "block_keep_mask": torch.tensor([[True] * len(positions) + [False] * 2]),
+        "document_ids": torch.tensor([documents]),
+    }

@@ -1,9 +1,11 @@
-"""Order, batches and schedule."""
+"""Batches, schedule and optimiser."""
 
 from __future__ import annotations
 
-import itertools
 import math
+import mmap
+import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,34 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache import CacheReader
+from pipeline.cache.shard import advise, file_bytes, map_shard
+from tests.conftest import run_ok
 from tests.train.drafts import small_model
-from train.batches import load_batch, load_blocks, prefetch, random_anchors, spread_anchors
+from train.batches import (
+    Batch,
+    anchor_quotas,
+    load_batch,
+    load_encoded_batch,
+    loaded,
+    prefetch,
+    random_anchors,
+    spread_anchors,
+)
 from train.config import TrainConfig
-from train.optim import build_optimizer, learning_rate
-from train.order import epoch_batches, sequential_batches
-
-
-@given(st.lists(st.integers(2, 500), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5))
-@settings(max_examples=60)
-def test_an_epoch_has_every_sample_once(lengths: list[int], size: int, epoch: int) -> None:
-    sizes = np.array(lengths)
-    batches = epoch_batches(sizes, size, 3, epoch)
-    assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
-    assert all(1 <= len(batch) <= size for batch in batches)
-    again = epoch_batches(sizes, size, 3, epoch)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
-    assert sorted(itertools.chain(*sequential_batches(sizes, size))) == list(range(len(lengths)))
-
-
-def test_epochs_and_seeds_differ_and_lengths_are_alike() -> None:
-    lengths = np.random.default_rng(0).integers(10, 1000, 512)
-    orders = [
-        np.concatenate(epoch_batches(lengths, 8, seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
-    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(orders, 2))
-    batches = epoch_batches(lengths, 8, 0, 0)
-    padded = sum(len(b) * lengths[b].max() for b in batches)
-    assert padded < 1.1 * lengths.sum()  # in random order: 1.77
+from train.optim import build_optimizer, learning_rate, normalise_gradients
 
 
 @pytest.fixture(scope="module")
@@ -48,64 +37,153 @@ def reader(cache_dir: Path) -> CacheReader:
     return CacheReader(cache_dir)
 
 
+SAMPLES, LAYERS, TOKENS = [7, 0, 21], (4, 0), 512
+
+
 def test_a_batch_holds_exactly_the_samples(reader: CacheReader) -> None:
-    samples, layers = [7, 0, 21], (4, 0)
-    batch = load_batch(reader, samples, layers, random_anchors(6, 0, 0))
-    width = max(int(reader.lengths[i]) for i in samples)
-    assert batch.target_hidden_states.shape == (3, width, 2 * reader.hidden_size)
-    for row, i in enumerate(samples):
-        sample = reader.read(i, layers)
+    batch = load_batch(reader, SAMPLES, LAYERS, TOKENS, random_anchors(6, 0, 0))
+    assert batch.target_hidden_states.shape == (1, TOKENS, 2 * reader.hidden_size)
+    start = 0
+    for document, i in enumerate(SAMPLES):
+        sample = reader.read(i, LAYERS)
         length = len(sample.input_ids)
-        assert torch.equal(batch.input_ids[row, :length], sample.input_ids.long())
-        assert torch.equal(batch.loss_mask[row, :length], sample.loss_mask)
-        assert torch.equal(batch.target_hidden_states[row, :length], sample.context)
+        rows = slice(start, start + length)
+        assert torch.equal(batch.input_ids[0, rows], sample.input_ids.long())
+        assert torch.equal(batch.loss_mask[0, rows], sample.loss_mask)
+        assert batch.document_ids[0, rows].tolist() == [document] * length
+        assert torch.equal(batch.target_hidden_states[0, rows], sample.context)
         # The teacher of every supervised label t >= 1 sits at t - 1; nothing sits elsewhere.
         labels = [t for t in range(1, length) if sample.loss_mask[t]]
-        assert torch.equal(batch.target_last_hidden_states[row, [t - 1 for t in labels]], sample.last_hidden)
-        rest = [p for p in range(width) if p + 1 not in labels]
-        assert not batch.target_last_hidden_states[row, rest].any()
-        assert not batch.loss_mask[row, length:].any()
-        assert not batch.input_ids[row, length:].any()
+        states = batch.target_last_hidden_states[0, rows]
+        assert torch.equal(states[[t - 1 for t in labels]], sample.last_hidden)
+        assert not states[[p for p in range(length) if p + 1 not in labels]].any()
+        start += length
+    assert batch.num_tokens == start
+    assert (batch.document_ids[0, start:] == -1).all()
+    for name in ("input_ids", "loss_mask", "target_hidden_states", "target_last_hidden_states"):
+        assert not getattr(batch, name)[0, start:].any()
 
 
-def test_anchors_depend_on_the_sample_alone(reader: CacheReader) -> None:
-    choose = random_anchors(4, seed=5, epoch=2)
-    together = load_batch(reader, [3, 9, 14], (0,), choose)
-    for row, i in enumerate((3, 9, 14)):
-        alone = load_batch(reader, [i], (0,), choose)
-        kept = together.anchor_positions[row][together.block_keep_mask[row]]
-        assert torch.equal(kept, alone.anchor_positions[0][alone.block_keep_mask[0]])
-        mask = alone.loss_mask[0].tolist()
-        assert all(mask[p] and mask[p + 1] for p in kept.tolist())
-        assert kept.tolist() == sorted(set(kept.tolist()))
-    other = [
-        load_batch(reader, [3], (0,), random_anchors(4, s, e)).anchor_positions for s, e in ((5, 3), (6, 2))
-    ]
-    first = load_batch(reader, [3], (0,), choose).anchor_positions
-    assert not any(torch.equal(first, anchors) for anchors in other)
+@pytest.mark.parametrize("codecs", [("bf16", "bf16"), ("nf4", "int8"), ("fp8", "fp32")])
+def test_decoded_on_the_device_or_before_it_is_the_same(cache_dir: Path, tmp_path: Path, codecs) -> None:
+    """What a GPU gets, here decoded on the CPU: the stored bytes of a batch in one piece."""
+    context, last = codecs
+    options = ("--context-codec", context, "--last-codec", last)
+    run_ok("convert", cache_dir, tmp_path / "c", *options)
+    reader = CacheReader(tmp_path / "c")
+    plain = load_batch(reader, SAMPLES, LAYERS, TOKENS, random_anchors(6, 0, 0))
+    encoded = load_encoded_batch(reader, SAMPLES, LAYERS, TOKENS, random_anchors(6, 0, 0), pin=False)
+    decoded = encoded.to(torch.device("cpu"))
+    assert decoded.tensors().keys() == plain.tensors().keys()
+    for name, tensor in plain.tensors().items():
+        assert torch.equal(tensor, decoded.tensors()[name]), name
+    assert decoded.num_tokens == plain.num_tokens
+
+
+def test_a_batch_of_nothing(reader: CacheReader) -> None:
+    for load in (load_batch, partial(load_encoded_batch, pin=False)):
+        batch = load(reader, [], LAYERS, 32, random_anchors(6, 0, 0))
+        assert batch.num_tokens == 0
+        assert not batch.block_keep_mask.any()
+        batch = batch if isinstance(batch, Batch) else batch.to(torch.device("cpu"))
+        assert batch.target_hidden_states.shape == (1, 32, 2 * reader.hidden_size)
+        assert not batch.target_hidden_states.any()
+
+
+def test_quotas_by_hand() -> None:
+    assert anchor_quotas([3, 2], 9).tolist() == [3, 2]
+    assert anchor_quotas([60, 30, 10], 10).tolist() == [6, 3, 1]
+    # Shares of 7: 3.5, 2.1, 1.4: the half goes to the first.
+    assert anchor_quotas([50, 30, 20], 7).tolist() == [4, 2, 1]
+    assert anchor_quotas([], 7).tolist() == []
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.integers(1, 4000))
+@settings(max_examples=100)
+def test_quotas_are_in_proportion(counts: list[int], total: int) -> None:
+    quotas = anchor_quotas(counts, total)
+    assert quotas.sum() == min(total, sum(counts))
+    assert (quotas <= counts).all()
+    if sum(counts) > total:
+        assert (abs(quotas - np.array(counts) * total / sum(counts)) < 1).all()
+
+
+def test_anchors_are_each_inside_their_sample(reader: CacheReader) -> None:
+    batch = load_batch(reader, SAMPLES, (0,), TOKENS, random_anchors(13, seed=5, epoch=2))
+    kept = batch.anchor_positions[batch.block_keep_mask].tolist()
+    assert len(kept) == 13
+    assert batch.anchor_positions.shape[1] == 16  # a multiple of 16, the last three dummies
+    assert kept == sorted(set(kept))
+    mask, documents = batch.loss_mask[0].tolist(), batch.document_ids[0].tolist()
+    assert all(mask[p] and mask[p + 1] and documents[p] == documents[p + 1] for p in kept)
+    candidates = [int(reader.candidates[i]) for i in SAMPLES]
+    assert np.bincount([documents[p] for p in kept]).tolist() == anchor_quotas(candidates, 13).tolist()
+
+
+def test_anchors_depend_on_the_sample_and_its_quota_alone(reader: CacheReader) -> None:
+    def drawn(samples: list[int], total: int, seed: int = 5, epoch: int = 2) -> list[list[int]]:
+        batch = load_batch(reader, samples, (0,), TOKENS, random_anchors(total, seed, epoch))
+        kept = batch.anchor_positions[batch.block_keep_mask].tolist()
+        ends = np.cumsum(reader.lengths[samples]).tolist()
+        starts = [0, *ends[:-1]]
+        return [[p - a for p in kept if a <= p < b] for a, b in zip(starts, ends, strict=True)]
+
+    together = drawn([3, 9, 14], 12)
+    assert drawn([14, 3, 9], 12) == [together[2], together[0], together[1]]
+    for i, own in zip((3, 9, 14), together, strict=True):
+        assert drawn([i], len(own)) == [own]
+    assert together != drawn([3, 9, 14], 12, epoch=3)
+    assert together != drawn([3, 9, 14], 12, seed=6)
 
 
 def test_spread_anchors_by_hand() -> None:
     choose = spread_anchors(3)
-    assert choose(np.array([2, 3, 4, 9, 11]), b"").tolist() == [2, 4, 11]
-    assert choose(np.array([2, 9]), b"").tolist() == [2, 9]
+    assert [a.tolist() for a in choose([np.array([2, 3, 4, 9, 11]), np.array([2, 9])], [b"", b""])] == [
+        [2, 4, 11],
+        [2, 9],
+    ]
 
 
-def test_the_denominator_is_known_before_the_forward(reader: CacheReader) -> None:
-    batch = load_batch(reader, [1, 2, 3], (0,), random_anchors(5, 0, 0))
-    expected = 0.0
-    for row in range(3):
-        mask = batch.loss_mask[row].tolist()
-        for anchor, keep in zip(
-            batch.anchor_positions[row].tolist(), batch.block_keep_mask[row], strict=True
-        ):
-            for k in range(3):
-                if not keep or anchor + k + 1 >= len(mask) or not mask[anchor + k + 1]:
-                    break
-                expected += math.exp(-k / 4)
-    assert batch.weight(3, 4.0).item() == pytest.approx(expected)
-    blocks = load_blocks(reader, [1, 2, 3], random_anchors(5, 0, 0))
-    assert blocks.weight(3, 4.0).item() == pytest.approx(expected)
+def test_loaded_batches_come_in_order_with_their_flops(reader: CacheReader) -> None:
+    packs = [([i, i + 1], random_anchors(6, 0, 0)) for i in range(5)]
+    device = torch.device("cpu")
+    batches = list(loaded(reader, packs, LAYERS, TOKENS, device, lambda pack: 2.0 * pack.num_tokens))
+    for (samples, choose), batch in zip(packs, batches, strict=True):
+        alone = load_batch(reader, samples, LAYERS, TOKENS, choose)
+        for name, tensor in alone.tensors().items():
+            assert torch.equal(tensor, batch.tensors()[name])
+        assert batch.flops == 2 * alone.num_tokens
+
+
+def test_reading_leaves_no_file_pages_behind(tmp_path: Path) -> None:
+    """What a batch was read from leaves this process's memory; the views still read the same."""
+    size = 64 * mmap.PAGESIZE
+    specs = {"x": (torch.uint8, (size,))}
+    path = tmp_path / "shard"
+    values = torch.arange(size).to(torch.uint8)
+    path.write_bytes(b"".join(file_bytes({"x": values})))
+    view = map_shard(path, specs)["x"]
+    advise(view[100:-100], needed=True)
+    assert torch.equal(view, values)
+    resident = _resident_pages(view)
+    advise(view[100:-100], needed=False)
+    assert resident >= 64
+    assert _resident_pages(view) <= 3  # those at the ends are shared with what was not released
+    assert torch.equal(view, values)
+
+
+def _resident_pages(view: torch.Tensor) -> int:
+    """Pages of the mapping that this process has in memory, from /proc."""
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("needs /proc")
+    found = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if span:
+            found = int(span[1], 16) <= view.data_ptr() + 200 < int(span[2], 16)
+        elif found and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024 // mmap.PAGESIZE
+    raise AssertionError("not mapped")
 
 
 def test_prefetch_keeps_order_and_raises_where_due() -> None:
@@ -128,6 +206,15 @@ def test_learning_rate_by_hand() -> None:
     assert rates[100] == pytest.approx(0.1)
     assert rates[11 + 89 // 2] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 44 / 89)) / 2)
     assert learning_rate(0, 1, TrainConfig(lr=1.0)) == pytest.approx(1.0)
+
+
+def test_gradients_are_divided_and_clipped_by_hand() -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    for weight, limit, wanted in ((4.0, 10.0, [3.0, 4.0]), (4.0, 1.0, [0.6, 0.8]), (0.0, 1.0, None)):
+        model.weight.grad = torch.tensor([[12.0, 16.0]]) if wanted else torch.zeros(1, 2)
+        norm = normalise_gradients(model, torch.tensor(weight), limit)
+        assert norm.item() == pytest.approx(5.0 if wanted else 0.0)
+        assert model.weight.grad[0].tolist() == pytest.approx(wanted or [0.0, 0.0], rel=1e-5)
 
 
 def test_every_trained_weight_is_optimised_once_and_the_markov_head_at_its_own_rate() -> None:

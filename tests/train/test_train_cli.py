@@ -10,13 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target
+from train.config import TrainConfig
+from train.evaluate import split
+from train.loop import count_steps
+from train.order import epoch_packs
 
 SMALL = {
     "draft.num_layers": 1,
     "draft.block_size": 3,
-    "draft.num_anchors": 8,
+    "train.batch_tokens": 256,
+    "train.anchors_per_batch": 64,
     "draft.markov_rank": 8,
     "train.max_steps": 20,
     "train.held_out": 0.2,
@@ -58,6 +64,11 @@ def test_it_learns_and_writes_what_it_should(run_dir: Path) -> None:
         "tau",
         "lr",
         "tokens_per_s",
+        "blocks_per_s",
+        "data_wait_percent",
+        "model_flops_per_s",
+        "peak_flops_percent",
+        "peak_memory_bytes",
     ]
     assert list(logged[0]) == keys
     assert logged[-1]["loss"] < logged[0]["loss"] - 0.1
@@ -76,7 +87,7 @@ def test_the_checkpoint_is_in_hugging_face_layout(run_dir: Path) -> None:
         "architectures": ["Qwen3DSparkModel"],
         "model_type": "qwen3",
         "block_size": 3,
-        "num_anchors": 8,
+        "num_anchors": 64,
         "target_layer_ids": [0, 2, 4],
         "num_target_layers": 6,
         "markov_rank": 8,
@@ -148,11 +159,11 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, cache_dir: Path) -> 
 
 
 def test_accumulation_does_not_change_the_step(tmp_path: Path, cache_dir: Path) -> None:
-    """With 32 samples an epoch (held out apart), 8 x 1 and 4 x 2 see the same batches only in one window
-    order, so one step over everything is compared: batch_size 64 against 16 x 4."""
-    run_ok(*train_arguments(cache_dir, tmp_path / "whole", train__max_steps=3, train__batch_size=64))
-    settings = {"train__batch_size": 5, "train__gradient_accumulation_steps": 64}
-    run_ok(*train_arguments(cache_dir, tmp_path / "parts", train__max_steps=3, **settings))
+    """A step over everything in one pack, and in many small ones with all their anchors."""
+    everything = {"train__max_steps": 3, "train__anchors_per_batch": 100_000}
+    run_ok(*train_arguments(cache_dir, tmp_path / "whole", **everything, train__batch_tokens=16384))
+    parts = {"train__batch_tokens": 256, "train__gradient_accumulation_steps": 64}
+    run_ok(*train_arguments(cache_dir, tmp_path / "parts", **everything, **parts))
     whole, parts = (load_file(tmp_path / n / "latest" / "model.safetensors") for n in ("whole", "parts"))
     for name, weight in whole.items():
         torch.testing.assert_close(weight, parts[name], rtol=1e-3, atol=2e-5, msg=name)
@@ -160,6 +171,27 @@ def test_accumulation_does_not_change_the_step(tmp_path: Path, cache_dir: Path) 
         if "loss" in a:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
             assert a["tau"] == pytest.approx(b["tau"], rel=1e-4)
+
+
+def test_an_epoch_visits_every_sample(tmp_path: Path, cache_dir: Path) -> None:
+    settings = {"train__max_steps": '"none"', "train__epochs": 2, "train__log_every": 1}
+    run_ok(*train_arguments(cache_dir, tmp_path / "r", **settings))
+    reader = CacheReader(cache_dir)
+    samples, _ = split(reader, SMALL["train.held_out"])
+    lengths, config = reader.lengths[samples], TrainConfig(batch_tokens=256, epochs=2)
+    logged = [line["step"] for line in lines_of(tmp_path / "r") if "held_out" not in line]
+    assert logged == list(range(1, count_steps(lengths, config) + 1))
+    assert len(logged) == sum(len(epoch_packs(lengths, 256, 0, epoch)) for epoch in (0, 1))
+
+
+def test_a_profile_of_some_steps(tmp_path: Path, cache_dir: Path) -> None:
+    run_ok(*train_arguments(cache_dir, tmp_path / "r", train__max_steps=8), "--profile", "2")
+    events = json.loads((tmp_path / "r" / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#5", "ProfilerStep#6"}
+    short = run_cli(*train_arguments(cache_dir, tmp_path / "s", train__max_steps=2), "--profile", "2")
+    assert_refused(short, 2, "--profile 2", "2 steps", "at most 1")
+    assert not (tmp_path / "s").exists()
 
 
 def test_checkpoints_every_n_steps(tmp_path: Path, cache_dir: Path) -> None:
@@ -195,6 +227,9 @@ def test_a_taken_run_is_kept_unless_fresh(tmp_path: Path, cache_dir: Path) -> No
         ("draft.target_layer_ids=[0,3]", 1, ["holds layers [0, 2, 4]", "asks for 3", "--layers"]),
         ("draft.target_layer_ids=[4,0]", 2, ["strictly increasing"]),
         ("train.held_out=0.0001", 2, ["held_out"]),
+        ("train.batch_tokens=16", 2, ["batch_tokens = 16", "longest sample", "at least"]),
+        ("draft.attention=flex", 2, ["needs CUDA", "auto"]),
+        ("train.compile=yes", 2, ["auto, on, off"]),
         ("nonsense", 2, ["table.key=value"]),
     ],
 )

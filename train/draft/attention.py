@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
+
+from pipeline.errors import ConfigError
+from train.compiled import compiled
+from train.masks import flex_block_mask
 
 
 class DSparkRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -29,6 +37,59 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos + rotate_half(states) * sin
 
 
+def resolve_attention(name: str, config: Qwen3Config, device: torch.device) -> Literal["sdpa", "flex"]:
+    """`auto` is flex where a forward and backward of the draft's dimensions run on the device, else sdpa.
+
+    Its kernels don't fit every GPU's shared memory, and need a compiler.
+
+    Raises:
+        ConfigError: flex is asked for elsewhere than on CUDA, where it has no backward.
+    """
+    if name == "flex" and device.type != "cuda":
+        raise ConfigError(f'draft.attention = "flex" needs CUDA, the device is {device}: set it to "auto"')
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "sdpa"
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    anchors = torch.arange(1, 65, device=device)[None]
+    queries, size = anchors.shape[1] * config.block_size, 256
+    try:
+        mask = flex_block_mask(anchors, size, config.block_size)
+        shapes = ((heads, queries), (kv_heads, size + queries), (kv_heads, size + queries))
+        states = [torch.randn(1, h, n, dim, device=device, dtype=torch.bfloat16) for h, n in shapes]
+        attend(*(state.requires_grad_(True) for state in states), mask).sum().backward()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a compiler or a driver raises
+        reason = " ".join(str(error).split())[:150]
+        warnings.warn(f"flex_attention does not run here ({reason}): using sdpa", stacklevel=2)
+        return "sdpa"
+    return "flex"
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask) -> Tensor:
+    """Attention by the kernel that the mask is for.
+
+    Args:
+        query: `[B, heads, N*K, D]`.
+        keys: `[B, kv heads, S + N*K, D]`; heads are a multiple of kv heads.
+        values: likewise.
+        mask: of `train.masks`: a tensor for scaled_dot_product_attention, else for flex_attention.
+
+    Returns:
+        `[B, heads, N*K, D]`.
+    """
+    if isinstance(mask, BlockMask):
+        # Uncompiled it is the plain formula, which holds all scores: right for tests on a CPU only.
+        alone = query.is_cuda and not torch.compiler.is_compiling()
+        flex = compiled(flex_attention) if alone else flex_attention
+        return flex(query, keys, values, block_mask=mask, enable_gqa=True)
+    # Repeated by hand: with enable_gqa and a mask, CUDA is left with the kernel that holds all scores.
+    repeats = query.shape[1] // keys.shape[1]
+    keys, values = (states.repeat_interleave(repeats, dim=1) for states in (keys, values))
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+
+
 class DSparkAttention(nn.Module):
     """Queries from the block; keys and values from `[context ; block]`. Qwen3's projections and norms."""
 
@@ -48,14 +109,16 @@ class DSparkAttention(nn.Module):
         """`[B, T, heads*D]` to `[B, T, heads, D]`."""
         return states.unflatten(-1, (-1, self.head_dim))
 
-    def forward(self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(
+        self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask
+    ) -> Tensor:
         """Attend.
 
         Args:
             block: normed block states `[B, N*K, H]`.
             context: normed context states `[B, S, H]`, the same for every layer.
             rotary: cos and sin `[B, S + N*K, D]`, context positions first.
-            mask: `[B, 1, N*K, S + N*K]` bool.
+            mask: what a slot sees of `[context ; block]`, from `train.masks`.
 
         Returns:
             `[B, N*K, H]`.
@@ -69,8 +132,5 @@ class DSparkAttention(nn.Module):
         values = torch.cat([self.v_proj(context), self.v_proj(block)], dim=1)
         keys = rotate(self.k_norm(self._heads(keys)).transpose(1, 2), cos, sin)  # [B, kv heads, S + N*K, D]
         values = self._heads(values).transpose(1, 2)
-        # Repeated by hand: with enable_gqa and a mask, CUDA is left with the kernel that holds all scores.
-        repeats = query.shape[1] // keys.shape[1]
-        keys, values = (states.repeat_interleave(repeats, dim=1) for states in (keys, values))
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        attended = attend(query, keys, values, mask)
         return self.o_proj(attended.transpose(1, 2).flatten(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
@@ -19,7 +20,9 @@ class DSparkDecoderLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(
+        self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask
+    ) -> Tensor:
         """`[B, N*K, H]` to `[B, N*K, H]`; arguments as in `DSparkAttention.forward`, `block` not normed."""
         block = block + self.self_attn(self.input_layernorm(block), context, rotary, mask)
         return block + self.mlp(self.post_attention_layernorm(block))

@@ -53,7 +53,11 @@ def read_target_config(folder: Path) -> PretrainedConfig:
 
 
 def draft_config(
-    draft: DraftConfig, target: PretrainedConfig, manifest: Manifest, layer_ids: tuple[int, ...]
+    draft: DraftConfig,
+    target: PretrainedConfig,
+    manifest: Manifest,
+    layer_ids: tuple[int, ...],
+    num_anchors: int = 512,
 ) -> Qwen3Config:
     """The draft's config: Qwen3's body with the target's dimensions, and DSpark's own fields.
 
@@ -62,6 +66,7 @@ def draft_config(
         target: the target's own config.
         manifest: the cache's; says H, V, number of layers, the scales and the soft-cap.
         layer_ids: the captured layers the draft reads.
+        num_anchors: N, recorded for whoever draws anchors by the config.
 
     Raises:
         ConfigError: a combination no draft can have.
@@ -103,7 +108,7 @@ def draft_config(
         tie_word_embeddings=False,
         layer_types=["full_attention"] * draft.num_layers,
         block_size=draft.block_size,
-        num_anchors=draft.num_anchors,
+        num_anchors=num_anchors,
         mask_token_id=mask_token_id,
         target_layer_ids=list(layer_ids),
         num_target_layers=identity.num_layers,

@@ -19,6 +19,9 @@ class MarkovHead(nn.Module):
         rank: R.
     """
 
+    by_position = True
+    """Whether the bias depends on the previous token alone: then it is computed once a position."""
+
     def __init__(self, vocab_size: int, hidden_size: int, rank: int):
         super().__init__()
         self.markov_w1 = nn.Embedding(vocab_size, rank)
@@ -36,6 +39,8 @@ class MarkovHead(nn.Module):
 class GatedMarkovHead(MarkovHead):
     """bias = W2 (sigmoid(G [h; W1[x]]) * W1[x])."""
 
+    by_position = False
+
     def __init__(self, vocab_size: int, hidden_size: int, rank: int):
         super().__init__(vocab_size, hidden_size, rank)
         self.gate_proj = nn.Linear(hidden_size + rank, rank)
@@ -49,6 +54,8 @@ class RNNMarkovHead(MarkovHead):
 
     z = [s; W1[x]; h], [g, c, o] = J z, s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), bias = W2 tanh(o).
     """
+
+    by_position = False
 
     def __init__(self, vocab_size: int, hidden_size: int, rank: int):
         super().__init__(vocab_size, hidden_size, rank)

@@ -7,9 +7,12 @@ dspark.common.DSparkForwardOutput); parameter names are those that vLLM and SGLa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -19,13 +22,14 @@ from train.anchors import (
     create_noise_embed,
     create_position_ids,
     label_positions,
+    restarting_positions,
     sample_anchor_positions,
 )
 from train.draft.attention import DSparkRotaryEmbedding
 from train.draft.backbone import DSparkDecoderLayer
 from train.draft.confidence import AcceptRatePredictor
 from train.draft.markov import MARKOV_HEADS
-from train.masks import block_attention_mask
+from train.masks import block_attention_mask, flex_block_mask
 
 
 @dataclass
@@ -93,6 +97,9 @@ class Qwen3DSparkModel(PreTrainedModel):
         self.embedding_scale = getattr(config, "embedding_scale", None) or 1.0
         self.logit_scale = getattr(config, "logit_scale", None) or 1.0
         self.softcap = getattr(config, "final_logit_softcapping", None)
+        # How it is run, not what it is, so not in the config.
+        self.attention: Literal["sdpa", "flex"] = "sdpa"
+        self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
         self.fc = nn.Linear(len(config.target_layer_ids) * hidden, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -132,26 +139,56 @@ class Qwen3DSparkModel(PreTrainedModel):
                 module.weight.copy_(weight)
             module.weight.requires_grad_(not freeze)
 
-    def hidden_states(self, noise: Tensor, context_features: Tensor, anchor_positions: Tensor) -> Tensor:
+    def hidden_states(
+        self,
+        noise: Tensor,
+        context_features: Tensor,
+        anchor_positions: Tensor,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
         """The backbone: the blocks' final states.
 
         Args:
             noise: the blocks' input `[B, N*K, H]`, from `create_noise_embed`.
             context_features: `[B, S, L*H]`.
             anchor_positions: `[B, N]`.
+            document_ids: `[B, S]`, where a row holds several documents.
 
         Returns:
             `[B, N, K, H]`, after the final norm.
         """
         rows, seq_len = context_features.shape[:2]
+        make_mask = flex_block_mask if self.attention == "flex" else block_attention_mask
+        mask = make_mask(anchor_positions, seq_len, self.block_size, document_ids)
+        if document_ids is None:
+            positions = torch.arange(seq_len, device=noise.device).expand(rows, -1)
+        else:
+            positions = restarting_positions(document_ids)
+        slots = create_position_ids(positions.gather(1, anchor_positions), self.block_size)
+        return self.backbone(noise, context_features, torch.cat([positions, slots], dim=1), mask)
+
+    def backbone(
+        self, noise: Tensor, context_features: Tensor, positions: Tensor, mask: Tensor | BlockMask
+    ) -> Tensor:
+        """Everything that has the blocks' width: what is compiled.
+
+        Args:
+            noise: `[B, N*K, H]`.
+            context_features: `[B, S, L*H]`.
+            positions: of context and slots, `[B, S + N*K]`.
+            mask: of `train.masks`.
+
+        Returns:
+            `[B, N, K, H]`.
+        """
         context = self.hidden_norm(self.fc(context_features.to(self.fc.weight.dtype)))  # [B, S, H]
-        positions = torch.arange(seq_len, device=noise.device).expand(rows, -1)
-        positions = torch.cat([positions, create_position_ids(anchor_positions, self.block_size)], dim=1)
         rotary = self.rotary_emb(noise, positions)  # 2 x [B, S + N*K, D]
-        mask = block_attention_mask(anchor_positions, seq_len, self.block_size)
         block = noise
         for layer in self.layers:
-            block = layer(block, context, rotary, mask)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                block = checkpoint(layer, block, context, rotary, mask, use_reentrant=False)
+            else:
+                block = layer(block, context, rotary, mask)
         return self.norm(block).unflatten(1, (-1, self.block_size))
 
     def draft_blocks(
@@ -161,6 +198,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         loss_mask: Tensor,
         anchor_positions: Tensor | None = None,
         block_keep_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
     ) -> DraftBlocks:
         """Everything of a training forward but the vocabulary; arguments as in `forward`.
 
@@ -178,7 +216,11 @@ class Qwen3DSparkModel(PreTrainedModel):
             raise ValueError("anchor_positions and block_keep_mask go together: give both or neither")
         if anchor_positions is None or block_keep_mask is None:
             anchor_positions, block_keep_mask = sample_anchor_positions(
-                seq_len, loss_mask, self.config.num_anchors, input_ids.device
+                seq_len,
+                loss_mask,
+                self.config.num_anchors,
+                input_ids.device,
+                document_ids=document_ids,
             )
         labels, safe = label_positions(anchor_positions, self.block_size, seq_len)  # [B, N, K]
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
@@ -191,7 +233,9 @@ class Qwen3DSparkModel(PreTrainedModel):
             self.config.mask_token_id,
             self.block_size,
         )
-        hidden = self.hidden_states(noise * self.embedding_scale, target_hidden_states, anchor_positions)
+        hidden = self.hidden_states(
+            noise * self.embedding_scale, target_hidden_states, anchor_positions, document_ids
+        )
         embedded = latent = confidence = None
         if self.markov_head is not None:
             anchors = input_ids.gather(1, anchor_positions)[..., None]
@@ -206,7 +250,7 @@ class Qwen3DSparkModel(PreTrainedModel):
             latent=latent,
             target_ids=target_ids,
             teacher_positions=safe - 1,
-            eval_mask=build_eval_mask(seq_len, loss_mask, labels, safe, block_keep_mask),
+            eval_mask=build_eval_mask(seq_len, loss_mask, labels, safe, block_keep_mask, document_ids),
             block_keep_mask=block_keep_mask,
             confidence_pred=confidence,
         )
@@ -224,22 +268,25 @@ class Qwen3DSparkModel(PreTrainedModel):
         target_last_hidden_states: Tensor | None = None,
         anchor_positions: Tensor | None = None,
         block_keep_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
     ) -> DSparkForwardOutput:
         """Draft a block at every anchor, teacher-forced.
 
         Args:
-            input_ids: `[B, S]`, right-padded.
+            input_ids: `[B, S]`, padded on the right.
             target_hidden_states: context features `[B, S, L*H]`.
             loss_mask: `[B, S]`, 0 on padding.
             target_last_hidden_states: the teacher's post-norm states `[B, S, H]`, or None for no teacher.
             anchor_positions: `[B, N]`; drawn here (`config.num_anchors` of them) when None.
             block_keep_mask: `[B, N]` bool; needed with `anchor_positions`.
+            document_ids: `[B, S]`, which position belongs to which document where a row holds several; those
+                of one are neighbours. Positions restart and nothing sees another document.
 
         Raises:
             ValueError: the context features' width does not fit the draft's layers.
         """
         blocks = self.draft_blocks(
-            input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask
+            input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask, document_ids
         )
         teacher = None
         if target_last_hidden_states is not None:

@@ -1,0 +1,105 @@
+"""What only a GPU shows: its kernels give the CPU's numbers, and nothing is compiled twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import run_ok
+from tests.train.drafts import as_pack, random_samples, small_model
+from tests.train.test_train_cli import lines_of, train_arguments
+from train.batches import load_batch, loaded, random_anchors
+from train.config import RunConfig, TrainConfig
+from train.loop import prepare
+from train.module import DSparkTrainerModule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+MASKS = [[0, 1, 1, 1, 1, 1] * 9, [1, 1, 1, 0, 1, 1] * 7, [1] * 40]
+ANCHORS = [[1, 3, 4, 20], [0, 1, 4, 18], [0, 2, 5, 30]]
+
+
+def packed(device: str, dtype: torch.dtype, repeats: int = 1) -> dict[str, torch.Tensor]:
+    batch = as_pack(random_samples(MASKS * repeats), ANCHORS * repeats)
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in batch.items()
+    }
+
+
+def run(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    metrics = DSparkTrainerModule(model, 4.0)(**batch)
+    metrics.loss.backward()
+    gradients = {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
+    return metrics.loss.detach().double().cpu(), gradients
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_a_gpu_gives_the_cpus_numbers(attention: str, head: str) -> None:
+    # flex_attention wants head dimensions of 16 and more
+    torch.set_float32_matmul_precision("highest")
+    settings = {"markov_head_type": head, "head_dim": 16}
+    wanted, wanted_gradients = run(small_model(**settings).float(), packed("cpu", torch.float32))
+    model = small_model(**settings).float().cuda()
+    model.attention = attention
+    loss, gradients = run(model, packed("cuda", torch.float32))
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
+    for name, gradient in wanted_gradients.items():
+        scale = gradient.abs().max().clamp(min=1e-6)
+        torch.testing.assert_close(
+            gradients[name] / scale, gradient / scale, rtol=1e-3, atol=1e-3, msg=f"{name} differs"
+        )
+
+
+def test_bf16_is_near_fp32_and_sums_up_in_fp32() -> None:
+    wanted, _ = run(small_model(head_dim=16).float(), packed("cpu", torch.float32))
+    model = small_model(head_dim=16).float().cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        metrics = DSparkTrainerModule(model, 4.0)(**packed("cuda", torch.float32))
+    assert metrics.loss.dtype == torch.float32
+    assert abs(metrics.loss.item() / wanted.item() - 1) < 0.02
+
+
+def test_nothing_is_compiled_again_after_the_first_steps() -> None:
+    from torch._dynamo.utils import counters
+
+    model = small_model(head_dim=16).float().cuda()
+    module = DSparkTrainerModule(model, 4.0)
+    prepare(module, RunConfig(train=TrainConfig(compile="on")), torch.device("cuda"))
+    compiled = []
+    for step in range(8):
+        batch = packed("cuda", torch.float32, repeats=1 + step % 3)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            module(**batch).loss.backward()
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[0] > 0
+    assert compiled[-1] == compiled[3]  # three shapes, seen once each, then nothing new
+
+
+@pytest.mark.parametrize("codecs", [("bf16", "bf16"), ("nf4", "int8"), ("lm3", "fp8")])
+def test_a_batch_decoded_on_the_gpu_is_the_cpus(cache_dir: Path, tmp_path: Path, codecs) -> None:
+    from pipeline.cache import CacheReader
+
+    run_ok("convert", cache_dir, tmp_path / "c", "--context-codec", codecs[0], "--last-codec", codecs[1])
+    reader = CacheReader(tmp_path / "c")
+    packs = [([i, i + 1, i + 2], random_anchors(20, 0, 0)) for i in range(0, 12, 3)]
+    batches = list(loaded(reader, packs, (0, 4), 512, torch.device("cuda")))
+    for (samples, choose), batch in zip(packs, batches, strict=True):
+        wanted = load_batch(reader, samples, (0, 4), 512, choose)
+        for name, tensor in wanted.tensors().items():
+            assert torch.equal(batch.tensors()[name].cpu(), tensor), name
+
+
+def test_training_on_a_gpu_end_to_end(cache_dir: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(cache_dir, tmp_path / "r", train__max_steps=30, draft__head_dim=16)
+    arguments[arguments.index("cpu")] = "cuda"
+    run_ok(*arguments)
+    logged = [line for line in lines_of(tmp_path / "r") if "held_out" not in line]
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert logged[-1]["peak_memory_bytes"] > 0
+    run_ok("evaluate", "--cache", cache_dir, "--run", tmp_path / "r", "--device", "cpu")

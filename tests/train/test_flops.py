@@ -1,0 +1,66 @@
+"""Counted operations against PyTorch's own counter, which watches the products as they run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.train.drafts import as_pack, random_samples, small_model
+from train.batches import Pack
+from train.flops import peak_flops, training_flops
+from train.module import DSparkTrainerModule
+
+MASKS = [[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [1] * 9]
+ANCHORS = [[1, 3, 4], [0, 1, 4], [0, 2, 5, 7]]
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.addmm_)
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", None])
+def test_products_are_those_that_run(head: str | None) -> None:
+    """All but attention, whose hidden scores a dense kernel computes too. No dummies, no padding here."""
+    settings = (
+        {"markov_head_type": head} if head else {"markov_rank": 0, "confidence_head_with_markov": False}
+    )
+    model = small_model(**settings)
+    model.embed_tokens.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    batch = as_pack(random_samples(MASKS), ANCHORS, padding=0)
+    for name in ("anchor_positions", "block_keep_mask"):
+        batch[name] = batch[name][:, :-2]
+    with FlopCounterMode(display=False) as counter:
+        DSparkTrainerModule(model, 4.0)(**batch).loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    ran = sum(counts.get(product, 0) for product in PRODUCTS)
+    states = ("target_hidden_states", "target_last_hidden_states")
+    tokens = batch["input_ids"].shape[1]
+    pack = Pack(**{k: v for k, v in batch.items() if k not in states}, num_tokens=tokens)
+    blocks, config = batch["anchor_positions"].shape[1], model.config
+    pairs = sum(anchor + config.block_size for own in ANCHORS for anchor in own) * config.block_size
+    attention = 12 * config.num_attention_heads * config.head_dim * pairs * config.num_hidden_layers
+    assert blocks == sum(map(len, ANCHORS))
+    wanted = training_flops(config, pack) - attention
+    # The first slot's recurrent state and the blocks' input, which get no gradient, cost a little less.
+    assert ran == pytest.approx(wanted, rel=0.03)
+
+
+def test_peaks_are_found_by_name(monkeypatch) -> None:
+    cuda = torch.device("cuda")
+    names = {
+        "NVIDIA H200": 9.89e14,
+        "NVIDIA GH200 480GB": 9.9e14,
+        "NVIDIA H100 80GB HBM3": 9.89e14,
+        "NVIDIA H100 PCIe": 7.56e14,
+        "NVIDIA A100-SXM4-80GB": 3.12e14,
+        "NVIDIA GeForce RTX 4090": 1.65e14,
+        "NVIDIA B200": 2.25e15,
+        "NVIDIA L40": 1.81e14,
+        "Something Else": None,
+    }
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device, name=name: name)
+        assert peak_flops(cuda, "bf16") == peak
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA A100-SXM4-80GB")
+    assert peak_flops(cuda, "fp32") == 1.56e14
+    assert peak_flops(cuda, "fp32", tf32=False) is None
+    assert peak_flops(torch.device("cpu"), "fp32") is None

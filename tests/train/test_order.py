@@ -1,0 +1,79 @@
+"""Packs: every sample once, little room wasted, the same steps however many ranks share them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.order import epoch_packs, epoch_steps, pack, sequential_packs
+
+
+def flat(packs) -> list[int]:
+    return sorted(int(i) for members in packs for i in members)
+
+
+def test_packing_by_hand() -> None:
+    # Longest first: 9; 6; 5 fits neither; 4 beside the 6 (fits best), 3 beside the 5, 1 beside the 9.
+    assert pack([5, 9, 1, 6, 4, 3], range(6), 10) == [[1, 2], [3, 4], [0, 5]]
+
+
+@given(
+    st.lists(st.integers(2, 100), min_size=1, max_size=300),
+    st.integers(100, 400),
+    st.integers(0, 3),
+    st.integers(1, 9),
+)
+@settings(max_examples=60)
+def test_an_epoch_has_every_sample_once(lengths: list[int], size: int, epoch: int, multiple: int) -> None:
+    sizes = np.array(lengths)
+    packs = epoch_packs(sizes, size, 3, epoch, multiple)
+    assert flat(packs) == list(range(len(lengths)))
+    assert len(packs) % multiple == 0
+    assert all(sizes[members].sum() <= size for members in packs)
+    again = epoch_packs(sizes, size, 3, epoch, multiple)
+    assert all(np.array_equal(a, b) for a, b in zip(packs, again, strict=True))
+    assert flat(sequential_packs(sizes, size)) == list(range(len(lengths)))
+
+
+@given(
+    st.lists(st.integers(2, 100), min_size=1, max_size=200),
+    st.sampled_from([(1, 12), (2, 6), (3, 4), (12, 1)]),
+)
+@settings(max_examples=40)
+def test_ranks_share_the_steps_of_one(lengths: list[int], shape: tuple[int, int]) -> None:
+    world, accumulation = shape
+    sizes = np.array(lengths)
+    alone = epoch_steps(sizes, 128, 12, 5, 1)
+    shares = [epoch_steps(sizes, 128, accumulation, 5, 1, rank, world) for rank in range(world)]
+    assert all(len(share) == len(alone) for share in shares)
+    for step, *parts in zip(alone, *shares, strict=True):
+        assert all(len(part) == accumulation for part in parts)
+        together = [tuple(members) for members in itertools.chain(*zip(*parts, strict=True))]
+        assert together == [tuple(members) for members in step]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    lengths = np.random.default_rng(0).integers(10, 1000, 512)
+    orders = [np.concatenate(epoch_packs(lengths, 4096, *key)) for key in ((0, 0), (0, 1), (1, 0))]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(orders, 2))
+
+
+@pytest.mark.parametrize(("size", "count"), [(4096, 4000), (8192, 4000), (16384, 20000)])
+def test_log_normal_lengths_leave_little_room(size: int, count: int) -> None:
+    """At most 3% of all slots; rows of one sample each, padded to the longest, would leave 78%."""
+    lengths = np.random.default_rng(1).lognormal(6.5, 0.8, count).clip(16, 4096).astype(np.int64)
+    for world in (1, 8):
+        steps = [epoch_steps(lengths, size, 1, 0, 0, rank, world) for rank in range(world)]
+        tokens = np.array([[lengths[members].sum() for (members,) in share] for share in steps])
+        assert 1 - tokens.sum() / (tokens.size * size) < 0.03
+        # Equal work a rank: in all steps but the last few, which what is left over fills.
+        assert (tokens.min(axis=0)[: -2 if world > 1 else None] / size > 0.8).mean() > 0.98
+
+
+def test_what_cannot_be_shared_leaves_empty_packs() -> None:
+    steps = epoch_steps(np.array([7, 5]), 16, 1, 0, 0, 2, 3)
+    assert [[members.tolist() for members in step] for step in steps] == [[[]]]
