@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TypeVar
 
@@ -58,6 +58,10 @@ class Batch(Pack):
 
     target_hidden_states: Tensor  # [1, P, L*H] bfloat16, zero behind the last sample
     target_last_hidden_states: Tensor  # [1, P, H] bfloat16, zero where no loss can use it
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
 @dataclass(kw_only=True)
@@ -303,7 +307,7 @@ def loaded(
     Raises:
         CacheError: where a damaged sample's batch was due.
     """
-    load = load_batch if device.type == "cpu" else load_encoded_batch
+    load = load_encoded_batch if device.type == "cuda" else load_batch
 
     def job(samples: Sequence[int], choose: AnchorChoice) -> Batch | EncodedBatch:
         batch = load(reader, samples, layer_ids, batch_tokens, choose)
@@ -311,7 +315,9 @@ def loaded(
         return batch
 
     batches = prefetch(partial(job, *pack) for pack in packs)
-    return batches if device.type == "cpu" else _copied(batches, device)
+    if device.type == "cuda":
+        return _copied(batches, device)
+    return batches if device.type == "cpu" else (batch.to(device) for batch in batches)
 
 
 def _copied(batches: Iterator[EncodedBatch], device: torch.device) -> Iterator[Batch]:

@@ -38,6 +38,8 @@ class DraftConfig:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
+    init: Literal["random", "ridge"] = "random"
+    """First weights: ridge sets fc and the first layer by regression on the cache, for short runs."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """Attention kernel: flex_attention skips what a block can't see; auto takes it on CUDA where it runs."""
 

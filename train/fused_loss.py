@@ -23,9 +23,9 @@ from pipeline.features import at_least_fp32
 from train.compiled import compiled
 
 # Logits held at a time, 4 bytes each. Fewer rows make narrow, slow matrix products.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 # Of these, what is worked on at a time between the products: what a CPU's caches hold.
-PART_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
+PART_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 def vocabulary_loss(
@@ -111,8 +111,9 @@ def _cap(logits: Tensor, softcap: float | None, scale: float) -> Tensor | None:
 def _differentiate(
     logits: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
     teacher: Tensor | None,
+    places: Tensor,
+    labels: Tensor,
     ce_weights: Tensor,
     l1_weights: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -120,9 +121,10 @@ def _differentiate(
 
     Args:
         logits: `[C, V]`.
-        bias: added to them first, `[C, V]`; or None.
+        bias: added to them first, one a position, `[U, V]`; or None.
+        teacher: probabilities, one a position, `[U, V]`; or None.
+        places: the position of each row, `[C]`.
         labels: `[C, 1]`.
-        teacher: probabilities `[C, V]`; or None.
         ce_weights: `[C, 1]`.
         l1_weights: `[C, 1]`.
 
@@ -130,7 +132,7 @@ def _differentiate(
         Cross entropy and L1, `[C]`.
     """
     if bias is not None:
-        logits += bias
+        logits += bias[places]
     highest, of_label = logits.amax(-1, keepdim=True), logits.gather(1, labels)
     probs = logits.softmax(-1)
     # The largest probability is one over the normaliser, so no other pass is needed to find that.
@@ -139,7 +141,7 @@ def _differentiate(
         l1 = torch.zeros_like(ce)
         logits.copy_(probs).mul_(ce_weights)
     else:
-        difference = probs - teacher
+        difference = probs - teacher[places]
         l1 = difference.abs().sum(-1)
         sign = difference.sign_()
         inner = (probs * sign).sum(-1, keepdim=True)
@@ -192,7 +194,7 @@ class _VocabularyLoss(torch.autograd.Function):
         l1 = torch.zeros_like(ce)
         # Slots in the order of their positions, so that a chunk shares its few positions.
         which, order = which.sort(stable=True)
-        rows = max(16, CHUNK_ELEMENTS.get(device.type, 2**24) // len(head))
+        rows = _even(len(hidden), max(16, CHUNK_ELEMENTS.get(device.type, 2**24) // len(head)))
         few = max(1, PART_ELEMENTS.get(device.type, 2**19) // len(head))
         # On a GPU its passes over the logits take as long as the products unless they are made one.
         differentiate = compiled(_differentiate) if compile_passes else _differentiate
@@ -216,12 +218,13 @@ class _VocabularyLoss(torch.autograd.Function):
                     _add_product(logits, latents, markov_w2.T)
             # Up to the products with the gradients, a few rows at a time: those stay in a core's cache.
             for part in _parts(len(slots), few):
-                some, where = slots[part], places[part]
+                some = slots[part]
                 ce[some], l1[some] = differentiate(
                     logits[part],
-                    None if bias is None else bias[where],
+                    bias,
+                    teacher,
+                    places[part],
                     labels[some, None],
-                    None if teacher is None else teacher[where],
                     ce_weights[some, None],
                     l1_weights[some, None],
                 )
@@ -258,6 +261,12 @@ class _VocabularyLoss(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, *[None] * 10)
+
+
+def _even(total: int, most: int) -> int:
+    """Rows of a chunk so that `total` are cut into as few as `most` allows, and into equal ones."""
+    chunks = max(1, -(-total // most))
+    return max(1, -(-total // chunks))
 
 
 def _parts(rows: int, few: int) -> list[slice]:

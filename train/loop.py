@@ -28,6 +28,7 @@ from train.draft.config import draft_config, read_target_config
 from train.draft.model import Qwen3DSparkModel
 from train.evaluate import evaluate, split
 from train.flops import peak_flops, training_flops
+from train.initialise import ridge_initialise
 from train.module import DSparkTrainerModule
 from train.optim import build_optimizer, learning_rate, normalise_gradients
 from train.order import epoch_steps
@@ -110,6 +111,8 @@ def prepare(module: DSparkTrainerModule, config: RunConfig, device: torch.device
     allow_tf32(train.tf32)
     model.attention = resolve_attention(config.draft.attention, model.config, device)
     model.activation_checkpointing = train.activation_checkpointing
+    if resolve_precision(device, train.precision) == "bf16" and not model.lm_head.weight.requires_grad:
+        model.lm_head.to(torch.bfloat16)  # as its products take it: no copy a step
     if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
         model.backbone = torch.compile(model.backbone)
         module.compile_loss = True
@@ -160,6 +163,8 @@ def train(
     total_steps = count_steps(lengths, config.train)
     profiler = step_profiler(profile_steps, total_steps, run / TRACE)
     model = build_draft(reader, config).to(place)
+    if config.draft.init == "ridge":
+        ridge_initialise(model, reader, train_samples)
     module = trainer_module(model, config)
     prepare(module, config, place)
     open_run(run, config, fresh=fresh)

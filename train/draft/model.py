@@ -165,6 +165,8 @@ class Qwen3DSparkModel(PreTrainedModel):
         else:
             positions = restarting_positions(document_ids)
         slots = create_position_ids(positions.gather(1, anchor_positions), self.block_size)
+        if not torch.is_autocast_enabled(noise.device.type):  # which would only cast them back
+            context_features = context_features.to(self.fc.weight.dtype)
         return self.backbone(noise, context_features, torch.cat([positions, slots], dim=1), mask)
 
     def backbone(
@@ -181,7 +183,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         Returns:
             `[B, N, K, H]`.
         """
-        context = self.hidden_norm(self.fc(context_features.to(self.fc.weight.dtype)))  # [B, S, H]
+        context = self.hidden_norm(self.fc(context_features))  # [B, S, H]
         rotary = self.rotary_emb(noise, positions)  # 2 x [B, S + N*K, D]
         block = noise
         for layer in self.layers:

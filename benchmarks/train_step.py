@@ -1,0 +1,199 @@
+"""Where the time of a training step goes, and how much of the device's arithmetic it uses.
+
+    python benchmarks/train_step.py                 # the example's draft on the CPU, Qwen3-4B's on a GPU
+    python benchmarks/train_step.py --device cpu
+
+A micro-batch is made up for the config's draft: documents of log-normal lengths, the latter half of each
+supervised, packed and given anchors as in training; tokens, states and weights are random. Parts are timed
+inside whole steps, on a GPU by events on its stream, and are medians over them. The vocabulary loss computes
+its gradients in the forward, so the backward is the backbone's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen3Config
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train.module
+from benchmarks.capture import QWEN3_4B, SMOLLM2
+from benchmarks.record import record
+from pipeline import config as configuration
+from pipeline.device import resolve_device, reuse_freed_memory
+from pipeline.features import default_layer_ids
+from train.batches import Batch, load_pack, random_anchors
+from train.config import RunConfig
+from train.draft.config import draft_config
+from train.draft.model import Qwen3DSparkModel
+from train.flops import peak_flops, training_flops
+from train.loop import prepare, trainer_module
+from train.module import DSparkStepMetrics
+from train.optim import build_optimizer, normalise_gradients
+from train.order import epoch_packs
+from train.precision import autocast, resolve_precision
+from train.window import peak_memory
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# Name, config, the target's shape, mean of the logarithm of documents' lengths, timed steps.
+CPU = ("SmolLM2-135M shape", CONFIGS / "example.toml", SMOLLM2, 4.8, 20)
+GPU = ("Qwen3-4B shape", CONFIGS / "qwen3-4b.toml", QWEN3_4B, 6.55, 50)
+DOCUMENTS, WARM_UP = 1000, 5
+BACKBONE, VOCABULARY = "backbone forward", "vocabulary loss"
+FORWARD, REST, BACKWARD = "forward", "rest of the forward", "backward"
+UPDATE, WHOLE = "normalise, optimise", "whole step"
+PARTS = (BACKBONE, VOCABULARY, REST, BACKWARD, UPDATE)
+
+
+class Documents:
+    """What `load_pack` reads of a cache: random tokens, the latter half of each document supervised."""
+
+    def __init__(self, lengths: np.ndarray, vocab_size: int):
+        self.lengths, self._vocab_size = lengths, vocab_size
+        self.sample_ids = np.arange(len(lengths))
+
+    def tokens(self, i: int) -> tuple[Tensor, Tensor]:
+        length = int(self.lengths[i])
+        mask = torch.arange(length) >= length // 2
+        return torch.randint(self._vocab_size, (length,)), mask.to(torch.uint8)
+
+
+def make_batch(config: RunConfig, draft: Qwen3Config, mean_log: float, device: torch.device) -> Batch:
+    """The first micro-batch of an epoch, with random states."""
+    size, seed, rng = config.train.batch_tokens, config.train.seed, np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(mean_log, 0.8, DOCUMENTS), 16, size).astype(np.int64)
+    members = epoch_packs(lengths, size, seed, 0)[0].tolist()
+    choose = random_anchors(config.train.anchors_per_batch, seed, 0)
+    pack = load_pack(Documents(lengths, draft.vocab_size), members, size, choose)
+    states = torch.randn(1, size, draft.hidden_size, dtype=torch.bfloat16, device=device)
+    return Batch(
+        **{name: tensor.to(device) for name, tensor in pack.tensors().items()},
+        num_tokens=pack.num_tokens,
+        flops=training_flops(draft, pack),
+        target_hidden_states=states.repeat(1, 1, len(draft.target_layer_ids)),
+        target_last_hidden_states=states,
+    )
+
+
+def make_draft(config: RunConfig, shape: dict[str, int], device: torch.device) -> Qwen3DSparkModel:
+    """A fresh draft for a target of a shape, its embedding and head random too and frozen."""
+    layers, tokenizer = shape["num_hidden_layers"], SimpleNamespace(mask_token_id=0)
+    scales = {"embedding_scale": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
+    target = SimpleNamespace(**shape, num_layers=layers, **scales)
+    manifest = SimpleNamespace(identity=SimpleNamespace(target=target, tokenizer=tokenizer))
+    layer_ids = config.draft.target_layer_ids or tuple(default_layer_ids(layers))
+    draft = draft_config(config.draft, Qwen3Config(**shape), manifest, layer_ids)
+    torch.manual_seed(config.train.seed)
+    with device:
+        model = Qwen3DSparkModel(draft).float()
+    model.initialize_embeddings_and_head(model.embed_tokens, model.lm_head)
+    return model
+
+
+class Stopwatch:
+    """Times parts of a step by name: with events on a GPU's stream, which then need not be waited for."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, each call of it timed."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            begun = self._now()
+            result = function(*args, **kwargs)
+            self._spans.append((name, begun, self._now()))
+            return result
+
+        return run
+
+    def take(self) -> dict[str, float]:
+        """Seconds of what was timed since the last call."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        spans, self._spans = self._spans, []
+        return {name: a.elapsed_time(b) / 1000 if self._cuda else b - a for name, a, b in spans}
+
+
+def measure(config: RunConfig, model: Qwen3DSparkModel, batch: Batch, steps: int) -> dict[str, float]:
+    """Median seconds of the parts of a step of one micro-batch, and of the step."""
+    device, watch = batch.input_ids.device, Stopwatch(batch.input_ids.device)
+    module = trainer_module(model, config)
+    prepare(module, config, device)
+    optimizer = build_optimizer(model, config.train)
+    one = torch.ones((), device=device)
+    # Where the step itself calls them, so that what is timed is what training runs.
+    model.hidden_states = watch.timed(BACKBONE, model.hidden_states)
+    train.module.vocabulary_loss = watch.timed(VOCABULARY, train.module.vocabulary_loss)
+
+    def forward() -> DSparkStepMetrics:
+        with autocast(device, config.train.precision):
+            return module(**batch.tensors(), denominator=one)
+
+    def update(weight: Tensor) -> None:
+        normalise_gradients(model, weight, config.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        metrics = watch.timed(FORWARD, forward)()
+        watch.timed(BACKWARD, metrics.loss.backward)()
+        watch.timed(UPDATE, update)(metrics.sums.weight)
+
+    taken = []
+    for _ in range(WARM_UP + steps):
+        watch.timed(WHOLE, step)()
+        taken.append(watch.take())
+    for each in taken:
+        each[REST] = each.pop(FORWARD) - each[BACKBONE] - each[VOCABULARY]
+    return {name: statistics.median(each[name] for each in taken[WARM_UP:]) for name in (*PARTS, WHOLE)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    device = resolve_device(parser.parse_args().device)
+    name, path, shape, mean_log, steps = GPU if device.type == "cuda" else CPU
+    if device.type == "cpu":
+        reuse_freed_memory()  # as training does
+    config = configuration.build(RunConfig, configuration.load_toml(path), str(path))
+    model = make_draft(config, shape, device)
+    batch = make_batch(config, model.config, mean_log, device)
+    seconds = measure(config, model, batch, steps)
+    precision, blocks = resolve_precision(device, config.train.precision), int(batch.block_keep_mask.sum())
+    case = f"{name} {precision}"
+    rows = [(case, part, value, "s") for part, value in seconds.items()]
+    rows.append((case, "parts together", sum(seconds[part] for part in PARTS), "s"))
+    # The optimiser runs once in so many micro-batches, which the rates allow for.
+    accumulated = config.train.gradient_accumulation_steps
+    lasts = seconds[WHOLE] - seconds[UPDATE] + seconds[UPDATE] / accumulated
+    rates = {"tokens": batch.num_tokens, "blocks": blocks, "FLOP": batch.flops}
+    rows += [(case, what, amount / lasts, f"{what}/s") for what, amount in rates.items()]
+    peak = peak_flops(device, precision, config.train.tf32)
+    rows += [(case, "share of the peak", batch.flops / lasts / peak, "")] if peak else []
+    rows.append((case, "peak memory", peak_memory(device) / 2**20, "MiB"))
+    print(f"{batch.num_tokens} tokens, {blocks} blocks; {accumulated} micro-batches an optimiser step")
+    record("train_step", device, rows)
+
+
+if __name__ == "__main__":
+    main()
