@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from queue import SimpleQueue
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +28,8 @@ AnchorChoice = Callable[[list[np.ndarray], list[bytes]], list[np.ndarray]]
 
 # Blocks of a batch are a multiple of it, so that a GPU meets few shapes; the last few may be dummies.
 ANCHOR_MULTIPLE = 16
+# Tokens of a batch after which the pages that they were read from leave this process's memory.
+RELEASE_TOKENS = 2048
 # Batches read ahead, and threads that read them.
 DEPTH, THREADS = 2, 2
 
@@ -56,12 +59,16 @@ _COUNTS = ("num_tokens", "flops")
 class Batch(Pack):
     """A pack with the target's states: what `DSparkTrainerModule.forward` takes."""
 
-    target_hidden_states: Tensor  # [1, P, L*H] bfloat16, zero behind the last sample
+    target_hidden_states: Tensor  # [1, P, L, H] bfloat16, of any strides, zero behind the last sample
     target_last_hidden_states: Tensor  # [1, P, H] bfloat16, zero where no loss can use it
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        """The batch on another device, or itself."""
+        return (
+            self
+            if device.type == "cpu"
+            else replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        )
 
 
 @dataclass(kw_only=True)
@@ -84,10 +91,10 @@ class EncodedBatch(Pack):
 
         tokens = there({f.name: getattr(self, f.name) for f in fields(Pack) if f.name not in _COUNTS})
         hidden, width = self.reader.hidden_size, self.input_ids.shape[1]
-        context = torch.empty(width, len(self.context) * hidden, dtype=torch.bfloat16, device=device)
+        context = torch.empty(width, len(self.context), hidden, dtype=torch.bfloat16, device=device)
         context[self.num_tokens :] = 0
         for column, (layer_id, parts) in enumerate(self.context.items()):
-            out = context[: self.num_tokens, column * hidden : (column + 1) * hidden]
+            out = context[: self.num_tokens, column]
             self.reader.codec(context_name(layer_id)).decode(there(parts), out)
         positions = self.last_positions.to(device, non_blocking=True)
         states = torch.empty(len(positions), hidden, dtype=torch.bfloat16, device=device)
@@ -187,22 +194,32 @@ def load_batch(
     layer_ids: Sequence[int],
     batch_tokens: int,
     choose: AnchorChoice,
+    memory: Tensor | None = None,
 ) -> Batch:
-    """Read samples into a batch on the CPU, each feature row decoded straight into its place."""
+    """Read samples into a batch on the CPU, each feature row decoded straight into its place.
+
+    Args:
+        memory: of `batch_memory`, for the states; None allocates.
+    """
     pack = load_pack(reader, samples, batch_tokens, choose)
-    hidden = reader.hidden_size
-    context = torch.empty(batch_tokens, len(layer_ids) * hidden, dtype=torch.bfloat16)
-    context[pack.num_tokens :] = 0
-    last_hidden = torch.zeros(batch_tokens, hidden, dtype=torch.bfloat16)
-    codec = reader.codec(LAST_HIDDEN)
+    memory = batch_memory(reader, layer_ids, batch_tokens) if memory is None else memory
+    *context, last_hidden = memory  # a layer after the other, so that stored rows fill memory in one piece
+    memory[:-1, pack.num_tokens :] = 0
+    last_hidden.zero_()
     for i, rows in _places(reader, samples, layer_ids):
-        reader.read_context(i, layer_ids, context[rows])
-        states, parts, begin = last_hidden[rows], reader.parts(i, LAST_HIDDEN), 0
+        for layer_id, states in zip(layer_ids, context, strict=True):
+            reader.read_rows(i, context_name(layer_id), slice(None), states[rows])
+        begin = 0
         for run in _runs(last_positions(pack.loss_mask[0, rows])):
             end = begin + run.stop - run.start
-            codec.decode({name: part[begin:end] for name, part in parts.items()}, states[run])
+            reader.read_rows(i, LAST_HIDDEN, slice(begin, end), last_hidden[rows][run])
             begin = end
-    return Batch(**vars(pack), **_states(context, last_hidden))
+    return Batch(**vars(pack), **_states(memory[:-1].transpose(0, 1), last_hidden))
+
+
+def batch_memory(reader: CacheReader, layer_ids: Sequence[int], batch_tokens: int) -> Tensor:
+    """Memory for the states of one batch, `[L + 1, P, H]` bfloat16: the layers, then the last hidden states."""
+    return torch.empty(len(layer_ids) + 1, batch_tokens, reader.hidden_size, dtype=torch.bfloat16)
 
 
 def load_encoded_batch(
@@ -233,11 +250,9 @@ def load_encoded_batch(
     last_hidden, begin = buffers(LAST_HIDDEN, num_last), 0
     for i, rows in _places(reader, samples, layer_ids):
         for layer_id, parts in context.items():
-            for name, stored in reader.parts(i, context_name(layer_id)).items():
-                parts[name][rows] = stored
+            reader.fetch(i, context_name(layer_id), {name: part[rows] for name, part in parts.items()})
         last_rows = slice(begin, begin + reader.num_last_rows(i))
-        for name, stored in reader.parts(i, LAST_HIDDEN).items():
-            last_hidden[name][last_rows] = stored
+        reader.fetch(i, LAST_HIDDEN, {name: part[last_rows] for name, part in last_hidden.items()})
         positions[last_rows] = last_positions(pack.loss_mask[0, rows]) + rows.start
         begin = last_rows.stop
     values = vars(pack)
@@ -251,15 +266,20 @@ def load_encoded_batch(
 def _places(
     reader: CacheReader, samples: Sequence[int], layer_ids: Sequence[int]
 ) -> Iterator[tuple[int, slice]]:
-    """Each sample with its rows of the pack; the kernel reads ahead from the first to the last."""
+    """Each sample with its rows of the pack; the kernel reads ahead, and what was read is let go."""
+    states = [*map(context_name, layer_ids), LAST_HIDDEN]
     for i in samples:
-        reader.advise(i, layer_ids, needed=True)
-    start = 0
+        reader.read_ahead(i, states)
+    start, released, begun = 0, 0, set[int]()
     for i in samples:
         stop = start + int(reader.lengths[i])
         yield i, slice(start, stop)
-        reader.advise(i, layer_ids, needed=False)
+        begun.add(reader.shard_of(i))
+        if stop - released >= RELEASE_TOKENS:
+            reader.release(begun)
+            begun, released = set(), stop
         start = stop
+    reader.release(begun)
 
 
 def _runs(positions: Tensor) -> list[slice]:
@@ -300,6 +320,8 @@ def loaded(
 ) -> Iterator[Batch]:
     """Batches on a device, in order, read ahead by threads.
 
+    A batch is to be used before the next one is asked for: on a CPU its memory then serves another.
+
     Args:
         packs: the samples of each batch, and how their anchors are chosen.
         count_flops: what is put into each batch's `flops`.
@@ -307,17 +329,29 @@ def loaded(
     Raises:
         CacheError: where a damaged sample's batch was due.
     """
-    load = load_encoded_batch if device.type == "cuda" else load_batch
-
-    def job(samples: Sequence[int], choose: AnchorChoice) -> Batch | EncodedBatch:
-        batch = load(reader, samples, layer_ids, batch_tokens, choose)
-        batch.flops = count_flops(batch)
-        return batch
-
-    batches = prefetch(partial(job, *pack) for pack in packs)
     if device.type == "cuda":
-        return _copied(batches, device)
-    return batches if device.type == "cpu" else (batch.to(device) for batch in batches)
+
+        def load_pinned(samples: Sequence[int], choose: AnchorChoice) -> EncodedBatch:
+            batch = load_encoded_batch(reader, samples, layer_ids, batch_tokens, choose)
+            batch.flops = count_flops(batch)
+            return batch
+
+        yield from _copied(prefetch(partial(load_pinned, *pack) for pack in packs), device)
+        return
+    # Memory that was used before costs no page faults, which would take longer than the copying.
+    free: SimpleQueue[Tensor] = SimpleQueue()
+    for _ in range(DEPTH + 2):
+        free.put(batch_memory(reader, layer_ids, batch_tokens))
+
+    def load(samples: Sequence[int], choose: AnchorChoice) -> tuple[Batch, Tensor]:
+        memory = free.get()
+        batch = load_batch(reader, samples, layer_ids, batch_tokens, choose, memory)
+        batch.flops = count_flops(batch)
+        return batch, memory
+
+    for batch, memory in prefetch(partial(load, *pack) for pack in packs):
+        yield batch.to(device)
+        free.put(memory)
 
 
 def _copied(batches: Iterator[EncodedBatch], device: torch.device) -> Iterator[Batch]:

@@ -227,7 +227,7 @@ class Source:
             with FileChecks(self.path, self.manifest, threads=1) as checks:
                 self._refuse(checks.problems([record], self.index))
             specs = shard_specs(self.identity, self.manifest.plan[shard])
-            self._shard = (shard, map_shard(self.path / name, specs))
+            self._shard = (shard, map_shard(self.path / name, specs).tensors)
         return self._shard[1]
 
     def decode(self, shard: int, state: str, rows: slice | Tensor) -> Tensor:

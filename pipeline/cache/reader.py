@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.cache.index import count_candidates, open_index, sample_ids
 from pipeline.cache.index import sample_id as content_id
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
 from pipeline.cache.manifest import FROZEN, INDEX, Manifest, is_weights, read_manifest, shard_file
-from pipeline.cache.shard import advise, map_shard
+from pipeline.cache.shard import MappedShard, advise, map_shard
 from pipeline.cache.statistics import StateCodec, check_statistics_listed, read_statistics, state_codecs
 from pipeline.cache.verify import FileChecks
 from pipeline.errors import CacheError
@@ -144,22 +145,24 @@ class CacheReader:
             )
         return tuple(layer_ids)
 
-    def _map_shard(self, shard: int) -> dict[str, Tensor]:
+    def _map_shard(self, shard: int) -> MappedShard:
         self._check_size(shard_file(shard), self.manifest.shards.bytes[shard])
         specs = shard_specs(self.manifest.identity, self.manifest.plan[shard])
-        return map_shard(self.path / shard_file(shard), specs)
+        return map_shard(self.path / shard_file(shard), specs, random=True)
 
     def _rows(self, i: int) -> tuple[dict[str, Tensor], slice, slice]:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of a cache with {len(self)}")
         start, last = int(self._start[i]), int(self._last_start[i])
         tokens = slice(start, start + int(self.lengths[i]))
-        return self._map(int(self._shard[i])), tokens, slice(last, last + int(self._last_rows[i]))
+        return self._map(int(self._shard[i])).tensors, tokens, slice(last, last + int(self._last_rows[i]))
 
     def tokens(self, i: int) -> tuple[Tensor, Tensor]:
         """Views of a sample's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8, checked for sense."""
         shard, tokens, _ = self._rows(i)
         input_ids, loss_mask = shard["input_ids"][tokens], shard["loss_mask"][tokens]
+        advise(mmap.MADV_WILLNEED, input_ids)
+        advise(mmap.MADV_WILLNEED, loss_mask)
         low, high = input_ids.aminmax()
         if low < 0 or high >= self.manifest.identity.target.vocab_size:
             raise CacheError(f"{self.path}: sample {i} has token ids outside the vocabulary: damaged")
@@ -198,15 +201,43 @@ class CacheReader:
             raise CacheError(f"{self.path}: sample {i} has a scale of {state} that no writer writes: damaged")
         return parts
 
-    def advise(self, i: int, layer_ids: Sequence[int], *, needed: bool) -> None:
-        """Tell the kernel that these states of sample `i` will be read soon, or that they were.
-
-        What was read stays in the page cache but no longer counts as this process's memory.
-        """
+    def read_ahead(self, i: int, states: Iterable[str]) -> None:
+        """Have the kernel read these states of sample `i`, and nothing around them, from the disk."""
         shard, tokens, last = self._rows(i)
-        for state, rows in [*((context_name(i), tokens) for i in layer_ids), (LAST_HIDDEN, last)]:
+        for state in states:
+            rows = last if state == LAST_HIDDEN else tokens
             for suffix in self._codecs[state].codec.specs(1, self.hidden_size):
-                advise(shard[part_name(state, suffix)][rows], needed=needed)
+                advise(mmap.MADV_WILLNEED, shard[part_name(state, suffix)][rows])
+
+    def release(self, shards: Iterable[int]) -> None:
+        """What was read of these shards stays in the page cache, but not in this process's memory.
+
+        Best called rarely: all processors have to hear of it.
+        """
+        for shard in shards:
+            advise(mmap.MADV_DONTNEED, *self._map(shard).tensors.values())
+
+    def fetch(self, i: int, state: str, out: Mapping[str, Tensor]) -> None:
+        """Copy one state of sample `i` as it is stored, once: into contiguous CPU tensors, by suffix.
+
+        Raises:
+            CacheError: scales that no writer writes, or a file that ends too early.
+        """
+        shard = self._map(int(self._shard[i]))
+        for suffix, view in self.parts(i, state).items():
+            shard.read(view, out[suffix])
+
+    def read_rows(self, i: int, state: str, rows: slice, out: Tensor) -> None:
+        """Decode some rows of one state of sample `i` into `out` `[n, H]` bfloat16 on the CPU.
+
+        Raises:
+            CacheError: as `fetch`.
+        """
+        bound, parts = self._codecs[state], self.parts(i, state)
+        if bound.codec.name == "bf16" and out.is_contiguous():
+            self._map(int(self._shard[i])).read(parts[""][rows], out)
+        else:
+            bound.decode({suffix: part[rows] for suffix, part in parts.items()}, out)
 
     def read_context(self, i: int, layer_ids: Sequence[int], out: Tensor) -> None:
         """Decode a sample's context features into `out` `[S, L*H]`, layers in the order given."""
@@ -231,6 +262,7 @@ class CacheReader:
             IndexError: no such sample.
         """
         layers = self.require_layers(self.layer_ids if layer_ids is None else layer_ids)
+        self.read_ahead(i, [*map(context_name, layers), LAST_HIDDEN])
         input_ids, loss_mask = self.tokens(i)
         context = torch.empty(len(input_ids), len(layers) * self.hidden_size, dtype=torch.bfloat16)
         self.read_context(i, layers, context)

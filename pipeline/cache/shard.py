@@ -12,7 +12,9 @@ import ctypes
 import json
 import math
 import mmap
+import os
 import struct
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ DTYPE_NAMES = {
 }
 # How the safetensors library orders tensors in a file, from its last to its first.
 DTYPE_ORDER = ("U8", "I8", "F8_E4M3", "F16", "BF16", "I32", "F32")
+# Looked up once: every CDLL makes classes of its own.
+_MADVISE = getattr(ctypes.CDLL(None), "madvise", None)
 # A header lists a few hundred layers at most, at about 100 bytes each.
 MAX_HEADER_BYTES = 2**20
 
@@ -102,11 +106,43 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     return [layout.header, *map(memoryview, views)]
 
 
-def map_shard(path: Path, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
-    """Map `path` and return its tensors as views into the file.
+@dataclass(frozen=True)
+class MappedShard:
+    """A shard file, open and mapped. The map lives as long as any view of it does."""
 
-    The mapping is private (copy on write), so nothing can reach the file, and it lives as long as
-    any view does.
+    tensors: dict[str, Tensor]
+    """Views into the file, by name."""
+    path: Path
+    descriptor: int
+    """The open file; closed with this object."""
+    data: mmap.mmap
+
+    def read(self, view: Tensor, out: Tensor) -> None:
+        """Copy what `view` shows into contiguous CPU memory of the same bytes.
+
+        The kernel copies from the page cache, which spares the page faults of reading through the map: they
+        take as long as the copying.
+
+        Raises:
+            CacheError: the file has become shorter.
+        """
+        start = torch.frombuffer(self.data, dtype=torch.uint8, count=1).data_ptr()
+        offset, left = view.data_ptr() - start, memoryview(out.view(-1).view(torch.uint8).numpy())
+        while len(left):
+            count = os.preadv(self.descriptor, [left], offset)
+            if not count:
+                raise CacheError(f"{self.path} is damaged: it ends at {offset} while it is read")
+            left, offset = left[count:], offset + count
+
+
+def map_shard(path: Path, specs: dict[str, TensorSpec], *, random: bool = False) -> MappedShard:
+    """Map `path` after checking that it holds what it should.
+
+    The mapping is private (copy on write), so nothing can reach the file.
+
+    Args:
+        random: the file will be read here and there: the kernel then reads what is touched, and not the
+            megabytes around it.
 
     Raises:
         CacheError: missing, truncated, or not holding exactly the tensors of `specs`.
@@ -114,35 +150,44 @@ def map_shard(path: Path, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            descriptor = os.dup(file.fileno())
     except FileNotFoundError:
         raise CacheError(f"{path} is missing: run `dspark capture` again to rewrite it") from None
     except (OSError, ValueError) as error:
         raise CacheError(f"{path} can't be mapped ({error}): the cache is damaged") from None
+    tensors: dict[str, Tensor] = {}
+    shard = MappedShard(tensors, path, descriptor, data)
+    weakref.finalize(shard, os.close, descriptor)
+    if random and hasattr(data, "madvise"):
+        data.madvise(mmap.MADV_RANDOM)
     offsets = _read_header(path, data, specs)
-    tensors = {}
     for name, (dtype, shape) in specs.items():
         count = math.prod(shape)
         tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=offsets[name]).view(shape)
-    return tensors
+    return shard
 
 
-def advise(view: Tensor, *, needed: bool) -> None:
-    """Tell the kernel that a view of a mapped shard will be read soon, or that it was and can leave memory.
+def advise(advice: int, *views: Tensor) -> None:
+    """Tell the kernel how part of a mapped shard is used; it does nothing where there is no madvise.
 
-    Only for views of `map_shard`: what leaves memory is read from the file again when touched. Does nothing
-    where the C library has no madvise.
+    Args:
+        views: of one shard's tensors by `map_shard`, and of nothing else, because what is not needed is
+            dropped: everything from the first one's beginning to the last one's end.
+        advice: mmap's `MADV_WILLNEED`, or `MADV_DONTNEED`, after which it no longer counts as
+            this process's memory and is mapped again when touched.
     """
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise is None or not view.numel():
+    filled = [view for view in views if view.numel()]
+    if _MADVISE is None or not filled:
         return
-    page, start, size = mmap.PAGESIZE, view.data_ptr(), view.nbytes
-    if needed:
-        first, last, advice = start // page * page, start + size, mmap.MADV_WILLNEED
-    else:  # whole pages only: those at the ends have neighbours
-        first, last = -(-start // page) * page, (start + size) // page * page
-        advice = mmap.MADV_DONTNEED
+    page = mmap.PAGESIZE
+    first = min(view.data_ptr() for view in filled)
+    last = max(view.data_ptr() + view.nbytes for view in filled)
+    if advice == mmap.MADV_DONTNEED:  # whole pages only: those at the ends have neighbours
+        first, last = -(-first // page) * page, last // page * page
+    else:
+        first = first // page * page
     if last > first:
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
+        _MADVISE(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
 def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> dict[str, int]:

@@ -223,7 +223,7 @@ class FileChecks:
             return None
         shard = int(Path(record.file).stem)
         _read_start(path)
-        tensors = map_shard(path, shard_specs(self.manifest.identity, self.manifest.plan[shard]))
+        tensors = map_shard(path, shard_specs(self.manifest.identity, self.manifest.plan[shard])).tensors
         if contents is None:
             return None
         return contents.problem(shard, tensors["input_ids"].numpy(), tensors["loss_mask"].numpy())

@@ -453,7 +453,7 @@ def test_an_unaligned_shard_reads_exactly(tmp_path):
             "last_hidden": (torch.bfloat16, (5, HIDDEN)),
             **{f"context.{layer}": (torch.bfloat16, (9, HIDDEN)) for layer in LAYERS},
         }
-        tensors = map_shard(path, specs)
+        tensors = map_shard(path, specs).tensors
         assert tensors["input_ids"].tolist() == [*TOKENS[0], *TOKENS[1]]
         assert tensors["last_hidden"].tolist() == last_rows(0) + last_rows(1)
         assert tensors["context.5"].tolist() == context_rows(0, 5) + context_rows(1, 5)

@@ -88,7 +88,7 @@ def test_a_batch_decoded_on_the_gpu_is_the_cpus(cache_dir: Path, tmp_path: Path,
     run_ok("convert", cache_dir, tmp_path / "c", "--context-codec", codecs[0], "--last-codec", codecs[1])
     reader = CacheReader(tmp_path / "c")
     packs = [([i, i + 1, i + 2], random_anchors(20, 0, 0)) for i in range(0, 12, 3)]
-    batches = list(loaded(reader, packs, (0, 4), 512, torch.device("cuda")))
+    batches = loaded(reader, packs, (0, 4), 512, torch.device("cuda"))
     for (samples, choose), batch in zip(packs, batches, strict=True):
         wanted = load_batch(reader, samples, (0, 4), 512, choose)
         for name, tensor in wanted.tensors().items():

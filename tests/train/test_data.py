@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.cache import CacheReader
 from pipeline.cache.shard import advise, file_bytes, map_shard
+from pipeline.errors import CacheError
 from tests.conftest import run_ok
 from tests.train.drafts import small_model
 from train.batches import (
@@ -42,7 +43,7 @@ SAMPLES, LAYERS, TOKENS = [7, 0, 21], (4, 0), 512
 
 def test_a_batch_holds_exactly_the_samples(reader: CacheReader) -> None:
     batch = load_batch(reader, SAMPLES, LAYERS, TOKENS, random_anchors(6, 0, 0))
-    assert batch.target_hidden_states.shape == (1, TOKENS, 2 * reader.hidden_size)
+    assert batch.target_hidden_states.shape == (1, TOKENS, 2, reader.hidden_size)
     start = 0
     for document, i in enumerate(SAMPLES):
         sample = reader.read(i, LAYERS)
@@ -51,7 +52,7 @@ def test_a_batch_holds_exactly_the_samples(reader: CacheReader) -> None:
         assert torch.equal(batch.input_ids[0, rows], sample.input_ids.long())
         assert torch.equal(batch.loss_mask[0, rows], sample.loss_mask)
         assert batch.document_ids[0, rows].tolist() == [document] * length
-        assert torch.equal(batch.target_hidden_states[0, rows], sample.context)
+        assert torch.equal(batch.target_hidden_states[0, rows].flatten(1), sample.context)
         # The teacher of every supervised label t >= 1 sits at t - 1; nothing sits elsewhere.
         labels = [t for t in range(1, length) if sample.loss_mask[t]]
         states = batch.target_last_hidden_states[0, rows]
@@ -86,7 +87,7 @@ def test_a_batch_of_nothing(reader: CacheReader) -> None:
         assert batch.num_tokens == 0
         assert not batch.block_keep_mask.any()
         batch = batch if isinstance(batch, Batch) else batch.to(torch.device("cpu"))
-        assert batch.target_hidden_states.shape == (1, 32, 2 * reader.hidden_size)
+        assert batch.target_hidden_states.shape == (1, 32, 2, reader.hidden_size)
         assert not batch.target_hidden_states.any()
 
 
@@ -147,7 +148,7 @@ def test_spread_anchors_by_hand() -> None:
 def test_loaded_batches_come_in_order_with_their_flops(reader: CacheReader) -> None:
     packs = [([i, i + 1], random_anchors(6, 0, 0)) for i in range(5)]
     device = torch.device("cpu")
-    batches = list(loaded(reader, packs, LAYERS, TOKENS, device, lambda pack: 2.0 * pack.num_tokens))
+    batches = loaded(reader, packs, LAYERS, TOKENS, device, lambda pack: 2.0 * pack.num_tokens)
     for (samples, choose), batch in zip(packs, batches, strict=True):
         alone = load_batch(reader, samples, LAYERS, TOKENS, choose)
         for name, tensor in alone.tensors().items():
@@ -162,14 +163,21 @@ def test_reading_leaves_no_file_pages_behind(tmp_path: Path) -> None:
     path = tmp_path / "shard"
     values = torch.arange(size).to(torch.uint8)
     path.write_bytes(b"".join(file_bytes({"x": values})))
-    view = map_shard(path, specs)["x"]
-    advise(view[100:-100], needed=True)
+    shard = map_shard(path, specs, random=True)
+    view = shard.tensors["x"]
+    advise(mmap.MADV_WILLNEED, view[100:-100])
     assert torch.equal(view, values)
     resident = _resident_pages(view)
-    advise(view[100:-100], needed=False)
+    advise(mmap.MADV_DONTNEED, view[100:200], view[-200:-100])
     assert resident >= 64
     assert _resident_pages(view) <= 3  # those at the ends are shared with what was not released
     assert torch.equal(view, values)
+    out = torch.empty(500, dtype=torch.uint8)
+    shard.read(view[1000:1500], out)
+    assert torch.equal(out, values[1000:1500])
+    path.write_bytes(path.read_bytes()[:1300])
+    with pytest.raises(CacheError, match="shard is damaged: it ends at 1300"):
+        shard.read(view[1000:1500], out)
 
 
 def _resident_pages(view: torch.Tensor) -> int:

@@ -150,7 +150,7 @@ class Qwen3DSparkModel(PreTrainedModel):
 
         Args:
             noise: the blocks' input `[B, N*K, H]`, from `create_noise_embed`.
-            context_features: `[B, S, L*H]`.
+            context_features: `[B, S, L*H]`, or `[B, S, L, H]` of any strides.
             anchor_positions: `[B, N]`.
             document_ids: `[B, S]`, where a row holds several documents.
 
@@ -165,8 +165,10 @@ class Qwen3DSparkModel(PreTrainedModel):
         else:
             positions = restarting_positions(document_ids)
         slots = create_position_ids(positions.gather(1, anchor_positions), self.block_size)
-        if not torch.is_autocast_enabled(noise.device.type):  # which would only cast them back
-            context_features = context_features.to(self.fc.weight.dtype)
+        # Autocast would only cast them back. Layers are joined, where they are not yet, by the same copy.
+        keep = torch.is_autocast_enabled(noise.device.type)
+        dtype = context_features.dtype if keep else self.fc.weight.dtype
+        context_features = context_features.to(dtype, memory_format=torch.contiguous_format).flatten(2)
         return self.backbone(noise, context_features, torch.cat([positions, slots], dim=1), mask)
 
     def backbone(
@@ -207,10 +209,11 @@ class Qwen3DSparkModel(PreTrainedModel):
         Raises:
             ValueError: the context features' width does not fit the draft's layers.
         """
-        if target_hidden_states.shape[-1] != self.fc.in_features:
+        width = target_hidden_states.shape[2:].numel()
+        if width != self.fc.in_features:
             raise ValueError(
                 f"expected context features of width {self.fc.in_features} "
-                f"({len(self.config.target_layer_ids)} layers), got {target_hidden_states.shape[-1]}"
+                f"({len(self.config.target_layer_ids)} layers), got {width}"
             )
         seq_len = input_ids.shape[1]
         input_ids = input_ids.long()
@@ -276,7 +279,7 @@ class Qwen3DSparkModel(PreTrainedModel):
 
         Args:
             input_ids: `[B, S]`, padded on the right.
-            target_hidden_states: context features `[B, S, L*H]`.
+            target_hidden_states: context features `[B, S, L*H]`, or `[B, S, L, H]` of any strides.
             loss_mask: `[B, S]`, 0 on padding.
             target_last_hidden_states: the teacher's post-norm states `[B, S, H]`, or None for no teacher.
             anchor_positions: `[B, N]`; drawn here (`config.num_anchors` of them) when None.

@@ -1,0 +1,391 @@
+"""Reading a cache for training: its speed, what it reads, its memory, and NVIDIA's reader beside it.
+
+    python benchmarks/loader.py               # makes a cache of more than 2 GB in a temporary directory
+    python benchmarks/loader.py --keep DIR    # makes it there and keeps it, or reads what an earlier run kept
+    pip install --no-deps nemo-automodel==0.7.0                   # first, for the part about NVIDIA's reader
+
+The features are noise: how fast they are read does not depend on what they say. GB/s are of the states' bytes
+as bf16, whatever they are stored as. A plain copy is one of as many bytes between two tensors as large as a
+batch, in turn with the passes over the cache, so that a noisy machine hits both alike.
+
+Cold means that no page of the shards is in the page cache, which mincore confirms before each such pass; what
+is there after it is what was read. The memory of a pass is how far the process's resident bytes, mapped pages
+among them, rise above what they were before the first batch; whoever takes the batches waits after each until
+those ahead of it are ready, which is when most of them are in memory.
+
+NVIDIA's reader has a process of its own, without the settings that training here makes; the better of its two
+batch sizes counts. It reads in that process, as by default: with two workers it took twice as long. Tokens
+are the samples' own, without the padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib
+import importlib.util
+import mmap
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.opening import identity
+from benchmarks.record import record
+from pipeline.cache import (
+    CacheReader,
+    CacheWriter,
+    Identity,
+    SampleFacts,
+    build_index,
+    count_candidates,
+    last_hidden_rows,
+    plan_shards,
+    sample_id,
+)
+from pipeline.cache.convert import convert
+from pipeline.device import reuse_freed_memory
+from pipeline.options import DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC
+from train.batches import loaded, random_anchors
+from train.order import epoch_packs
+
+HIDDEN, VOCAB, SHARD_TOKENS, CACHE_BYTES = 1024, 4096, 32768, 22 * 10**8
+BATCH_TOKENS, ANCHORS, MAX_LENGTH = 4096, 512, 4096
+SUBSET = (9, 25)  # two of the five layers
+ROUNDS, COLD_ROUNDS = 7, 3
+CPU = torch.device("cpu")
+# NVIDIA's reader: how many of the samples it gets, how many a shard holds, and its batch sizes.
+THEIR_SAMPLES, THEIR_SHARD, THEIR_BATCHES = 48, 16, (1, 2)
+PACKAGE, MODULE = "nemo_automodel", "components.datasets.llm.dspark_cache"
+
+
+def make_identity(content: str) -> Identity:
+    """A target of H=1024 with five captured layers, stored as they are; `content` is the data's hash."""
+    large = identity(SHARD_TOKENS)
+    target = replace(large.target, name="noise", hidden_size=HIDDEN, num_layers=36, vocab_size=VOCAB)
+    return replace(large, target=target, data=replace(large.data, sha256=content))
+
+
+def make_tokens() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids and loss masks, log-normal lengths: every other sample has two turns, 60% are supervised."""
+    rng, samples, size = np.random.default_rng(0), [], 0
+    while size < CACHE_BYTES:
+        length = int(np.clip(rng.lognormal(6.5, 0.8), 16, MAX_LENGTH))
+        share = np.arange(length) / length
+        turns = share >= 0.4 if len(samples) % 2 else (share >= 0.7) | ((share >= 0.2) & (share < 0.5))
+        samples.append((rng.integers(VOCAB, size=length, dtype=np.int32), turns.astype(np.uint8)))
+        size += 2 * HIDDEN * (5 * length + int(turns[1:].sum()))
+    return samples
+
+
+def make(path: Path) -> Path:
+    """Write the cache, unless it is there."""
+    samples = make_tokens()
+    facts = SampleFacts(
+        sample_ids=np.frombuffer(b"".join(sample_id(*s) for s in samples), dtype=np.uint8).reshape(-1, 16),
+        sources=np.zeros(len(samples), dtype=np.int32),
+        source_rows=np.arange(len(samples)),
+        lengths=np.array([len(ids) for ids, _ in samples]),
+        last_rows=np.array([len(last_hidden_rows(mask)) for _, mask in samples]),
+        candidates=np.array([count_candidates(mask) for _, mask in samples]),
+    )
+    shards = plan_shards(facts.lengths.tolist(), SHARD_TOKENS)
+    index, plan = build_index(facts, shards)
+    who = make_identity(facts.content_hash())
+    writer = CacheWriter(path, who, plan, index, {"read": len(samples), "captured": len(samples)})
+    noise = torch.randn(SHARD_TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for shard in writer.pending():
+        buffer = writer.new_shard(shard)
+        for column, name in enumerate(("input_ids", "loss_mask")):
+            parts = [samples[i][column] for i in shards[shard]]
+            buffer.tensors.pop(name).copy_(torch.from_numpy(np.concatenate(parts)))
+        for states in buffer.tensors.values():
+            states.copy_(noise[: len(states)])
+        writer.write_shard(shard, buffer)
+    if not writer.complete:
+        writer.write_target({"config.json": b"{}"}, {"embed_tokens.weight": noise[:VOCAB]})
+        writer.finalise()
+    return path
+
+
+def shards_of(path: Path) -> list[Path]:
+    return sorted((path / "shards").iterdir())
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a cache's shards is in the page cache, by mincore."""
+    total = 0
+    for shard in shards_of(path):
+        with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as data:
+            pages = (ctypes.c_ubyte * -(-len(data) // mmap.PAGESIZE))()
+            place = ctypes.c_char.from_buffer(data)
+            address, length = ctypes.c_void_p(ctypes.addressof(place)), ctypes.c_size_t(len(data))
+            del place  # a map with views of it can't be closed
+            if ctypes.CDLL(None, use_errno=True).mincore(address, length, pages):
+                raise OSError(ctypes.get_errno(), "mincore", str(shard))
+            total += int((np.frombuffer(pages, dtype=np.uint8) & 1).sum()) * mmap.PAGESIZE
+    return total
+
+
+def drop_cached(path: Path) -> None:
+    """Take a cache's shards out of the page cache. No reader may be open: mapped pages stay."""
+    gc.collect()
+    for shard in shards_of(path):
+        descriptor = os.open(shard, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    left = cached_bytes(path)
+    if left > 2**20:
+        raise SystemExit(f"{left} bytes of {path} stay in the page cache: nothing cold can be measured here")
+
+
+def warm(path: Path) -> None:
+    """Put a cache's shards into the page cache."""
+    for shard in shards_of(path):
+        with shard.open("rb", buffering=0) as file:
+            while file.read(2**24):
+                pass
+
+
+def one_pass(
+    reader: CacheReader, layers: Sequence[int], samples: int | None = None, wait: float = 0, epochs: int = 1
+) -> float:
+    """Seconds an epoch to take every batch of the first samples, dropping each as the next comes."""
+    order = [
+        pack for e in range(epochs) for pack in epoch_packs(reader.lengths[:samples], BATCH_TOKENS, 0, e)
+    ]
+    choose = random_anchors(ANCHORS, 0, 0)
+    start = time.perf_counter()
+    for _batch in loaded(reader, ((pack, choose) for pack in order), layers, BATCH_TOKENS, CPU):
+        time.sleep(wait)
+    return (time.perf_counter() - start) / epochs
+
+
+def state_bytes(reader: CacheReader, layers: Sequence[int]) -> int:
+    """Bytes of a cache's states as bf16."""
+    rows = len(layers) * int(reader.lengths.sum()) + sum(map(reader.num_last_rows, range(len(reader))))
+    return 2 * HIDDEN * rows
+
+
+def batch_bytes(layers: Sequence[int]) -> int:
+    return 2 * HIDDEN * BATCH_TOKENS * (len(layers) + 1)
+
+
+def copier(layers: Sequence[int], total: int) -> Callable[[], float]:
+    """How long it takes to copy so many bytes from one batch's memory to another's."""
+    source = torch.ones(batch_bytes(layers) // 2, dtype=torch.bfloat16)
+    out = torch.zeros_like(source)
+
+    def copy() -> float:
+        start = time.perf_counter()
+        for _ in range(total // source.nbytes):
+            out.copy_(source)
+        rest = total % source.nbytes // 2
+        out[:rest].copy_(source[:rest])
+        return time.perf_counter() - start
+
+    return copy
+
+
+def medians(rounds: int, *ways: Callable[[], float]) -> list[float]:
+    """The median seconds of each, run in turn; a first round warms up."""
+    times = [[way() for way in ways] for _ in range(rounds + 1)][1:]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+Row = tuple[str, str, float, str]
+
+
+def warm_rows(case: str, path: Path, bar: str = "") -> list[Row]:
+    """Speed from the page cache, beside a plain copy."""
+    warm(path)
+    reader = CacheReader(path)
+    layers, tokens = reader.layer_ids, int(reader.lengths.sum())
+    size = state_bytes(reader, layers)
+    ours, copied = medians(ROUNDS, lambda: one_pass(reader, layers, epochs=2), copier(layers, size))
+    return [
+        (f"{case}, warm", "read", size / ours / 1e9, "GB/s of bf16"),
+        (f"{case}, warm", "read", tokens / ours, "tokens/s"),
+        (f"{case}, warm", "plain copy", size / copied / 1e9, "GB/s"),
+        (f"{case}, warm", "read / plain copy", copied / ours, f"times{bar}"),
+    ]
+
+
+def cold_rows(case: str, path: Path) -> list[Row]:
+    """Speed from storage, and what two layers take of it, in MB that came into the page cache."""
+    rows = []
+    every = CacheReader(path).layer_ids
+    for name, layers in ((f"{case}, cold", every), (f"{case}, cold, two layers", SUBSET)):
+        times = []
+        for _ in range(COLD_ROUNDS):
+            drop_cached(path)
+            reader = CacheReader(path)
+            times.append(one_pass(reader, layers))
+            size, tokens = state_bytes(reader, layers), int(reader.lengths.sum())
+            del reader
+            read = cached_bytes(path)
+        seconds, needed = statistics.median(times), size + 5 * tokens  # ids are 4 bytes a token, the mask 1
+        rows += [
+            (name, "read", size / seconds / 1e9, "GB/s of bf16"),
+            (name, "read", tokens / seconds, "tokens/s"),
+            (name, "read from storage", read / 1e6, "MB"),
+            (name, "read / needed", read / needed, "times"),
+        ]
+    return rows
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _memory(path: Path, queue: multiprocessing.Queue) -> None:
+    reuse_freed_memory()
+    reader = CacheReader(path)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high water mark starts anew
+    one_pass(reader, reader.layer_ids, wait=0.1)
+    queue.put(_status("VmHWM") - before)
+
+
+def memory_rows(case: str, path: Path) -> list[Row]:
+    """The memory of a warm pass, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_memory, args=(path, queue))
+    process.start()
+    peak = queue.get()
+    process.join()
+    bar = 2 * batch_bytes(CacheReader(path).layer_ids) + 200 * 10**6
+    return [(f"{case}, warm", "memory", peak / 1e6, f"MB (bar: below {bar / 1e6:.0f})")]
+
+
+def nvidia_module() -> types.ModuleType:
+    """NVIDIA's reader, without running its package's own imports, which want much more than it needs."""
+    root = Path(importlib.util.find_spec(PACKAGE).submodule_search_locations[0])
+    *folders, _ = MODULE.split(".")
+    for depth in range(len(folders) + 1):
+        package = types.ModuleType(".".join([PACKAGE, *folders[:depth]]))
+        package.__path__ = [str(root.joinpath(*folders[:depth]))]
+        sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module(f"{PACKAGE}.{MODULE}")
+
+
+def make_theirs(theirs: types.ModuleType, path: Path, reader: CacheReader) -> None:
+    """The first samples as NVIDIA's writer lays them out, each padded, unless they are there."""
+    if (path / "manifest.json").exists():
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    for shard in range(THEIR_SAMPLES // THEIR_SHARD):
+        shape = (THEIR_SHARD, MAX_LENGTH)
+        ids, mask = torch.zeros(*shape, dtype=torch.long), torch.zeros(*shape, dtype=torch.long)
+        context = torch.zeros(*shape, 5 * HIDDEN, dtype=torch.bfloat16)
+        last_hidden = torch.zeros(*shape, HIDDEN, dtype=torch.bfloat16)
+        for row in range(THEIR_SHARD):
+            sample = reader.read(shard * THEIR_SHARD + row)
+            length = len(sample.input_ids)
+            ids[row, :length], mask[row, :length] = sample.input_ids, sample.loss_mask
+            context[row, :length], last_hidden[row, sample.last_positions] = (
+                sample.context,
+                sample.last_hidden,
+            )
+        tensors = (ids, mask, context, last_hidden)
+        theirs.write_shard(str(path), shard, dict(zip(theirs.CACHE_KEYS, tensors, strict=True)))
+    target = reader.manifest.identity.target
+    config = types.SimpleNamespace(
+        hidden_size=HIDDEN, vocab_size=target.vocab_size, num_hidden_layers=target.num_layers
+    )
+    manifest = theirs.build_cache_manifest(
+        target_model=target.name,
+        target_model_type=target.model_type,
+        target_text_config=config,
+        seq_length=MAX_LENGTH,
+        dtype="bf16",
+        num_samples=THEIR_SAMPLES,
+        shard_size=THEIR_SHARD,
+        target_layer_ids=list(reader.layer_ids),
+        train_data_path="noise",
+        train_split=None,
+        shuffle_seed=0,
+        mask_reasoning_content=False,
+        chat_template_sha256="",
+    )
+    theirs.write_manifest(str(path), {**manifest, "complete": True})
+
+
+def _theirs(path: Path, connection: Connection) -> None:
+    """For each batch size that is asked for, send the seconds of an epoch."""
+    build = nvidia_module().build_cached_dspark_dataloader
+    loaders = {n: build(cache_dir=str(path), batch_size=n, shuffle=True) for n in THEIR_BATCHES}
+    while (size := connection.recv()) is not None:
+        start = time.perf_counter()
+        for _batch in loaders[size]:
+            pass
+        connection.send(time.perf_counter() - start)
+
+
+def nvidia_rows(case: str, path: Path, theirs_at: Path) -> list[Row]:
+    """Our reader and NVIDIA's on the same samples, warm, in turn."""
+    reader = CacheReader(path)
+    make_theirs(nvidia_module(), theirs_at, reader)
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_theirs, args=(theirs_at, there))
+    process.start()
+    there.close()  # so that its end shows here
+
+    def their_pass(size: int) -> float:
+        here.send(size)
+        return here.recv()
+
+    passes = [partial(their_pass, size) for size in THEIR_BATCHES]
+    ours, *each = medians(
+        ROUNDS, lambda: one_pass(reader, reader.layer_ids, THEIR_SAMPLES, epochs=8), *passes
+    )
+    here.send(None)
+    process.join()
+    tokens = int(reader.lengths[:THEIR_SAMPLES].sum())
+    rows = [(f"{case}, {THEIR_SAMPLES} samples, warm", "read", tokens / ours, "tokens/s")]
+    for size, seconds in zip(THEIR_BATCHES, each, strict=True):
+        rows.append((f"NVIDIA, batches of {size}, warm", "read", tokens / seconds, "tokens/s"))
+    return [*rows, (f"{case} / NVIDIA", "read", min(each) / ours, "times (bar: at least 8)")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", type=Path, help="directory for the caches; a temporary one by default")
+    keep = parser.parse_args().keep
+    reuse_freed_memory()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = keep or Path(temporary)
+        path = make(folder / "bf16")
+        rows = warm_rows("bf16", path, " (bar: at least 0.4)")
+        rows += cold_rows("bf16", path)
+        rows += memory_rows("bf16", path)
+        if importlib.util.find_spec(PACKAGE):
+            rows += nvidia_rows("bf16", path, folder / "nvidia")
+        else:
+            print("NVIDIA's reader is left out: pip install --no-deps nemo-automodel==0.7.0")
+        codecs = {"context_codec": DEFAULT_CONTEXT_CODEC, "last_codec": DEFAULT_LAST_CODEC}
+        convert(path, folder / "default", **codecs)
+        rows += warm_rows(f"{DEFAULT_CONTEXT_CODEC}+{DEFAULT_LAST_CODEC}", folder / "default")
+        record("loader", CPU, rows)
+
+
+if __name__ == "__main__":
+    main()
