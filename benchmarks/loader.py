@@ -5,7 +5,7 @@
     pip install --no-deps nemo-automodel==0.7.0                   # first, for the part about NVIDIA's reader
 
 The features are noise: how fast they are read does not depend on what they say. GB/s are of the states' bytes
-as bf16, whatever they are stored as. A plain copy is one of as many bytes between two tensors as large as a
+as bf16, whatever they are stored as. A plain copy is one of as many bytes of memory, to memory as large as a
 batch, in turn with the passes over the cache, so that a noisy machine hits both alike.
 
 Cold means that no page of the shards is in the page cache, which mincore confirms before each such pass; what
@@ -187,16 +187,14 @@ def batch_bytes(layers: Sequence[int]) -> int:
 
 
 def copier(layers: Sequence[int], total: int) -> Callable[[], float]:
-    """How long it takes to copy so many bytes from one batch's memory to another's."""
-    source = torch.ones(batch_bytes(layers) // 2, dtype=torch.bfloat16)
-    out = torch.zeros_like(source)
+    """How long it takes to copy as many bytes, that lie in memory once each, to the memory of a batch."""
+    source = torch.ones(total // 2, dtype=torch.bfloat16)
+    out = torch.zeros(batch_bytes(layers) // 2, dtype=torch.bfloat16)
 
     def copy() -> float:
         start = time.perf_counter()
-        for _ in range(total // source.nbytes):
-            out.copy_(source)
-        rest = total % source.nbytes // 2
-        out[:rest].copy_(source[:rest])
+        for part in source.split(len(out)):
+            out[: len(part)].copy_(part)
         return time.perf_counter() - start
 
     return copy

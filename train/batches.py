@@ -218,7 +218,7 @@ def load_batch(
 
 
 def batch_memory(reader: CacheReader, layer_ids: Sequence[int], batch_tokens: int) -> Tensor:
-    """Memory for the states of one batch, `[L + 1, P, H]` bfloat16: the layers, then the last hidden states."""
+    """Memory for the states of a batch, `[L + 1, P, H]` bfloat16: the layers, then the last hidden states."""
     return torch.empty(len(layer_ids) + 1, batch_tokens, reader.hidden_size, dtype=torch.bfloat16)
 
 

@@ -161,8 +161,6 @@ class CacheReader:
         """Views of a sample's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8, checked for sense."""
         shard, tokens, _ = self._rows(i)
         input_ids, loss_mask = shard["input_ids"][tokens], shard["loss_mask"][tokens]
-        advise(mmap.MADV_WILLNEED, input_ids)
-        advise(mmap.MADV_WILLNEED, loss_mask)
         low, high = input_ids.aminmax()
         if low < 0 or high >= self.manifest.identity.target.vocab_size:
             raise CacheError(f"{self.path}: sample {i} has token ids outside the vocabulary: damaged")
@@ -192,22 +190,24 @@ class CacheReader:
         Raises:
             CacheError: scales that no writer writes.
         """
-        shard, tokens, last = self._rows(i)
-        rows = last if state == LAST_HIDDEN else tokens
-        suffixes = self._codecs[state].codec.specs(1, self.hidden_size)
-        parts = {suffix: shard[part_name(state, suffix)][rows] for suffix in suffixes}
+        parts = self._views(i, state)
         scales = parts.get("scale")
         if scales is not None and not bool((scales.abs() <= MAX_SCALE).all()):
             raise CacheError(f"{self.path}: sample {i} has a scale of {state} that no writer writes: damaged")
         return parts
 
+    def _views(self, i: int, state: str) -> dict[str, Tensor]:
+        shard, tokens, last = self._rows(i)
+        rows = last if state == LAST_HIDDEN else tokens
+        suffixes = self._codecs[state].codec.specs(1, self.hidden_size)
+        return {suffix: shard[part_name(state, suffix)][rows] for suffix in suffixes}
+
     def read_ahead(self, i: int, states: Iterable[str]) -> None:
         """Have the kernel read these states of sample `i`, and nothing around them, from the disk."""
-        shard, tokens, last = self._rows(i)
+        shard = self._map(int(self._shard[i]))
         for state in states:
-            rows = last if state == LAST_HIDDEN else tokens
-            for suffix in self._codecs[state].codec.specs(1, self.hidden_size):
-                advise(mmap.MADV_WILLNEED, shard[part_name(state, suffix)][rows])
+            for view in self._views(i, state).values():
+                shard.read_ahead(view)
 
     def release(self, shards: Iterable[int]) -> None:
         """What was read of these shards stays in the page cache, but not in this process's memory.

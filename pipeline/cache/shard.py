@@ -115,7 +115,25 @@ class MappedShard:
     path: Path
     descriptor: int
     """The open file; closed with this object."""
-    data: mmap.mmap
+    start: int
+    """Where the first of the tensors begins in the file."""
+
+    def read_ahead(self, view: Tensor) -> None:
+        """Have the kernel start to read what `view` shows from the disk, unless it has its beginning already.
+
+        For what is cached the asking takes a tenth of the time that reading it takes.
+        """
+        try:
+            cached = os.preadv(self.descriptor, [bytearray(1)], self._offset(view), os.RWF_NOWAIT) == 1
+        except (OSError, AttributeError):  # it would block, or there is no way to ask
+            cached = False
+        if not cached:
+            advise(mmap.MADV_WILLNEED, view)
+
+    def _offset(self, view: Tensor) -> int:
+        """Where a view begins in the file."""
+        tensor = next(iter(self.tensors.values()))
+        return self.start + view.data_ptr() - tensor.data_ptr()
 
     def read(self, view: Tensor, out: Tensor) -> None:
         """Copy what `view` shows into contiguous CPU memory of the same bytes.
@@ -126,8 +144,7 @@ class MappedShard:
         Raises:
             CacheError: the file has become shorter.
         """
-        start = torch.frombuffer(self.data, dtype=torch.uint8, count=1).data_ptr()
-        offset, left = view.data_ptr() - start, memoryview(out.view(-1).view(torch.uint8).numpy())
+        offset, left = self._offset(view), memoryview(out.view(-1).view(torch.uint8).numpy())
         while len(left):
             count = os.preadv(self.descriptor, [left], offset)
             if not count:
@@ -155,15 +172,19 @@ def map_shard(path: Path, specs: dict[str, TensorSpec], *, random: bool = False)
         raise CacheError(f"{path} is missing: run `dspark capture` again to rewrite it") from None
     except (OSError, ValueError) as error:
         raise CacheError(f"{path} can't be mapped ({error}): the cache is damaged") from None
-    tensors: dict[str, Tensor] = {}
-    shard = MappedShard(tensors, path, descriptor, data)
-    weakref.finalize(shard, os.close, descriptor)
     if random and hasattr(data, "madvise"):
         data.madvise(mmap.MADV_RANDOM)
-    offsets = _read_header(path, data, specs)
+    try:
+        offsets = _read_header(path, data, specs)
+    except CacheError:
+        os.close(descriptor)
+        raise
+    tensors = {}
     for name, (dtype, shape) in specs.items():
         count = math.prod(shape)
         tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=offsets[name]).view(shape)
+    shard = MappedShard(tensors, path, descriptor, offsets[next(iter(tensors))])
+    weakref.finalize(shard, os.close, descriptor)
     return shard
 
 
