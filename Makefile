@@ -27,7 +27,7 @@ help:
 	@echo 'make test       run the tests'
 	@echo 'make lint       check style; changes nothing'
 	@echo 'make format     rewrite to style'
-	@echo 'make bench      run the benchmarks (but quality.py, which takes most of an hour)'
+	@echo 'make bench      run the benchmarks (but quality.py and initialise.py, which train for long)'
 	@echo 'make clean      remove .venv, .cache, caches/ and runs/'
 	@echo
 	@echo 'Variables (make train TARGET=... DATA=...):'
@@ -80,7 +80,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for file in benchmarks/loss.py benchmarks/opening.py benchmarks/capture.py benchmarks/codecs.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for name in loss train_step loader opening capture codecs; do \
+		echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .cache caches runs

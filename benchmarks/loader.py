@@ -267,7 +267,7 @@ def memory_rows(case: str, path: Path) -> list[Row]:
     queue = context.Queue()
     process = context.Process(target=_memory, args=(path, queue))
     process.start()
-    peak = queue.get()
+    peak = queue.get(timeout=600)  # or whoever measures has died
     process.join()
     bar = 2 * batch_bytes(CacheReader(path).layer_ids) + 200 * 10**6
     return [(f"{case}, warm", "memory", peak / 1e6, f"MB (bar: below {bar / 1e6:.0f})")]

@@ -327,7 +327,7 @@ def loaded(
         count_flops: what is put into each batch's `flops`.
 
     Raises:
-        CacheError: where a damaged sample's batch was due.
+        CacheError: where a damaged sample's batch was due, or on a GPU one batch before.
     """
     if device.type == "cuda":
 
@@ -340,7 +340,7 @@ def loaded(
         return
     # Memory that was used before costs no page faults, which would take longer than the copying.
     free: SimpleQueue[Tensor] = SimpleQueue()
-    for _ in range(DEPTH + 2):
+    for _ in range(DEPTH + 1):  # those ahead, and the one in use
         free.put(batch_memory(reader, layer_ids, batch_tokens))
 
     def load(samples: Sequence[int], choose: AnchorChoice) -> tuple[Batch, Tensor]:

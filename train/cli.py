@@ -63,7 +63,7 @@ def evaluate_command(cache: Path, run: Path, device: str, as_json: bool) -> None
     from pipeline.device import resolve_device
     from train.checkpoint import load_checkpoint
     from train.evaluate import evaluate, format_evaluation, split
-    from train.loop import check_lengths, load_run_config, prepare, trainer_module
+    from train.loop import load_run_config, prepare, trainer_module
 
     config = load_run_config(run)
     place = resolve_device(device)
@@ -74,7 +74,6 @@ def evaluate_command(cache: Path, run: Path, device: str, as_json: bool) -> None
     model, state = load_checkpoint(run, reader)
     reader.require_layers(model.config.target_layer_ids)
     _, test_samples = split(reader, config.train.held_out)
-    check_lengths(reader, config.train.batch_tokens)
     module = trainer_module(model.to(place), config)
     prepare(module, config, place)
     result = evaluate(module, reader, test_samples, config, place)

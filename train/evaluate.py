@@ -49,7 +49,8 @@ def evaluate(
         raise ConfigError("nothing was held out (train.held_out = 0), so there is nothing to evaluate on")
     model = module.draft_model
     layer_ids = tuple(model.config.target_layer_ids)
-    choose, size = spread_anchors(config.train.eval_anchors), config.train.batch_tokens
+    choose = spread_anchors(config.train.eval_anchors)
+    size = max(config.train.batch_tokens, int(reader.lengths[samples].max()))  # of a cache of longer samples
     packs = [
         (samples[members].tolist(), choose) for members in sequential_packs(reader.lengths[samples], size)
     ]

@@ -9,7 +9,7 @@ features predicts much of the target's next state. So `draft.init = "ridge"` set
 - its values and output to hand the main directions of that prediction on,
 - the final norm to the target's scale.
 
-All of it is trained from there on. What it is worth is measured in README, 'Experiments over one cache'.
+All of it is trained from there on. What it is worth: benchmarks/initialise.py.
 """
 
 from __future__ import annotations

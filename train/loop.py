@@ -86,14 +86,19 @@ def trainer_module(model: Qwen3DSparkModel, config: RunConfig) -> DSparkTrainerM
     return DSparkTrainerModule(model, loss.decay_gamma, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
 
 
-def open_run(run: Path, config: RunConfig, *, fresh: bool) -> None:
-    """Make a run's directory and save its config. Raises RunError when it is taken."""
+def check_run(run: Path, *, fresh: bool) -> None:
+    """Raises RunError when a run's directory is taken."""
     if run.exists() and any(run.iterdir()):
         if not fresh:
             raise RunError(f"{run} is not empty: choose another --run, or pass --fresh to start it over")
         if not (run / CONFIG).is_file():
             raise RunError(f"{run} is not empty and is no run (it has no {CONFIG}): choose another --run")
-        shutil.rmtree(run)
+
+
+def open_run(run: Path, config: RunConfig, *, fresh: bool) -> None:
+    """Make a run's directory and save its config. Raises RunError when it is taken."""
+    check_run(run, fresh=fresh)
+    shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
     (run / CONFIG).write_text(configuration.to_toml(config), encoding="utf-8")
 
@@ -161,6 +166,7 @@ def train(
     check_lengths(reader, config.train.batch_tokens)
     lengths = reader.lengths[train_samples]
     total_steps = count_steps(lengths, config.train)
+    check_run(run, fresh=fresh)
     profiler = step_profiler(profile_steps, total_steps, run / TRACE)
     model = build_draft(reader, config).to(place)
     if config.draft.init == "ridge":
@@ -215,7 +221,10 @@ def train(
         last = step == total_steps
         logs = step % config.train.log_every == 0 or last
         saves = last or (config.train.checkpoint_every and step % config.train.checkpoint_every == 0)
-        if logs or saves:
+        evaluates = len(test_samples) and (
+            last or (config.train.eval_every and step % config.train.eval_every == 0)
+        )
+        if logs or saves or evaluates:
             check_norm(norm, step)
         if logs:
             line = window.line(step, lr)
@@ -229,7 +238,7 @@ def train(
         started = time.perf_counter()
         if saves:
             save_checkpoint(run, step, model, state)
-        if len(test_samples) and (last or (config.train.eval_every and step % config.train.eval_every == 0)):
+        if evaluates:
             result = held_out_figures(step)
             progress.write(f"step {step}: held-out tau {result['tau']:.3f}, loss {result['loss']:.4f}")
         window.pause(time.perf_counter() - started)

@@ -40,29 +40,17 @@ def pack(lengths: Sequence[int], order: Iterable[int], batch_tokens: int) -> lis
     return packs
 
 
-def _fill(packs: list[list[int]], lengths: Sequence[int], number: int) -> list[list[int]]:
-    """Split the fullest packs until there are `number` of them; empty ones where nothing can be split."""
-    packs = list(packs)
-    while len(packs) < number:
-        fullest = max(packs, key=lambda members: (len(members) > 1) * sum(lengths[i] for i in members))
-        packs.append(fullest[1::2])
-        packs[packs.index(fullest)] = fullest[::2]
-    return packs
-
-
 def epoch_packs(
-    lengths: np.ndarray, batch_tokens: int, seed: int, epoch: int, multiple: int = 1
+    lengths: np.ndarray, batch_tokens: int, seed: int, epoch: int, world: int = 1
 ) -> list[np.ndarray]:
     """An epoch's packs: each sample once, shuffled.
 
     Samples are shuffled and packed window by window; what fills a window's last packs badly waits for the
-    next window. Then the packs are shuffled. Where the number of packs is no multiple of `multiple`, the
-    last few are split.
+    next window. Then the packs are shuffled, and empty ones put behind them until every rank has as many.
 
     Args:
         lengths: tokens of each sample, `[n]`, none above `batch_tokens`.
         batch_tokens: P, what a pack holds.
-        multiple: packs of an optimiser step, all ranks together.
 
     Returns:
         Arrays of sample numbers.
@@ -83,9 +71,7 @@ def epoch_packs(
             size = sum(tokens[i] for i in window)
     packs += pack(tokens, window, batch_tokens)
     packs = [packs[i] for i in rng.permutation(len(packs))]
-    last = len(packs) % multiple
-    if last:
-        packs[-last:] = _fill(packs[-last:], tokens, multiple)
+    packs += [[] for _ in range(-len(packs) % world)]
     return [np.array(members, dtype=np.int64) for members in packs]
 
 
@@ -109,10 +95,10 @@ def epoch_steps(
         accumulation: packs of a rank in a step.
 
     Returns:
-        Steps of `accumulation` packs each; the last step's packs are smaller and may be empty.
+        Steps of `accumulation` packs each, of fewer the last one; as many steps and packs for every rank.
     """
     group = accumulation * world
-    packs = epoch_packs(lengths, batch_tokens, seed, epoch, group)
+    packs = epoch_packs(lengths, batch_tokens, seed, epoch, world)
     return [packs[start + rank : start + group : world] for start in range(0, len(packs), group)]
 
 

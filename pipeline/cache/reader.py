@@ -26,8 +26,8 @@ from pipeline.errors import CacheError
 
 # Scales beyond it could decode to infinity (FORMAT.md, rule 9).
 MAX_SCALE = 2.0**60
-# Shards kept mapped. A mapping costs address space and a file handle, not memory.
-MAX_OPEN_SHARDS = 512
+# Shards kept mapped. A mapping costs address space and two file handles, of which 1,024 are a usual limit.
+MAX_OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True)
@@ -190,23 +190,30 @@ class CacheReader:
         Raises:
             CacheError: scales that no writer writes.
         """
-        parts = self._views(i, state)
+        return self._parts(i, state, self._shard_of(i))
+
+    def _shard_of(self, i: int) -> MappedShard:
+        return self._map(int(self._shard[i]))
+
+    def _views(self, i: int, state: str, shard: MappedShard) -> dict[str, Tensor]:
+        _, tokens, last = self._rows(i)
+        rows = last if state == LAST_HIDDEN else tokens
+        suffixes = self._codecs[state].codec.specs(1, self.hidden_size)
+        return {suffix: shard.tensors[part_name(state, suffix)][rows] for suffix in suffixes}
+
+    def _parts(self, i: int, state: str, shard: MappedShard) -> dict[str, Tensor]:
+        """Views of one map of the shard: another thread may map it anew."""
+        parts = self._views(i, state, shard)
         scales = parts.get("scale")
         if scales is not None and not bool((scales.abs() <= MAX_SCALE).all()):
             raise CacheError(f"{self.path}: sample {i} has a scale of {state} that no writer writes: damaged")
         return parts
 
-    def _views(self, i: int, state: str) -> dict[str, Tensor]:
-        shard, tokens, last = self._rows(i)
-        rows = last if state == LAST_HIDDEN else tokens
-        suffixes = self._codecs[state].codec.specs(1, self.hidden_size)
-        return {suffix: shard[part_name(state, suffix)][rows] for suffix in suffixes}
-
     def read_ahead(self, i: int, states: Iterable[str]) -> None:
         """Have the kernel read these states of sample `i`, and nothing around them, from the disk."""
-        shard = self._map(int(self._shard[i]))
+        shard = self._shard_of(i)
         for state in states:
-            for view in self._views(i, state).values():
+            for view in self._views(i, state, shard).values():
                 shard.read_ahead(view)
 
     def release(self, shards: Iterable[int]) -> None:
@@ -223,8 +230,8 @@ class CacheReader:
         Raises:
             CacheError: scales that no writer writes, or a file that ends too early.
         """
-        shard = self._map(int(self._shard[i]))
-        for suffix, view in self.parts(i, state).items():
+        shard = self._shard_of(i)
+        for suffix, view in self._parts(i, state, shard).items():
             shard.read(view, out[suffix])
 
     def read_rows(self, i: int, state: str, rows: slice, out: Tensor) -> None:
@@ -233,9 +240,10 @@ class CacheReader:
         Raises:
             CacheError: as `fetch`.
         """
-        bound, parts = self._codecs[state], self.parts(i, state)
+        bound, shard = self._codecs[state], self._shard_of(i)
+        parts = self._parts(i, state, shard)
         if bound.codec.name == "bf16" and out.is_contiguous():
-            self._map(int(self._shard[i])).read(parts[""][rows], out)
+            shard.read(parts[""][rows], out)
         else:
             bound.decode({suffix: part[rows] for suffix, part in parts.items()}, out)
 

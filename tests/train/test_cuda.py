@@ -12,6 +12,7 @@ from tests.train.drafts import as_pack, random_samples, small_model
 from tests.train.test_train_cli import lines_of, train_arguments
 from train.batches import load_batch, loaded, random_anchors
 from train.config import RunConfig, TrainConfig
+from train.fused_loss import _product
 from train.loop import prepare
 from train.module import DSparkTrainerModule
 
@@ -63,6 +64,9 @@ def test_bf16_is_near_fp32_and_sums_up_in_fp32() -> None:
         metrics = DSparkTrainerModule(model, 4.0)(**packed("cuda", torch.float32))
     assert metrics.loss.dtype == torch.float32
     assert abs(metrics.loss.item() / wanted.item() - 1) < 0.02
+    left, right = (torch.rand(*shape, device="cuda").bfloat16() for shape in ((8, 4096), (4096, 8)))
+    exact = left.double() @ right.double()  # sums of about 1,000, which bf16 holds to within 4
+    torch.testing.assert_close(_product(left, right).double(), exact, rtol=1e-4, atol=0)
 
 
 def test_nothing_is_compiled_again_after_the_first_steps() -> None:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train.batches as batches_module
 from pipeline.cache import CacheReader
 from pipeline.cache.shard import advise, file_bytes, map_shard
 from pipeline.errors import CacheError
@@ -178,6 +179,15 @@ def test_reading_leaves_no_file_pages_behind(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1300])
     with pytest.raises(CacheError, match="shard is damaged: it ends at 1300"):
         shard.read(view[1000:1500], out)
+
+
+def test_a_batch_lets_go_of_what_it_was_read_from(reader: CacheReader, monkeypatch) -> None:
+    released: list[int] = []
+    monkeypatch.setattr(reader, "release", released.extend)
+    monkeypatch.setattr(batches_module, "RELEASE_TOKENS", 1)
+    load_batch(reader, SAMPLES, LAYERS, TOKENS, random_anchors(6, 0, 0))
+    assert set(released) == {reader.shard_of(i) for i in SAMPLES}
+    assert len(released) >= len(SAMPLES)
 
 
 def _resident_pages(view: torch.Tensor) -> int:

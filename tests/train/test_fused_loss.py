@@ -110,17 +110,30 @@ def test_gradcheck(case: str) -> None:
     assert torch.autograd.gradcheck(total, [x[name].requires_grad_(True) for name in names], eps=1e-7)
 
 
-def test_frozen_weights_get_no_gradient_and_cost_none() -> None:
+def test_frozen_weights_cost_no_products(monkeypatch) -> None:
+    """The gradients of weights, and without a graph all gradients, are not even computed."""
+    products = []
+    for name in ("_product", "_add_product"):
+        original = getattr(fused_loss, name)
+        monkeypatch.setattr(
+            fused_loss, name, lambda *args, run=original: (products.append(args[-1].shape), run(*args))[1]
+        )
     x = operands({}, torch.float32)
-    x["hidden"].requires_grad_(True)
-    total, _, _ = vocabulary_loss(**x)
-    total.backward()
-    assert x["hidden"].grad is not None
-    assert x["head"].grad is None
+
+    def counted(*trained: str) -> int:
+        products.clear()
+        for name in TRAINED:
+            x[name].requires_grad_(name in trained)
+        vocabulary_loss(**x)
+        return len(products)
+
+    forward = counted()  # draft, teacher and bias
+    assert forward == 3
+    assert counted("hidden") == forward + 1
+    assert counted("hidden", "latent", "markov_w2") == forward + 3
+    assert counted(*TRAINED) == forward + 4
     with torch.no_grad():
-        again, _, _ = vocabulary_loss(**x)
-    assert not again.requires_grad
-    torch.testing.assert_close(again, total.detach())
+        assert counted(*TRAINED) == forward
 
 
 @pytest.mark.parametrize("by_position", [True, False])

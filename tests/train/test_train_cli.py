@@ -15,7 +15,7 @@ from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target
 from train.config import TrainConfig
 from train.evaluate import split
-from train.loop import count_steps
+from train.loop import _packs, count_steps
 from train.order import epoch_packs
 
 SMALL = {
@@ -181,7 +181,10 @@ def test_an_epoch_visits_every_sample(tmp_path: Path, cache_dir: Path) -> None:
     lengths, config = reader.lengths[samples], TrainConfig(batch_tokens=256, epochs=2)
     logged = [line["step"] for line in lines_of(tmp_path / "r") if "held_out" not in line]
     assert logged == list(range(1, count_steps(lengths, config) + 1))
-    assert len(logged) == sum(len(epoch_packs(lengths, 256, 0, epoch)) for epoch in (0, 1))
+    first = len(epoch_packs(lengths, 256, 0, 0))
+    assert len(logged) == first + len(epoch_packs(lengths, 256, 0, 1))
+    packs = [members for step in _packs(lengths, samples, config, first) for members, _ in step]
+    assert sorted(i for members in packs for i in members) == samples.tolist()
 
 
 def test_a_profile_of_some_steps(tmp_path: Path, cache_dir: Path) -> None:

@@ -79,6 +79,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask
     Returns:
         `[B, heads, N*K, D]`.
     """
+    # Under autocast the weights of their norms have made these two fp32.
+    query, keys = query.to(values.dtype), keys.to(values.dtype)
     if isinstance(mask, BlockMask):
         # Uncompiled it is the plain formula, which holds all scores: right for tests on a CPU only.
         alone = query.is_cuda and not torch.compiler.is_compiling()
