@@ -254,7 +254,7 @@ def extra_memory(name: str, way: Callable[[Inputs], Tensor], x: Inputs, case: Ca
     queue = context.Queue()
     process = context.Process(target=_extra_resident, args=(name, case, queue))
     process.start()
-    extra = queue.get()
+    extra = queue.get(timeout=600)  # or whoever measures has died
     process.join()
     return extra
 

@@ -1,8 +1,8 @@
-"""From the cache's memory map to packed device batches, with their anchors.
+"""From the cache to packed device batches, with their anchors.
 
 A batch is one row of `P = batch_tokens` positions: samples end to end, then padding (document -1). Features
-go from the map straight to where the device takes them from: on a CPU decoded into the batch, for a GPU as
-they are stored into pinned memory, to be decoded there.
+go from the page cache straight to where the device takes them from: on a CPU decoded into the batch, for a
+GPU as they are stored into pinned memory, to be decoded there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
@@ -52,9 +52,6 @@ class Pack:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
-_COUNTS = ("num_tokens", "flops")
-
-
 @dataclass(kw_only=True)
 class Batch(Pack):
     """A pack with the target's states: what `DSparkTrainerModule.forward` takes."""
@@ -89,18 +86,18 @@ class EncodedBatch(Pack):
         def there(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
-        tokens = there({f.name: getattr(self, f.name) for f in fields(Pack) if f.name not in _COUNTS})
+        tokens = there(self.tensors())
+        positions = tokens.pop("last_positions")
         hidden, width = self.reader.hidden_size, self.input_ids.shape[1]
         context = torch.empty(width, len(self.context), hidden, dtype=torch.bfloat16, device=device)
         context[self.num_tokens :] = 0
         for column, (layer_id, parts) in enumerate(self.context.items()):
             out = context[: self.num_tokens, column]
             self.reader.codec(context_name(layer_id)).decode(there(parts), out)
-        positions = self.last_positions.to(device, non_blocking=True)
         states = torch.empty(len(positions), hidden, dtype=torch.bfloat16, device=device)
         self.reader.codec(LAST_HIDDEN).decode(there(self.last_hidden), states)
         last_hidden = context.new_zeros(width, hidden).index_copy_(0, positions, states)
-        counts = {name: getattr(self, name) for name in _COUNTS}
+        counts = {"num_tokens": self.num_tokens, "flops": self.flops}
         return Batch(**tokens, **counts, **_states(context, last_hidden))
 
 

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from train.anchors import build_eval_mask, label_positions, restarting_positions
 from train.batches import Pack
+from train.draft.markov import MARKOV_HEADS
 
 # Dense bf16 and TF32 FLOP/s by a part of the device's name, from NVIDIA's datasheets; the first match counts.
 _PEAKS = {
@@ -69,7 +70,7 @@ def training_flops(config: PretrainedConfig, pack: Pack) -> float:
     total += 4 * slots * hidden * vocab + 2 * positions * hidden * vocab
     if rank:
         kind = config.markov_head_type
-        total += 6 * (positions if kind == "vanilla" else slots) * rank * vocab
+        total += 6 * (positions if MARKOV_HEADS[kind].by_position else slots) * rank * vocab
         total += (
             6 * rows * {"gated": (hidden + rank) * rank, "rnn": (2 * rank + hidden) * 3 * rank}.get(kind, 0)
         )

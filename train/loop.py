@@ -98,7 +98,8 @@ def check_run(run: Path, *, fresh: bool) -> None:
 def open_run(run: Path, config: RunConfig, *, fresh: bool) -> None:
     """Make a run's directory and save its config. Raises RunError when it is taken."""
     check_run(run, fresh=fresh)
-    shutil.rmtree(run, ignore_errors=True)
+    if run.exists():
+        shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     (run / CONFIG).write_text(configuration.to_toml(config), encoding="utf-8")
 

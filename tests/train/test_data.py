@@ -157,6 +157,7 @@ def test_loaded_batches_come_in_order_with_their_flops(reader: CacheReader) -> N
         assert batch.flops == 2 * alone.num_tokens
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts pages in /proc")
 def test_reading_leaves_no_file_pages_behind(tmp_path: Path) -> None:
     """What a batch was read from leaves this process's memory; the views still read the same."""
     size = 64 * mmap.PAGESIZE
@@ -192,8 +193,6 @@ def test_a_batch_lets_go_of_what_it_was_read_from(reader: CacheReader, monkeypat
 
 def _resident_pages(view: torch.Tensor) -> int:
     """Pages of the mapping that this process has in memory, from /proc."""
-    if not Path("/proc/self/smaps").exists():
-        pytest.skip("needs /proc")
     found = None
     for line in Path("/proc/self/smaps").read_text().splitlines():
         span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
