@@ -30,12 +30,12 @@ from capture.plan import CaptureOptions, PreparedCapture, prepare
 from capture.run import capture, capture_shards
 from capture.statistics import measure_statistics
 from capture.target import HFDSparkTargetModel
-from capture.workers import WorkerPlace
 from pipeline.cache import CacheWriter
 from pipeline.cache.claims import Worker
 from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
 from pipeline.hooks import find_decoder, input_device
+from pipeline.process import WorkerPlace
 from pipeline.quiet import quiet_transformers
 from pipeline.signals import StopRequest
 

@@ -38,11 +38,11 @@ from train.config import RunConfig
 from train.draft.config import draft_config
 from train.draft.model import Qwen3DSparkModel
 from train.flops import peak_flops, training_flops
-from train.loop import prepare, trainer_module
 from train.module import DSparkStepMetrics
-from train.optim import build_optimizer, normalise_gradients
+from train.optim import build_optimizers, normalise_gradients
 from train.order import epoch_packs
 from train.precision import autocast, resolve_precision
+from train.setup import prepare, trainer_module
 from train.window import peak_memory
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -139,7 +139,7 @@ def measure(config: RunConfig, model: Qwen3DSparkModel, batch: Batch, steps: int
     device, watch = batch.input_ids.device, Stopwatch(batch.input_ids.device)
     module = trainer_module(model, config)
     prepare(module, config, device)
-    optimizer = build_optimizer(model, config.train)
+    optimizer = build_optimizers(model, config.train)
     one = torch.ones((), device=device)
     # Where the step itself calls them, so that what is timed is what training runs.
     model.hidden_states = watch.timed(BACKBONE, model.hidden_states)
@@ -184,7 +184,7 @@ def main() -> None:
     rows = [(case, part, value, "s") for part, value in seconds.items()]
     rows.append((case, "parts together", sum(seconds[part] for part in PARTS), "s"))
     # The optimiser runs once in so many micro-batches, which the rates allow for.
-    accumulated = config.train.gradient_accumulation_steps
+    accumulated = config.train.micro_batches_per_step
     lasts = seconds[WHOLE] - seconds[UPDATE] + seconds[UPDATE] / accumulated
     rates = {"tokens": batch.num_tokens, "blocks": blocks, "FLOP": batch.flops}
     rows += [(case, what, amount / lasts, f"{what}/s") for what, amount in rates.items()]

@@ -21,12 +21,13 @@ from capture.proof import prove_target
 from capture.statistics import measure_statistics
 from capture.target import HFDSparkTargetModel
 from capture.tokens import TokenizedData
-from capture.workers import WorkerPlace, worker_place
+from capture.workers import worker_place
 from pipeline.cache import CacheWriter, Manifest
 from pipeline.cache.claims import DEAD_AFTER_SECONDS, Worker, claim_name, take_shards
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
+from pipeline.process import WorkerPlace
 from pipeline.signals import StopRequest, stop_on_signals
 
 # What the writing of `target/` is called among claims.

@@ -7,11 +7,15 @@ own values in `__post_init__` and raises ConfigError.
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
 import reprlib
+import textwrap
 import tomllib
 import types
 import typing
@@ -127,6 +131,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a configuration class, by the field's name."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for field, after in itertools.pairwise(tree.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            match after:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[field.target.id] = text
+    return docs
+
+
 def to_toml(config: Any) -> str:
     """A configuration as TOML, one table deep. None is left out, or "none" where it is not the default."""
     lines = []
@@ -135,17 +152,18 @@ def to_toml(config: Any) -> str:
         for field in dataclasses.fields(getattr(config, table.name)):
             value = getattr(getattr(config, table.name), field.name)
             if value is not None or field.default is not None:
-                lines.append(f"{field.name} = {_toml_value(value)}")
+                lines.append(f"{field.name} = {toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML; None is "none"."""
     if value is None:
         return '"none"'
     if isinstance(value, float):
         return repr(value)  # inf and nan are TOML, Infinity is not
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     # JSON's strings, integers and booleans are TOML's; it alone lets a raw DEL stand.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

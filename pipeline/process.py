@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -49,3 +50,36 @@ def alive(pid: int, since: str | None = None) -> bool:
     if _stat(pid, 0) in ("Z", "X"):  # dead, and kept by a parent that does not ask, as in many containers
         return False
     return since is None or started(pid) in (None, since)
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """Number `rank` of `world` processes, counted from 0; `local_rank` on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def label(self) -> str:
+        """For people; empty for a process alone."""
+        return f"{self.rank}/{self.world}" if self.world > 1 else ""
+
+    def device(self, name: str) -> str:
+        """`auto` or `cuda` on a machine with several GPUs is one a process; all else stays as it is."""
+        if name not in ("auto", "cuda") or self.world == 1:
+            return name
+        import torch
+
+        count = torch.cuda.device_count()
+        return f"cuda:{self.local_rank % count}" if count else name
+
+
+def torchrun_place() -> WorkerPlace:
+    """Which of torchrun's processes this is, by its environment; the only one where there is no torchrun."""
+    try:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK", rank))
+    except (KeyError, ValueError):
+        return WorkerPlace()
+    return WorkerPlace(rank, world, local) if 0 <= rank < world else WorkerPlace()

@@ -1,74 +1,288 @@
-"""A draft on disk: Hugging Face layout, without the embedding and head that the cache holds."""
+"""Checkpoints of a run: the draft in Hugging Face layout, and what training needs to go on exactly.
+
+    RUN/checkpoints/step-000400/config.json           the draft's config
+                                model.safetensors     its weights, but the target's embedding and head
+                                training.safetensors  optimiser states and random generators
+                                training.json         progress, settings, cache identity, code version
+    RUN/latest -> checkpoints/step-000400             RUN/best: the one of the best held-out tau
+
+Tensors are whole, whatever they were sharded over, so any number of ranks can go on. Nothing is pickled.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from pipeline import files
 from pipeline.cache import CacheReader
-from pipeline.errors import RunError
+from pipeline.errors import RunError, WriteError
+from train.distributed import Ranks, whole
 from train.draft.model import Qwen3DSparkModel
+from train.progress import TRAINING, Progress, damaged, read_training
 
-LATEST = "latest"
-STATE = "dspark.json"
-_FROZEN = ("embed_tokens.weight", "lm_head.weight")
-
-
-def save_checkpoint(run: Path, step: int, model: Qwen3DSparkModel, state: dict[str, Any]) -> Path:
-    """Write `RUN/checkpoints/step-N` through a temporary name, then point `RUN/latest` at it.
-
-    Frozen embedding and head are left out: they are the target's, and every cache has them.
-    """
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    frozen = {name for name in _FROZEN if not model.get_parameter(name).requires_grad}
-    weights = {name: value for name, value in model.state_dict().items() if name not in frozen}
-    model.save_pretrained(partial, state_dict=weights)
-    (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
-    for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    link = run / f".{LATEST}.partial"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.relative_to(run))
-    link.replace(run / LATEST)
-    files.sync_directory(run)
-    return folder
+LATEST, BEST, CHECKPOINTS = "latest", "best", "checkpoints"
+WEIGHTS = "model.safetensors"
+STATES = "training.safetensors"
+FROZEN = ("embed_tokens.weight", "lm_head.weight")
 
 
-def load_checkpoint(run: Path, reader: CacheReader) -> tuple[Qwen3DSparkModel, dict[str, Any]]:
-    """Load `RUN/latest` and put the cache's embedding and head in.
+def checkpoints(run: Path) -> list[Path]:
+    """A run's finished checkpoints, the oldest first."""
+    found = (run / CHECKPOINTS).glob("step-*")
+    return sorted((path for path in found if (path / TRAINING).is_file()), key=lambda path: _step(path.name))
+
+
+def newest(run: Path) -> Path | None:
+    """The checkpoint that a run goes on from."""
+    return next(reversed(checkpoints(run)), None)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _step(name: str) -> int:
+    number = name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def save_checkpoint(
+    run: Path,
+    model: Qwen3DSparkModel,
+    optimizers: Sequence[Optimizer],
+    progress: Progress,
+    ranks: Ranks,
+    about: dict[str, Any],
+    *,
+    keep: int,
+) -> None:
+    """Write `RUN/checkpoints/step-N`, point `latest` and `best` at what they name, remove old ones.
+
+    All ranks call it; the first one writes. A checkpoint appears whole, under its name, or not at all.
+
+    Args:
+        about: what goes into `training.json` beside the progress.
+        keep: newest checkpoints that stay, beside the best.
 
     Raises:
-        RunError: no checkpoint there, or one trained for another target than the cache's.
+        WriteError: the disk is full or the like; the last checkpoint is as it was.
     """
-    folder = run / LATEST
-    if not (folder / STATE).is_file():
-        raise RunError(
-            f"no finished checkpoint in {run}: expected {folder}; run `dspark train --run {run}` first"
-        )
-    state = json.loads((folder / STATE).read_text())
-    identity = reader.manifest.identity.target
-    if state["target_weights"] != identity.weights:
-        raise RunError(
-            f"{run} was trained for target {state['target_name']}, the cache {reader.path} holds "
-            f"{identity.name} with other weights: evaluate it on a cache of its own target"
-        )
-    frozen = reader.frozen()
-    model = Qwen3DSparkModel(Qwen3DSparkModel.config_class.from_pretrained(folder))
-    from safetensors.torch import load_file
+    weights = {n: _gathered(p, ranks) for n, p in model.state_dict().items() if _trained(model, n)}
+    states = _optimizer_tensors(model, optimizers, ranks)
+    for rank, generators in enumerate(ranks.gather(_random_states(ranks))):
+        states |= {f"random.{rank}.{name}": state for name, state in generators.items()}
+    with ranks.together():
+        if ranks.leads:
+            try:
+                _write(run, model, weights, states, {"progress": progress.values(), **about})
+                _point(run, progress)
+                _prune(run, keep)
+            except OSError as error:
+                raise WriteError(
+                    f"{run}: no checkpoint can be written ({error.strerror or error}): mend that, then run "
+                    "the same command again; it continues from the last one"
+                ) from None
 
-    weights = {**frozen, **load_file(folder / "model.safetensors")}
-    model.load_state_dict({name: value.to(torch.float32) for name, value in weights.items()})
-    for name in _FROZEN:
-        model.get_parameter(name).requires_grad_(False)
-    return model, state
+
+def _trained(model: Qwen3DSparkModel, name: str) -> bool:
+    """Whether a weight belongs into a checkpoint: the target's own, as long as they are frozen, do not."""
+    return name not in FROZEN or model.get_parameter(name).requires_grad
+
+
+def _gathered(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """A tensor in one piece on the CPU; the other ranks help to gather it and keep nothing."""
+    tensor = whole(tensor.detach())
+    return tensor.cpu().contiguous() if ranks.leads else tensor.new_empty(0)
+
+
+def _optimizer_tensors(
+    model: Qwen3DSparkModel, optimizers: Sequence[Optimizer], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Optimiser states, named `optimizer.<parameter>.<state>`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"optimizer.{names[parameter]}.{key}": _gathered(value, ranks)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _random_states(ranks: Ranks) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return states
+
+
+def _write(
+    run: Path,
+    model: Qwen3DSparkModel,
+    weights: dict[str, Tensor],
+    states: dict[str, Tensor],
+    page: dict[str, Any],
+) -> None:
+    folder = run / CHECKPOINTS / _name(page["progress"]["step"])
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        model.config.dtype = next(iter(weights.values())).dtype
+        model.config.save_pretrained(partial)
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        save_file(states, partial / STATES, metadata={"format": "pt"})
+        (partial / TRAINING).write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        files.sync_directory(partial)
+        _remove(folder)  # one of this step is there when a resumed run comes by again
+        partial.rename(folder)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    files.sync_directory(folder.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; killed half way, it has no name of a checkpoint any more."""
+    if folder.exists():
+        partial = folder.with_name(f".{folder.name}.removed.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        folder.rename(partial)
+        shutil.rmtree(partial)
+
+
+def _point(run: Path, progress: Progress) -> None:
+    """Let `latest` name the checkpoint just written, and `best` too if it is that."""
+    links = [LATEST]
+    if progress.best and progress.best["step"] == progress.step:
+        links.append(BEST)
+    for name in links:
+        partial = run / f".{name}.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(Path(CHECKPOINTS) / _name(progress.step))
+        partial.replace(run / name)
+    files.sync_directory(run)
+
+
+def _prune(run: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints and the best, and what killed processes left half done."""
+    best = (run / BEST).resolve()
+    for folder in checkpoints(run)[:-keep]:
+        if folder.resolve() != best:
+            _remove(folder)
+    for left in (run / CHECKPOINTS).glob(".*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def load_weights(model: Qwen3DSparkModel, folder: Path) -> None:
+    """Put a checkpoint's weights into a draft that has the target's embedding and head.
+
+    Raises:
+        RunError: they can't be read, or are those of another draft.
+    """
+    try:
+        weights = load_file(folder / WEIGHTS)
+        wanted = {name: p.shape for name, p in model.state_dict().items() if _trained(model, name)}
+        if {name: weight.shape for name, weight in weights.items()} != wanted:
+            raise ValueError(f"{WEIGHTS} has other tensors than its config says")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise damaged(folder, error) from None
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_parameter(name).copy_(weight)
+
+
+def load_states(folder: Path, model: Qwen3DSparkModel, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
+    """Give optimisers and random generators the states that a checkpoint has.
+
+    Raises:
+        RunError: they can't be read, or do not fit.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    try:
+        with safe_open(folder / STATES, "pt") as file:
+            keys = list(file.keys())
+            for optimizer in optimizers:
+                _load_optimizer(optimizer, names, file, keys)
+            own = {n: f"random.{ranks.rank}.{n}" for n in ("cpu", ranks.device.type)}
+            if own["cpu"] in keys:
+                torch.set_rng_state(file.get_tensor(own["cpu"]))
+            if "cuda" in own and own["cuda"] in keys:
+                torch.cuda.set_rng_state(file.get_tensor(own["cuda"]), ranks.device)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise damaged(folder, error) from None
+
+
+def _load_optimizer(optimizer: Optimizer, names: dict[Tensor, str], file: Any, keys: list[str]) -> None:
+    page = optimizer.state_dict()  # parameters by number, as they stand in its groups
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    page["state"] = {}
+    for number, parameter in enumerate(parameters):
+        prefix = f"optimizer.{names[parameter]}."
+        state = {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
+        if not state:  # no step was taken before the checkpoint
+            continue
+        for key, value in state.items():
+            if value.shape not in ((), parameter.shape):
+                raise ValueError(f"{prefix}{key} is of shape {list(value.shape)}")
+            if isinstance(parameter, DTensor) and value.ndim:
+                mesh, placements = parameter.device_mesh, parameter.placements
+                state[key] = distribute_tensor(
+                    value.to(parameter.device), mesh, placements, src_data_rank=None
+                )
+        page["state"][number] = state
+    optimizer.load_state_dict(page)
+
+
+def load_checkpoint(
+    run: Path, reader: CacheReader, which: str = LATEST
+) -> tuple[Qwen3DSparkModel, dict[str, Any]]:
+    """Load one of a run's checkpoints and put the cache's embedding and head in.
+
+    Args:
+        which: `latest`, `best` or the name of a checkpoint, as `step-000400`.
+
+    Returns:
+        The draft, and its `training.json`.
+
+    Raises:
+        RunError: no checkpoint there, a damaged one, or one trained for another target than the cache's.
+    """
+    folder = run / which if which in (LATEST, BEST) else run / CHECKPOINTS / which
+    if not (folder / TRAINING).is_file():
+        names = ", ".join(path.name for path in checkpoints(run)) or "none"
+        raise RunError(
+            f"no finished checkpoint at {folder}: {run} has {names}; `dspark train --run {run}` makes them"
+        )
+    page = read_training(folder)
+    target, identity = page["cache"]["target"], reader.manifest.identity.target
+    if target["weights"] != identity.weights:
+        raise RunError(
+            f"{run} was trained for target {target['name']}, the cache {reader.path} holds {identity.name} "
+            "with other weights: evaluate it on a cache of its own target"
+        )
+    try:
+        config = Qwen3DSparkModel.config_class.from_pretrained(folder)
+        model = Qwen3DSparkModel(config).float()
+    except Exception as error:
+        raise damaged(folder, error) from None
+    frozen = reader.frozen()
+    model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
+    load_weights(model, folder)
+    return model, page

@@ -8,16 +8,41 @@ from pathlib import Path
 
 import click
 
+from pipeline.process import torchrun_place
+
+
+def _explain(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
+    """Print every setting and end, whatever else was given."""
+    if asked:
+        from train.explain import explain
+
+        for line in explain():
+            click.echo(line)
+        ctx.exit()
+
 
 @click.command("train")
+@click.option(
+    "--explain",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_explain,
+    help="Print every setting with its default and the paper's value, and do nothing else.",
+)
 @click.option("--cache", type=click.Path(path_type=Path), required=True, help="A complete cache.")
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="TOML; default: paper settings."
 )
-@click.option("--run", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option(
+    *("--run", "--run-dir", "run"),  # torchrun takes --run for its own --run-path before Python 3.12.8
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Directory to write, or to continue.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a setting.")
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
-@click.option("--fresh", is_flag=True, help="Start over if the run exists.")
+@click.option("--fresh", is_flag=True, help="Clear the run if it exists, and start over.")
 @click.option(
     "--profile",
     type=click.IntRange(min=1),
@@ -33,7 +58,11 @@ def train_command(
     fresh: bool,
     profile: int | None,
 ) -> None:
-    """Train a DSpark draft from a cache; the target is never loaded."""
+    """Train a DSpark draft from a cache, or continue a run; the target is never loaded.
+
+    Killed or stopped at any moment, the same command continues from the last checkpoint. Under torchrun all
+    its processes share each step.
+    """
     from pipeline import config as configuration
     from train.config import RunConfig
 
@@ -45,37 +74,43 @@ def train_command(
     from train.loop import train
 
     quiet_transformers()
-    click.echo(configuration.to_toml(config))
     result = train(cache, config, run, device=device, fresh=fresh, profile_steps=profile or 0)
-    if result:
-        click.echo(format_evaluation(result))
-    click.echo(f"draft: {run / 'latest'}")
+    if torchrun_place().rank == 0:
+        if result:
+            click.echo(format_evaluation(result))
+        click.echo(f"draft: {run / 'latest'}")
 
 
 @click.command("evaluate")
 @click.option("--cache", type=click.Path(path_type=Path), required=True, help="A complete cache.")
-@click.option("--run", type=click.Path(path_type=Path), required=True, help="A finished run.")
+@click.option("--run", type=click.Path(path_type=Path), required=True, help="A run with a checkpoint.")
+@click.option(
+    "--checkpoint", default="latest", show_default=True, help="Which one: latest, best, or as step-000400."
+)
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate_command(cache: Path, run: Path, device: str, as_json: bool) -> None:
+def evaluate_command(cache: Path, run: Path, checkpoint: str, device: str, as_json: bool) -> None:
     """Measure a draft on a cache's held-out samples: loss terms, acceptance by position, tau."""
     from pipeline.cache import CacheReader
-    from pipeline.device import resolve_device
     from train.checkpoint import load_checkpoint
+    from train.distributed import open_ranks
     from train.evaluate import evaluate, format_evaluation, split
-    from train.loop import load_run_config, prepare, trainer_module
+    from train.run import load_run_config
+    from train.setup import prepare, trainer_module
 
-    config = load_run_config(run)
-    place = resolve_device(device)
-    if place.type != "cuda":  # where it was trained may not be here
-        config = replace(config, draft=replace(config.draft, attention="auto"))
-    reader = CacheReader(cache)
-    reader.check_shards()
-    model, state = load_checkpoint(run, reader)
-    reader.require_layers(model.config.target_layer_ids)
-    _, test_samples = split(reader, config.train.held_out)
-    module = trainer_module(model.to(place), config)
-    prepare(module, config, place)
-    result = evaluate(module, reader, test_samples, config, place)
-    result = {"step": state["step"], **result}
-    click.echo(json.dumps(result) if as_json else format_evaluation(result))
+    with open_ranks(device) as ranks:
+        with ranks.together():
+            config = load_run_config(run)
+            if ranks.device.type != "cuda":  # where it was trained may not be here
+                config = replace(config, draft=replace(config.draft, attention="auto"))
+            reader = CacheReader(cache)
+            reader.check_shards()
+            model, page = load_checkpoint(run, reader, checkpoint)
+            reader.require_layers(model.config.target_layer_ids)
+            _, held_out = split(reader, config.train.held_out)
+            module = trainer_module(model.to(ranks.device), config)
+            prepare(module, config, ranks.device)
+        result = {"step": page["progress"]["step"]}
+        result |= evaluate(module, reader, held_out, config, ranks) or {}
+        if ranks.leads:
+            click.echo(json.dumps(result) if as_json else format_evaluation(result))

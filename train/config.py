@@ -34,12 +34,17 @@ class DraftConfig:
     confidence_with_markov: bool = True
     """Whether the confidence head also sees the previous token's Markov embedding."""
     num_attention_heads: int | None = None
-    """The target's when not set; so are the three below."""
+    """Query heads; the target's when not set."""
     num_key_value_heads: int | None = None
+    """Key and value heads; the target's when not set."""
     head_dim: int | None = None
+    """Width of a head; the target's when not set."""
     intermediate_size: int | None = None
+    """Width of the MLP; the target's when not set."""
     init: Literal["random", "ridge"] = "random"
     """First weights: ridge sets fc and the first layer by regression on the cache, for short runs."""
+    init_from: str | None = None
+    """A draft to start from instead: a run, one of its checkpoints, or a directory in DeepSpec's layout."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """Attention kernel: flex_attention skips what a block can't see; auto takes it on CUDA where it runs."""
 
@@ -53,6 +58,15 @@ class DraftConfig:
             self.markov_head == "none" or self.markov_rank >= 1,
             f'markov_rank must be at least 1 with markov_head "{self.markov_head}", got {self.markov_rank}: '
             'for no Markov head set markov_head = "none"',
+        )
+        _require(
+            not (self.confidence_head and self.confidence_with_markov) or self.markov_head != "none",
+            'confidence_with_markov needs a Markov head, and markov_head is "none": set it to false, '
+            "or confidence_head",
+        )
+        _require(
+            self.init_from is None or self.init == "random",
+            f'init_from and init = "{self.init}" are two beginnings: set one of them',
         )
         ids = self.target_layer_ids
         _require(ids != (), "target_layer_ids must name at least one layer")
@@ -87,7 +101,9 @@ _COUNTS = (
     "epochs",
     "batch_tokens",
     "anchors_per_batch",
-    "gradient_accumulation_steps",
+    "micro_batches_per_step",
+    "keep_checkpoints",
+    "max_skipped_steps",
     "eval_anchors",
     "log_every",
 )
@@ -105,8 +121,10 @@ class TrainConfig:
     """P, tokens of a micro-batch: samples are packed into one row of so many, none is cut."""
     anchors_per_batch: int = 512
     """N, blocks trained a micro-batch, shared among its samples in proportion to their candidates."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches of an optimiser step; the loss is normalised over all of them together."""
+    micro_batches_per_step: int = 128
+    """Micro-batches of an optimiser step, shared among all ranks: their number does not change the run."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon takes the matrices of fc and the layers, AdamW the rest."""
     lr: float = 6e-4
     """Peak learning rate."""
     markov_lr_scale: float = 1.0
@@ -137,12 +155,24 @@ class TrainConfig:
     """torch.compile of the draft's backbone and of the loss; auto is on for CUDA."""
     activation_checkpointing: bool = False
     """Recompute each draft layer in the backward instead of keeping its activations."""
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: a whole draft on every rank, or parameters and optimiser sharded over them (FSDP2)."""
     log_every: int = 10
     """Steps between log lines."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where figures are logged beside metrics.jsonl."""
     eval_every: int = 0
     """Steps between evaluations on the held-out samples; 0: at the end only."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations in a row without a better held-out tau; 0: never."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: at the end only."""
+    """Steps between checkpoints; 0: by time and at the end only."""
+    checkpoint_minutes: float = 15.0
+    """Minutes between checkpoints; 0: by steps and at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept, beside the one of the best held-out tau."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped because loss or gradient is not finite, before the run fails."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -151,16 +181,51 @@ class TrainConfig:
             self.max_steps is None or self.max_steps >= 1,
             f"max_steps must be at least 1, got {self.max_steps}",
         )
-        for name in ("eval_every", "checkpoint_every", "weight_decay", "seed"):
+        for name in (
+            "eval_every",
+            "early_stopping_patience",
+            "checkpoint_every",
+            "checkpoint_minutes",
+            "weight_decay",
+            "seed",
+        ):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("lr", "markov_lr_scale", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(
+            not self.early_stopping_patience or (self.eval_every and self.held_out),
+            "early_stopping_patience needs evaluations on the way: set eval_every, and held_out above 0",
+        )
+        _require(len(set(self.report_to)) == len(self.report_to), "report_to names a tracker twice")
         for name in ("warmup_ratio", "min_lr_ratio"):
             _require(
                 0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1, got {getattr(self, name)}"
             )
         for name in ("beta1", "beta2", "held_out"):
             _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+# The published settings (DSpark paper, 2026, for Qwen3 targets).
+PAPER = {
+    "draft.num_layers": "5",
+    "draft.block_size": "7",
+    "draft.markov_rank": "256",
+    "loss.ce_alpha": "0.1",
+    "loss.l1_alpha": "0.9",
+    "loss.confidence_alpha": "1.0",
+    "loss.decay_gamma": "4.0",
+    "train.epochs": "10",
+    "train.anchors_per_batch": "512 a sample",
+    "train.micro_batches_per_step": "512 samples",
+    "train.optimizer": "adamw",
+    "train.lr": "6e-4",
+    "train.warmup_ratio": "0.04",
+    "train.min_lr_ratio": "0.1",
+    "train.beta1": "0.9",
+    "train.beta2": "0.95",
+    "train.weight_decay": "0.0",
+    "train.max_grad_norm": "1.0",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pipeline.cache import CacheReader, held_out
 from pipeline.errors import ConfigError
 from train.batches import loaded, spread_anchors
 from train.config import RunConfig
+from train.display import bar
+from train.distributed import Ranks
 from train.losses import LossSums, divide
 from train.module import DSparkTrainerModule
-from train.order import sequential_packs
+from train.order import sequential_packs, share
 from train.precision import autocast
 
 
@@ -38,11 +39,16 @@ def evaluate(
     reader: CacheReader,
     samples: Sequence[int] | np.ndarray,
     config: RunConfig,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Loss terms, acceptance by position and tau over `samples`, as plain numbers.
+    ranks: Ranks,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Loss terms, acceptance by position and tau over `samples`, as plain numbers, the same on every rank.
 
     Anchors are evenly spread over each sample's candidates, so the figures are the same every time.
+
+    Args:
+        ranks: share the samples.
+        interrupted: asked before every batch, by all ranks at once; None is returned when it says so.
     """
     samples = np.asarray(samples)
     if not len(samples):
@@ -51,19 +57,22 @@ def evaluate(
     layer_ids = tuple(model.config.target_layer_ids)
     choose = spread_anchors(config.train.eval_anchors)
     size = max(config.train.batch_tokens, int(reader.lengths[samples].max()))  # of a cache of longer samples
-    packs = [
-        (samples[members].tolist(), choose) for members in sequential_packs(reader.lengths[samples], size)
-    ]
-    batches = loaded(reader, packs, layer_ids, size, device)
+    own = share(sequential_packs(reader.lengths[samples], size), ranks.rank, ranks.world)
+    packs = [(samples[members].tolist(), choose) for members in own]
+    batches = loaded(reader, packs, layer_ids, size, ranks.device)
     was_training = module.training
     module.eval()
     total: LossSums | None = None
-    for batch in tqdm(batches, total=len(packs), unit="batch", desc="evaluate", leave=False):
-        with autocast(device, config.train.precision):
+    for batch in bar(batches, ranks, total=len(packs), unit="batch", desc="evaluate", leave=False):
+        if interrupted():
+            module.train(was_training)
+            return None
+        with autocast(ranks.device, config.train.precision):
             sums = module(**batch.tensors()).sums
         total = sums if total is None else total + sums
     module.train(was_training)
     assert total is not None
+    total = LossSums(*ranks.total(list(total)))
     loss = config.loss
     metrics = divide(total, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
     return {

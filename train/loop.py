@@ -2,140 +2,80 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-import shutil
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline import config as configuration
-from pipeline.cache import CacheReader
-from pipeline.device import resolve_device, reuse_freed_memory
-from pipeline.errors import ConfigError, RunError
+from pipeline import files
+from pipeline.device import reuse_freed_memory
+from pipeline.errors import RunError, StoppedError
+from pipeline.signals import StopRequest, stop_on_signals
 from train.batches import AnchorChoice, loaded, random_anchors
-from train.checkpoint import save_checkpoint
+from train.checkpoint import load_states, load_weights, newest, save_checkpoint
 from train.config import RunConfig, TrainConfig
-from train.draft.attention import resolve_attention
-from train.draft.config import draft_config, read_target_config
-from train.draft.model import Qwen3DSparkModel
-from train.evaluate import evaluate, split
+from train.display import Display
+from train.distributed import Ranks, SpreadModule, open_ranks
+from train.evaluate import evaluate
 from train.flops import peak_flops, training_flops
-from train.initialise import ridge_initialise
-from train.module import DSparkTrainerModule
-from train.optim import build_optimizer, learning_rate, normalise_gradients
+from train.losses import LossSums
+from train.optim import build_optimizers, learning_rate, normalise_gradients, set_learning_rate
 from train.order import epoch_steps
-from train.precision import allow_tf32, autocast, resolve_precision
-from train.profile import step_profiler
+from train.precision import autocast, resolve_precision
+from train.profile import check_profile, step_profiler
+from train.progress import Progress, read_training
+from train.run import EVALUATION, TRACE, MetricsFile, begin, check_run, flat_settings, locked
+from train.setup import Setup, build_draft, count_steps, initialise, prepare, set_up, trainer_module
+from train.trackers import Trackers
+from train.version import code_version
 from train.window import Window
 
-METRICS = "metrics.jsonl"
-CONFIG = "config.toml"
-EVALUATION = "evaluation.json"
-TRACE = "trace.json"
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of an optimiser step."""
+
+    epoch: int
+    number: int
+    """In its epoch, from 0."""
+    packs: list[tuple[list[int], AnchorChoice]]
+    """Sample numbers of each micro-batch, and how their anchors are chosen."""
 
 
-def _steps_of(lengths: np.ndarray, config: TrainConfig, epoch: int) -> list[list[np.ndarray]]:
-    return epoch_steps(lengths, config.batch_tokens, config.gradient_accumulation_steps, config.seed, epoch)
+def steps_from(
+    lengths: np.ndarray,
+    samples: np.ndarray,
+    config: TrainConfig,
+    epoch: int = 0,
+    number: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Step]:
+    """One rank's steps, epoch after epoch without end, from a place in the data order on.
 
-
-def count_steps(lengths: np.ndarray, config: TrainConfig) -> int:
-    """Optimiser steps of a run over samples of these lengths `[n]`."""
-    return config.max_steps or sum(len(_steps_of(lengths, config, epoch)) for epoch in range(config.epochs))
-
-
-def check_lengths(reader: CacheReader, batch_tokens: int) -> None:
-    """Every sample fits a batch. Raises ConfigError naming what would be enough."""
-    longest = int(reader.lengths.max())
-    if longest > batch_tokens:
-        raise ConfigError(
-            f"train.batch_tokens = {batch_tokens} is less than the cache's longest sample, {longest} tokens: "
-            f"set it to at least {longest}"
-        )
-
-
-def build_draft(reader: CacheReader, config: RunConfig) -> Qwen3DSparkModel:
-    """A fresh draft for a cache: seeded weights, the target's embedding and head copied in and frozen.
-
-    Raises:
-        CacheError: the config asks for a layer that the cache lacks.
-        ConfigError: a combination no draft can have.
+    Args:
+        lengths: tokens of each training sample, `[n]`.
+        samples: their numbers in the cache, `[n]`.
     """
-    layer_ids = reader.require_layers(config.draft.target_layer_ids or reader.layer_ids)
-    target = read_target_config(reader.path / "target")
-    torch.manual_seed(config.train.seed)
-    shape = draft_config(config.draft, target, reader.manifest, layer_ids, config.train.anchors_per_batch)
-    model = Qwen3DSparkModel(shape).float()
-    frozen = reader.frozen()
-    model.initialize_embeddings_and_head(
-        embed_tokens=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"]
-    )
-    return model
-
-
-def trainer_module(model: Qwen3DSparkModel, config: RunConfig) -> DSparkTrainerModule:
-    """The draft with the objective its run asks for."""
-    loss = config.loss
-    return DSparkTrainerModule(model, loss.decay_gamma, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
-
-
-def check_run(run: Path, *, fresh: bool) -> None:
-    """Raises RunError when a run's directory is taken."""
-    if run.exists() and any(run.iterdir()):
-        if not fresh:
-            raise RunError(f"{run} is not empty: choose another --run, or pass --fresh to start it over")
-        if not (run / CONFIG).is_file():
-            raise RunError(f"{run} is not empty and is no run (it has no {CONFIG}): choose another --run")
-
-
-def open_run(run: Path, config: RunConfig, *, fresh: bool) -> None:
-    """Make a run's directory and save its config. Raises RunError when it is taken."""
-    check_run(run, fresh=fresh)
-    if run.exists():
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG).write_text(configuration.to_toml(config), encoding="utf-8")
-
-
-def load_run_config(run: Path) -> RunConfig:
-    """The config a run was started with. Raises RunError when there is no run."""
-    if not (run / CONFIG).is_file():
-        raise RunError(f"no run at {run}: expected {run / CONFIG}; run `dspark train --run {run}` first")
-    return configuration.build(RunConfig, configuration.load_toml(run / CONFIG), str(run / CONFIG))
-
-
-def prepare(module: DSparkTrainerModule, config: RunConfig, device: torch.device) -> None:
-    """Set how the draft runs on a device: attention kernel, compilation, checkpointing."""
-    model, train = module.draft_model, config.train
-    allow_tf32(train.tf32)
-    model.attention = resolve_attention(config.draft.attention, model.config, device)
-    model.activation_checkpointing = train.activation_checkpointing
-    if resolve_precision(device, train.precision) == "bf16" and not model.lm_head.weight.requires_grad:
-        model.lm_head.to(torch.bfloat16)  # as its products take it: no copy a step
-    if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
-        model.backbone = torch.compile(model.backbone)
-        module.compile_loss = True
-
-
-def _packs(
-    lengths: np.ndarray, samples: np.ndarray, config: TrainConfig, total_steps: int
-) -> Iterator[list[tuple[list[int], AnchorChoice]]]:
-    """For every optimiser step, the samples of its micro-batches and the choice of their anchors."""
-
-    def endless() -> Iterator[list[tuple[list[int], AnchorChoice]]]:
-        for epoch in itertools.count():
-            choose = random_anchors(config.anchors_per_batch, config.seed, epoch)
-            for step in _steps_of(lengths, config, epoch):
-                yield [(samples[members].tolist(), choose) for members in step]
-
-    return itertools.islice(endless(), total_steps)
+    shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)
+    for each in itertools.count(epoch):
+        choose = random_anchors(config.anchors_per_batch, config.seed, each)
+        steps = epoch_steps(lengths, *shape, each, rank, world)
+        for i in range(number if each == epoch else 0, len(steps)):
+            yield Step(each, i, [(samples[members].tolist(), choose) for members in steps[i]])
 
 
 def train(
@@ -146,114 +86,305 @@ def train(
     device: str = "auto",
     fresh: bool = False,
     profile_steps: int = 0,
-) -> dict[str, Any]:
-    """Train a draft from a cache and return its held-out evaluation.
+) -> dict[str, Any] | None:
+    """Train a draft from a cache, or go on where a run in that directory stopped; the target is never loaded.
 
-    Writes to `run`: `config.toml`, `metrics.jsonl` (a JSON object a logged step), `checkpoints/step-N`,
-    `latest` and `evaluation.json`. The target is never loaded.
+    Under torchrun all its processes call this and share each step. Writes to `run`: `config.toml`,
+    `run.json`, `metrics.jsonl` (a JSON object a logged step), `checkpoints/step-N`, `latest`, `best` and
+    `evaluation.json`.
 
     Args:
+        fresh: clear a run that is there.
         profile_steps: write a Chrome trace of so many steps, the first few left out, to `trace.json`.
+
+    Returns:
+        The held-out evaluation of the last step, if anything was held out.
 
     Raises:
         DSparkError: see `pipeline.errors`.
     """
-    place = resolve_device(device)
-    if place.type == "cpu":
-        reuse_freed_memory()
-    reader = CacheReader(cache)
-    reader.check_shards()
-    train_samples, test_samples = split(reader, config.train.held_out)
-    check_lengths(reader, config.train.batch_tokens)
-    lengths = reader.lengths[train_samples]
-    total_steps = count_steps(lengths, config.train)
-    check_run(run, fresh=fresh)
-    profiler = step_profiler(profile_steps, total_steps, run / TRACE)
-    model = build_draft(reader, config).to(place)
-    if config.draft.init == "ridge":
-        ridge_initialise(model, reader, train_samples)
-    module = trainer_module(model, config)
-    prepare(module, config, place)
-    open_run(run, config, fresh=fresh)
-    optimizer = build_optimizer(model, config.train)
-    target = reader.manifest.identity.target
-    state = {"target_name": target.name, "target_weights": target.weights}
+    with open_ranks(device) as ranks, stop_on_signals() as stop, ExitStack() as held:
+        if ranks.device.type == "cpu":
+            reuse_freed_memory()
+        with ranks.together():
+            setup = set_up(cache, config, ranks.device, ranks.world)
+            identity = setup.reader.manifest.identity
+            check_run(run, setup.config, identity, fresh=fresh)
+            if profile_steps:
+                check_profile(profile_steps, _steps_left(setup, None if fresh else newest(run)))
+        if ranks.leads:
+            click.echo(configuration.to_toml(setup.config))
+        with ranks.together():
+            if ranks.leads:
+                held.enter_context(locked(run))
+                begin(run, setup.config, identity, fresh=fresh)
+        with ranks.together():
+            folder = newest(run)
+            progress = Progress(**read_training(folder)["progress"]) if folder else None
+        if progress is not None and progress.complete:
+            if ranks.leads:
+                click.echo(f"run {run}: complete, nothing is left to train")
+        else:
+            training = Training(ranks, setup, run, folder, progress, stop)
+            progress = training.run(profile_steps)
+        if ranks.leads and progress.evaluation:
+            page = json.dumps(progress.evaluation, indent=1) + "\n"
+            files.publish_bytes(run / EVALUATION, page.encode())
+        return progress.evaluation
 
-    def held_out_figures(step: int) -> dict[str, Any]:
-        result = {"step": step, **evaluate(module, reader, test_samples, config, place)}
-        _append(run / METRICS, {"step": step, "held_out": result})
-        return result
 
-    steps = _packs(lengths, train_samples, config.train, total_steps)
-    steps, ahead = itertools.tee(steps)
-    batches = loaded(
-        reader,
-        itertools.chain.from_iterable(ahead),
-        tuple(model.config.target_layer_ids),
-        config.train.batch_tokens,
-        place,
-        partial(training_flops, model.config),
-    )
-    precision = resolve_precision(place, config.train.precision)
-    window = Window(config.loss, place, peak_flops(place, precision, config.train.tf32))
-    result: dict[str, Any] = {}
-    norm: Tensor | None = None
-    one = torch.ones((), device=place)
-    progress = tqdm(steps, total=total_steps, unit="step", desc="train")
-    for step, packs in enumerate(progress, start=1):
-        lr = learning_rate(step - 1, total_steps, config.train)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        weight = torch.zeros((), device=place)
-        for _ in packs:
-            started = time.perf_counter()
-            batch = next(batches)
-            window.waited(time.perf_counter() - started)
-            with autocast(place, precision):
-                metrics = module(**batch.tensors(), denominator=one)
-            metrics.loss.backward()
-            weight += metrics.sums.weight
-            window.add(metrics.sums, batch)
-        check_norm(norm, step - 1)  # a step late, so that a GPU has work while this waits
-        norm = normalise_gradients(model, weight, config.train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        profiler.step()
-        last = step == total_steps
-        logs = step % config.train.log_every == 0 or last
-        saves = last or (config.train.checkpoint_every and step % config.train.checkpoint_every == 0)
-        evaluates = len(test_samples) and (
-            last or (config.train.eval_every and step % config.train.eval_every == 0)
+def _steps_left(setup: Setup, folder: Path | None) -> int:
+    """Steps that a run is yet to take, from its newest checkpoint on or from nothing."""
+    if folder is None:
+        return count_steps(setup.reader.lengths[setup.samples], setup.config.train)
+    progress = read_training(folder)["progress"]
+    return progress["total_steps"] - progress["step"]
+
+
+class Training:
+    """A run at work.
+
+    Args:
+        ranks: who trains.
+        setup: what.
+        run: its directory.
+        folder: the checkpoint to go on from, if any.
+        progress: that checkpoint's.
+        stop: set by a signal that asks to stop.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        setup: Setup,
+        run: Path,
+        folder: Path | None,
+        progress: Progress | None,
+        stop: StopRequest,
+    ):
+        self.ranks, self.setup, self.path, self.stop = ranks, setup, run, stop
+        self.reader, self.config = setup.reader, setup.config
+        train, device = self.config.train, ranks.device
+        self.precision = resolve_precision(device, train.precision)
+        with ranks.together():
+            self.model = build_draft(setup, fresh=folder is None)
+            if folder is not None:
+                load_weights(self.model, folder)
+            self.model.to(device)
+            if folder is None and ranks.leads:
+                initialise(self.model, setup)
+        if progress is None:
+            total = count_steps(self.reader.lengths[setup.samples], train)
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            progress = Progress(total_steps=total, parameters=trained)
+        self.progress = progress
+        self.module = trainer_module(self.model, self.config)
+        sharded = ranks.world > 1 and train.parallelism == "fsdp"
+        prepare(self.module, self.config, device, by_layer=sharded)
+        self.spread = SpreadModule(
+            self.module, ranks, list(self.model.layers), train.parallelism, self.precision
         )
-        if logs or saves or evaluates:
-            check_norm(norm, step)
-        if logs:
-            line = window.line(step, lr)
-            _append(run / METRICS, line)
-            progress.set_postfix(
-                loss=f"{line['loss']:.3f}",
-                tau=f"{line['tau']:.3f}",
-                tok_s=f"{line['tokens_per_s']:.0f}",
-                wait=f"{line['data_wait_percent']:.0f}%",
+        self.optimizers = build_optimizers(self.model, train)
+        peak = peak_flops(device, self.precision, train.tf32)
+        self.window = Window(self.config.loss, device, None if peak is None else peak * ranks.world)
+        if folder is not None:
+            with ranks.together():
+                load_states(folder, self.model, self.optimizers, ranks)
+            if progress.window is not None:
+                self.window.load(progress.window)
+        self.metrics = MetricsFile(run, progress.metrics_bytes) if ranks.leads else None
+        self.display = Display(ranks, progress.total_steps, progress.step)
+        self.saved = time.monotonic()
+        self.stopping = False  # what all ranks know of signals
+        self.one = torch.ones((), device=device)
+
+    def run(self, profile_steps: int = 0) -> Progress:
+        """Train to the end, or to a signal.
+
+        Raises:
+            StoppedError: a signal came; everything up to here is saved.
+            RunError: too many steps in a row were not finite.
+        """
+        train, progress = self.config.train, self.progress
+        left = progress.total_steps - progress.step
+        profiler = step_profiler(profile_steps if self.ranks.leads else 0, left, self.path / TRACE)
+        if progress.step:
+            self.display.say(f"continuing from step {progress.step} of {progress.total_steps}")
+        steps = steps_from(
+            self.reader.lengths[self.setup.samples],
+            self.setup.samples,
+            train,
+            progress.epoch,
+            progress.steps_of_epoch,
+            self.ranks.rank,
+            self.ranks.world,
+        )
+        steps, ahead = itertools.tee(itertools.islice(steps, left))
+        self.batches = loaded(
+            self.reader,
+            (pack for step in ahead for pack in step.packs),
+            tuple(self.model.config.target_layer_ids),
+            train.batch_tokens,
+            self.ranks.device,
+            partial(training_flops, self.model.config),
+        )
+        with self.ranks.together():
+            names = train.report_to if self.ranks.leads else ()
+            settings = flat_settings(self.config)
+            self.trackers = Trackers(names, run=self.path, config=settings, step=progress.step)
+        with self.trackers, closing(self.display):
+            if self._evaluation_due() and progress.evaluated < progress.step:  # it was interrupted
+                self._between_steps(late=False)
+            for step in steps:
+                if progress.complete:
+                    break
+                late = self._step(step)
+                profiler.step()
+                self._between_steps(late=late)
+        return progress
+
+    def _step(self, step: Step) -> bool:
+        """Take an optimiser step. Returns whether it is time for a checkpoint."""
+        started, waited = time.perf_counter(), 0.0
+        train, progress, ranks = self.config.train, self.progress, self.ranks
+        lr = learning_rate(progress.step, progress.total_steps, train)
+        set_learning_rate(self.optimizers, lr)
+        sums: LossSums | None = None
+        losses: list[Tensor] = []
+        tokens, flops = 0, 0.0
+        for number in range(1, len(step.packs) + 1):
+            asked = time.perf_counter()
+            batch = next(self.batches)
+            waited += time.perf_counter() - asked
+            with self.spread.micro_batch(last=number == len(step.packs)):
+                with autocast(ranks.device, self.precision):
+                    metrics = self.spread(**batch.tensors(), denominator=self.one)
+                metrics.loss.backward()
+            part = metrics.sums.detach()
+            sums = part if sums is None else sums + part
+            losses.append(metrics.loss.detach())
+            tokens, flops = tokens + batch.num_tokens, flops + batch.flops
+        late = ranks.leads and 0 < train.checkpoint_minutes * 60 <= time.monotonic() - self.saved
+        numbers = torch.tensor([tokens, flops, late, self.stop.signal is not None], dtype=torch.float64)
+        *sums, numbers = ranks.total([*sums, numbers])
+        sums = LossSums(*sums)
+        norm = normalise_gradients(self.model, sums.weight / ranks.world, train.max_grad_norm)
+        finite = torch.isfinite(norm + sums.ce + sums.l1 + sums.confidence).item()
+        if finite:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.epoch, progress.steps_of_epoch = step.epoch, step.number + 1
+        if finite:
+            self.window.add(sums, norm)
+            progress.skipped_in_a_row = 0
+        else:
+            self._skip(step, losses, norm)
+        tokens, flops, late, signalled = numbers.tolist()
+        self.stopping = signalled > 0
+        seconds = time.perf_counter() - started
+        progress.tokens += int(tokens)
+        progress.seconds += seconds
+        self.window.count(tokens=tokens, flops=flops, seconds=seconds, waited=waited)
+        self.display.stepped()
+        return bool(late)
+
+    def _skip(self, step: Step, losses: list[Tensor], norm: Tensor) -> None:
+        """Count a step whose loss or gradient is not finite, and end the run after too many."""
+        progress, most = self.progress, self.config.train.max_skipped_steps
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+        self.window.count(skipped=1)
+        packs = [numbers for numbers, _ in step.packs]
+        guilty = [pack for pack, loss in zip(packs, losses, strict=True) if not torch.isfinite(loss)]
+        all_ranks = self.ranks.gather((guilty, packs))
+        guilty = [pack for found, _ in all_ranks for pack in found]
+        packs = guilty or [pack for _, found in all_ranks for pack in found]
+        ids = [self.reader.sample_ids[i].tobytes().hex() for pack in packs for i in pack]
+        self._log({"step": progress.step, "skipped": {"samples": ids}})
+        if progress.skipped_in_a_row < most:
+            return
+        shown = ", ".join(ids[:8]) + (
+            f" and {len(ids) - 8} more in {self.path}/metrics.jsonl" if ids[8:] else ""
+        )
+        what = "loss" if guilty else "gradient"
+        self.ranks.fail(
+            RunError(
+                f"step {progress.step}: the {what} was not finite, {most} steps in a row. Samples of the "
+                f"last batch: {shown}. See `dspark inspect {self.reader.path} --sample ID`, or lower train.lr"
             )
-        started = time.perf_counter()
-        if saves:
-            save_checkpoint(run, step, model, state)
-        if evaluates:
-            result = held_out_figures(step)
-            progress.write(f"step {step}: held-out tau {result['tau']:.3f}, loss {result['loss']:.4f}")
-        window.pause(time.perf_counter() - started)
-    if result:
-        (run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
-    return result
+        )
 
+    def _between_steps(self, *, late: bool) -> None:
+        """Log, evaluate and save what is due."""
+        train, progress = self.config.train, self.progress
+        last = progress.step == progress.total_steps
+        if (last or progress.step % train.log_every == 0) and not self.window.empty:
+            lr = learning_rate(progress.step - 1, progress.total_steps, train)
+            line = self.window.line(progress.step, progress.epoch, lr)
+            self._log(line)
+            self.display.figures(line)
+        better = self._evaluation_due() and self._evaluate()
+        patience = train.early_stopping_patience
+        if patience and progress.evaluations_without_gain >= patience and not last:
+            last = True
+            self.display.say(f"stopped early: {patience} evaluations without a better held-out tau")
+        progress.complete = last and (progress.evaluated == progress.step or not self._evaluation_due())
+        due = train.checkpoint_every and progress.step % train.checkpoint_every == 0
+        if last or self.stopping or due or late or better:
+            self._save()
+        if self.stopping and not progress.complete:
+            number = self.stop.signal or signal.SIGTERM  # it may have come to another rank
+            kept = f"{self.path} is saved at step {progress.step}, the same command continues"
+            self.ranks.fail(StoppedError(number, f"stopped by {number.name}: {kept}"))
 
-def check_norm(norm: Tensor | None, step: int) -> None:
-    """Raises RunError when a step's gradient was not finite."""
-    if norm is not None and not torch.isfinite(norm):
-        raise RunError(f"step {step}: the gradient is not finite; lower train.lr, or look at the data")
+    def _evaluation_due(self) -> bool:
+        step, every = self.progress.step, self.config.train.eval_every
+        due = step == self.progress.total_steps or (every and step and step % every == 0)
+        return bool(len(self.setup.held_out) and due)
 
+    def _evaluate(self) -> bool:
+        """Measure the draft on the held-out samples. Returns whether it is the best so far."""
+        progress, ranks = self.progress, self.ranks
+        figures = evaluate(
+            self.module,
+            self.reader,
+            self.setup.held_out,
+            self.config,
+            ranks,
+            interrupted=lambda: ranks.any(self.stop.signal is not None),
+        )
+        if figures is None:
+            self.stopping = True
+            return False
+        result = {"step": progress.step, **figures}
+        progress.evaluated, progress.evaluation = progress.step, result
+        self._log({"step": progress.step, "held_out": result})
+        self.display.say(f"step {progress.step}: held-out tau {result['tau']:.3f}, loss {result['loss']:.4f}")
+        if progress.best is None or result["tau"] > progress.best["tau"]:
+            progress.best = {"step": progress.step, "tau": result["tau"]}
+            progress.evaluations_without_gain = 0
+            return True
+        progress.evaluations_without_gain += 1
+        return False
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    def _log(self, line: dict[str, Any]) -> None:
+        """Write a line to metrics.jsonl, and its figures to whatever else the run reports to."""
+        if self.metrics is not None:
+            self.metrics.append(line)
+            self.trackers.log(self.progress.step, line)
+
+    def _save(self) -> None:
+        progress = self.progress
+        if self.metrics is not None:
+            progress.metrics_bytes = self.metrics.sync()
+        progress.window = self.window.state()
+        about = {
+            "config": dataclasses.asdict(self.config),
+            "cache": dataclasses.asdict(self.reader.manifest.identity),
+            "version": code_version(),
+        }
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(self.path, self.model, self.optimizers, progress, self.ranks, about, keep=keep)
+        self.saved = time.monotonic()

@@ -7,6 +7,7 @@ the sums, and the division happens once, after everything that belongs together 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,12 +39,15 @@ class LossSums:
     blocks: Tensor
     """number of blocks with a supervised slot."""
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return (getattr(self, field.name) for field in fields(self))
+
     def __add__(self, other: LossSums) -> LossSums:
-        return LossSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return LossSums(*(a + b for a, b in zip(self, other, strict=True)))
 
     def detach(self) -> LossSums:
         """The same sums without their graph."""
-        return LossSums(*(getattr(self, f.name).detach() for f in fields(self)))
+        return LossSums(*(value.detach() for value in self))
 
 
 @dataclass

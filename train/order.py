@@ -40,13 +40,11 @@ def pack(lengths: Sequence[int], order: Iterable[int], batch_tokens: int) -> lis
     return packs
 
 
-def epoch_packs(
-    lengths: np.ndarray, batch_tokens: int, seed: int, epoch: int, world: int = 1
-) -> list[np.ndarray]:
+def epoch_packs(lengths: np.ndarray, batch_tokens: int, seed: int, epoch: int) -> list[np.ndarray]:
     """An epoch's packs: each sample once, shuffled.
 
     Samples are shuffled and packed window by window; what fills a window's last packs badly waits for the
-    next window. Then the packs are shuffled, and empty ones put behind them until every rank has as many.
+    next window. Then the packs are shuffled.
 
     Args:
         lengths: tokens of each sample, `[n]`, none above `batch_tokens`.
@@ -70,15 +68,13 @@ def epoch_packs(
             window = [i for late in full[WINDOW_PACKS:] for i in late]
             size = sum(tokens[i] for i in window)
     packs += pack(tokens, window, batch_tokens)
-    packs = [packs[i] for i in rng.permutation(len(packs))]
-    packs += [[] for _ in range(-len(packs) % world)]
-    return [np.array(members, dtype=np.int64) for members in packs]
+    return [np.array(packs[i], dtype=np.int64) for i in rng.permutation(len(packs))]
 
 
 def epoch_steps(
     lengths: np.ndarray,
     batch_tokens: int,
-    accumulation: int,
+    packs_per_step: int,
     seed: int,
     epoch: int,
     rank: int = 0,
@@ -86,20 +82,25 @@ def epoch_steps(
 ) -> list[list[np.ndarray]]:
     """One rank's share of an epoch: for each optimiser step, its packs.
 
-    A step is `accumulation * world` packs, dealt out in turn. So `accumulation` 4 on one rank and 1 on four
-    make the same steps.
+    A step is the same `packs_per_step` packs however many ranks there are; they are dealt out in turn.
 
     Args:
         lengths: tokens of each sample, `[n]`.
         batch_tokens: P.
-        accumulation: packs of a rank in a step.
+        packs_per_step: of all ranks together; the last step of an epoch may have fewer.
 
     Returns:
-        Steps of `accumulation` packs each, of fewer the last one; as many steps and packs for every rank.
+        As many steps, of as many packs each, for every rank; a rank without a sample gets an empty pack.
     """
-    group = accumulation * world
-    packs = epoch_packs(lengths, batch_tokens, seed, epoch, world)
-    return [packs[start + rank : start + group : world] for start in range(0, len(packs), group)]
+    packs = epoch_packs(lengths, batch_tokens, seed, epoch)
+    groups = (packs[start : start + packs_per_step] for start in range(0, len(packs), packs_per_step))
+    return [share(group, rank, world) for group in groups]
+
+
+def share(packs: list[np.ndarray], rank: int, world: int) -> list[np.ndarray]:
+    """One rank's packs of a group that is dealt out in turn; empty ones are added until all have as many."""
+    empty = [np.empty(0, dtype=np.int64)] * (-len(packs) % world)
+    return (packs + empty)[rank::world]
 
 
 def sequential_packs(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:

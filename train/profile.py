@@ -18,16 +18,18 @@ class _NoProfiler:
         """Nothing is traced."""
 
 
-def step_profiler(steps: int, total_steps: int, path: Path) -> profile | _NoProfiler:
-    """A profiler whose `step` is called after each step; it writes `path` when it has traced `steps` of them.
+def check_profile(steps: int, total_steps: int) -> None:
+    """Raises UsageError when so many steps of a run, or of what is left of it, can't be traced."""
+    if steps >= total_steps:
+        raise UsageError(
+            f"--profile {steps}: there are {total_steps} steps to train, so at most {max(total_steps - 1, 0)}"
+        )
 
-    Raises:
-        UsageError: the run is too short.
-    """
+
+def step_profiler(steps: int, total_steps: int, path: Path) -> profile | _NoProfiler:
+    """A profiler whose `step` is called after each step; it writes `path` when it has traced `steps`."""
     if steps == 0:
         return _NoProfiler()
-    if steps >= total_steps:
-        raise UsageError(f"--profile {steps}: the run has {total_steps} steps, so at most {total_steps - 1}")
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from train.batches import Batch
 from train.config import LossConfig
 from train.losses import LossSums, divide
 
 
 class Window:
-    """Adds up micro-batches between two log lines.
+    """Adds up optimiser steps between two log lines.
 
     Args:
         loss: the weights of the three terms.
         device: where the draft is trained.
-        peak: the device's FLOP/s in the run's precision, if known.
+        peak: FLOP/s of all devices together in the run's precision, if known.
     """
 
     def __init__(self, loss: LossConfig, device: torch.device, peak: float | None):
@@ -29,51 +28,65 @@ class Window:
 
     def _begin(self) -> None:
         self._sums: LossSums | None = None
-        self._tokens, self._flops, self._waited = 0, 0.0, 0.0
-        self._start = time.perf_counter()
+        self._numbers = {"tokens": 0.0, "flops": 0.0, "waited": 0.0, "seconds": 0.0, "skipped": 0.0}
+        self._norm: float | None = None
 
-    def add(self, sums: LossSums, batch: Batch) -> None:
-        """Count a micro-batch that was drafted."""
-        sums = sums.detach()
+    @property
+    def empty(self) -> bool:
+        """Whether no step was taken since the last line."""
+        return not self._numbers["seconds"]
+
+    def add(self, sums: LossSums, norm: Tensor) -> None:
+        """Count a step's losses, and the norm of its gradient before clipping."""
         self._sums = sums if self._sums is None else self._sums + sums
-        self._tokens += batch.num_tokens
-        self._flops += batch.flops
+        self._norm = norm.item()
 
-    def waited(self, seconds: float) -> None:
-        """Count time in which there was no batch to work on."""
-        self._waited += seconds
+    def count(self, **numbers: float) -> None:
+        """Count `tokens`, `flops`, `seconds`, those of them `waited` for data, and steps `skipped`."""
+        for name, number in numbers.items():
+            self._numbers[name] += number
 
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was not training."""
-        self._start += seconds
-
-    def line(self, step: int, lr: float) -> dict[str, Any]:
-        """The log line, and a new beginning."""
-        assert self._sums is not None
-        loss = self._loss
-        metrics = divide(self._sums, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
-        values: dict[str, Any] = {
-            "step": step,
-            "loss": metrics.loss.item(),
-            "ce_loss": metrics.ce_loss.item(),
-            "l1_loss": metrics.l1_loss.item(),
-            "confidence_loss": metrics.confidence_loss.item(),
-            "accept_rate": metrics.accept_rate.item(),
-            "tau": metrics.tau.item(),
-            "lr": lr,
-        }
-        seconds = time.perf_counter() - self._start  # after .item(): the device is done with what is timed
-        flops = self._flops / seconds
+    def line(self, step: int, epoch: int, lr: float) -> dict[str, Any]:
+        """The log line, and a new beginning. Figures of no step at all are None."""
+        names = ("loss", "ce_loss", "l1_loss", "confidence_loss", "accept_rate", "tau")
+        values: dict[str, Any] = {"step": step, **dict.fromkeys(names)}
+        blocks = 0.0
+        if self._sums is not None:
+            loss = self._loss
+            metrics = divide(self._sums, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
+            values |= {name: getattr(metrics, name).item() for name in names}
+            blocks = self._sums.blocks.item()
+        numbers = self._numbers
+        seconds = max(numbers["seconds"], 1e-9)
+        flops = numbers["flops"] / seconds
         values |= {
-            "tokens_per_s": self._tokens / seconds,
-            "blocks_per_s": self._sums.blocks.item() / seconds,
-            "data_wait_percent": 100 * self._waited / seconds,
+            "grad_norm": self._norm,
+            "lr": lr,
+            "epoch": epoch,
+            "skipped_steps": int(numbers["skipped"]),
+            "tokens_per_s": numbers["tokens"] / seconds,
+            "blocks_per_s": blocks / seconds,
+            "data_wait_percent": 100 * numbers["waited"] / seconds,
             "model_flops_per_s": flops,
             "peak_flops_percent": None if self._peak is None else 100 * flops / self._peak,
             "peak_memory_bytes": peak_memory(self._device),
         }
         self._begin()
         return values
+
+    def state(self) -> dict[str, Any]:
+        """What was added so far, for JSON, which keeps every bit of it."""
+        sums = None if self._sums is None else [value.tolist() for value in self._sums]
+        return {"sums": sums, "norm": self._norm, **self._numbers}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        sums = state["sums"]
+        if sums is not None:
+            tensors = [torch.tensor(value, device=self._device) for value in sums]
+            self._sums = LossSums(*tensors)
+        self._norm = state["norm"]
+        self._numbers = {name: state[name] for name in self._numbers}
 
 
 def peak_memory(device: torch.device) -> int:

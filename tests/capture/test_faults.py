@@ -19,8 +19,8 @@ import pytest
 from pipeline.cache import CacheReader, read_manifest
 from pipeline.errors import CacheError
 from tests.capture.conftest import arguments, tree
-from tests.capture.processes import Dspark, die_at, finished_shards, leftovers, small_files_only
 from tests.conftest import assert_refused, run_cli, run_ok
+from tests.processes import Dspark, die_at, finished_shards, leftovers, small_files_only
 from tests.tiny import make_conversations
 
 SMALL = {"shard_tokens": 64, "batch_tokens": 64}

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import CacheReader, fidelity, read_manifest
 from tests.capture.conftest import arguments, in_data_order, places, tree
-from tests.capture.processes import Dspark, finished_shards
 from tests.conftest import assert_refused, run_cli, run_ok
+from tests.processes import Dspark, finished_shards
 from tests.tiny import make_conversations, make_target
 
 Patch = Callable[[Tensor, dict[int | str, Tensor]], None]

@@ -25,8 +25,8 @@ from pipeline.cache import CacheReader, Manifest, read_manifest
 from pipeline.cache.manifest import ShardFiles, write_manifest
 from pipeline.errors import CacheError
 from tests.capture.conftest import arguments, tree
-from tests.capture.processes import Dspark, die_in_the_middle
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
+from tests.processes import Dspark, die_in_the_middle
 from tests.tiny import CHATML, make_conversations, make_target
 
 

@@ -22,11 +22,11 @@ from capture.target import HFDSparkTargetModel
 from pipeline.cache import CacheReader, read_manifest
 from pipeline.cache.codecs import CODECS, Statistics
 from tests.capture.conftest import arguments, tree
-from tests.capture.processes import Dspark, finished_shards
 from tests.capture.test_fill import after_each_forward, measured
 from tests.conftest import LAYERS, assert_refused, run_cli, run_ok
+from tests.processes import Dspark, finished_shards
 from tests.tiny import make_conversations, make_target
-from tests.train.test_train_cli import train_arguments
+from tests.train.runs import train_arguments
 
 FILE = "statistics.safetensors"
 DEFAULT = {"context_codec": "nf4", "last_codec": "int8"}

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import capture.run
-from capture.workers import WorkerPlace, worker_place
+from capture.workers import worker_place
 from pipeline.cache import CacheReader, read_manifest
 from pipeline.cache.claims import Worker
 from pipeline.errors import UsageError
+from pipeline.process import WorkerPlace
 from tests.capture.conftest import arguments, tree
-from tests.capture.processes import Dspark, count_tokenised_rows, finished_shards, leftovers
 from tests.conftest import run_cli, run_ok
+from tests.processes import Dspark, count_tokenised_rows, finished_shards, leftovers
 from tests.tiny import make_conversations
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")

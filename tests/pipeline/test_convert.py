@@ -26,10 +26,10 @@ from pipeline.cache.codecs import CODECS, Statistics, get_codec
 from pipeline.cache.convert import PRECISION
 from pipeline.cache.statistics import read_statistics
 from pipeline.options import LAST_CODECS
-from tests.capture.processes import Dspark, die_at, die_in_the_middle, finished_shards, leftovers
 from tests.conftest import LAYERS, assert_refused, capture_arguments, run_cli, run_ok
 from tests.pipeline.handmade import HandCache
 from tests.pipeline.written import Sample, Writing, every_byte, make_identity, make_sample
+from tests.processes import Dspark, die_at, die_in_the_middle, finished_shards, leftovers
 
 CODEC_NAMES = tuple(CODECS)
 SMALLER = ("--context-codec", "nf4", "--last-codec", "int8")

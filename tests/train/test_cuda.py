@@ -9,12 +9,12 @@ import torch
 
 from tests.conftest import run_ok
 from tests.train.drafts import as_pack, random_samples, small_model
-from tests.train.test_train_cli import lines_of, train_arguments
+from tests.train.runs import lines_of, train_arguments
 from train.batches import load_batch, loaded, random_anchors
 from train.config import RunConfig, TrainConfig
 from train.fused_loss import _product
-from train.loop import prepare
 from train.module import DSparkTrainerModule
+from train.setup import prepare
 
 pytestmark = [
     pytest.mark.gpu,

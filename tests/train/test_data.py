@@ -31,7 +31,7 @@ from train.batches import (
     spread_anchors,
 )
 from train.config import TrainConfig
-from train.optim import build_optimizer, learning_rate, normalise_gradients
+from train.optim import build_optimizers, learning_rate, normalise_gradients
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,8 @@ def test_every_trained_weight_is_optimised_once_and_the_markov_head_at_its_own_r
     model = small_model(markov_head_type="gated")
     model.embed_tokens.requires_grad_(False)
     config = TrainConfig(lr=0.1, markov_lr_scale=3.0, weight_decay=0.2)
-    groups = build_optimizer(model, config).param_groups
+    (optimizer,) = build_optimizers(model, config)
+    groups = optimizer.param_groups
     found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found)
     for name, parameter in model.named_parameters():

@@ -10,10 +10,10 @@ import torch
 
 from pipeline.cache import CacheReader
 from tests.conftest import run_ok
-from tests.train.test_train_cli import lines_of, train_arguments
-from train.config import DraftConfig, RunConfig
+from tests.train.runs import lines_of, train_arguments
+from train.config import DraftConfig, RunConfig, TrainConfig
 from train.initialise import PENALTY, ridge_initialise
-from train.loop import build_draft
+from train.setup import build_draft, set_up
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,16 @@ def reader(cache_dir: Path) -> CacheReader:
     return CacheReader(cache_dir)
 
 
+def random_draft(reader: CacheReader, **settings):
+    config = RunConfig(
+        draft=DraftConfig(block_size=3, markov_rank=8, **settings),
+        train=TrainConfig(held_out=0.2, anchors_per_batch=64),
+    )
+    return build_draft(set_up(reader.path, config, torch.device("cpu")))
+
+
 def draft(reader: CacheReader, **settings):
-    model = build_draft(reader, RunConfig(draft=DraftConfig(block_size=3, markov_rank=8, **settings)))
+    model = random_draft(reader, **settings)
     ridge_initialise(model, reader, np.arange(len(reader)))
     return model
 
@@ -71,7 +79,7 @@ def test_a_block_begins_by_looking_at_what_is_nearest(reader: CacheReader, heads
 def test_the_same_cache_gives_the_same_weights_and_other_samples_give_others(reader: CacheReader) -> None:
     weights = [draft(reader, num_layers=1).fc.weight for _ in range(2)]
     assert torch.equal(*weights)
-    fewer = build_draft(reader, RunConfig(draft=DraftConfig(num_layers=1)))
+    fewer = random_draft(reader, num_layers=1)
     ridge_initialise(fewer, reader, np.arange(8))
     assert not torch.equal(fewer.fc.weight, weights[0])
 

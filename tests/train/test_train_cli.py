@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,35 +14,12 @@ from safetensors.torch import load_file
 from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target
+from tests.train.runs import SMALL, lines_of, train_arguments
 from train.config import TrainConfig
 from train.evaluate import split
-from train.loop import _packs, count_steps
+from train.loop import steps_from
 from train.order import epoch_packs
-
-SMALL = {
-    "draft.num_layers": 1,
-    "draft.block_size": 3,
-    "train.batch_tokens": 256,
-    "train.anchors_per_batch": 64,
-    "draft.markov_rank": 8,
-    "train.max_steps": 20,
-    "train.held_out": 0.2,
-    "train.log_every": 5,
-    "train.lr": 3e-3,
-}
-
-
-def train_arguments(cache: Path, run: Path, **settings) -> list[str | Path]:
-    """`dspark train` with a small draft; settings as table__key=value."""
-    values = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
-    arguments: list[str | Path] = ["train", "--cache", cache, "--run", run, "--device", "cpu"]
-    for key, value in values.items():
-        arguments += ["--set", f"{key}={value}"]
-    return arguments
-
-
-def lines_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+from train.setup import count_steps, most_candidates
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +40,10 @@ def test_it_learns_and_writes_what_it_should(run_dir: Path) -> None:
         "confidence_loss",
         "accept_rate",
         "tau",
+        "grad_norm",
         "lr",
+        "epoch",
+        "skipped_steps",
         "tokens_per_s",
         "blocks_per_s",
         "data_wait_percent",
@@ -160,10 +141,13 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, cache_dir: Path) -> 
 
 def test_accumulation_does_not_change_the_step(tmp_path: Path, cache_dir: Path) -> None:
     """A step over everything in one pack, and in many small ones with all their anchors."""
-    everything = {"train__max_steps": 3, "train__anchors_per_batch": 100_000}
-    run_ok(*train_arguments(cache_dir, tmp_path / "whole", **everything, train__batch_tokens=16384))
-    parts = {"train__batch_tokens": 256, "train__gradient_accumulation_steps": 64}
-    run_ok(*train_arguments(cache_dir, tmp_path / "parts", **everything, **parts))
+    reader = CacheReader(cache_dir)
+    samples, _ = split(reader, SMALL["train.held_out"])
+    for name, batch_tokens, batches in (("whole", 16384, 1), ("parts", 256, 64)):
+        most = most_candidates(reader.lengths[samples], reader.candidates[samples], batch_tokens)
+        shape = {"train__batch_tokens": batch_tokens, "train__micro_batches_per_step": batches}
+        settings = {"train__max_steps": 3, "train__anchors_per_batch": most, **shape}
+        run_ok(*train_arguments(cache_dir, tmp_path / name, **settings))
     whole, parts = (load_file(tmp_path / n / "latest" / "model.safetensors") for n in ("whole", "parts"))
     for name, weight in whole.items():
         torch.testing.assert_close(weight, parts[name], rtol=1e-3, atol=2e-5, msg=name)
@@ -178,12 +162,16 @@ def test_an_epoch_visits_every_sample(tmp_path: Path, cache_dir: Path) -> None:
     run_ok(*train_arguments(cache_dir, tmp_path / "r", **settings))
     reader = CacheReader(cache_dir)
     samples, _ = split(reader, SMALL["train.held_out"])
-    lengths, config = reader.lengths[samples], TrainConfig(batch_tokens=256, epochs=2)
+    lengths, config = (
+        reader.lengths[samples],
+        TrainConfig(batch_tokens=256, epochs=2, micro_batches_per_step=1),
+    )
     logged = [line["step"] for line in lines_of(tmp_path / "r") if "held_out" not in line]
     assert logged == list(range(1, count_steps(lengths, config) + 1))
     first = len(epoch_packs(lengths, 256, 0, 0))
     assert len(logged) == first + len(epoch_packs(lengths, 256, 0, 1))
-    packs = [members for step in _packs(lengths, samples, config, first) for members, _ in step]
+    steps = itertools.islice(steps_from(lengths, samples, config), first)
+    packs = [members for step in steps for members, _ in step.packs]
     assert sorted(i for members in packs for i in members) == samples.tolist()
 
 
@@ -195,51 +183,6 @@ def test_a_profile_of_some_steps(tmp_path: Path, cache_dir: Path) -> None:
     short = run_cli(*train_arguments(cache_dir, tmp_path / "s", train__max_steps=2), "--profile", "2")
     assert_refused(short, 2, "--profile 2", "2 steps", "at most 1")
     assert not (tmp_path / "s").exists()
-
-
-def test_checkpoints_every_n_steps(tmp_path: Path, cache_dir: Path) -> None:
-    run_ok(*train_arguments(cache_dir, tmp_path / "r", train__max_steps=5, train__checkpoint_every=2))
-    names = sorted(path.name for path in (tmp_path / "r" / "checkpoints").iterdir())
-    assert names == ["step-000002", "step-000004", "step-000005"]
-    assert (tmp_path / "r" / "latest").resolve().name == "step-000005"
-
-
-def test_a_taken_run_is_kept_unless_fresh(tmp_path: Path, cache_dir: Path) -> None:
-    run = tmp_path / "r"
-    run_ok(*train_arguments(cache_dir, run, train__max_steps=1))
-    assert_refused(run_cli(*train_arguments(cache_dir, run)), 1, "is not empty", "--fresh")
-    run_ok(*train_arguments(cache_dir, run, train__max_steps=2), "--fresh")
-    assert (run / "latest").resolve().name == "step-000002"
-    stranger = tmp_path / "home"
-    stranger.mkdir()
-    (stranger / "thesis.tex").write_text("precious")
-    assert_refused(run_cli(*train_arguments(cache_dir, stranger), "--fresh"), 1, "is no run")
-    assert (stranger / "thesis.tex").exists()
-
-
-@pytest.mark.parametrize(
-    ("setting", "code", "parts"),
-    [
-        ("draft.num_layer=3", 2, ["num_layer", "did you mean num_layers?"]),
-        ("drafts.num_layers=3", 2, ["drafts", "did you mean draft?"]),
-        ("draft.num_layers=two", 2, ["draft.num_layers", "expected int", "'two'"]),
-        ("draft.block_size=0", 2, ["block_size must be at least 1, got 0"]),
-        ("draft.markov_head=fancy", 2, ["vanilla, gated, rnn, none", "'fancy'"]),
-        ("draft.markov_rank=0", 2, ["markov_rank", "none"]),
-        ("draft.mask_token_id=999", 2, ["mask_token_id 999", "325"]),
-        ("draft.target_layer_ids=[0,3]", 1, ["holds layers [0, 2, 4]", "asks for 3", "--layers"]),
-        ("draft.target_layer_ids=[4,0]", 2, ["strictly increasing"]),
-        ("train.held_out=0.0001", 2, ["held_out"]),
-        ("train.batch_tokens=16", 2, ["batch_tokens = 16", "longest sample", "at least"]),
-        ("draft.attention=flex", 2, ["needs CUDA", "auto"]),
-        ("train.compile=yes", 2, ["auto, on, off"]),
-        ("nonsense", 2, ["table.key=value"]),
-    ],
-)
-def test_a_bad_setting_is_one_line(tmp_path: Path, cache_dir: Path, setting: str, code: int, parts) -> None:
-    result = run_cli(*train_arguments(cache_dir, tmp_path / "r"), "--set", setting)
-    assert_refused(result, code, *parts)
-    assert not (tmp_path / "r").exists()
 
 
 def test_what_a_newcomer_forgets_is_one_line(tmp_path: Path, cache_dir: Path) -> None:
@@ -262,22 +205,3 @@ def test_a_run_is_evaluated_on_its_own_target_only(tmp_path: Path, run_dir: Path
     other = tmp_path / "cache"
     run_ok(*capture_arguments(make_target(tmp_path / "other", seed=9), data_file, other))
     assert_refused(run_cli("evaluate", "--cache", other, "--run", run_dir), 1, "was trained for target")
-
-
-@pytest.mark.parametrize("name", ["example", "qwen3-4b"])
-def test_shipped_configs_are_valid(name: str) -> None:
-    from pipeline import config
-    from train.config import RunConfig
-
-    path = Path(__file__).parents[2] / "configs" / f"{name}.toml"
-    config.build(RunConfig, config.load_toml(path), str(path))
-
-
-def test_a_run_remembers_settings_that_are_none() -> None:
-    import tomllib
-
-    from pipeline import config
-    from train.config import LossConfig, RunConfig
-
-    wanted = RunConfig(loss=LossConfig(decay_gamma=None))
-    assert config.build(RunConfig, tomllib.loads(config.to_toml(wanted))) == wanted

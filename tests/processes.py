@@ -6,17 +6,20 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from tests.capture.conftest import tree
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")]
-_CONTEXT.set_forkserver_preload(["tests.capture.processes", "capture.run", "pipeline.cli", *_MODELS])
+_CONTEXT.set_forkserver_preload(["tests.processes", "capture.run", "train.loop", "pipeline.cli", *_MODELS])
 PATIENCE_SECONDS = 120
 
 
@@ -38,6 +41,11 @@ def _work(folder: Path, arguments: list[str], before: Callable[[], None], variab
 
 def nothing() -> None:
     """What most processes do before they begin."""
+
+
+def one_thread() -> None:
+    """Compute as the tests themselves do: on one thread, so that sums are the same to the last bit."""
+    torch.set_num_threads(1)
 
 
 class Dspark:
@@ -99,6 +107,30 @@ class Dspark:
     def peak_bytes(self) -> int:
         """The most memory it had."""
         return int((self.folder / "peak").read_text())
+
+
+def start_ranks(folder: Path, count: int, *arguments: str | Path, **variables: str) -> list[Dspark]:
+    """A command as `count` processes that torchrun would start on one machine.
+
+    Args:
+        arguments: `{rank}` stands for each one's number.
+    """
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
+    return [
+        Dspark(
+            folder / str(i),
+            *(str(argument).replace("{rank}", str(i)) for argument in arguments),
+            before=one_thread,
+            RANK=str(i),
+            LOCAL_RANK=str(i),
+            **world,
+        )
+        for i in range(count)
+    ]
 
 
 def finished_shards(cache: Path) -> list[str]:

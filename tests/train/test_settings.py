@@ -1,0 +1,143 @@
+"""Settings: what no run can have is one line before anything is loaded, and every field is explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import config as configuration
+from tests.conftest import assert_refused, run_cli, run_ok
+from tests.train.runs import train_arguments
+from train.config import PAPER, LossConfig, RunConfig
+from train.run import flat_settings, load_run_config
+from train.setup import most_candidates
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "parts"),
+    [
+        ("draft.num_layer=3", 2, ["num_layer", "did you mean num_layers?"]),
+        ("drafts.num_layers=3", 2, ["drafts", "did you mean draft?"]),
+        ("draft.num_layers=two", 2, ["draft.num_layers", "expected int", "'two'"]),
+        ("draft.block_size=0", 2, ["block_size must be at least 1, got 0"]),
+        ("draft.markov_head=fancy", 2, ["vanilla, gated, rnn, none", "'fancy'"]),
+        ("draft.markov_rank=0", 2, ["markov_rank", "none"]),
+        ("draft.markov_head=none", 2, ["confidence_with_markov", "set it to false"]),
+        ("draft.mask_token_id=999", 2, ["mask_token_id 999", "325"]),
+        ("draft.target_layer_ids=[0,3]", 1, ["holds layers [0, 2, 4]", "asks for 3", "--layers"]),
+        ("draft.target_layer_ids=[4,0]", 2, ["strictly increasing"]),
+        ("draft.init_from=nowhere", 1, ["init_from", "no draft at nowhere", "safetensors"]),
+        ("train.held_out=0.0001", 2, ["held_out"]),
+        ("train.batch_tokens=16", 2, ["batch_tokens = 16", "longest sample", "at least"]),
+        ("train.anchors_per_batch=257", 2, ["anchors_per_batch = 257", "256 tokens", "at most"]),
+        ("train.micro_batches_per_step=0", 2, ["micro_batches_per_step must be at least 1"]),
+        ("train.early_stopping_patience=2", 2, ["eval_every"]),
+        ("train.checkpoint_minutes=-1", 2, ["checkpoint_minutes must not be negative"]),
+        ("train.keep_checkpoints=0", 2, ["keep_checkpoints must be at least 1"]),
+        ("train.report_to=['paper']", 2, ["tensorboard, wandb, trackio", "'paper'"]),
+        ("train.optimizer=sgd", 2, ["adamw, muon"]),
+        ("train.parallelism=tp", 2, ["ddp, fsdp"]),
+        ("draft.attention=flex", 2, ["needs CUDA", "auto"]),
+        ("train.compile=yes", 2, ["auto, on, off"]),
+        ("nonsense", 2, ["table.key=value"]),
+    ],
+)
+def test_a_bad_setting_is_one_line(
+    tmp_path: Path, cache_dir: Path, monkeypatch, setting, code, parts
+) -> None:
+    from train.draft.model import Qwen3DSparkModel
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a draft was built")
+
+    monkeypatch.setattr(Qwen3DSparkModel, "__init__", refuse)
+    result = run_cli(*train_arguments(cache_dir, tmp_path / "r"), "--set", setting)
+    assert_refused(result, code, *parts)
+    assert not (tmp_path / "r").exists()
+
+
+def test_muon_where_torch_lacks_it(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
+    monkeypatch.delattr("torch.optim.Muon")
+    result = run_cli(*train_arguments(cache_dir, tmp_path / "r", train__optimizer="muon"))
+    assert_refused(result, 2, "torch 2.9", "adamw")
+
+
+@given(st.lists(st.tuples(st.integers(2, 9), st.integers(0, 8)), min_size=1, max_size=6), st.integers(9, 20))
+def test_no_batch_has_more_candidates_than_the_bound(pairs: list[tuple[int, int]], room: int) -> None:
+    lengths = np.array([length for length, _ in pairs])
+    candidates = np.array([min(count, length - 1) for length, count in pairs])
+    best = max(
+        candidates[list(chosen)].sum()
+        for size in range(len(pairs) + 1)
+        for chosen in itertools.combinations(range(len(pairs)), size)
+        if lengths[list(chosen)].sum() <= room
+    )
+    bound = most_candidates(lengths, candidates, room)
+    assert best <= bound
+    if lengths.sum() <= room:
+        assert bound == candidates.sum()
+
+
+def test_the_config_is_printed_and_saved_resolved(tmp_path: Path, cache_dir: Path) -> None:
+    shown = run_ok(*train_arguments(cache_dir, tmp_path / "r", train__max_steps=1))
+    saved = load_run_config(tmp_path / "r")
+    text = (tmp_path / "r" / "config.toml").read_text()
+    assert shown.startswith(text)
+    assert saved.draft.target_layer_ids == (0, 2, 4)
+    assert saved.draft.mask_token_id == 320
+    assert (saved.draft.num_attention_heads, saved.draft.num_key_value_heads) == (4, 2)
+    assert (saved.draft.head_dim, saved.draft.intermediate_size) == (8, 48)
+    assert saved.train.lr == 3e-3
+    # What was printed starts the same run again.
+    (tmp_path / "again.toml").write_text(text)
+    again = run_cli(
+        *("train", "--cache", cache_dir, "--run", tmp_path / "r"),
+        *("--config", tmp_path / "again.toml", "--device", "cpu"),
+    )
+    assert "complete" in again.stdout
+
+
+@pytest.mark.parametrize("name", ["example", "qwen3-4b"])
+def test_shipped_configs_are_valid(name: str) -> None:
+    path = Path(__file__).parents[2] / "configs" / f"{name}.toml"
+    configuration.build(RunConfig, configuration.load_toml(path), str(path))
+
+
+def test_a_run_remembers_settings_that_are_none() -> None:
+    wanted = RunConfig(loss=LossConfig(decay_gamma=None))
+    assert configuration.build(RunConfig, tomllib.loads(configuration.to_toml(wanted))) == wanted
+
+
+def test_every_setting_is_explained() -> None:
+    shown = run_ok("train", "--explain")
+    lines = {line.split()[0]: line for line in shown.splitlines() if line[0] != " "}
+    assert list(lines)[1:] == list(flat_settings(RunConfig()))
+    for table in dataclasses.fields(RunConfig):
+        docs = configuration.field_docs(type(getattr(RunConfig(), table.name)))
+        for name, text in docs.items():
+            assert text.split()[0] in lines[f"{table.name}.{name}"]
+        assert list(docs) == [field.name for field in dataclasses.fields(getattr(RunConfig(), table.name))]
+    assert lines["draft.block_size"].split()[:3] == ["draft.block_size", "7", "7"]
+    assert lines["train.lr"].split()[:3] == ["train.lr", "0.0006", "6e-4"]
+    assert "vanilla, gated, rnn, none" in " ".join(shown.split())
+    assert "Any of tensorboard, wandb, trackio." in " ".join(shown.split())
+
+
+def test_the_defaults_are_the_papers() -> None:
+    values = flat_settings(RunConfig())
+    assert set(PAPER) <= set(values)
+    for name, text in PAPER.items():
+        first = text.split()[0]
+        if name == "train.micro_batches_per_step":  # of 4,096 tokens, a sequence being of about 1,000
+            assert values[name] * 4 == int(first)
+        elif isinstance(values[name], str):
+            assert values[name] == first
+        else:
+            assert values[name] == float(first), name

@@ -1,0 +1,129 @@
+"""Steps whose loss or gradient is not finite: skipped, counted, and the end of a run that has too many."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import train.loop
+from pipeline.cache import CacheReader
+from tests.conftest import assert_refused, run_cli, run_ok
+from tests.processes import start_ranks
+from tests.train.runs import figures_of, lines_of, progress_of, train_arguments, weights_of
+from train.evaluate import split
+from train.order import epoch_packs
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Let the loss of some optimiser steps be NaN: `poisoned(4, 5)`."""
+
+    def poison(*steps: int, part: str = "loss") -> None:
+        class Poisoned(train.loop.Training):
+            def _step(self, step):
+                real, number = self.spread, self.progress.step + 1
+
+                class Spread:
+                    def micro_batch(self, *, last):
+                        return real.micro_batch(last=last)
+
+                    def __call__(self, **batch):
+                        metrics = real(**batch)
+                        if number in steps and part == "loss":
+                            metrics.loss = metrics.loss * float("nan")
+                            metrics.sums.ce = metrics.sums.ce * float("nan")
+                        elif number in steps:  # the loss is fine, its gradient is not
+                            metrics.loss.register_hook(lambda gradient: gradient * float("inf"))
+                        return metrics
+
+                self.spread = Spread()
+                try:
+                    return super()._step(step)
+                finally:
+                    self.spread = real
+
+        monkeypatch.setattr(train.loop, "Training", Poisoned)
+
+    return poison
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_a_step_is_skipped_and_counted(tmp_path: Path, cache_dir: Path, poisoned, part: str) -> None:
+    poisoned(4, 5, part=part)
+    settings = {"train__log_every": 1, "train__checkpoint_every": 1, "train__keep_checkpoints": 9}
+    run = tmp_path / "r"
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=7, **settings))
+    # The steps are taken and lost: weights are what they were, the schedule goes on.
+    before, after = (weights_of(run, f"checkpoints/step-{n:06d}") for n in (3, 5))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    logged = {line["step"]: line for line in lines_of(run) if "lr" in line}
+    assert [logged[n]["skipped_steps"] for n in range(1, 8)] == [0, 0, 0, 1, 1, 0, 0]
+    assert logged[4]["loss"] is None
+    assert logged[6]["loss"] > 0
+    assert logged[5]["lr"] > logged[6]["lr"] > logged[7]["lr"]
+    progress = progress_of(run)
+    assert (progress["skipped_steps"], progress["skipped_in_a_row"]) == (2, 0)
+    assert all(torch.isfinite(weight).all() for weight in weights_of(run).values())
+    # Which samples: those of the step's pack.
+    reader = CacheReader(cache_dir)
+    samples, _ = split(reader, 0.2)
+    packs = epoch_packs(reader.lengths[samples], 256, 0, 0)
+    skipped = {line["step"]: line["skipped"]["samples"] for line in lines_of(run) if "skipped" in line}
+    assert skipped == {
+        n: [reader.sample_ids[samples[i]].tobytes().hex() for i in packs[n - 1]] for n in (4, 5)
+    }
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path: Path, cache_dir: Path, poisoned) -> None:
+    poisoned(2, 4, 5, 6)
+    run = tmp_path / "r"
+    settings = {"train__max_skipped_steps": 3, "train__checkpoint_every": 3}
+    result = run_cli(*train_arguments(cache_dir, run, train__max_steps=9, **settings))
+    ids = [line["skipped"]["samples"] for line in lines_of(run) if "skipped" in line][-1]
+    assert_refused(result, 1, "step 6", "loss was not finite, 3 steps in a row", ids[0], "train.lr")
+    assert f"dspark inspect {cache_dir} --sample ID" in result.stderr
+    shown = run_cli("inspect", cache_dir, "--sample", ids[0])
+    assert shown.exit_code == 0, shown.output
+    assert progress_of(run)["step"] == 3
+
+
+def test_what_was_skipped_is_remembered_over_a_stop(tmp_path: Path, cache_dir: Path, poisoned) -> None:
+    poisoned(2, 3, 5)
+    settings = {"train__max_steps": 8, "train__log_every": 4}
+    run_ok(*train_arguments(cache_dir, tmp_path / "whole", **settings))
+    base, calls = train.loop.Training, []
+
+    class Stopping(base):
+        def _step(self, step):
+            calls.append(step)
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return super()._step(step)
+
+    train.loop.Training = Stopping  # the fixture puts the real one back
+    arguments = train_arguments(cache_dir, tmp_path / "r", **settings)
+    assert_refused(run_cli(*arguments), 143, "step 3")
+    assert progress_of(tmp_path / "r")["skipped_in_a_row"] == 2
+    run_ok(*arguments)
+    assert figures_of(tmp_path / "r") == figures_of(tmp_path / "whole")
+    assert progress_of(tmp_path / "r")["skipped_steps"] == 3
+
+
+def test_a_rank_whose_loss_is_not_finite_skips_all(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
+    """States of the cache that overflow: every rank skips, and the guilty batch is named, whoever had it."""
+    run = tmp_path / "r"
+    settings = {"train__micro_batches_per_step": 2, "train__max_skipped_steps": 2, "train__lr": 1e30}
+    settings |= {"train__max_grad_norm": 1e30, "train__log_every": 1, "train__max_steps": 50}
+    ranks = start_ranks(tmp_path / "out", 2, *train_arguments(cache_dir, run, **settings))
+    assert [process.wait() for process in ranks] == [1, 1]
+    (line,) = ranks[0].errors
+    assert "not finite, 2 steps in a row. Samples of the last batch: " in line
+    assert ranks[1].errors == []
+    skipped = [
+        json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines() if "samples" in row
+    ]
+    assert len(skipped) >= 2

@@ -1,0 +1,47 @@
+"""Every setting of a run, as a table for the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.config import field_docs, toml_value
+from train.config import PAPER, RunConfig
+
+
+def explain(width: int | None = None) -> Iterator[str]:
+    """Lines of a table: each setting with its default, the paper's value and its meaning.
+
+    Args:
+        width: of a line; the terminal's when not given.
+    """
+    rows = [("setting", "default", "paper", "meaning"), *_rows()]
+    columns = [max(len(row[i]) for row in rows) for i in range(3)]
+    width = width or shutil.get_terminal_size((110, 24)).columns
+    room = max(30, width - sum(columns) - 6)
+    for row in rows:
+        first, *rest = textwrap.wrap(row[3], room)
+        yield "  ".join([text.ljust(column) for text, column in zip(row, columns, strict=False)] + [first])
+        yield from (" " * (sum(columns) + 6) + line for line in rest)
+
+
+def _rows() -> Iterator[tuple[str, str, str, str]]:
+    hints = typing.get_type_hints(RunConfig)
+    for table in dataclasses.fields(RunConfig):
+        types, docs = typing.get_type_hints(hints[table.name]), field_docs(hints[table.name])
+        for field in dataclasses.fields(hints[table.name]):
+            name = f"{table.name}.{field.name}"
+            default = "" if field.default is None else toml_value(field.default)
+            yield name, default, PAPER.get(name, ""), docs[field.name] + _choices(types[field.name])
+
+
+def _choices(hint: Any) -> str:
+    """What a setting may be, where that is a list of words; else nothing."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f" One of {', '.join(typing.get_args(hint))}."
+    several = [_choices(part) for part in typing.get_args(hint)]
+    return max(several, default="").replace("One of", "Any of")

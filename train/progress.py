@@ -1,0 +1,77 @@
+"""How far a run is: everything that a checkpoint knows besides tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline import files
+from pipeline.errors import RunError
+
+# A checkpoint's own page; with it, the checkpoint is whole.
+TRAINING = "training.json"
+_LIMIT = 64 * 2**20
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """The state of a run between two optimiser steps."""
+
+    total_steps: int
+    """Optimiser steps of the whole run: the learning rate's schedule depends on it."""
+    parameters: int
+    """Of the draft, those that are trained."""
+    step: int = 0
+    """Optimiser steps done, skipped ones among them."""
+    epoch: int = 0
+    """Of the data order, the epoch that the next step is looked for in."""
+    steps_of_epoch: int = 0
+    """How many of its steps are done."""
+    evaluated: int = 0
+    """The step of the last evaluation."""
+    evaluation: dict[str, Any] | None = None
+    """Its figures."""
+    best: dict[str, Any] | None = None
+    """`step` and `tau` of the evaluation with the best held-out tau."""
+    evaluations_without_gain: int = 0
+    """How many have passed since."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the last ones without another between them."""
+    seconds: float = 0.0
+    """Spent on steps, in all sessions together."""
+    tokens: int = 0
+    """Drafted from, over all ranks."""
+    metrics_bytes: int = 0
+    """The size of metrics.jsonl; what is behind belongs to steps that will be taken again."""
+    window: dict[str, Any] | None = None
+    """Sums since the last log line."""
+    complete: bool = False
+    """Whether there is nothing left to do."""
+
+    def values(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `training.json`. Raises RunError when it can't be read."""
+    try:
+        values = json.loads(files.read_small(folder / TRAINING, _LIMIT))
+        names = {field.name for field in fields(Progress)}
+        if not (isinstance(values, dict) and set(values["progress"]) == names):
+            raise ValueError("not what this version writes")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(folder, error) from None
+    return values
+
+
+def damaged(folder: Path, error: Exception) -> RunError:
+    """The error for a checkpoint that can't be read."""
+    reason = " ".join(str(error).split())[:150] or type(error).__name__
+    return RunError(
+        f"the checkpoint {folder} is damaged ({reason}): remove it, and the run continues from the one before"
+    )

@@ -1,0 +1,158 @@
+"""A run's directory: whose it is, what is in it, and whether a command may go on with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import config as configuration
+from pipeline import files
+from pipeline.cache.manifest import Identity, differing_fields
+from pipeline.errors import ConfigError, RunError, WriteError
+from train.checkpoint import BEST, CHECKPOINTS, LATEST, newest
+from train.config import RunConfig
+from train.progress import read_training
+from train.version import code_version
+
+CONFIG = "config.toml"
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+EVALUATION = "evaluation.json"
+TRACE = "trace.json"
+TRACKERS = ("trackers.json", "tensorboard", "wandb", "trackio")
+_LOCK = ".lock"
+_OURS = {CONFIG, RUN, METRICS, EVALUATION, TRACE, *TRACKERS, CHECKPOINTS, LATEST, BEST}
+_LIMIT = 16 * 2**20
+
+
+def load_run_config(run: Path) -> RunConfig:
+    """The resolved config of a run. Raises RunError when there is no run."""
+    if not (run / CONFIG).is_file():
+        raise RunError(f"no run at {run}: expected {run / CONFIG}; run `dspark train --run {run}` first")
+    return configuration.build(RunConfig, configuration.load_toml(run / CONFIG), str(run / CONFIG))
+
+
+def load_run_cache(run: Path) -> Identity:
+    """The identity of the cache that a run trains from. Raises RunError when it can't be read."""
+    try:
+        values = json.loads(files.read_small(run / RUN, _LIMIT))["cache"]
+        return configuration.build(Identity, values, str(run / RUN))
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"{run / RUN} can't be read ({error}): start over with --fresh") from None
+
+
+def read_progress(run: Path) -> dict[str, Any]:
+    """How far a run is, by its newest checkpoint: the fields of `train.progress.Progress`.
+
+    Raises:
+        RunError: it has none, or that is damaged.
+    """
+    folder = newest(run)
+    if folder is None:
+        raise RunError(f"no finished checkpoint in {run}: run `dspark train --run {run}` first")
+    return read_training(folder)["progress"]
+
+
+def check_run(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> None:
+    """Whether a run may begin or go on in a directory; changes nothing.
+
+    Raises:
+        RunError: it holds something else, or a run of another config or cache.
+    """
+    if not run.exists() or not {path.name for path in run.iterdir()} - {_LOCK, RUN}:
+        return
+    if not (run / CONFIG).is_file():
+        raise RunError(f"{run} is not empty and is no run (it has no {CONFIG}): choose another --run")
+    if fresh:
+        return
+    differing = [f"cache {line}" for line in differing_fields(load_run_cache(run), identity)]
+    differing += differing_settings(load_run_config(run), config)
+    if differing:
+        raise RunError(
+            f"{run} is a run of other settings (its own, against what is asked for: {'; '.join(differing)}): "
+            "choose another --run, or pass --fresh to start it over"
+        )
+
+
+def differing_settings(ours: RunConfig, theirs: RunConfig) -> list[str]:
+    """The settings in which two configs differ, one `table.key: ours against theirs` each."""
+    others = flat_settings(theirs)
+    return [f"{key}: {v} against {others[key]}" for key, v in flat_settings(ours).items() if v != others[key]]
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Settings by their dotted names, as `--set` takes them."""
+    tables = dataclasses.asdict(config).items()
+    return {f"{table}.{key}": value for table, values in tables for key, value in values.items()}
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Make a run's directory if need be and have it alone; the lock ends with the process.
+
+    Raises:
+        RunError: another process is at work in it.
+        WriteError: it can't be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / _LOCK).open("w")
+    except OSError as error:
+        raise WriteError(f"{run} can't be written ({error.strerror}): choose another --run") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another process trains {run} just now: wait for it, or choose another --run"
+            ) from None
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
+
+
+def begin(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> None:
+    """Write what a new run is, or leave one that is there as it is; `fresh` clears it first."""
+    if fresh:
+        for name in _OURS:
+            path = run / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    files.remove_partials(run)
+    if not (run / CONFIG).is_file():
+        facts = {"version": code_version(), "cache": dataclasses.asdict(identity)}
+        files.publish_bytes(run / RUN, (json.dumps(facts, indent=1) + "\n").encode())
+        files.publish_bytes(run / CONFIG, configuration.to_toml(config).encode())
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line.
+
+    Args:
+        size: bytes of it that count; later ones belong to steps that are taken again.
+    """
+
+    def __init__(self, run: Path, size: int):
+        self._path = run / METRICS
+        self._path.touch()
+        os.truncate(self._path, min(size, self._path.stat().st_size))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def sync(self) -> int:
+        """Flush it to the disk; its size in bytes."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size

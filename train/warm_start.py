@@ -1,0 +1,108 @@
+"""First weights from a draft that is there: a run's, or a released one in DeepSpec's layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import Qwen3Config
+
+from pipeline.errors import RunError
+from train.checkpoint import BEST, FROZEN, LATEST
+from train.draft.model import Qwen3DSparkModel
+
+# What weights mean depends on these, though their shapes may not; the file may leave out what is None here.
+_SAME = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "target_layer_ids", "num_target_layers", "mask_token_id"),
+    *("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov"),
+)
+
+
+def find_draft(source: Path) -> Path:
+    """The folder with config.json: of a run its best checkpoint, or without one its latest.
+
+    Raises:
+        RunError: there is none.
+    """
+    for folder in (source / BEST, source / LATEST, source):
+        if (folder / "config.json").is_file():
+            return folder
+    raise RunError(
+        f"draft.init_from: no draft at {source}: expected a run, or a directory with config.json and "
+        "safetensors weights"
+    )
+
+
+def check_warm_start(shape: Qwen3Config, source: Path) -> None:
+    """Whether a draft's weights mean in a run what they mean where they come from.
+
+    Args:
+        shape: of the run's draft.
+
+    Raises:
+        RunError: there is no draft, or its config differs, with the fields and what to do.
+    """
+    folder = find_draft(source)
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        theirs = {name: found[name] for name in _SAME if name in found}
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"draft.init_from: {folder / 'config.json'} can't be read ({error})") from None
+    ours = {name: getattr(shape, name) for name in _SAME}
+    if not ours["markov_rank"]:
+        theirs["markov_head_type"] = ours["markov_head_type"]
+    differing = [f"{n}: {ours[n]} here, {theirs[n]} there" for n in theirs if theirs[n] != ours[n]]
+    missing = [name for name in ("target_layer_ids", "mask_token_id") if name not in theirs]
+    if missing:
+        raise RunError(f"draft.init_from: {folder} is no DSpark draft: its config.json has no {missing[0]}")
+    if differing:
+        raise RunError(
+            f"draft.init_from: {folder} is another draft ({'; '.join(differing)}): set [draft] as there, or "
+            "start from another one"
+        )
+
+
+def warm_start(model: Qwen3DSparkModel, source: Path) -> None:
+    """Copy a draft's weights; embedding and head stay the cache's, whatever comes with it.
+
+    Raises:
+        RunError: weights are missing, unknown, of another shape or unreadable.
+    """
+    folder = find_draft(source)
+    wanted = {n: p for n, p in model.state_dict(keep_vars=True).items() if n not in FROZEN}
+    found = _weights(folder)
+    names = {*wanted} ^ {n for n in found if n not in FROZEN}
+    if names:
+        lacks = sorted(names & {*wanted})
+        what = f"lacks {lacks[0]}" if lacks else f"has {min(names)}, which this one does not"
+        raise RunError(f"draft.init_from: {folder} {what}: it is another kind of draft")
+    for name, parameter in wanted.items():
+        if found[name].shape != parameter.shape:
+            raise RunError(
+                f"draft.init_from: {name} of {folder} is of shape {list(found[name].shape)}, here of "
+                f"{list(parameter.shape)}"
+            )
+        with torch.no_grad():
+            parameter.copy_(found[name])
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors files: one, or several with an index."""
+    weights: dict[str, Tensor] = {}
+    try:
+        index = folder / "model.safetensors.index.json"
+        names = {"model.safetensors"}
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in sorted(names):
+            if Path(name).name != name:
+                raise ValueError(f"{index.name} names {name!r}")
+            with safe_open(folder / name, "pt") as file:
+                weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        raise RunError(f"draft.init_from: the weights in {folder} can't be read ({error})") from None
+    return weights
