@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "preview": ("capture.cli:preview_command", "Show samples as the target sees them."),
     "regenerate": ("capture.regenerate.cli:regenerate_command", "Replace answers by the target's own."),
     "train": ("train.cli:train_command", "Train a draft from a cache."),
+    "sweep": ("train.experiments_cli:sweep_command", "Train a grid of drafts over one cache."),
+    "compare": ("train.experiments_cli:compare_command", "Show runs side by side."),
     "evaluate": ("train.cli:evaluate_command", "Measure a draft on a cache's held-out split."),
     "inspect": ("pipeline.cache.cli:inspect_command", "Show what a cache holds, or how far its capture is."),
     "convert": ("pipeline.cache.cli:convert_command", "Re-encode a cache, or drop some of its layers."),
