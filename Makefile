@@ -8,12 +8,16 @@ CONFIG ?= configs/example.toml
 RUN ?= runs/$(basename $(notdir $(CONFIG)))
 LAYERS ?=
 DEVICE ?= auto
+NPROC ?=
+FRESH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
+# A stage as one process, or as NPROC of them.
+STAGE := $(if $(NPROC),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) -m
 
 .DEFAULT_GOAL := help
 .PHONY: help setup plan capture train evaluate test lint format bench clean
@@ -22,12 +26,13 @@ help:
 	@echo 'make setup      make .venv with everything the example needs (the others do it for you)'
 	@echo 'make plan       say what a capture will do and cost; loads no weights'
 	@echo 'make capture    run the target once and write a cache'
-	@echo 'make train      capture if the cache is not there yet, then train a draft and evaluate it'
+	@echo 'make train      capture if the cache is not there yet, then train a draft and evaluate it;'
+	@echo '                stopped at any moment, the same command continues'
 	@echo 'make evaluate   measure a trained draft on held-out samples'
 	@echo 'make test       run the tests'
 	@echo 'make lint       check style; changes nothing'
 	@echo 'make format     rewrite to style'
-	@echo 'make bench      run the benchmarks (but quality.py and initialise.py, which train for long)'
+	@echo 'make bench      run the benchmarks (but those that train for long: quality.py, initialise.py, optimizers.py)'
 	@echo 'make clean      remove .venv, .cache, caches/ and runs/'
 	@echo
 	@echo 'Variables (make train TARGET=... DATA=...):'
@@ -38,6 +43,8 @@ help:
 	@echo '  RUN      directory of the run                             [$(RUN)]'
 	@echo '  LAYERS   captured layer ids, as 1,9,17                    [an even spread of five]'
 	@echo '  DEVICE   cuda, cuda:1, cpu                                [$(DEVICE)]'
+	@echo '  NPROC    processes of capture and train, a GPU each       [one]'
+	@echo '  FRESH    1: clear the run and train from the start        [continue it]'
 	@echo '  PYTHON   interpreter that makes .venv, 3.11 or newer      [$(PYTHON)]'
 
 setup: $(STAMP)
@@ -59,11 +66,11 @@ plan: $(STAMP)
 	$(OFFLINE) $(BIN)/dspark plan $(WHAT)
 
 capture: $(STAMP)
-	$(OFFLINE) $(BIN)/dspark capture $(WHAT)
+	$(OFFLINE) $(STAGE) capture $(WHAT)
 
 train: capture
-	$(BIN)/dspark train --cache $(CACHE) --config $(CONFIG) --run $(RUN) --device $(DEVICE) \
-		$(if $(filter-out file,$(origin RUN) $(origin CONFIG)),,--fresh)
+	$(STAGE) train --cache $(CACHE) --config $(CONFIG) --run-dir $(RUN) --device $(DEVICE) \
+		$(if $(FRESH),--fresh)
 
 evaluate: $(STAMP)
 	$(BIN)/dspark evaluate --cache $(CACHE) --run $(RUN) --device $(DEVICE)

@@ -63,16 +63,15 @@ def make_caches(folder: Path) -> None:
 
 
 def held_out_tau(folder: Path, name: str, seed: int) -> float:
-    """Train one draft, if that is not done yet, and evaluate it against the raw teacher."""
+    """Train one draft, or go on with it, and evaluate it against the raw teacher."""
     run = folder / f"run-{name}-{seed}-{STEPS}"
     settings = {"train.seed": seed, "train.max_steps": STEPS, "train.eval_every": STEPS}
-    if not (run / "latest").exists():
-        dspark(
-            *("train", "--cache", folder / name, "--config", ROOT / "configs/example.toml", "--run", run),
-            *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")),
-            *("--device", "cpu", "--fresh"),
-            threads=1,
-        )
+    dspark(
+        *("train", "--cache", folder / name, "--config", ROOT / "configs/example.toml", "--run", run),
+        *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")),
+        *("--device", "cpu"),
+        threads=1,
+    )
     result = dspark("evaluate", "--cache", folder / RAW, "--run", run, "--device", "cpu", "--json", threads=1)
     return json.loads(result)["tau"]
 

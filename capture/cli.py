@@ -126,7 +126,7 @@ def capture_command(ctx: click.Context, options: CaptureOptions, worker: str | N
     from capture.workers import worker_place
     from pipeline.cache.manifest import MANIFEST, read_manifest
 
-    worker_place(worker)  # wrong ones are refused whatever is there already
+    place = worker_place(worker)  # wrong ones are refused whatever is there already
     given = {name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if given <= {"cache", "device", "worker"} and (options.cache / MANIFEST).is_file():
         manifest = read_manifest(options.cache)
@@ -134,7 +134,8 @@ def capture_command(ctx: click.Context, options: CaptureOptions, worker: str | N
             from pipeline.cache import CacheReader
 
             CacheReader(options.cache).check_shards()  # refused here if damaged, not after a run's set-up
-            _report(manifest, options.cache, reused=True)
+            if worker or place.rank == 0:  # of torchrun's processes one says so
+                _report(manifest, options.cache, reused=True)
             return
     from capture.run import capture
     from pipeline.quiet import quiet_transformers

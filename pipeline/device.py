@@ -10,7 +10,11 @@ from pipeline.errors import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises UsageError for a device torch lacks."""
+    """`auto` is CUDA where there is one, else the CPU; a GPU has its number, which some of torch wants.
+
+    Raises:
+        UsageError: a device that torch lacks.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -18,6 +22,8 @@ def resolve_device(name: str) -> torch.device:
         torch.ones(1, device=device).item()  # a device that computes, which meta does not
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} can't be used here ({str(error).splitlines()[0]})") from None
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -73,7 +73,9 @@ class Dspark:
     def wait(self) -> int:
         """Its exit code; minus the signal that killed it."""
         self.process.join(PATIENCE_SECONDS)
-        assert self.process.exitcode is not None, "it hangs"
+        if self.process.exitcode is None:
+            self.process.kill()  # or pytest itself would wait for it
+            raise AssertionError(f"it hangs: {self.err}")
         return self.process.exitcode
 
     def wait_until(self, condition: Callable[[], object]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -91,13 +92,15 @@ class Ranks:
         raise SystemExit(error.exit_code)
 
     def meet(self) -> None:
-        """Wait for all ranks. To be done before the end: gloo's threads then hold nothing of Python's.
+        """Wait for all ranks, and for gloo's threads; the end of a run begins with it.
 
-        Where one of them still lets go of a tensor, the end of the process group would wait for it, and it
-        for the interpreter's lock (seen with torch 2.13).
+        A thread of gloo's that has not let go of its last tensor yet needs Python's lock for that, which
+        whoever ends the process group holds while waiting for the thread: a deadlock (seen with torch 2.13).
         """
         if self.world > 1:
             dist.barrier()
+            if self.device.type == "cpu":
+                time.sleep(0.3)  # without the lock
 
 
 @contextmanager
@@ -113,18 +116,19 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     """
     place = torchrun_place()
     here = resolve_device(place.device(device))
+    cuda = here.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(here)
     if place.world == 1:
         yield Ranks(place, here)
         return
-    cuda = here.type == "cuda"
     if cuda:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if processes > torch.cuda.device_count() or device not in ("auto", "cuda"):
             raise UsageError(
                 f"{processes} processes on this machine for {torch.cuda.device_count()} GPUs and --device "
                 f"{device}: start one a GPU, with --device cuda"
             )
-        torch.cuda.set_device(here)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=here if cuda else None)
     ranks = Ranks(place, here)
     try:

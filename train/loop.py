@@ -121,6 +121,7 @@ def train(
         with ranks.together():
             folder = newest(run)
             progress = Progress(**read_training(folder)["progress"]) if folder else None
+        _check_same_everywhere(folder, ranks)
         if progress is not None and progress.complete:
             if ranks.leads:
                 click.echo(f"run {run}: complete, nothing is left to train")
@@ -131,6 +132,18 @@ def train(
             page = json.dumps(progress.evaluation, indent=1) + "\n"
             files.publish_bytes(run / EVALUATION, page.encode())
         return progress.evaluation
+
+
+def _check_same_everywhere(folder: Path | None, ranks: Ranks) -> None:
+    """All ranks go on from one checkpoint. Raises RunError where they see different ones."""
+    names = [name or "none" for name in ranks.gather(folder and folder.name)]
+    if len(set(names)) > 1:
+        ranks.fail(
+            RunError(
+                f"the ranks see different newest checkpoints ({', '.join(names)}): --run has to be on a file "
+                "system that all machines share"
+            )
+        )
 
 
 def _steps_left(setup: Setup, folder: Path | None) -> int:

@@ -180,6 +180,8 @@ def prepare(
         model.lm_head.to(torch.bfloat16)  # as its products take it: no copy a step
     if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
         module.compile_loss = True
+        # Under DDP it would split graphs between its buckets, which it can't do where flex_attention is.
+        torch._dynamo.config.optimize_ddp = False
         if by_layer:
             for layer in model.layers:
                 layer.compile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,3 +257,18 @@ def test_gradients_are_exchanged_once_a_step(tmp_path: Path) -> None:
         assert exchanged[0].tolist()[-6:] == [10.0] * 6 or exchanged[0].tolist()[:6] == [10.0] * 6
     finally:
         dist.destroy_process_group()
+
+
+def test_ranks_go_on_from_one_checkpoint(tmp_path: Path, cache_dir: Path) -> None:
+    """Machines that share no file system can begin a run and can't continue it."""
+    settings = {**SHARED, "train__eval_every": 0}
+    arguments = train_arguments(cache_dir, tmp_path / "run{rank}", **settings)
+    together_arguments = [str(argument) for argument in arguments]
+    for process in start_ranks(tmp_path / "first", 2, *together_arguments):
+        assert process.wait() == 0, process.err
+    for name in ("step-000004", "step-000006"):
+        shutil.rmtree(tmp_path / "run0" / "checkpoints" / name)
+    ranks = start_ranks(tmp_path / "second", 2, *together_arguments)
+    assert [process.wait() for process in ranks] == [1, 1]
+    assert "different newest checkpoints (step-000002, none)" in ranks[0].errors[0]
+    assert ranks[1].errors == []

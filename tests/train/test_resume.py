@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train.loop
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
@@ -55,13 +56,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> 
     return run
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_moments(tmp_path: Path, cache_dir: Path, uninterrupted: Path, seed: int) -> None:
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_killed_at_ten_random_moments(tmp_path: Path, cache_dir: Path, log_every: int) -> None:
     """Five by the clock, five right before a change to the disk, which is mostly within a checkpoint."""
-    run, rng = tmp_path / "run", random.Random(seed)
-    arguments = train_arguments(cache_dir, run, train__max_steps=90, **OFTEN)
-    for number in range(5):
-        if number % 2 == seed:
+    whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(log_every)
+    settings = {**OFTEN, "train__max_steps": 180, "train__log_every": log_every}
+    run_ok(*train_arguments(cache_dir, whole, **settings))
+    arguments = train_arguments(cache_dir, run, **settings)
+    for number in range(10):
+        if number % 2:
             deadly = str(rng.randrange(5, 60))
             process = Dspark(tmp_path / "out", *arguments, before=one_thread_until_death, DIE_AT=deadly)
         else:
@@ -74,7 +77,7 @@ def test_killed_at_random_moments(tmp_path: Path, cache_dir: Path, uninterrupted
     last = Dspark(tmp_path / "out", *arguments, before=one_thread)
     assert last.wait() == 0, last.err
     assert "continuing from step" in last.err
-    assert_same_run(run, uninterrupted)
+    assert_same_run(run, whole)
     assert not list(run.rglob("*.partial"))
 
 
@@ -332,3 +335,20 @@ def test_nothing_in_a_checkpoint_is_pickled(uninterrupted: Path) -> None:
     names = {path.name for path in (uninterrupted / LATEST).iterdir()}
     assert names == {"config.json", "model.safetensors", "training.safetensors", "training.json"}
     assert weights_of(uninterrupted)
+
+
+def test_muon_goes_on_exactly_too(tmp_path: Path, cache_dir: Path) -> None:
+    settings = {"train__optimizer": "muon", "train__max_steps": 6, "train__checkpoint_every": 3}
+    run_ok(*train_arguments(cache_dir, tmp_path / "whole", **settings))
+    run = tmp_path / "run"
+    run_ok(*train_arguments(cache_dir, run, **settings))
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    run_ok(*train_arguments(cache_dir, run, **settings))
+    assert_same_run(run, tmp_path / "whole")
+    adamw = tmp_path / "adamw"
+    run_ok(*train_arguments(cache_dir, adamw, **{**settings, "train__optimizer": "adamw"}))
+    ours, theirs = weights_of(run), weights_of(adamw)
+    assert not torch.equal(ours["fc.weight"], theirs["fc.weight"])
+    assert {name.split(".")[-1] for name in load_file(run / LATEST / "training.safetensors")} == {
+        *("momentum_buffer", "exp_avg", "exp_avg_sq", "step", "cpu")
+    }

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError, RunError
+from tests.conftest import run_ok
+from tests.train.runs import lines_of, train_arguments
 from train.trackers import TRACKERS, Trackers, check_trackers, flat_scalars
 
 LINE = {"step": 5, "loss": 0.5, "tau": 2, "lr": math.nan, "peak_flops_percent": None, "note": "warm"}
@@ -265,3 +267,17 @@ def test_a_damaged_identity_is_one_line(run: Path, wandb: StandIn, content: str)
     with pytest.raises(RunError, match=r"trackers\.json: expected .*remove it"):
         opened(run, "wandb")
     assert wandb.calls == []
+
+
+def test_a_run_that_reports_to_tensorboard(tmp_path: Path, cache_dir: Path) -> None:
+    """Through the command line: what metrics.jsonl has is what TensorBoard shows."""
+    run = tmp_path / "run"
+    run_ok(*train_arguments(cache_dir, run, train__report_to="['tensorboard']", train__eval_every=10))
+    shown = events(run)
+    for prefix, lines in (
+        ("train", [line for line in lines_of(run) if "loss" in line]),
+        ("held_out", [line["held_out"] for line in lines_of(run) if "held_out" in line]),
+    ):
+        found = {event.step: event.value for event in shown.Scalars(f"{prefix}/tau")}
+        assert found == {line["step"]: pytest.approx(line["tau"]) for line in lines}
+        assert len(found) >= 2

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
+from tests.processes import Dspark, one_thread
 from tests.tiny import make_target
-from tests.train.runs import SMALL, lines_of, train_arguments
+from tests.train.runs import SMALL, figures_of, lines_of, train_arguments
 from train.config import TrainConfig
 from train.evaluate import split
 from train.loop import steps_from
@@ -205,3 +206,28 @@ def test_a_run_is_evaluated_on_its_own_target_only(tmp_path: Path, run_dir: Path
     other = tmp_path / "cache"
     run_ok(*capture_arguments(make_target(tmp_path / "other", seed=9), data_file, other))
     assert_refused(run_cli("evaluate", "--cache", other, "--run", run_dir), 1, "was trained for target")
+
+
+def test_runs_share_a_cache_that_nobody_may_write(tmp_path: Path, cache_dir: Path) -> None:
+    """Three at once over a read-only copy; each is what it is alone."""
+    cache = tmp_path / "cache"
+    shutil.copytree(cache_dir, cache)
+    for path in (cache, *cache.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        processes = [
+            Dspark(
+                tmp_path / f"out{seed}",
+                *train_arguments(cache, tmp_path / f"run{seed}", train__seed=seed),
+                before=one_thread,
+            )
+            for seed in range(3)
+        ]
+        assert [process.wait() for process in processes] == [0, 0, 0]
+        run_ok(*train_arguments(cache_dir, tmp_path / "alone", train__seed=1))
+        assert (
+            figures_of(tmp_path / "run1") == figures_of(tmp_path / "alone") != figures_of(tmp_path / "run2")
+        )
+    finally:
+        for path in (cache, *(path for path in cache.rglob("*") if path.is_dir())):
+            path.chmod(0o755)
