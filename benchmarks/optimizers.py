@@ -65,7 +65,7 @@ def main() -> None:
                     changed = dataclasses.replace(config.train, **settings)
                     run = Path(folder) / "run"
                     result = train(cache, dataclasses.replace(config, train=changed), run, device="cpu")
-                    seconds.setdefault(optimizer, read_progress(run)["seconds"])
+                    seconds.setdefault(optimizer, read_progress(run).seconds)
                 case = f"{optimizer}, lr {lr:g}, {STEPS} steps, seed {seed}"
                 rows.append((case, "held-out tau", result["tau"], ""))
         ratio = seconds["muon"] / seconds["adamw"]

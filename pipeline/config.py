@@ -1,7 +1,7 @@
 """TOML to frozen dataclasses and back: strict types, unknown keys are errors, dotted overrides.
 
 A configuration class is a keyword-only frozen dataclass whose fields are bool, int, float, str,
-`Literal[...]`, `tuple[X, ...]`, `dict[str, X]`, `X | None`, or another such dataclass. It checks its
+`Literal[...]`, `tuple[X, ...]`, `dict[str, X]`, `X | None`, `Any`, or another such dataclass. It checks its
 own values in `__post_init__` and raises ConfigError.
 """
 
@@ -99,6 +99,8 @@ def build(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None or (value == "none" and type(None) in args and str not in args):

@@ -1,14 +1,18 @@
-"""Stop when asked to: SIGINT and SIGTERM become a question that a loop asks between two steps."""
+"""Stop when asked to: signals become a question that a loop asks between two steps."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from pipeline.errors import StoppedError
+
+# Ctrl-C within so many seconds of the first signal is the same request.
+AGAIN_SECONDS = 2.0
 
 
 class StopRequest:
@@ -18,28 +22,36 @@ class StopRequest:
         self.signal: signal.Signals | None = None
 
     def check(self, what_is_kept: str) -> None:
-        """Raise StoppedError, which the command line turns into exit code 130 or 143, if a signal came."""
+        """Raise StoppedError if a signal came; the command line makes exit code 130, 143 or 129 of it."""
         if self.signal is not None:
             raise StoppedError(self.signal, f"stopped by {self.signal.name}: {what_is_kept}")
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note the first SIGINT or SIGTERM instead of dying of it; a second one acts as it always does.
+    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them.
 
-    Outside the main thread, where Python allows no handlers, signals stay as they are.
+    The same request may come more than once: a scheduler asks every process and torchrun asks its own again.
+    So only Ctrl-C, pressed again after a moment, acts as it always does. What is ignored already, as SIGHUP
+    under nohup, stays ignored. Outside the main thread, where Python allows no handlers, signals stay as they
+    are.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+    asked = 0.0
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        request.signal = signal.Signals(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if request.signal is None:
+            request.signal, asked = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - asked > AGAIN_SECONDS:
+            signal.default_int_handler(number, frame)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
     try:
         for number in before:
             signal.signal(number, note)

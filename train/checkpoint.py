@@ -25,9 +25,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from pipeline import config as configuration
 from pipeline import files
 from pipeline.cache import CacheReader
-from pipeline.errors import RunError, WriteError
+from pipeline.cache.manifest import Identity
+from pipeline.errors import ConfigError, RunError, WriteError
 from train.distributed import Ranks, whole
 from train.draft.model import Qwen3DSparkModel
 from train.progress import TRAINING, Progress, damaged, read_training
@@ -36,12 +38,16 @@ LATEST, BEST, CHECKPOINTS = "latest", "best", "checkpoints"
 WEIGHTS = "model.safetensors"
 STATES = "training.safetensors"
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
+# What an optimiser remembers of each parameter, once it took a step.
+STATE_NAMES = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
 def checkpoints(run: Path) -> list[Path]:
     """A run's finished checkpoints, the oldest first."""
-    found = (run / CHECKPOINTS).glob("step-*")
-    return sorted((path for path in found if (path / TRAINING).is_file()), key=lambda path: _step(path.name))
+    found = (path for path in (run / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal())
+    return sorted(
+        (path for path in found if (path / TRAINING).is_file()), key=lambda path: int(path.name[5:])
+    )
 
 
 def newest(run: Path) -> Path | None:
@@ -51,11 +57,6 @@ def newest(run: Path) -> Path | None:
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
-
-
-def _step(name: str) -> int:
-    number = name.removeprefix("step-")
-    return int(number) if number.isdecimal() else -1
 
 
 def save_checkpoint(
@@ -88,7 +89,7 @@ def save_checkpoint(
             try:
                 _write(run, model, weights, states, {"progress": progress.values(), **about})
                 _point(run, progress)
-                _prune(run, keep)
+                _prune(run, progress, keep)
             except OSError as error:
                 raise WriteError(
                     f"{run}: no checkpoint can be written ({error.strerror or error}): mend that, then run "
@@ -149,8 +150,10 @@ def _write(
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         files.sync_directory(partial)
-        _remove(folder)  # one of this step is there when a resumed run comes by again
+        if folder.exists():  # a run that was stopped within an evaluation comes by again
+            folder.rename(_aside(folder))
         partial.rename(folder)
+        shutil.rmtree(_aside(folder), ignore_errors=True)
     except SafetensorError as error:
         raise OSError(str(error)) from None
     finally:
@@ -158,36 +161,68 @@ def _write(
     files.sync_directory(folder.parent)
 
 
+def _aside(folder: Path) -> Path:
+    """Where a checkpoint is while another of the same step takes its name."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 def _remove(folder: Path) -> None:
     """Remove a checkpoint; killed half way, it has no name of a checkpoint any more."""
-    if folder.exists():
-        partial = folder.with_name(f".{folder.name}.removed.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        folder.rename(partial)
-        shutil.rmtree(partial)
+    partial = folder.with_name(f".{folder.name}.removed.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.rename(partial)
+    shutil.rmtree(partial)
 
 
 def _point(run: Path, progress: Progress) -> None:
-    """Let `latest` name the checkpoint just written, and `best` too if it is that."""
-    links = [LATEST]
-    if progress.best and progress.best["step"] == progress.step:
-        links.append(BEST)
-    for name in links:
+    """Let `latest` name the checkpoint of this progress, and `best` that of the best evaluation."""
+    steps = {LATEST: progress.step, BEST: progress.best["step"] if progress.best else None}
+    for name, step in steps.items():
+        link = run / name
+        if step is None or not (run / CHECKPOINTS / _name(step)).is_dir():
+            continue
+        if link.is_dir() and not link.is_symlink():  # a copy that knew no links
+            shutil.rmtree(link)
         partial = run / f".{name}.partial"
         partial.unlink(missing_ok=True)
-        partial.symlink_to(Path(CHECKPOINTS) / _name(progress.step))
-        partial.replace(run / name)
+        partial.symlink_to(Path(CHECKPOINTS) / _name(step))
+        partial.replace(link)
     files.sync_directory(run)
 
 
-def _prune(run: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints and the best, and what killed processes left half done."""
-    best = (run / BEST).resolve()
+def _prune(run: Path, progress: Progress, keep: int) -> None:
+    """Remove all but the newest checkpoints and the best."""
+    best = _name(progress.best["step"]) if progress.best else None
     for folder in checkpoints(run)[:-keep]:
-        if folder.resolve() != best:
+        if folder.name != best:
             _remove(folder)
-    for left in (run / CHECKPOINTS).glob(".*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+
+
+def mend(run: Path, keep: int) -> None:
+    """Tidy up after a process that was killed while it saved: no checkpoint is lost, no link is behind.
+
+    Args:
+        keep: newest checkpoints that stay, beside the best.
+
+    Raises:
+        RunError: the newest checkpoint is damaged.
+    """
+    for old in (run / CHECKPOINTS).glob(".step-*.old"):
+        folder = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+    for left in (*run.glob(".*.partial"), *(run / CHECKPOINTS).glob(".*.partial")):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    folder = newest(run)
+    if folder is not None:
+        progress, _ = read_training(folder)
+        _point(run, progress)
+        _prune(run, progress, keep)
 
 
 def load_weights(model: Qwen3DSparkModel, folder: Path) -> None:
@@ -215,38 +250,37 @@ def load_states(folder: Path, model: Qwen3DSparkModel, optimizers: Sequence[Opti
         RunError: they can't be read, or do not fit.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
+    progress, _ = read_training(folder)
+    stepped = progress.step > progress.skipped_steps
     try:
         with safe_open(folder / STATES, "pt") as file:
-            keys = list(file.keys())
+            keys = set(file.keys())
             for optimizer in optimizers:
-                _load_optimizer(optimizer, names, file, keys)
-            own = {n: f"random.{ranks.rank}.{n}" for n in ("cpu", ranks.device.type)}
+                _load_optimizer(optimizer, names, file, stepped=stepped)
+            own = {name: f"random.{ranks.rank}.{name}" for name in ("cpu", ranks.device.type)}
             if own["cpu"] in keys:
                 torch.set_rng_state(file.get_tensor(own["cpu"]))
             if "cuda" in own and own["cuda"] in keys:
                 torch.cuda.set_rng_state(file.get_tensor(own["cuda"]), ranks.device)
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError, RuntimeError) as error:
         raise damaged(folder, error) from None
 
 
-def _load_optimizer(optimizer: Optimizer, names: dict[Tensor, str], file: Any, keys: list[str]) -> None:
+def _load_optimizer(optimizer: Optimizer, names: dict[Tensor, str], file: Any, *, stepped: bool) -> None:
     page = optimizer.state_dict()  # parameters by number, as they stand in its groups
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     page["state"] = {}
-    for number, parameter in enumerate(parameters):
-        prefix = f"optimizer.{names[parameter]}."
-        state = {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
-        if not state:  # no step was taken before the checkpoint
-            continue
-        for key, value in state.items():
-            if value.shape not in ((), parameter.shape):
-                raise ValueError(f"{prefix}{key} is of shape {list(value.shape)}")
+    for number, parameter in enumerate(parameters) if stepped else ():
+        page["state"][number] = state = {}
+        for key in STATE_NAMES[type(optimizer).__name__]:
+            value = file.get_tensor(f"optimizer.{names[parameter]}.{key}")
+            if value.shape != (() if key == "step" else parameter.shape) or not value.is_floating_point():
+                raise ValueError(f"{key} of {names[parameter]} is of shape {list(value.shape)}")
             if isinstance(parameter, DTensor) and value.ndim:
-                mesh, placements = parameter.device_mesh, parameter.placements
-                state[key] = distribute_tensor(
-                    value.to(parameter.device), mesh, placements, src_data_rank=None
-                )
-        page["state"][number] = state
+                value = value.to(parameter.device)
+                where = (parameter.device_mesh, parameter.placements)
+                value = distribute_tensor(value, *where, src_data_rank=None)  # all ranks read all of it
+            state[key] = value
     optimizer.load_state_dict(page)
 
 
@@ -270,11 +304,15 @@ def load_checkpoint(
         raise RunError(
             f"no finished checkpoint at {folder}: {run} has {names}; `dspark train --run {run}` makes them"
         )
-    page = read_training(folder)
-    target, identity = page["cache"]["target"], reader.manifest.identity.target
-    if target["weights"] != identity.weights:
+    _, page = read_training(folder)
+    identity = reader.manifest.identity.target
+    try:
+        target = configuration.build(Identity, page["cache"], TRAINING).target
+    except (KeyError, ConfigError) as error:
+        raise damaged(folder, error) from None
+    if target.weights != identity.weights:
         raise RunError(
-            f"{run} was trained for target {target['name']}, the cache {reader.path} holds {identity.name} "
+            f"{run} was trained for target {target.name}, the cache {reader.path} holds {identity.name} "
             "with other weights: evaluate it on a cache of its own target"
         )
     try:

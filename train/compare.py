@@ -107,7 +107,7 @@ def _differs(key: str, facts: Sequence[dict[str, Any]]) -> bool:
 
 def _figures(run: Path) -> dict[str, Any]:
     """How far a run is, and how good its last evaluation says it is."""
-    progress = read_progress(run) if checkpoints(run) else {}
+    progress = read_progress(run).values() if checkpoints(run) else {}
     evaluation, best = progress.get("evaluation") or {}, progress.get("best") or {}
     if best.get("step") == evaluation.get("step"):
         best = {}

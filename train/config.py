@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.config import show
 from pipeline.errors import ConfigError
+
+# The largest integer that every library here takes for a count or a seed.
+MOST = 2**53
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _check_numbers(table: object) -> None:
+    """No number is infinite, NaN or beyond what libraries count with."""
+    for name, value in vars(table).items():
+        if isinstance(value, float):
+            _require(math.isfinite(value), f"{name} must be a finite number, got {value}")
+        elif isinstance(value, int):
+            _require(abs(value) <= MOST, f"{name} must be at most {MOST}, got {show(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +63,15 @@ class DraftConfig:
     """Attention kernel: flex_attention skips what a block can't see; auto takes it on CUDA where it runs."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         for name in ("num_layers", "block_size"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        _require(
+            self.head_dim is None or self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}"
+        )
         _require(
             self.markov_head == "none" or self.markov_rank >= 1,
             f'markov_rank must be at least 1 with markov_head "{self.markov_head}", got {self.markov_rank}: '
@@ -90,6 +108,7 @@ class LossConfig:
     """Slot k weighs exp(-k / gamma); "none" weighs all alike."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         for name in ("ce_alpha", "l1_alpha", "confidence_alpha"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         _require(self.ce_alpha + self.l1_alpha > 0, "ce_alpha and l1_alpha can't both be 0")
@@ -175,6 +194,7 @@ class TrainConfig:
     """Steps in a row that may be skipped because loss or gradient is not finite, before the run fails."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         for name in _COUNTS:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(

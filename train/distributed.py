@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.device import resolve_device
-from pipeline.errors import DSparkError, RunError, UsageError
+from pipeline.errors import DSparkError, RunError, UsageError, WriteError
 from pipeline.process import WorkerPlace, torchrun_place
 
 # How long a rank waits for the others; torchrun ends a job sooner when one of its processes dies.
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=30)
 
 
 class Ranks:
@@ -76,6 +76,8 @@ class Ranks:
             yield
         except DSparkError as error:
             problem = error
+        except OSError as error:
+            problem = WriteError(f"{error.filename or 'a file'}: {error.strerror or error}")
         problems = self.gather(problem and (str(problem), problem.exit_code))
         if any(problems):
             rank = next(i for i, found in enumerate(problems) if found)
@@ -129,7 +131,13 @@ def open_ranks(device: str) -> Iterator[Ranks]:
                 f"{processes} processes on this machine for {torch.cuda.device_count()} GPUs and --device "
                 f"{device}: start one a GPU, with --device cuda"
             )
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=here if cuda else None)
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=here if cuda else None)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"rank {place.rank} of {place.world} can't join the others ({reason}): start all with torchrun"
+        ) from None
     ranks = Ranks(place, here)
     try:
         yield ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ from train.optim import build_optimizers, learning_rate, normalise_gradients, se
 from train.order import epoch_steps
 from train.precision import autocast, resolve_precision
 from train.profile import check_profile, step_profiler
-from train.progress import Progress, read_training
+from train.progress import Progress, damaged, read_training
 from train.run import EVALUATION, TRACE, MetricsFile, begin, check_run, flat_settings, locked
 from train.setup import Setup, build_draft, count_steps, initialise, prepare, set_up, trainer_module
 from train.trackers import Trackers
@@ -107,21 +108,24 @@ def train(
         if ranks.device.type == "cpu":
             reuse_freed_memory()
         with ranks.together():
-            setup = set_up(cache, config, ranks.device, ranks.world)
+            folder = None if fresh else newest(run)
+            setup = set_up(cache, config, ranks.device, ranks.world, begins=folder is None)
             identity = setup.reader.manifest.identity
             check_run(run, setup.config, identity, fresh=fresh)
             if profile_steps:
-                check_profile(profile_steps, _steps_left(setup, None if fresh else newest(run)))
+                check_profile(profile_steps, _steps_left(setup, folder))
         if ranks.leads:
             click.echo(configuration.to_toml(setup.config))
         with ranks.together():
             if ranks.leads:
                 held.enter_context(locked(run))
+                check_run(run, setup.config, identity, fresh=fresh)  # now that nobody else changes it
                 begin(run, setup.config, identity, fresh=fresh)
         with ranks.together():
             folder = newest(run)
-            progress = Progress(**read_training(folder)["progress"]) if folder else None
-        _check_same_everywhere(folder, ranks)
+            progress = read_training(folder)[0] if folder else None
+        same = {"config": setup.config, "cache": identity, "newest checkpoint": folder and folder.name}
+        _check_same_everywhere(same, ranks)
         if progress is not None and progress.complete:
             if ranks.leads:
                 click.echo(f"run {run}: complete, nothing is left to train")
@@ -134,24 +138,28 @@ def train(
         return progress.evaluation
 
 
-def _check_same_everywhere(folder: Path | None, ranks: Ranks) -> None:
-    """All ranks go on from one checkpoint. Raises RunError where they see different ones."""
-    names = [name or "none" for name in ranks.gather(folder and folder.name)]
-    if len(set(names)) > 1:
-        ranks.fail(
-            RunError(
-                f"the ranks see different newest checkpoints ({', '.join(names)}): --run has to be on a file "
-                "system that all machines share"
+def _check_same_everywhere(facts: dict[str, Any], ranks: Ranks) -> None:
+    """All ranks are about to do the same. Raises RunError naming what differs."""
+    seen = ranks.gather(facts)
+    for name, value in facts.items():
+        values = [other[name] for other in seen]
+        if any(other != value for other in values):
+            shown = ", ".join(other if isinstance(other, str) else "none" for other in values)
+            what = f"{name} ({shown})" if name == "newest checkpoint" else name
+            ranks.fail(
+                RunError(
+                    f"the ranks see different things: {what}. Cache and --run have to be the same on all "
+                    "machines, on a file system that they share"
+                )
             )
-        )
 
 
 def _steps_left(setup: Setup, folder: Path | None) -> int:
     """Steps that a run is yet to take, from its newest checkpoint on or from nothing."""
     if folder is None:
         return count_steps(setup.reader.lengths[setup.samples], setup.config.train)
-    progress = read_training(folder)["progress"]
-    return progress["total_steps"] - progress["step"]
+    progress, _ = read_training(folder)
+    return progress.total_steps - progress.step
 
 
 class Training:
@@ -186,6 +194,7 @@ class Training:
             self.model.to(device)
             if folder is None and ranks.leads:
                 initialise(self.model, setup)
+        self.before = read_training(folder)[1] if folder is not None else {}
         if progress is None:
             total = count_steps(self.reader.lengths[setup.samples], train)
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -203,11 +212,14 @@ class Training:
         if folder is not None:
             with ranks.together():
                 load_states(folder, self.model, self.optimizers, ranks)
-            if progress.window is not None:
-                self.window.load(progress.window)
-        self.metrics = MetricsFile(run, progress.metrics_bytes) if ranks.leads else None
+                if progress.window is not None:
+                    self._load_window(folder, progress.window)
+        with ranks.together():
+            self.metrics = MetricsFile(run, progress.metrics_bytes) if ranks.leads else None
+        self.machine = self._machine()
         self.display = Display(ranks, progress.total_steps, progress.step)
         self.saved = time.monotonic()
+        self.version = code_version()
         self.stopping = False  # what all ranks know of signals
         self.one = torch.ones((), device=device)
 
@@ -221,8 +233,13 @@ class Training:
         train, progress = self.config.train, self.progress
         left = progress.total_steps - progress.step
         profiler = step_profiler(profile_steps if self.ranks.leads else 0, left, self.path / TRACE)
+        self.display.say("on " + ", ".join(f"{name} {value}" for name, value in self.machine.items()))
         if progress.step:
             self.display.say(f"continuing from step {progress.step} of {progress.total_steps}")
+            before = self.before.get("machine", {})
+            changed = [f"{k}: {before[k]}, now {v}" for k, v in self.machine.items() if before.get(k, v) != v]
+            if changed:
+                self.display.say(f"not what it began on ({'; '.join(changed)}): sums may round otherwise")
         steps = steps_from(
             self.reader.lengths[self.setup.samples],
             self.setup.samples,
@@ -333,15 +350,13 @@ class Training:
         """Log, evaluate and save what is due."""
         train, progress = self.config.train, self.progress
         last = progress.step == progress.total_steps
-        if (last or progress.step % train.log_every == 0) and not self.window.empty:
-            lr = learning_rate(progress.step - 1, progress.total_steps, train)
-            line = self.window.line(progress.step, progress.epoch, lr)
-            self._log(line)
-            self.display.figures(line)
+        if last or progress.step % train.log_every == 0:
+            self._log_window()
         better = self._evaluation_due() and self._evaluate()
         patience = train.early_stopping_patience
         if patience and progress.evaluations_without_gain >= patience and not last:
             last = True
+            self._log_window()
             self.display.say(f"stopped early: {patience} evaluations without a better held-out tau")
         progress.complete = last and (progress.evaluated == progress.step or not self._evaluation_due())
         due = train.checkpoint_every and progress.step % train.checkpoint_every == 0
@@ -375,18 +390,45 @@ class Training:
         progress.evaluated, progress.evaluation = progress.step, result
         self._log({"step": progress.step, "held_out": result})
         self.display.say(f"step {progress.step}: held-out tau {result['tau']:.3f}, loss {result['loss']:.4f}")
-        if progress.best is None or result["tau"] > progress.best["tau"]:
+        if math.isfinite(result["tau"]) and (progress.best is None or result["tau"] > progress.best["tau"]):
             progress.best = {"step": progress.step, "tau": result["tau"]}
             progress.evaluations_without_gain = 0
             return True
         progress.evaluations_without_gain += 1
         return False
 
+    def _load_window(self, folder: Path, state: dict[str, Any]) -> None:
+        try:
+            self.window.load(state)
+        except (ValueError, TypeError, KeyError) as error:
+            raise damaged(folder, error) from None
+
+    def _log_window(self) -> None:
+        """Log what was added up since the last line, if a step was taken."""
+        progress = self.progress
+        if not self.window.empty:
+            lr = learning_rate(progress.step - 1, progress.total_steps, self.config.train)
+            line = self.window.line(progress.step, progress.epoch, lr)
+            self._log(line)
+            self.display.figures(line)
+
     def _log(self, line: dict[str, Any]) -> None:
         """Write a line to metrics.jsonl, and its figures to whatever else the run reports to."""
-        if self.metrics is not None:
-            self.metrics.append(line)
-            self.trackers.log(self.progress.step, line)
+        with self.ranks.together():
+            if self.metrics is not None:
+                self.metrics.append(line)
+                self.trackers.log(self.progress.step, line)
+
+    def _machine(self) -> dict[str, Any]:
+        """What the run computes on, which its config leaves to be found out."""
+        device = self.ranks.device
+        return {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "ranks": self.ranks.world,
+            "precision": self.precision,
+            "attention": self.model.attention,
+            "torch": torch.__version__,
+        }
 
     def _save(self) -> None:
         progress = self.progress
@@ -396,7 +438,8 @@ class Training:
         about = {
             "config": dataclasses.asdict(self.config),
             "cache": dataclasses.asdict(self.reader.manifest.identity),
-            "version": code_version(),
+            "version": self.version,
+            "machine": self.machine,
         }
         keep = self.config.train.keep_checkpoints
         save_checkpoint(self.path, self.model, self.optimizers, progress, self.ranks, about, keep=keep)

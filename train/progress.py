@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import config as configuration
 from pipeline import files
-from pipeline.errors import RunError
+from pipeline.errors import ConfigError, RunError
 
 # A checkpoint's own page; with it, the checkpoint is whole.
 TRAINING = "training.json"
@@ -57,16 +58,13 @@ class Progress:
         return asdict(self)
 
 
-def read_training(folder: Path) -> dict[str, Any]:
-    """A checkpoint's `training.json`. Raises RunError when it can't be read."""
+def read_training(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """A checkpoint's progress, and all of its `training.json`. Raises RunError when it can't be read."""
     try:
-        values = json.loads(files.read_small(folder / TRAINING, _LIMIT))
-        names = {field.name for field in fields(Progress)}
-        if not (isinstance(values, dict) and set(values["progress"]) == names):
-            raise ValueError("not what this version writes")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        page = json.loads(files.read_small(folder / TRAINING, _LIMIT))
+        return configuration.build(Progress, page["progress"], TRAINING), page
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise damaged(folder, error) from None
-    return values
 
 
 def damaged(folder: Path, error: Exception) -> RunError:

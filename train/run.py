@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
+
 from pipeline import config as configuration
 from pipeline import files
 from pipeline.cache.manifest import Identity, differing_fields
 from pipeline.errors import ConfigError, RunError, WriteError
-from train.checkpoint import BEST, CHECKPOINTS, LATEST, newest
+from train.checkpoint import BEST, CHECKPOINTS, LATEST, mend, newest
 from train.config import RunConfig
-from train.progress import read_training
+from train.progress import Progress, read_training
 from train.version import code_version
 
 CONFIG = "config.toml"
@@ -26,9 +28,10 @@ RUN = "run.json"
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.json"
 TRACE = "trace.json"
-TRACKERS = ("trackers.json", "tensorboard", "wandb", "trackio")
+TRACKERS = ("trackers.json", "tensorboard", "wandb")
 _LOCK = ".lock"
-_OURS = {CONFIG, RUN, METRICS, EVALUATION, TRACE, *TRACKERS, CHECKPOINTS, LATEST, BEST}
+# What is cleared, in this order; config and identity are written over.
+_OURS = (CHECKPOINTS, LATEST, BEST, EVALUATION, TRACE, METRICS, *TRACKERS)
 _LIMIT = 16 * 2**20
 
 
@@ -48,8 +51,8 @@ def load_run_cache(run: Path) -> Identity:
         raise RunError(f"{run / RUN} can't be read ({error}): start over with --fresh") from None
 
 
-def read_progress(run: Path) -> dict[str, Any]:
-    """How far a run is, by its newest checkpoint: the fields of `train.progress.Progress`.
+def read_progress(run: Path) -> Progress:
+    """How far a run is, by its newest checkpoint.
 
     Raises:
         RunError: it has none, or that is damaged.
@@ -57,7 +60,7 @@ def read_progress(run: Path) -> dict[str, Any]:
     folder = newest(run)
     if folder is None:
         raise RunError(f"no finished checkpoint in {run}: run `dspark train --run {run}` first")
-    return read_training(folder)["progress"]
+    return read_training(folder)[0]
 
 
 def check_run(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> None:
@@ -65,12 +68,21 @@ def check_run(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) 
 
     Raises:
         RunError: it holds something else, or a run of another config or cache.
+        ConfigError: it would be cleared, and holds the draft to start from.
     """
-    if not run.exists() or not {path.name for path in run.iterdir()} - {_LOCK, RUN}:
+    if run.exists() and not run.is_dir():
+        raise RunError(f"{run} is a file, and a run is a directory: choose another --run")
+    names = {path.name for path in run.iterdir()} if run.exists() else set()
+    if not {name for name in names if not name.endswith(".partial")} - {_LOCK, RUN}:
         return
     if not (run / CONFIG).is_file():
         raise RunError(f"{run} is not empty and is no run (it has no {CONFIG}): choose another --run")
     if fresh:
+        source = config.draft.init_from
+        if source is not None and run.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+            raise ConfigError(
+                f"draft.init_from = {source} is in {run}, which --fresh clears: choose another --run"
+            )
         return
     differing = [f"cache {line}" for line in differing_fields(load_run_cache(run), identity)]
     differing += differing_settings(load_run_config(run), config)
@@ -119,16 +131,21 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def begin(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> None:
-    """Write what a new run is, or leave one that is there as it is; `fresh` clears it first."""
+    """Write what a new run is, or leave one that is there as it is; `fresh` clears it first.
+
+    Killed at any moment, it leaves a run: the old one, or one that has no checkpoint yet.
+    """
     if fresh:
         for name in _OURS:
-            path = run / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    files.remove_partials(run)
-    if not (run / CONFIG).is_file():
+            path, gone = run / name, run / f".{name}.partial"
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            elif path.exists():
+                shutil.rmtree(gone, ignore_errors=True)
+                path.rename(gone)  # at once: half of it is worth nothing
+                shutil.rmtree(gone)
+    mend(run, config.train.keep_checkpoints)
+    if fresh or not (run / CONFIG).is_file():
         facts = {"version": code_version(), "cache": dataclasses.asdict(identity)}
         files.publish_bytes(run / RUN, (json.dumps(facts, indent=1) + "\n").encode())
         files.publish_bytes(run / CONFIG, configuration.to_toml(config).encode())
@@ -144,7 +161,11 @@ class MetricsFile:
     def __init__(self, run: Path, size: int):
         self._path = run / METRICS
         self._path.touch()
-        os.truncate(self._path, min(size, self._path.stat().st_size))
+        found = self._path.stat().st_size
+        if found < size:
+            lost = f"{self._path} has {found} bytes where the checkpoint knows of {size}"
+            click.echo(f"warning: {lost}: figures of earlier steps are gone", err=True)
+        os.truncate(self._path, min(size, found))
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line."""

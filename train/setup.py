@@ -40,12 +40,15 @@ class Setup:
     """Sample numbers to evaluate on."""
 
 
-def set_up(cache: Path, config: RunConfig, device: torch.device, world: int = 1) -> Setup:
+def set_up(
+    cache: Path, config: RunConfig, device: torch.device, world: int = 1, *, begins: bool = True
+) -> Setup:
     """Read a cache's index and check a config against it.
 
     Args:
         device: what will be trained on.
         world: the number of ranks.
+        begins: whether first weights are needed; a run that goes on has its own.
 
     Raises:
         DSparkError: there is no such cache, or the config asks for what it lacks or no draft can have.
@@ -56,7 +59,7 @@ def set_up(cache: Path, config: RunConfig, device: torch.device, world: int = 1)
     reader.check_shards()
     shape = draft_shape(reader, config)
     resolve_attention(config.draft.attention, shape, device)
-    if config.draft.init_from is not None:
+    if begins and config.draft.init_from is not None:
         check_warm_start(shape, Path(config.draft.init_from))
     samples, held_out = split(reader, config.train.held_out)
     check_lengths(reader, config.train.batch_tokens)

@@ -31,6 +31,8 @@ from train.run import check_run, read_progress
 from train.setup import set_up
 
 POLL_SECONDS = 0.1
+# Were this itself one of several processes, its runs are not.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LONGEST_NAME = 200  # bytes; file systems end at 255, and the log's name is longer
 # A whole quoted string, or one character.
 _TOKEN = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*"|.""", re.DOTALL)
@@ -92,7 +94,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, list[str]]:
 def run_names(grid: dict[str, list[str]]) -> list[str]:
     """A name for every point of a grid, the first key varying slowest: the settings that vary.
 
-    They are safe as file names and do not change when a key is given more values.
+    They are safe as file names and do not change when a key that varies is given more values.
     """
     varied = [key for key, values in grid.items() if len(values) > 1]
     if not varied:
@@ -158,7 +160,8 @@ def train_command(
     cache: Path, config_file: Path, run: Path, settings: Sequence[str], device: str
 ) -> list[str]:
     """The command line of one run."""
-    command = [sys.executable, "-m", "train", "--cache", str(cache), "--config", str(config_file)]
+    # -P: not a train.py that happens to lie in the working directory.
+    command = [sys.executable, "-P", "-m", "train", "--cache", str(cache), "--config", str(config_file)]
     command += ["--run", str(run), "--device", device]
     return command + [part for setting in settings for part in ("--set", setting)]
 
@@ -223,8 +226,13 @@ def sweep(
                     if is_complete(runs / point.name, point.config, identity):
                         complete.add(point.name)
                         say(f"{label}: already complete, {_tau(runs / point.name)}")
-                    else:
+                        continue
+                    try:
                         child = work.start(point, label)
+                    except OSError as error:
+                        failed.append(point.name)
+                        say(f"{label}: failed: {error.filename}: {error.strerror}")
+                    else:
                         say(f"{label}: training{child.place}, log: {child.log}")
                 if work.at_work:
                     time.sleep(POLL_SECONDS)
@@ -271,14 +279,14 @@ def is_complete(run: Path, config: RunConfig, identity: Identity) -> bool:
     """
     try:
         check_run(run, config, identity, fresh=False)
-        return read_progress(run)["complete"]
+        return read_progress(run).complete
     except DSparkError:
         return False
 
 
 def _tau(run: Path) -> str:
     """What a complete run has come to."""
-    evaluation = read_progress(run)["evaluation"]
+    evaluation = read_progress(run).evaluation
     return f"held-out tau {evaluation['tau']:.3f}" if evaluation else "nothing held out"
 
 
@@ -311,7 +319,7 @@ class _Child:
         code = self.process.returncode
         if code == 0:
             try:
-                return None if read_progress(self.run)["complete"] else "it ended before its last step"
+                return None if read_progress(self.run).complete else "it ended before its last step"
             except DSparkError as error:
                 return str(error)
         if code < 0:
@@ -347,7 +355,9 @@ class _Work:
     def start(self, point: Point, label: str) -> _Child:
         """Begin a run, or go on with it."""
         slot = min(set(range(self.jobs)) - {child.slot for child in self.at_work})
-        environment, place = dict(os.environ), ""
+        environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
+        path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"], place = os.pathsep.join(path), ""
         if len(self.gpus) > 1:
             gpu = self.gpus[slot % len(self.gpus)]
             environment["CUDA_VISIBLE_DEVICES"], place = gpu, f" on GPU {gpu}"

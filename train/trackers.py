@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import click
 
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError, RunError, StoppedError
 from pipeline.files import publish_bytes
 
 IDENTITY = "trackers.json"  # in the run's directory: which run of a tracker is this one, also when resumed
@@ -91,7 +91,6 @@ class Wandb:
             resume="allow",
             dir=start.run,
             config=start.config,
-            allow_val_change=True,  # a run may be resumed with other settings
             settings=wandb.Settings(silent=True, console="off", finish_timeout=FINISH_SECONDS),
         )
         self.where = str(start.run / "wandb") if self._run.offline else str(self._run.url)
@@ -205,7 +204,7 @@ class Trackers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
+        self.close(failed=kind is not None and not issubclass(kind, StoppedError))
 
 
 def flat_scalars(values: dict[str, Any], prefix: str = "train/") -> dict[str, float]:

@@ -80,7 +80,9 @@ class Window:
         return {"sums": sums, "norm": self._norm, **self._numbers}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`. Raises ValueError when it is none."""
+        if set(state) != {"sums", "norm", *self._numbers}:
+            raise ValueError("the sums since the last log line are not what this version writes")
         sums = state["sums"]
         if sums is not None:
             tensors = [torch.tensor(value, device=self._device) for value in sums]

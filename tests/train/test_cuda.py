@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import run_ok
+from tests.processes import start_ranks
 from tests.train.drafts import as_pack, random_samples, small_model
-from tests.train.runs import lines_of, train_arguments
+from tests.train.runs import lines_of, progress_of, train_arguments, weights_of
 from train.batches import load_batch, loaded, random_anchors
 from train.config import RunConfig, TrainConfig
 from train.fused_loss import _product
@@ -100,10 +102,49 @@ def test_a_batch_decoded_on_the_gpu_is_the_cpus(cache_dir: Path, tmp_path: Path,
 
 
 def test_training_on_a_gpu_end_to_end(cache_dir: Path, tmp_path: Path) -> None:
-    arguments = train_arguments(cache_dir, tmp_path / "r", train__max_steps=30, draft__head_dim=16)
-    arguments[arguments.index("cpu")] = "cuda"
-    run_ok(*arguments)
+    run_ok(*on_gpu(train_arguments(cache_dir, tmp_path / "r", train__max_steps=30, draft__head_dim=16)))
     logged = [line for line in lines_of(tmp_path / "r") if "held_out" not in line]
     assert logged[-1]["loss"] < logged[0]["loss"]
     assert logged[-1]["peak_memory_bytes"] > 0
     run_ok("evaluate", "--cache", cache_dir, "--run", tmp_path / "r", "--device", "cpu")
+
+
+def on_gpu(arguments: list[str | Path]) -> list[str | Path]:
+    arguments[arguments.index("cpu")] = "cuda"
+    return arguments
+
+
+def assert_near(run: Path, wanted: Path) -> None:
+    """Kernels add up in an order of their own, so not bit for bit."""
+    weights = weights_of(run)
+    for name, weight in weights_of(wanted).items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-2, atol=1e-3, msg=f"{name} differs")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_on_a_gpu_is_continued(cache_dir: Path, tmp_path: Path, optimizer: str) -> None:
+    settings = {"train__max_steps": 12, "train__checkpoint_every": 6, "draft__head_dim": 16}
+    settings |= {"train__precision": "fp32", "train__tf32": "false", "train__optimizer": optimizer}
+    for run in ("whole", "run"):
+        run_ok(*on_gpu(train_arguments(cache_dir, tmp_path / run, **settings)))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000012")
+    run_ok(*on_gpu(train_arguments(cache_dir, tmp_path / "run", **settings)))
+    assert progress_of(tmp_path / "run")["step"] == 12
+    assert_near(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_gpus_train_as_one(cache_dir: Path, tmp_path: Path, parallelism: str, precision: str) -> None:
+    settings = {"train__max_steps": 6, "train__micro_batches_per_step": 4, "draft__head_dim": 16}
+    settings |= {"train__precision": precision, "train__tf32": "false", "train__parallelism": parallelism}
+    run_ok(*on_gpu(train_arguments(cache_dir, tmp_path / "one", **settings)))
+    arguments = on_gpu(train_arguments(cache_dir, tmp_path / "two", **settings))
+    for process in start_ranks(tmp_path / "out", 2, *arguments):
+        assert process.wait() == 0, process.err
+    assert progress_of(tmp_path / "two")["tokens"] == progress_of(tmp_path / "one")["tokens"]
+    if precision == "fp32":
+        assert_near(tmp_path / "two", tmp_path / "one")
+    one, two = (lines_of(tmp_path / name)[-1]["held_out"] for name in ("one", "two"))
+    assert two["tau"] == pytest.approx(one["tau"], abs=0.02)

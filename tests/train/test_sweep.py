@@ -166,8 +166,8 @@ def bench(tmp_path: Path, cache_dir: Path, monkeypatch) -> Bench:
 
     def stand_in(*given) -> list[str]:
         command = real(*given)
-        assert command[:3] == [sys.executable, "-m", "train"]
-        return [sys.executable, str(tmp_path / "stand_in.py"), *command[3:]]
+        assert command[:4] == [sys.executable, "-P", "-m", "train"]
+        return [sys.executable, str(tmp_path / "stand_in.py"), *command[4:]]
 
     monkeypatch.setattr(sweep, "train_command", stand_in)
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
@@ -357,6 +357,17 @@ def test_a_complete_run_of_something_else_is_left_to_train(bench: Bench) -> None
     assert "already complete" not in run_ok(*bench.arguments("train.lr=0.25"))  # another cache
 
 
+def test_what_is_in_the_way_of_one_run_stops_no_other(bench: Bench) -> None:
+    bench.runs.mkdir()
+    (bench.runs / "num_layers=1.log").mkdir()
+    (bench.runs / "num_layers=2").write_text("")
+    bench.plan(l2="fail")
+    result = run_cli(*bench.arguments("draft.num_layers=1,2,3"))
+    assert_refused(result, 1, "2 of 3 runs failed (num_layers=1; num_layers=2)")
+    assert "1/3 num_layers=1: failed: " in result.stdout
+    assert "3/3 num_layers=3: held-out tau" in result.stdout
+
+
 def test_a_killed_run_is_said_to_be(bench: Bench) -> None:
     bench.plan(l1="die")
     result = run_cli(*bench.arguments("draft.num_layers=1,2"))
@@ -401,7 +412,7 @@ def test_a_signal_is_passed_on_once_and_the_same_command_continues(
     assert not any(line.startswith("4/4") for line in lines)
     for layers in (2, 3):
         assert (bench.folder / f"signals-num_layers={layers}").read_text().split() == [str(number.value)]
-        assert read_progress(bench.runs / f"num_layers={layers}")["step"] == 2  # it was waited for
+        assert read_progress(bench.runs / f"num_layers={layers}").step == 2  # it was waited for
     sessions = [session for *_, session in bench.started()]
     assert len(sessions) == 3
     assert not any(process.alive(session) for session in sessions)

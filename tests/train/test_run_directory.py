@@ -1,0 +1,280 @@
+"""A run's directory after whatever may have happened to it: killed at any change, copied, edited."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train.loop
+from pipeline.errors import ConfigError
+from tests.conftest import assert_refused, run_cli, run_ok
+from tests.processes import Dspark
+from tests.train.runs import checkpoint_names, lines_of, progress_of, train_arguments, weights_of
+from tests.train.test_resume import assert_same_run, one_thread_until_death
+from train.checkpoint import BEST, LATEST
+from train.config import LossConfig, RunConfig, TrainConfig
+
+SHORT = {
+    "train__max_steps": 4,
+    "train__checkpoint_every": 2,
+    "train__eval_every": 2,
+    "train__keep_checkpoints": 1,
+    "train__log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    run_ok(*train_arguments(cache_dir, run, **SHORT))
+    return run
+
+
+def killed(folder: Path, at: int, *arguments: str | Path) -> bool:
+    """Run a command until right before its `at`-th change to the disk; False if it had fewer."""
+    process = Dspark(folder, *arguments, before=one_thread_until_death, DIE_AT=str(at))
+    code = process.wait()
+    assert code in (0, -signal.SIGKILL), process.err
+    return code != 0
+
+
+def test_killed_before_every_change_to_the_disk(tmp_path: Path, cache_dir: Path, whole: Path) -> None:
+    """From the first file on: the same command always ends in the same run, with links that are right."""
+    at = 1
+    while True:
+        run = tmp_path / f"run{at}"
+        arguments = train_arguments(cache_dir, run, **SHORT)
+        if not killed(tmp_path / "out", at, *arguments):
+            break
+        run_ok(*arguments)
+        assert_same_run(run, whole)
+        assert (run / LATEST).resolve().name == "step-000004"
+        assert not list(run.rglob("*.partial")) + list(run.rglob("*.old"))
+        shutil.rmtree(run)
+        at += 1
+    assert at > 30  # two checkpoints, of a dozen changes each
+
+
+def test_killed_before_every_change_of_a_fresh_start(tmp_path: Path, cache_dir: Path, whole: Path) -> None:
+    """What is left is a run: --fresh works, and so does going on with what is there."""
+    at = 1
+    while True:
+        run = tmp_path / "run"
+        shutil.copytree(whole, run, symlinks=True)
+        arguments = train_arguments(cache_dir, run, **{**SHORT, "train__max_steps": 1, "train__seed": 5})
+        killed(tmp_path / "out", at, *arguments, "--fresh")
+        if (run / "checkpoints" / "step-000001").exists():
+            break
+        if (run / LATEST).exists():  # the old one, whole
+            assert progress_of(run)["step"] == 4
+        copy = tmp_path / "copy"
+        shutil.copytree(run, copy, symlinks=True)
+        run_ok(*arguments, "--fresh")
+        assert progress_of(run)["step"] == 1
+        config = copy / "config.toml"
+        if config.exists() and "seed = 0" in config.read_text():
+            run_ok(*train_arguments(cache_dir, copy, **SHORT))
+            assert_same_run(copy, whole)
+        shutil.rmtree(run)
+        shutil.rmtree(copy)
+        at += 1
+    assert at > 10
+
+
+def test_a_checkpoint_that_is_written_again_is_never_missing(
+    tmp_path: Path, cache_dir: Path, whole: Path, monkeypatch
+) -> None:
+    """Stopped within an evaluation, a run saves that step twice; here it is the only checkpoint kept."""
+    stopped = tmp_path / "stopped"
+    real, calls = train.loop.evaluate, []
+
+    def interrupted(*given, **options):
+        calls.append(given)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*given, **options)
+
+    monkeypatch.setattr(train.loop, "evaluate", interrupted)
+    assert_refused(run_cli(*train_arguments(cache_dir, stopped, **SHORT)), 143, "saved at step 2")
+    at = 1
+    while True:
+        run = tmp_path / "run"
+        shutil.copytree(stopped, run, symlinks=True)
+        arguments = train_arguments(cache_dir, run, **SHORT)
+        if not killed(tmp_path / "out", at, *arguments):
+            break
+        kept = checkpoint_names(run) if (run / "checkpoints").exists() else []
+        assert any("step-" in name for name in kept)
+        result = run_cli(*arguments)
+        assert result.exit_code == 0
+        assert "continuing from step" in result.stderr or "complete" in result.stdout
+        assert_same_run(run, whole)
+        shutil.rmtree(run)
+        at += 1
+    assert at > 20
+
+
+def test_a_copy_without_links_goes_on(tmp_path: Path, cache_dir: Path, whole: Path) -> None:
+    """As cloud storage makes one."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    assert not (run / LATEST).is_symlink()
+    older = {**SHORT, "train__keep_checkpoints": 1}
+    run_ok(*train_arguments(cache_dir, run, **older))
+    assert (run / LATEST).is_symlink()
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weight, weights_of(run)[name])
+
+
+def test_what_a_user_keeps_beside_checkpoints_stays(tmp_path: Path, cache_dir: Path) -> None:
+    run = tmp_path / "run"
+    settings = {**SHORT, "train__eval_every": 0}
+    run_ok(*train_arguments(cache_dir, run, **settings))
+    shutil.copytree(run / "checkpoints" / "step-000004", run / "checkpoints" / "step-000004-mine")
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    run_ok(*train_arguments(cache_dir, run, **settings))
+    assert checkpoint_names(run) == ["step-000004", "step-000004-mine"]
+
+
+def test_fresh_keeps_the_draft_it_starts_from(tmp_path: Path, cache_dir: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, symlinks=True)
+    for source in (run, run / BEST, run / "checkpoints" / "step-000004"):
+        result = run_cli(*train_arguments(cache_dir, run, **SHORT, draft__init_from=source), "--fresh")
+        assert_refused(result, 2, "init_from", "--fresh clears")
+    assert_same_run(run, whole)
+
+
+def test_a_run_goes_on_without_the_draft_it_started_from(
+    tmp_path: Path, cache_dir: Path, whole: Path
+) -> None:
+    source, run = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(whole, source, symlinks=True)
+    arguments = train_arguments(cache_dir, run, **SHORT, draft__init_from=source)
+    assert killed(tmp_path / "out", 40, *arguments)
+    shutil.rmtree(source)
+    run_ok(*arguments)
+    assert progress_of(run)["complete"]
+
+
+def test_lost_figures_are_said(tmp_path: Path, cache_dir: Path) -> None:
+    run = tmp_path / "run"
+    arguments = train_arguments(cache_dir, run, **{**SHORT, "train__keep_checkpoints": 2})
+    run_ok(*arguments)
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    (run / "metrics.jsonl").unlink()
+    result = run_cli(*arguments)
+    assert "warning: " in result.stderr
+    assert "figures of earlier steps are gone" in result.stderr
+    assert [line["step"] for line in lines_of(run) if "loss" in line] == [3, 4]
+
+
+def test_a_file_in_a_runs_place(tmp_path: Path, cache_dir: Path) -> None:
+    (tmp_path / "run").write_text("")
+    assert_refused(run_cli(*train_arguments(cache_dir, tmp_path / "run")), 1, "is a file", "--run")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda page: page["progress"].update(step="x"),
+        lambda page: page.update(progress=list(page["progress"])),
+        lambda page: page["progress"].update(window={"sums": 3}),
+        lambda page: page["progress"].update(surprise=1),
+        lambda page: page["progress"].pop("total_steps"),
+        lambda page: page.clear(),
+    ],
+)
+def test_an_edited_page_is_one_line(tmp_path: Path, cache_dir: Path, whole: Path, edit) -> None:
+    run = unfinished(tmp_path / "run", whole)
+    path = (run / LATEST).resolve() / "training.json"
+    page = json.loads(path.read_text())
+    edit(page)
+    path.write_text(json.dumps(page))
+    assert_refused(run_cli(*train_arguments(cache_dir, run, **SHORT)), 1, "damaged", "remove it")
+
+
+def test_a_page_without_its_cache_is_one_line(tmp_path: Path, cache_dir: Path, whole: Path) -> None:
+    run = unfinished(tmp_path / "run", whole)
+    path = (run / LATEST).resolve() / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cache": {}}))
+    assert_refused(run_cli("evaluate", "--cache", cache_dir, "--run", run), 1, "damaged")
+
+
+@pytest.mark.parametrize("damage", ["lacks one", "lacks a layer", "shape", "kind", "generator"])
+def test_other_states_are_one_line(tmp_path: Path, cache_dir: Path, whole: Path, damage: str) -> None:
+    """Not one of them is left out quietly."""
+    run = unfinished(tmp_path / "run", whole)
+    path = (run / LATEST).resolve() / "training.safetensors"
+    states = load_file(path)
+    name = "optimizer.layers.0.mlp.up_proj.weight.exp_avg_sq"
+    if damage == "lacks one":
+        del states[name]
+    elif damage == "lacks a layer":
+        states = {key: value for key, value in states.items() if "layers.0" not in key}
+    elif damage == "shape":
+        states[name] = states[name].flatten()
+    elif damage == "kind":
+        states[name] = states[name].long()
+    else:
+        states["random.0.cpu"] = states["random.0.cpu"].float()
+    save_file(states, path)
+    assert_refused(run_cli(*train_arguments(cache_dir, run, **SHORT)), 1, "damaged", "remove it")
+
+
+def unfinished(run: Path, whole: Path) -> Path:
+    """A copy of a complete run that says it is not."""
+    shutil.copytree(whole, run, symlinks=True)
+    path = (run / LATEST).resolve() / "training.json"
+    path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
+    return run
+
+
+def test_a_tau_that_is_no_number_is_not_the_best(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
+    taus = iter([math.nan, 1.1])
+    real = train.loop.evaluate
+    monkeypatch.setattr(train.loop, "evaluate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
+    run_ok(*train_arguments(cache_dir, tmp_path / "r", **SHORT))
+    assert progress_of(tmp_path / "r")["best"] == {"step": 4, "tau": 1.1}
+
+
+def test_stopped_early_between_two_lines(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
+    real = train.loop.evaluate
+    monkeypatch.setattr(train.loop, "evaluate", lambda *a, **k: {**real(*a, **k), "tau": 1.5})
+    settings = {"train__eval_every": 2, "train__early_stopping_patience": 1, "train__log_every": 10}
+    run_ok(*train_arguments(cache_dir, tmp_path / "r", **settings))
+    assert [line["step"] for line in lines_of(tmp_path / "r") if "loss" in line] == [4]
+
+
+def test_another_machine_is_said(tmp_path: Path, cache_dir: Path, whole: Path) -> None:
+    run = unfinished(tmp_path / "run", whole)
+    path = (run / LATEST).resolve() / "training.json"
+    page = json.loads(path.read_text())
+    assert page["machine"]["precision"] == "fp32"
+    page["machine"] |= {"precision": "bf16", "device": "NVIDIA H200"}
+    path.write_text(json.dumps(page))
+    said = run_cli(*train_arguments(cache_dir, run, **SHORT)).stderr
+    assert "not what it began on (device: NVIDIA H200, now cpu; precision: bf16, now fp32)" in said
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda: TrainConfig(lr=math.inf),
+        lambda: TrainConfig(lr=math.nan),
+        lambda: TrainConfig(seed=10**23),
+        lambda: TrainConfig(max_steps=10**20),
+        lambda: RunConfig(loss=LossConfig(ce_alpha=math.inf)),
+    ],
+)
+def test_numbers_that_no_run_can_have(values) -> None:
+    with pytest.raises(ConfigError, match=r"finite|at most"):
+        values()
