@@ -33,7 +33,7 @@ from benchmarks.record import record
 from pipeline import config as configuration
 from pipeline.device import resolve_device, reuse_freed_memory
 from pipeline.features import default_layer_ids
-from train.batches import Batch, load_pack, random_anchors
+from train.batches import Batch, load_pack
 from train.config import RunConfig
 from train.draft.config import draft_config
 from train.draft.model import Qwen3DSparkModel
@@ -43,6 +43,7 @@ from train.optim import build_optimizers, normalise_gradients
 from train.order import epoch_packs
 from train.precision import autocast, resolve_precision
 from train.setup import prepare, trainer_module
+from train.steps import random_anchors
 from train.window import peak_memory
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from pipeline.cache import CacheReader, last_positions
 from pipeline.cache.layout import LAST_HIDDEN, context_name
+from train.steps import AnchorChoice
 
 Loaded = TypeVar("Loaded")
-# Given the candidates of each sample of a batch, ascending, and their ids: the anchors of each, ascending.
-AnchorChoice = Callable[[list[np.ndarray], list[bytes]], list[np.ndarray]]
 
 # Blocks of a batch are a multiple of it, so that a GPU meets few shapes; the last few may be dummies.
 ANCHOR_MULTIPLE = 16
@@ -103,50 +102,6 @@ class EncodedBatch(Pack):
 
 def _states(context: Tensor, last_hidden: Tensor) -> dict[str, Tensor]:
     return {"target_hidden_states": context[None], "target_last_hidden_states": last_hidden[None]}
-
-
-def anchor_quotas(candidates: Sequence[int], total: int) -> np.ndarray:
-    """How many anchors each sample gets: in proportion to its candidates, `total` in all if there are enough.
-
-    Shares are rounded down; what is left goes to the largest remainders, the first of equals first.
-    """
-    counts = np.asarray(candidates, dtype=np.int64)
-    if counts.sum() <= total:
-        return counts
-    shares, remainders = np.divmod(counts * total, counts.sum())
-    left = total - shares.sum()
-    shares[np.argsort(-remainders, kind="stable")[:left]] += 1
-    return shares
-
-
-def random_anchors(total: int, seed: int, epoch: int) -> AnchorChoice:
-    """Training's choice: `total` a batch, in each sample uniform without replacement.
-
-    A sample's anchors come from (seed, epoch, sample id) and its quota alone: whatever else is random, and
-    the number of ranks, can't change them.
-    """
-
-    def choose(candidates: list[np.ndarray], sample_ids: list[bytes]) -> list[np.ndarray]:
-        quotas = anchor_quotas([len(c) for c in candidates], total)
-        return [_draw(c, q, s) for c, q, s in zip(candidates, quotas, sample_ids, strict=True)]
-
-    def _draw(candidates: np.ndarray, quota: int, sample_id: bytes) -> np.ndarray:
-        if len(candidates) == quota:
-            return candidates
-        rng = np.random.default_rng((seed, epoch, int.from_bytes(sample_id, "big")))
-        return np.sort(rng.choice(candidates, quota, replace=False))
-
-    return choose
-
-
-def spread_anchors(each: int) -> AnchorChoice:
-    """Evaluation's choice: up to `each` a sample, evenly spread over its candidates, always the same."""
-
-    def choose(candidates: list[np.ndarray], _sample_ids: list[bytes]) -> list[np.ndarray]:
-        places = [np.linspace(0, len(c) - 1, min(each, len(c))).round().astype(np.int64) for c in candidates]
-        return [c[p] for c, p in zip(candidates, places, strict=True)]
-
-    return choose
 
 
 def load_pack(reader: CacheReader, samples: Sequence[int], batch_tokens: int, choose: AnchorChoice) -> Pack:

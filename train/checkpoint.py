@@ -146,7 +146,9 @@ def _write(
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         save_file(states, partial / STATES, metadata={"format": "pt"})
         (partial / TRAINING).write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+        mode = (partial / TRAINING).stat().st_mode
         for path in partial.iterdir():
+            path.chmod(mode)  # as the user's umask has it; safetensors makes files that only they can read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         files.sync_directory(partial)

@@ -86,6 +86,25 @@ class Ranks:
             error.exit_code = code
             self.fail(problem or error)
 
+    def agree(self, facts: dict[str, Any]) -> None:
+        """End the run where ranks are not about to do the same: names what differs.
+
+        Raises:
+            RunError: on the first rank.
+        """
+        seen = self.gather(facts)
+        for name, value in facts.items():
+            values = [other[name] for other in seen]
+            if any(other != value for other in values):
+                short = all(isinstance(other, str | None) for other in values)
+                what = f"{name} ({', '.join(other or 'none' for other in values)})" if short else name
+                self.fail(
+                    RunError(
+                        f"the ranks see different things: {what}. Cache and --run have to be the same on all "
+                        "machines, on a file system that they share"
+                    )
+                )
+
     def fail(self, error: DSparkError) -> NoReturn:
         """End the run for a reason that every rank knows: one of them says it."""
         self.meet()

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.cache import CacheReader, held_out
 from pipeline.errors import ConfigError
-from train.batches import loaded, spread_anchors
+from train.batches import loaded
 from train.config import RunConfig
 from train.display import bar
 from train.distributed import Ranks
@@ -18,6 +18,7 @@ from train.losses import LossSums, divide
 from train.module import DSparkTrainerModule
 from train.order import sequential_packs, share
 from train.precision import autocast
+from train.steps import spread_anchors
 
 
 def split(reader: CacheReader, fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -8,15 +8,12 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,58 +22,24 @@ from pipeline import files
 from pipeline.device import reuse_freed_memory
 from pipeline.errors import RunError, StoppedError
 from pipeline.signals import StopRequest, stop_on_signals
-from train.batches import AnchorChoice, loaded, random_anchors
+from train.batches import loaded
 from train.checkpoint import load_states, load_weights, newest, save_checkpoint
-from train.config import RunConfig, TrainConfig
+from train.config import RunConfig
 from train.display import Display
 from train.distributed import Ranks, SpreadModule, open_ranks
 from train.evaluate import evaluate
 from train.flops import peak_flops, training_flops
 from train.losses import LossSums
 from train.optim import build_optimizers, learning_rate, normalise_gradients, set_learning_rate
-from train.order import epoch_steps
 from train.precision import autocast, resolve_precision
 from train.profile import check_profile, step_profiler
 from train.progress import Progress, damaged, read_training
 from train.run import EVALUATION, TRACE, MetricsFile, begin, check_run, flat_settings, locked
-from train.setup import Setup, build_draft, count_steps, initialise, prepare, set_up, trainer_module
+from train.setup import Setup, build_draft, initialise, prepare, set_up, trainer_module
+from train.steps import Step, count_steps, steps_from
 from train.trackers import Trackers
 from train.version import code_version
 from train.window import Window
-
-
-@dataclass(frozen=True)
-class Step:
-    """One rank's part of an optimiser step."""
-
-    epoch: int
-    number: int
-    """In its epoch, from 0."""
-    packs: list[tuple[list[int], AnchorChoice]]
-    """Sample numbers of each micro-batch, and how their anchors are chosen."""
-
-
-def steps_from(
-    lengths: np.ndarray,
-    samples: np.ndarray,
-    config: TrainConfig,
-    epoch: int = 0,
-    number: int = 0,
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[Step]:
-    """One rank's steps, epoch after epoch without end, from a place in the data order on.
-
-    Args:
-        lengths: tokens of each training sample, `[n]`.
-        samples: their numbers in the cache, `[n]`.
-    """
-    shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)
-    for each in itertools.count(epoch):
-        choose = random_anchors(config.anchors_per_batch, config.seed, each)
-        steps = epoch_steps(lengths, *shape, each, rank, world)
-        for i in range(number if each == epoch else 0, len(steps)):
-            yield Step(each, i, [(samples[members].tolist(), choose) for members in steps[i]])
 
 
 def train(
@@ -125,7 +88,7 @@ def train(
             folder = newest(run)
             progress = read_training(folder)[0] if folder else None
         same = {"config": setup.config, "cache": identity, "newest checkpoint": folder and folder.name}
-        _check_same_everywhere(same, ranks)
+        ranks.agree(same)
         if progress is not None and progress.complete:
             if ranks.leads:
                 click.echo(f"run {run}: complete, nothing is left to train")
@@ -136,22 +99,6 @@ def train(
             page = json.dumps(progress.evaluation, indent=1) + "\n"
             files.publish_bytes(run / EVALUATION, page.encode())
         return progress.evaluation
-
-
-def _check_same_everywhere(facts: dict[str, Any], ranks: Ranks) -> None:
-    """All ranks are about to do the same. Raises RunError naming what differs."""
-    seen = ranks.gather(facts)
-    for name, value in facts.items():
-        values = [other[name] for other in seen]
-        if any(other != value for other in values):
-            shown = ", ".join(other if isinstance(other, str) else "none" for other in values)
-            what = f"{name} ({shown})" if name == "newest checkpoint" else name
-            ranks.fail(
-                RunError(
-                    f"the ranks see different things: {what}. Cache and --run have to be the same on all "
-                    "machines, on a file system that they share"
-                )
-            )
 
 
 def _steps_left(setup: Setup, folder: Path | None) -> int:
@@ -233,7 +180,7 @@ class Training:
         train, progress = self.config.train, self.progress
         left = progress.total_steps - progress.step
         profiler = step_profiler(profile_steps if self.ranks.leads else 0, left, self.path / TRACE)
-        self.display.say("on " + ", ".join(f"{name} {value}" for name, value in self.machine.items()))
+        self.display.say(", ".join(f"{name} {value}" for name, value in self.machine.items()))
         if progress.step:
             self.display.say(f"continuing from step {progress.step} of {progress.total_steps}")
             before = self.before.get("machine", {})
@@ -310,7 +257,7 @@ class Training:
             self.window.add(sums, norm)
             progress.skipped_in_a_row = 0
         else:
-            self._skip(step, losses, norm)
+            self._skip(step, losses)
         tokens, flops, late, signalled = numbers.tolist()
         self.stopping = signalled > 0
         seconds = time.perf_counter() - started
@@ -320,7 +267,7 @@ class Training:
         self.display.stepped()
         return bool(late)
 
-    def _skip(self, step: Step, losses: list[Tensor], norm: Tensor) -> None:
+    def _skip(self, step: Step, losses: list[Tensor]) -> None:
         """Count a step whose loss or gradient is not finite, and end the run after too many."""
         progress, most = self.progress, self.config.train.max_skipped_steps
         progress.skipped_steps += 1
@@ -432,8 +379,9 @@ class Training:
 
     def _save(self) -> None:
         progress = self.progress
-        if self.metrics is not None:
-            progress.metrics_bytes = self.metrics.sync()
+        with self.ranks.together():
+            if self.metrics is not None:
+                progress.metrics_bytes = self.metrics.sync()
         progress.window = self.window.state()
         about = {
             "config": dataclasses.asdict(self.config),

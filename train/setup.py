@@ -19,7 +19,6 @@ from train.evaluate import split
 from train.initialise import ridge_initialise
 from train.module import DSparkTrainerModule
 from train.optim import check_optimizer
-from train.order import epoch_steps
 from train.precision import allow_tf32, resolve_precision
 from train.trackers import check_trackers
 from train.warm_start import check_warm_start, warm_start
@@ -127,14 +126,6 @@ def check_world(config: TrainConfig, world: int) -> None:
             f"train.micro_batches_per_step = {config.micro_batches_per_step} leaves some of {world} "
             f"processes without work: set it to at least {world}, better a multiple of it, or start fewer"
         )
-
-
-def count_steps(lengths: np.ndarray, config: TrainConfig) -> int:
-    """Optimiser steps of a run over samples of these lengths `[n]`."""
-    if config.max_steps is not None:
-        return config.max_steps
-    shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)
-    return sum(len(epoch_steps(lengths, *shape, epoch)) for epoch in range(config.epochs))
 
 
 def build_draft(setup: Setup, *, fresh: bool = True) -> Qwen3DSparkModel:

@@ -12,11 +12,12 @@ from tests.conftest import run_ok
 from tests.processes import start_ranks
 from tests.train.drafts import as_pack, random_samples, small_model
 from tests.train.runs import lines_of, progress_of, train_arguments, weights_of
-from train.batches import load_batch, loaded, random_anchors
+from train.batches import load_batch, loaded
 from train.config import RunConfig, TrainConfig
 from train.fused_loss import _product
 from train.module import DSparkTrainerModule
 from train.setup import prepare
+from train.steps import random_anchors
 
 pytestmark = [
     pytest.mark.gpu,

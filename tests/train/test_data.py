@@ -20,18 +20,10 @@ from pipeline.cache.shard import advise, file_bytes, map_shard
 from pipeline.errors import CacheError
 from tests.conftest import run_ok
 from tests.train.drafts import small_model
-from train.batches import (
-    Batch,
-    anchor_quotas,
-    load_batch,
-    load_encoded_batch,
-    loaded,
-    prefetch,
-    random_anchors,
-    spread_anchors,
-)
+from train.batches import Batch, load_batch, load_encoded_batch, loaded, prefetch
 from train.config import TrainConfig
 from train.optim import build_optimizers, learning_rate, normalise_gradients
+from train.steps import anchor_quotas, random_anchors, spread_anchors
 
 
 @pytest.fixture(scope="module")

@@ -121,6 +121,12 @@ def test_a_checkpoint_that_is_written_again_is_never_missing(
     assert at > 20
 
 
+def test_others_may_read_a_draft_as_the_umask_has_it(tmp_path: Path, whole: Path) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (whole / LATEST).iterdir()}
+    (tmp_path / "mine").write_text("")
+    assert set(modes.values()) == {(tmp_path / "mine").stat().st_mode & 0o777}, modes
+
+
 def test_a_copy_without_links_goes_on(tmp_path: Path, cache_dir: Path, whole: Path) -> None:
     """As cloud storage makes one."""
     run = tmp_path / "run"

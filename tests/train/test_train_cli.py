@@ -18,9 +18,9 @@ from tests.tiny import make_target
 from tests.train.runs import SMALL, figures_of, lines_of, train_arguments
 from train.config import TrainConfig
 from train.evaluate import split
-from train.loop import steps_from
 from train.order import epoch_packs
-from train.setup import count_steps, most_candidates
+from train.setup import most_candidates
+from train.steps import count_steps, steps_from
 
 
 @pytest.fixture(scope="module")
