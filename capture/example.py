@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.errors import TargetError
+from pipeline.files import partial_name
 
 EXAMPLE_TARGET = Path(".cache") / "smollm2-135m-instruct"
 EXAMPLE_DATA = Path(__file__).parent / "data" / "example.jsonl"
@@ -43,9 +44,15 @@ def example_target() -> Path:
     source = Path(spec.origin).parent
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **gguf_options(_GGUF))
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    partial = EXAMPLE_TARGET.with_name(EXAMPLE_TARGET.name + ".partial")
+    EXAMPLE_TARGET.parent.mkdir(parents=True, exist_ok=True)
+    partial = EXAMPLE_TARGET.with_name(partial_name(EXAMPLE_TARGET.name))  # several processes may be at it
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.rename(EXAMPLE_TARGET)
+    try:
+        partial.rename(EXAMPLE_TARGET)
+    except OSError:
+        if not (EXAMPLE_TARGET / "config.json").is_file():
+            raise
+        shutil.rmtree(partial)  # another one was first
     return EXAMPLE_TARGET

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,3 +99,31 @@ def test_a_target_converted_earlier_is_used_without_the_packages(monkeypatch, tm
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     assert example_target().resolve() == folder.resolve()
+
+
+def test_several_processes_may_convert_it_at_once(tmp_path, monkeypatch):
+    """Each into a folder of its own; the first one there gives it its name."""
+    import transformers
+
+    import capture.example
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=__file__))
+    rivals = iter(["rival"])
+
+    class Saved:
+        @classmethod
+        def from_pretrained(cls, *_given, **_options):
+            return cls()
+
+        def save_pretrained(self, folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text("mine")
+            for rival in rivals:  # meanwhile another process starts and ends
+                capture.example.EXAMPLE_TARGET.mkdir()
+                (capture.example.EXAMPLE_TARGET / "config.json").write_text(rival)
+
+    monkeypatch.setattr(transformers, "AutoModelForCausalLM", Saved)
+    monkeypatch.setattr(transformers, "AutoTokenizer", Saved)
+    assert (example_target() / "config.json").read_text() == "rival"
+    assert [path.name for path in (tmp_path / ".cache").iterdir()] == [capture.example.EXAMPLE_TARGET.name]
