@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -150,31 +152,41 @@ def test_what_one_rank_cannot_do_ends_all_with_its_message(tmp_path: Path, cache
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rank_that_dies_ends_the_job(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
-    """Under the real torchrun: an error within a minute, the run as good as its last checkpoint."""
-    run = tmp_path / "run"
-    settings = {**SHARED, "train__max_steps": 100_000, "train__keep_checkpoints": 2}
-    arguments = [str(a) for a in train_arguments(cache_dir, run, **settings)]
-    arguments[arguments.index("--run")] = "--run-dir"
+@contextmanager
+def under_torchrun(command: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A command as two processes of the real torchrun."""
+    words = ["--run-dir" if argument == "--run" else str(argument) for argument in arguments]
     launcher = subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node", "2", "-m", "train", *arguments[1:]],
+        [*TORCHRUN, "--nproc-per-node", "2", "-m", command, *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     )
     try:
-        deadline = time.monotonic() + 100
-        while not (run / "latest").exists():
-            assert launcher.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        victim = _child_of(launcher.pid, RANK="1")
-        os.kill(victim, signal.SIGKILL)
-        _, errors = launcher.communicate(timeout=60)
+        yield launcher
     finally:
         launcher.kill()
         launcher.wait()
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until there is something in a file, or a folder."""
+    deadline = time.monotonic() + 100
+    while not (path.is_dir() or (path.exists() and path.stat().st_size)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_rank_that_dies_ends_the_job(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
+    """Under the real torchrun: an error within a minute, the run as good as its last checkpoint."""
+    run = tmp_path / "run"
+    settings = {**SHARED, "train__max_steps": 100_000, "train__keep_checkpoints": 2}
+    with under_torchrun(*train_arguments(cache_dir, run, **settings)) as launcher:
+        wait_for(run / "latest", launcher)
+        os.kill(_child_of(launcher.pid, RANK="1"), signal.SIGKILL)
+        _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
     said = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(said) <= 1
@@ -200,27 +212,11 @@ def test_every_process_and_torchrun_asked_to_stop(tmp_path: Path, cache_dir: Pat
     settings = {**SHARED, "train__max_steps": 100_000, "train__checkpoint_every": 0, "train__eval_every": 0}
     # Steps that take longer than torchrun's passing on.
     settings |= {"train__micro_batches_per_step": 400, "train__log_every": 1}
-    arguments = [str(a) for a in train_arguments(cache_dir, run, **settings)]
-    arguments[arguments.index("--run")] = "--run-dir"
-    launcher = subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node", "2", "-m", "train", *arguments[1:]],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 100
-        while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
-            assert launcher.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    with under_torchrun(*train_arguments(cache_dir, run, **settings)) as launcher:
+        wait_for(run / "metrics.jsonl", launcher)
         for process in (*(_child_of(launcher.pid, RANK=str(rank)) for rank in (0, 1)), launcher.pid):
             os.kill(process, signal.SIGTERM)
         _, errors = launcher.communicate(timeout=60)
-    finally:
-        launcher.kill()
-        launcher.wait()
     assert f"stopped by SIGTERM: {run} is saved at step {progress_of(run)['step']}" in errors
 
 
