@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -54,10 +54,12 @@ class LazyGroup(click.Group):
             with _layer_warnings_as_lines():
                 return super().invoke(ctx)
         except DSparkError as error:
-            click.echo(f"error: {error}", err=True)
+            with suppress(OSError):  # nobody may listen any more, as after Ctrl-C on `dspark ... | tee`
+                click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            with suppress(OSError):
+                click.echo("interrupted", err=True)
             ctx.exit(130)
         except BrokenPipeError:
             raise

@@ -33,8 +33,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     The same request may come more than once: a scheduler asks every process and torchrun asks its own again.
     So only Ctrl-C, pressed again after a moment, acts as it always does. What is ignored already, as SIGHUP
-    under nohup, stays ignored. Outside the main thread, where Python allows no handlers, signals stay as they
-    are.
+    under nohup or SIGINT in a script's background, stays ignored. Outside the main thread, where Python
+    allows no handlers, signals stay as they are.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -49,9 +49,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         elif number == signal.SIGINT and time.monotonic() - asked > AGAIN_SECONDS:
             signal.default_int_handler(number, frame)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
     try:
         for number in before:
             signal.signal(number, note)

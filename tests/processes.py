@@ -80,7 +80,11 @@ class Dspark:
 
     def wait_until(self, condition: Callable[[], object]) -> bool:
         """Wait for something to become true; False if it ended before."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(f"it hangs: {self.err}")
             if self.process.exitcode is not None:
                 return bool(condition())
             time.sleep(0.001)

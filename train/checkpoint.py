@@ -178,7 +178,7 @@ def _remove(folder: Path) -> None:
 
 def _point(run: Path, progress: Progress) -> None:
     """Let `latest` name the checkpoint of this progress, and `best` that of the best evaluation."""
-    steps = {LATEST: progress.step, BEST: progress.best["step"] if progress.best else None}
+    steps = {LATEST: progress.step, BEST: progress.best.step if progress.best else None}
     for name, step in steps.items():
         link = run / name
         if step is None or not (run / CHECKPOINTS / _name(step)).is_dir():
@@ -194,7 +194,7 @@ def _point(run: Path, progress: Progress) -> None:
 
 def _prune(run: Path, progress: Progress, keep: int) -> None:
     """Remove all but the newest checkpoints and the best."""
-    best = _name(progress.best["step"]) if progress.best else None
+    best = _name(progress.best.step) if progress.best else None
     for folder in checkpoints(run)[:-keep]:
         if folder.name != best:
             _remove(folder)
@@ -215,11 +215,8 @@ def mend(run: Path, keep: int) -> None:
             shutil.rmtree(old)
         else:
             old.rename(folder)
-    for left in (*run.glob(".*.partial"), *(run / CHECKPOINTS).glob(".*.partial")):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+    for left in (run / CHECKPOINTS).glob(".step-*.partial"):
+        shutil.rmtree(left)
     folder = newest(run)
     if folder is not None:
         progress, _ = read_training(folder)
@@ -264,6 +261,8 @@ def load_states(folder: Path, model: Qwen3DSparkModel, optimizers: Sequence[Opti
                 torch.set_rng_state(file.get_tensor(own["cpu"]))
             if "cuda" in own and own["cuda"] in keys:
                 torch.cuda.set_rng_state(file.get_tensor(own["cuda"]), ranks.device)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, TypeError, SafetensorError, RuntimeError) as error:
         raise damaged(folder, error) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -17,7 +18,7 @@ def bar(items: Any, ranks: Ranks, **options: Any) -> tqdm:
 
 
 class Display:
-    """Says how training goes, on stderr.
+    """Says how training goes, on stderr. That nobody listens any more ends no run.
 
     Args:
         ranks: the first of them speaks.
@@ -31,7 +32,8 @@ class Display:
 
     def stepped(self) -> None:
         """A step was done."""
-        self._bar.update()
+        with suppress(OSError):
+            self._bar.update()
 
     def figures(self, line: dict[str, Any]) -> None:
         """Show a log line's main figures."""
@@ -44,14 +46,16 @@ class Display:
         if self._bar.disable:
             self.say(f"step {line['step']}/{self._total}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
         else:
-            self._bar.set_postfix(shown)
+            with suppress(OSError):
+                self._bar.set_postfix(shown)
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._speaks:
-            with tqdm.external_write_mode(file=sys.stderr):
+            with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
                 click.echo(text, err=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self._bar.close()
+        with suppress(OSError):
+            self._bar.close()

@@ -35,6 +35,8 @@ class Ranks:
 
     def __init__(self, place: WorkerPlace, device: torch.device):
         self.rank, self.world, self.device = place.rank, place.world, device
+        self.met = False
+        """Whether all have come to the end."""
 
     @property
     def leads(self) -> bool:
@@ -122,6 +124,7 @@ class Ranks:
             dist.barrier()
             if self.device.type == "cpu":
                 time.sleep(0.3)  # without the lock
+            self.met = True
 
 
 @contextmanager
@@ -146,6 +149,8 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     if cuda:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if processes > torch.cuda.device_count() or device not in ("auto", "cuda"):
+            if place.local_rank:  # one of them says so
+                raise SystemExit(UsageError.exit_code)
             raise UsageError(
                 f"{processes} processes on this machine for {torch.cuda.device_count()} GPUs and --device "
                 f"{device}: start one a GPU, with --device cuda"
@@ -169,7 +174,9 @@ def open_ranks(device: str) -> Iterator[Ranks]:
             f"rank {place.rank} lost the others ({reason}): see what ended them; the same command continues "
             "from the last checkpoint"
         ) from None
-    dist.destroy_process_group()
+    finally:
+        if ranks.met:  # else it could wait for one that never comes
+            dist.destroy_process_group()
 
 
 class SpreadModule:

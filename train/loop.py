@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import signal
 import time
 from contextlib import ExitStack, closing
@@ -23,7 +24,7 @@ from pipeline.device import reuse_freed_memory
 from pipeline.errors import RunError, StoppedError
 from pipeline.signals import StopRequest, stop_on_signals
 from train.batches import loaded
-from train.checkpoint import load_states, load_weights, newest, save_checkpoint
+from train.checkpoint import CHECKPOINTS, load_states, load_weights, newest, save_checkpoint
 from train.config import RunConfig
 from train.display import Display
 from train.distributed import Ranks, SpreadModule, open_ranks
@@ -33,7 +34,7 @@ from train.losses import LossSums
 from train.optim import build_optimizers, learning_rate, normalise_gradients, set_learning_rate
 from train.precision import autocast, resolve_precision
 from train.profile import check_profile, step_profiler
-from train.progress import Progress, damaged, read_training
+from train.progress import Best, Progress, damaged, read_training
 from train.run import EVALUATION, TRACE, MetricsFile, begin, check_run, flat_settings, locked
 from train.setup import Setup, build_draft, initialise, prepare, set_up, trainer_module
 from train.steps import Step, count_steps, steps_from
@@ -70,13 +71,15 @@ def train(
     with open_ranks(device) as ranks, stop_on_signals() as stop, ExitStack() as held:
         if ranks.device.type == "cpu":
             reuse_freed_memory()
+        # A job that torchrun starts again goes on with what it did itself.
+        fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         with ranks.together():
-            folder = None if fresh else newest(run)
-            setup = set_up(cache, config, ranks.device, ranks.world, begins=folder is None)
+            begins = fresh or not any(run.glob(f"{CHECKPOINTS}/*step-*"))
+            setup = set_up(cache, config, ranks.device, ranks.world, begins=begins)
             identity = setup.reader.manifest.identity
             check_run(run, setup.config, identity, fresh=fresh)
             if profile_steps:
-                check_profile(profile_steps, _steps_left(setup, folder))
+                _check_profile(profile_steps, setup, None if fresh else newest(run))
         if ranks.leads:
             click.echo(configuration.to_toml(setup.config))
         with ranks.together():
@@ -101,12 +104,14 @@ def train(
         return progress.evaluation
 
 
-def _steps_left(setup: Setup, folder: Path | None) -> int:
-    """Steps that a run is yet to take, from its newest checkpoint on or from nothing."""
+def _check_profile(steps: int, setup: Setup, folder: Path | None) -> None:
+    """A run has enough steps left to trace, or none at all because it is complete."""
     if folder is None:
-        return count_steps(setup.reader.lengths[setup.samples], setup.config.train)
+        check_profile(steps, count_steps(setup.reader.lengths[setup.samples], setup.config.train))
+        return
     progress, _ = read_training(folder)
-    return progress.total_steps - progress.step
+    if not progress.complete:
+        check_profile(steps, progress.total_steps - progress.step)
 
 
 class Training:
@@ -141,7 +146,7 @@ class Training:
             self.model.to(device)
             if folder is None and ranks.leads:
                 initialise(self.model, setup)
-        self.before = read_training(folder)[1] if folder is not None else {}
+        self.last_page = read_training(folder)[1] if folder is not None else {}
         if progress is None:
             total = count_steps(self.reader.lengths[setup.samples], train)
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -167,8 +172,8 @@ class Training:
         self.display = Display(ranks, progress.total_steps, progress.step)
         self.saved = time.monotonic()
         self.version = code_version()
-        self.stopping = False  # what all ranks know of signals
-        self.one = torch.ones((), device=device)
+        self.stop_agreed = False  # what all ranks know of signals
+        self.denominator = torch.ones((), device=device)
 
     def run(self, profile_steps: int = 0) -> Progress:
         """Train to the end, or to a signal.
@@ -183,10 +188,10 @@ class Training:
         self.display.say(", ".join(f"{name} {value}" for name, value in self.machine.items()))
         if progress.step:
             self.display.say(f"continuing from step {progress.step} of {progress.total_steps}")
-            before = self.before.get("machine", {})
-            changed = [f"{k}: {before[k]}, now {v}" for k, v in self.machine.items() if before.get(k, v) != v]
+            last, now = ({**page["machine"], **page["version"]} for page in (self.last_page, self._about()))
+            changed = [f"{k}: {last[k]}, now {v}" for k, v in now.items() if last.get(k, v) != v]
             if changed:
-                self.display.say(f"not what it began on ({'; '.join(changed)}): sums may round otherwise")
+                self.display.say(f"not as it was saved ({'; '.join(changed)}): sums may round otherwise")
         steps = steps_from(
             self.reader.lengths[self.setup.samples],
             self.setup.samples,
@@ -211,13 +216,13 @@ class Training:
             self.trackers = Trackers(names, run=self.path, config=settings, step=progress.step)
         with self.trackers, closing(self.display):
             if self._evaluation_due() and progress.evaluated < progress.step:  # it was interrupted
-                self._between_steps(late=False)
+                self._between_steps(checkpoint_due=False)
             for step in steps:
                 if progress.complete:
                     break
-                late = self._step(step)
+                due = self._step(step)
                 profiler.step()
-                self._between_steps(late=late)
+                self._between_steps(checkpoint_due=due)
         return progress
 
     def _step(self, step: Step) -> bool:
@@ -235,14 +240,15 @@ class Training:
             waited += time.perf_counter() - asked
             with self.spread.micro_batch(last=number == len(step.packs)):
                 with autocast(ranks.device, self.precision):
-                    metrics = self.spread(**batch.tensors(), denominator=self.one)
+                    metrics = self.spread(**batch.tensors(), denominator=self.denominator)
                 metrics.loss.backward()
             part = metrics.sums.detach()
             sums = part if sums is None else sums + part
             losses.append(metrics.loss.detach())
             tokens, flops = tokens + batch.num_tokens, flops + batch.flops
-        late = ranks.leads and 0 < train.checkpoint_minutes * 60 <= time.monotonic() - self.saved
-        numbers = torch.tensor([tokens, flops, late, self.stop.signal is not None], dtype=torch.float64)
+        due = ranks.leads and 0 < train.checkpoint_minutes * 60 <= time.monotonic() - self.saved
+        flags = (due, self.stop.signal is not None)
+        numbers = torch.tensor([tokens, flops, waited, *flags], dtype=torch.float64)
         *sums, numbers = ranks.total([*sums, numbers])
         sums = LossSums(*sums)
         norm = normalise_gradients(self.model, sums.weight / ranks.world, train.max_grad_norm)
@@ -258,14 +264,14 @@ class Training:
             progress.skipped_in_a_row = 0
         else:
             self._skip(step, losses)
-        tokens, flops, late, signalled = numbers.tolist()
-        self.stopping = signalled > 0
+        tokens, flops, waited, due, signalled = numbers.tolist()
+        self.stop_agreed = signalled > 0
         seconds = time.perf_counter() - started
         progress.tokens += int(tokens)
         progress.seconds += seconds
-        self.window.count(tokens=tokens, flops=flops, seconds=seconds, waited=waited)
+        self.window.count(tokens=tokens, flops=flops, seconds=seconds, waited=waited / ranks.world)
         self.display.stepped()
-        return bool(late)
+        return bool(due)
 
     def _skip(self, step: Step, losses: list[Tensor]) -> None:
         """Count a step whose loss or gradient is not finite, and end the run after too many."""
@@ -293,7 +299,7 @@ class Training:
             )
         )
 
-    def _between_steps(self, *, late: bool) -> None:
+    def _between_steps(self, *, checkpoint_due: bool) -> None:
         """Log, evaluate and save what is due."""
         train, progress = self.config.train, self.progress
         last = progress.step == progress.total_steps
@@ -306,10 +312,11 @@ class Training:
             self._log_window()
             self.display.say(f"stopped early: {patience} evaluations without a better held-out tau")
         progress.complete = last and (progress.evaluated == progress.step or not self._evaluation_due())
-        due = train.checkpoint_every and progress.step % train.checkpoint_every == 0
-        if last or self.stopping or due or late or better:
+        if train.checkpoint_every and progress.step % train.checkpoint_every == 0:
+            checkpoint_due = True
+        if last or self.stop_agreed or checkpoint_due or better:
             self._save()
-        if self.stopping and not progress.complete:
+        if self.stop_agreed and not progress.complete:
             number = self.stop.signal or signal.SIGTERM  # it may have come to another rank
             kept = f"{self.path} is saved at step {progress.step}, the same command continues"
             self.ranks.fail(StoppedError(number, f"stopped by {number.name}: {kept}"))
@@ -331,14 +338,14 @@ class Training:
             interrupted=lambda: ranks.any(self.stop.signal is not None),
         )
         if figures is None:
-            self.stopping = True
+            self.stop_agreed = True
             return False
         result = {"step": progress.step, **figures}
         progress.evaluated, progress.evaluation = progress.step, result
         self._log({"step": progress.step, "held_out": result})
         self.display.say(f"step {progress.step}: held-out tau {result['tau']:.3f}, loss {result['loss']:.4f}")
-        if math.isfinite(result["tau"]) and (progress.best is None or result["tau"] > progress.best["tau"]):
-            progress.best = {"step": progress.step, "tau": result["tau"]}
+        if math.isfinite(result["tau"]) and (progress.best is None or result["tau"] > progress.best.tau):
+            progress.best = Best(progress.step, result["tau"])
             progress.evaluations_without_gain = 0
             return True
         progress.evaluations_without_gain += 1
@@ -374,7 +381,7 @@ class Training:
             "ranks": self.ranks.world,
             "precision": self.precision,
             "attention": self.model.attention,
-            "torch": torch.__version__,
+            **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
         }
 
     def _save(self) -> None:
@@ -383,12 +390,17 @@ class Training:
             if self.metrics is not None:
                 progress.metrics_bytes = self.metrics.sync()
         progress.window = self.window.state()
-        about = {
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(
+            self.path, self.model, self.optimizers, progress, self.ranks, self._about(), keep=keep
+        )
+        self.saved = time.monotonic()
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint says beside the progress."""
+        return {
             "config": dataclasses.asdict(self.config),
             "cache": dataclasses.asdict(self.reader.manifest.identity),
             "version": self.version,
             "machine": self.machine,
         }
-        keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.path, self.model, self.optimizers, progress, self.ranks, about, keep=keep)
-        self.saved = time.monotonic()

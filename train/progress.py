@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,14 @@ from pipeline.errors import ConfigError, RunError
 # A checkpoint's own page; with it, the checkpoint is whole.
 TRAINING = "training.json"
 _LIMIT = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Best:
+    """An evaluation."""
+
+    step: int
+    tau: float
 
 
 @dataclass(kw_only=True)
@@ -34,8 +43,8 @@ class Progress:
     """The step of the last evaluation."""
     evaluation: dict[str, Any] | None = None
     """Its figures."""
-    best: dict[str, Any] | None = None
-    """`step` and `tau` of the evaluation with the best held-out tau."""
+    best: Best | None = None
+    """That of the best held-out tau."""
     evaluations_without_gain: int = 0
     """How many have passed since."""
     skipped_steps: int = 0
@@ -62,14 +71,20 @@ def read_training(folder: Path) -> tuple[Progress, dict[str, Any]]:
     """A checkpoint's progress, and all of its `training.json`. Raises RunError when it can't be read."""
     try:
         page = json.loads(files.read_small(folder / TRAINING, _LIMIT))
-        return configuration.build(Progress, page["progress"], TRAINING), page
+        progress = configuration.build(Progress, page["progress"], TRAINING)
+        if not all(isinstance(page[name], dict) for name in ("config", "cache", "version", "machine")):
+            raise ValueError("not what this version writes")
+        return progress, page
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise damaged(folder, error) from None
 
 
 def damaged(folder: Path, error: Exception) -> RunError:
-    """The error for a checkpoint that can't be read."""
+    """The error for a checkpoint that can't be read, for whatever reason."""
     reason = " ".join(str(error).split())[:150] or type(error).__name__
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # not its own fault
+        return RunError(f"the checkpoint {folder} can't be read ({reason}): mend that, then run it again")
     return RunError(
-        f"the checkpoint {folder} is damaged ({reason}): remove it, and the run continues from the one before"
+        f"the checkpoint {folder} is damaged ({reason}): remove it, and the run continues from the one "
+        "before, or from the start if there is none"
     )

@@ -6,9 +6,10 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def check_run(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) 
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file, and a run is a directory: choose another --run")
     names = {path.name for path in run.iterdir()} if run.exists() else set()
-    if not {name for name in names if not name.endswith(".partial")} - {_LOCK, RUN}:
+    if all(name in (_LOCK, RUN) or _is_left_over(name) for name in names):
         return
     if not (run / CONFIG).is_file():
         raise RunError(f"{run} is not empty and is no run (it has no {CONFIG}): choose another --run")
@@ -135,6 +136,9 @@ def begin(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> N
 
     Killed at any moment, it leaves a run: the old one, or one that has no checkpoint yet.
     """
+    for path in run.iterdir():
+        if _is_left_over(path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if fresh:
         for name in _OURS:
             path, gone = run / name, run / f".{name}.partial"
@@ -151,6 +155,12 @@ def begin(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> N
         files.publish_bytes(run / CONFIG, configuration.to_toml(config).encode())
 
 
+def _is_left_over(name: str) -> bool:
+    """Whether it is the temporary name of one of a run's own files or folders."""
+    ours = "|".join(map(re.escape, (*_OURS, RUN, CONFIG)))
+    return re.fullmatch(rf"\.({ours})(~.+)?\.partial", name) is not None
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a line.
 
@@ -164,7 +174,8 @@ class MetricsFile:
         found = self._path.stat().st_size
         if found < size:
             lost = f"{self._path} has {found} bytes where the checkpoint knows of {size}"
-            click.echo(f"warning: {lost}: figures of earlier steps are gone", err=True)
+            with suppress(OSError):
+                click.echo(f"warning: {lost}: figures of earlier steps are gone", err=True)
         os.truncate(self._path, min(size, found))
 
     def append(self, line: dict[str, Any]) -> None:

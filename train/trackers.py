@@ -179,10 +179,9 @@ class Trackers:
                 tracker.log(step, scalars)
             except Exception as error:
                 del self._open[name]
-                click.echo(
-                    f"warning: {name} failed at step {step} ({_reason(error)}) and is logged to no more; "
-                    "metrics.jsonl has every figure",
-                    err=True,
+                _warn(
+                    f"{name} failed at step {step} ({_reason(error)}) and is logged to no more; "
+                    "metrics.jsonl has every figure"
                 )
                 with suppress(Exception):
                     tracker.close(failed=True)
@@ -194,10 +193,9 @@ class Trackers:
             try:
                 tracker.close(failed=failed)
             except Exception as error:
-                click.echo(
-                    f"warning: {name} failed when it was closed ({_reason(error)}) and may lack figures; "
-                    "metrics.jsonl has every one",
-                    err=True,
+                _warn(
+                    f"{name} failed when it was closed ({_reason(error)}) and may lack figures; "
+                    "metrics.jsonl has every one"
                 )
 
     def __enter__(self) -> Trackers:
@@ -240,6 +238,11 @@ def _identity(run: Path) -> str:
             f'{path}: expected {{"id": "..."}} as a run writes it; remove it to be logged as a new run'
         )
     return identity
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):  # nobody listens any more
+        click.echo(f"warning: {text}", err=True)
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,8 @@ from pipeline.errors import RunError
 from train.checkpoint import BEST, FROZEN, LATEST
 from train.draft.model import Qwen3DSparkModel
 
-# What weights mean depends on these, though their shapes may not; the file may leave out what is None here.
+# What weights mean depends on these, though their shapes may not. A file may leave out any but the layers and
+# the mask token.
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "target_layer_ids", "num_target_layers", "mask_token_id"),
@@ -50,9 +51,13 @@ def check_warm_start(shape: Qwen3Config, source: Path) -> None:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         theirs = {name: found[name] for name in _SAME if name in found}
-    except (OSError, ValueError, TypeError) as error:
+        rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta")}
+        if rope.get("rope_theta") is not None:
+            theirs["rope_theta"] = float(rope["rope_theta"])
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"draft.init_from: {folder / 'config.json'} can't be read ({error})") from None
     ours = {name: getattr(shape, name) for name in _SAME}
+    ours["rope_theta"] = float(shape.rope_parameters["rope_theta"])
     if not ours["markov_rank"]:
         theirs["markov_head_type"] = ours["markov_head_type"]
     differing = [f"{n}: {ours[n]} here, {theirs[n]} there" for n in theirs if theirs[n] != ours[n]]

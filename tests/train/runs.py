@@ -19,6 +19,7 @@ SMALL = {
     "train.held_out": 0.2,
     "train.log_every": 5,
     "train.lr": 3e-3,
+    "train.precision": "fp32",  # also on a CPU that has bf16
 }
 # Figures of a log line that a clock or the machine decides.
 MEASURED = {

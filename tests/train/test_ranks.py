@@ -211,7 +211,7 @@ def test_every_process_and_torchrun_asked_to_stop(tmp_path: Path, cache_dir: Pat
     run = tmp_path / "run"
     settings = {**SHARED, "train__max_steps": 100_000, "train__checkpoint_every": 0, "train__eval_every": 0}
     # Steps that take longer than torchrun's passing on.
-    settings |= {"train__micro_batches_per_step": 400, "train__log_every": 1}
+    settings |= {"train__micro_batches_per_step": 30, "train__log_every": 1}
     with under_torchrun(*train_arguments(cache_dir, run, **settings)) as launcher:
         wait_for(run / "metrics.jsonl", launcher)
         for process in (*(_child_of(launcher.pid, RANK=str(rank)) for rank in (0, 1)), launcher.pid):

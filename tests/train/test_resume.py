@@ -70,7 +70,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path, cache_dir: Path, log_every
         else:
             process = Dspark(tmp_path / "out", *arguments, before=one_thread)
             size = _count_lines(run) + rng.randrange(3)
-            process.wait_until(lambda size=size: _count_lines(run) > size)
+            assert process.wait_until(lambda size=size: _count_lines(run) > size)
             time.sleep(rng.uniform(0, 0.02))  # a step or two
             process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.err

@@ -6,6 +6,9 @@ import json
 import math
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,12 +132,13 @@ def test_others_may_read_a_draft_as_the_umask_has_it(tmp_path: Path, whole: Path
 
 def test_a_copy_without_links_goes_on(tmp_path: Path, cache_dir: Path, whole: Path) -> None:
     """As cloud storage makes one."""
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    run, source = tmp_path / "run", tmp_path / "source"
+    settings = {**SHORT, "train__keep_checkpoints": 2}
+    run_ok(*train_arguments(cache_dir, source, **settings))
+    shutil.copytree(source, run)
     shutil.rmtree(run / "checkpoints" / "step-000004")
     assert not (run / LATEST).is_symlink()
-    older = {**SHORT, "train__keep_checkpoints": 1}
-    run_ok(*train_arguments(cache_dir, run, **older))
+    assert "continuing from step 2 of 4" in run_cli(*train_arguments(cache_dir, run, **settings)).stderr
     assert (run / LATEST).is_symlink()
     for name, weight in weights_of(whole).items():
         assert torch.equal(weight, weights_of(run)[name])
@@ -183,6 +187,70 @@ def test_lost_figures_are_said(tmp_path: Path, cache_dir: Path) -> None:
     assert [line["step"] for line in lines_of(run) if "loss" in line] == [3, 4]
 
 
+def test_what_only_looks_left_over_is_not_removed(tmp_path: Path, cache_dir: Path) -> None:
+    (tmp_path / "home" / ".thesis.partial").mkdir(parents=True)
+    result = run_cli(*train_arguments(cache_dir, tmp_path / "home"))
+    assert_refused(result, 1, "is no run")
+    run_ok(*train_arguments(cache_dir, tmp_path / "run", **SHORT))
+    (tmp_path / "run" / ".thesis.partial").mkdir()
+    run_ok(*train_arguments(cache_dir, tmp_path / "run", **SHORT))
+    assert (tmp_path / "run" / ".thesis.partial").is_dir()
+
+
+def test_an_intact_checkpoint_is_not_called_damaged(
+    tmp_path: Path, cache_dir: Path, whole: Path, monkeypatch
+) -> None:
+    import train.checkpoint
+
+    run = unfinished(tmp_path / "run", whole)
+
+    def refuse(error: Exception):
+        def load(*_given):
+            raise error
+
+        return load
+
+    monkeypatch.setattr(train.checkpoint, "load_file", refuse(OSError(116, "Stale file handle")))
+    result = run_cli(*train_arguments(cache_dir, run, **SHORT))
+    assert_refused(result, 1, "can't be read", "Stale file handle")
+    assert "remove it" not in result.stderr
+    monkeypatch.undo()
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(train.checkpoint, "_load_optimizer", lambda *_a, **_o: refuse(memory)())
+    assert_refused(run_cli(*train_arguments(cache_dir, run, **SHORT)), 1, "out of memory")
+
+
+def test_a_job_that_torchrun_starts_again_is_not_cleared_again(
+    tmp_path: Path, cache_dir: Path, whole: Path, monkeypatch
+) -> None:
+    run = unfinished(tmp_path / "run", whole)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = run_cli(*train_arguments(cache_dir, run, **SHORT), "--fresh")
+    assert "continuing from step 4 of 4" in result.stderr
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert "continuing" not in run_cli(*train_arguments(cache_dir, run, **SHORT), "--fresh").stderr
+
+
+def test_asked_to_stop_where_nobody_listens(tmp_path: Path, cache_dir: Path) -> None:
+    """Ctrl-C on `dspark train ... | tee log`: tee is gone before there is anything to say."""
+    run = tmp_path / "run"
+    settings = {"train__max_steps": 100_000, "train__log_every": 1}
+    words = [str(word) for word in train_arguments(cache_dir, run, **settings)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 100
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.stdout.close()
+    time.sleep(0.5)  # lines that nobody takes end nothing
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert progress_of(run)["step"] > 0
+
+
 def test_a_file_in_a_runs_place(tmp_path: Path, cache_dir: Path) -> None:
     (tmp_path / "run").write_text("")
     assert_refused(run_cli(*train_arguments(cache_dir, tmp_path / "run")), 1, "is a file", "--run")
@@ -195,6 +263,8 @@ def test_a_file_in_a_runs_place(tmp_path: Path, cache_dir: Path) -> None:
         lambda page: page.update(progress=list(page["progress"])),
         lambda page: page["progress"].update(window={"sums": 3}),
         lambda page: page["progress"].update(surprise=1),
+        lambda page: page["progress"].update(best={"tau": 1.0}),
+        lambda page: page.update(machine=3),
         lambda page: page["progress"].pop("total_steps"),
         lambda page: page.clear(),
     ],
@@ -266,9 +336,11 @@ def test_another_machine_is_said(tmp_path: Path, cache_dir: Path, whole: Path) -
     page = json.loads(path.read_text())
     assert page["machine"]["precision"] == "fp32"
     page["machine"] |= {"precision": "bf16", "device": "NVIDIA H200"}
+    page["version"]["torch"] = "2.8.0"
     path.write_text(json.dumps(page))
     said = run_cli(*train_arguments(cache_dir, run, **SHORT)).stderr
-    assert "not what it began on (device: NVIDIA H200, now cpu; precision: bf16, now fp32)" in said
+    wanted = f"device: NVIDIA H200, now cpu; precision: bf16, now fp32; torch: 2.8.0, now {torch.__version__}"
+    assert f"not as it was saved ({wanted}" in said
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def save(step):
     names = ("loss", "ce_loss", "l1_loss", "confidence_loss")
     figures = {"step": step, "tau": tau, "accept_by_position": [0.5], **dict.fromkeys(names, 1.0)}
     progress = Progress(total_steps=4, parameters=9, step=step, evaluation=figures, complete=step == 4)
-    (folder / "training.json").write_text(json.dumps({"progress": progress.values()}))
+    about = {"config": {}, "cache": {}, "version": {}, "machine": {}}
+    (folder / "training.json").write_text(json.dumps({"progress": progress.values(), **about}))
 
 
 def meet():
