@@ -242,14 +242,22 @@ def load_weights(model: Qwen3DSparkModel, folder: Path) -> None:
             model.get_parameter(name).copy_(weight)
 
 
-def load_states(folder: Path, model: Qwen3DSparkModel, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
+def load_states(
+    folder: Path,
+    model: Qwen3DSparkModel,
+    optimizers: Sequence[Optimizer],
+    progress: Progress,
+    ranks: Ranks,
+) -> None:
     """Give optimisers and random generators the states that a checkpoint has.
+
+    Args:
+        progress: the checkpoint's.
 
     Raises:
         RunError: they can't be read, or do not fit.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    progress, _ = read_training(folder)
     stepped = progress.step > progress.skipped_steps
     try:
         with safe_open(folder / STATES, "pt") as file:

@@ -39,7 +39,7 @@ from train.run import EVALUATION, TRACE, MetricsFile, begin, check_run, flat_set
 from train.setup import Setup, build_draft, initialise, prepare, set_up, trainer_module
 from train.steps import Step, count_steps, steps_from
 from train.trackers import Trackers
-from train.version import code_version
+from train.version import code_version, machine_facts
 from train.window import Window
 
 
@@ -89,14 +89,14 @@ def train(
                 begin(run, setup.config, identity, fresh=fresh)
         with ranks.together():
             folder = newest(run)
-            progress = read_training(folder)[0] if folder else None
+            progress, page = read_training(folder) if folder else (None, {})
         same = {"config": setup.config, "cache": identity, "newest checkpoint": folder and folder.name}
         ranks.agree(same)
         if progress is not None and progress.complete:
             if ranks.leads:
                 click.echo(f"run {run}: complete, nothing is left to train")
         else:
-            training = Training(ranks, setup, run, folder, progress, stop)
+            training = Training(ranks, setup, run, folder, progress, page, stop)
             progress = training.run(profile_steps)
         if ranks.leads and progress.evaluation:
             page = json.dumps(progress.evaluation, indent=1) + "\n"
@@ -123,6 +123,7 @@ class Training:
         run: its directory.
         folder: the checkpoint to go on from, if any.
         progress: that checkpoint's.
+        page: all of its `training.json`.
         stop: set by a signal that asks to stop.
     """
 
@@ -133,9 +134,11 @@ class Training:
         run: Path,
         folder: Path | None,
         progress: Progress | None,
+        page: dict[str, Any],
         stop: StopRequest,
     ):
         self.ranks, self.setup, self.path, self.stop = ranks, setup, run, stop
+        self.last_page = page
         self.reader, self.config = setup.reader, setup.config
         train, device = self.config.train, ranks.device
         self.precision = resolve_precision(device, train.precision)
@@ -146,7 +149,6 @@ class Training:
             self.model.to(device)
             if folder is None and ranks.leads:
                 initialise(self.model, setup)
-        self.last_page = read_training(folder)[1] if folder is not None else {}
         if progress is None:
             total = count_steps(self.reader.lengths[setup.samples], train)
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -163,12 +165,12 @@ class Training:
         self.window = Window(self.config.loss, device, None if peak is None else peak * ranks.world)
         if folder is not None:
             with ranks.together():
-                load_states(folder, self.model, self.optimizers, ranks)
+                load_states(folder, self.model, self.optimizers, progress, ranks)
                 if progress.window is not None:
                     self._load_window(folder, progress.window)
         with ranks.together():
             self.metrics = MetricsFile(run, progress.metrics_bytes) if ranks.leads else None
-        self.machine = self._machine()
+        self.machine = machine_facts(ranks, self.precision, self.model.attention)
         self.display = Display(ranks, progress.total_steps, progress.step)
         self.saved = time.monotonic()
         self.version = code_version()
@@ -372,17 +374,6 @@ class Training:
             if self.metrics is not None:
                 self.metrics.append(line)
                 self.trackers.log(self.progress.step, line)
-
-    def _machine(self) -> dict[str, Any]:
-        """What the run computes on, which its config leaves to be found out."""
-        device = self.ranks.device
-        return {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "ranks": self.ranks.world,
-            "precision": self.precision,
-            "attention": self.model.attention,
-            **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
-        }
 
     def _save(self) -> None:
         progress = self.progress

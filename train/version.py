@@ -1,14 +1,16 @@
-"""Which code trained a draft."""
+"""Which code trained a draft, and on what."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from pipeline import __version__
+from train.distributed import Ranks
 
 
 def code_version() -> dict[str, str]:
@@ -24,3 +26,15 @@ def code_version() -> dict[str, str]:
         except (OSError, subprocess.SubprocessError):
             pass
     return version
+
+
+def machine_facts(ranks: Ranks, precision: str, attention: str) -> dict[str, Any]:
+    """What a run computes on, which its config leaves to be found out."""
+    device = ranks.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "ranks": ranks.world,
+        "precision": precision,
+        "attention": attention,
+        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
+    }

@@ -193,13 +193,13 @@ def test_a_rank_that_dies_ends_the_job(tmp_path: Path, cache_dir: Path, monkeypa
     if said:  # unless torchrun was quicker
         assert "rank 0 lost the others" in said[0]
     # And the same command continues it: one process here, stopped at once.
-    real = train.loop.Training._machine
+    real = train.loop.machine_facts
 
-    def stopped(training):
+    def stopped(*given):
         signal.raise_signal(signal.SIGTERM)
-        return real(training)
+        return real(*given)
 
-    monkeypatch.setattr(train.loop.Training, "_machine", stopped)
+    monkeypatch.setattr(train.loop, "machine_facts", stopped)
     step = progress_of(run)["step"]
     again = run_cli(*train_arguments(cache_dir, run, **settings))
     assert_refused(again, 143, f"saved at step {step + 1}")
