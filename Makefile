@@ -9,6 +9,7 @@ RUN ?= runs/$(basename $(notdir $(CONFIG)))
 LAYERS ?=
 DEVICE ?= auto
 NPROC ?=
+SET ?=
 FRESH ?=
 
 VENV := .venv
@@ -44,6 +45,7 @@ help:
 	@echo '  LAYERS   captured layer ids, as 1,9,17                    [an even spread of five]'
 	@echo '  DEVICE   cuda, cuda:1, cpu                                [$(DEVICE)]'
 	@echo '  NPROC    processes of capture and train, a GPU each       [one]'
+	@echo '  SET      settings of a run, as train.lr=1e-3 train.seed=1 [none]'
 	@echo '  FRESH    1: clear the run and train from the start        [continue it]'
 	@echo '  PYTHON   interpreter that makes .venv, 3.11 or newer      [$(PYTHON)]'
 
@@ -70,7 +72,7 @@ capture: $(STAMP)
 
 train: capture
 	$(STAGE) train --cache $(CACHE) --config $(CONFIG) --run-dir $(RUN) --device $(DEVICE) \
-		$(if $(FRESH),--fresh)
+		$(foreach set,$(SET),--set $(set)) $(if $(FRESH),--fresh)
 
 evaluate: $(STAMP)
 	$(BIN)/dspark evaluate --cache $(CACHE) --run $(RUN) --device $(DEVICE)
