@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.record import record
 from capture.clock import Clock
 from capture.fill import ShardFiller, pad
-from capture.options import DataOptions, TargetOptions
+from capture.options import DataOptions
 from capture.plan import CaptureOptions, PreparedCapture, prepare
 from capture.run import capture, capture_shards
 from capture.statistics import measure_statistics
@@ -38,6 +38,7 @@ from pipeline.hooks import find_decoder, input_device
 from pipeline.process import WorkerPlace
 from pipeline.quiet import quiet_transformers
 from pipeline.signals import StopRequest
+from pipeline.target.options import TargetOptions
 
 SMOLLM2 = {
     "hidden_size": 576,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from capture.options import DataOptions, TargetOptions, data_options, target_options
+from capture.options import DataOptions, data_options, target_or_example_options
 from pipeline.errors import UsageError
 from pipeline.options import (
     CONTEXT_CODECS,
@@ -20,6 +20,7 @@ from pipeline.options import (
     LAST_CODECS,
     parse_layer_ids,
 )
+from pipeline.target.options import TargetOptions
 
 if TYPE_CHECKING:  # so that --help imports no torch
     from capture.plan import CaptureOptions
@@ -104,7 +105,7 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ]
     ):
         gather = option(gather)
-    return target_options(data_options(gather))
+    return target_or_example_options(data_options(gather))
 
 
 @click.command("capture")
@@ -166,7 +167,7 @@ def plan_command(options: CaptureOptions, probe: bool) -> None:
 
 
 @click.command("preview")
-@target_options
+@target_or_example_options
 @data_options
 @click.option(
     "--row",

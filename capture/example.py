@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import TargetError
 from pipeline.files import partial_name
+from pipeline.target.options import TargetOptions
 
 EXAMPLE_TARGET = Path(".cache") / "smollm2-135m-instruct"
 EXAMPLE_DATA = Path(__file__).parent / "data" / "example.jsonl"
@@ -36,7 +38,7 @@ def example_target() -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from capture.load import gguf_options
+    from pipeline.target.load import gguf_options
 
     spec = importlib.util.find_spec(_PACKAGE)
     assert spec is not None
@@ -56,3 +58,12 @@ def example_target() -> Path:
             raise
         shutil.rmtree(partial)  # another one was first
     return EXAMPLE_TARGET
+
+
+def with_example(options: TargetOptions) -> TargetOptions:
+    """The options, with the example's target where none was named. Raises as `example_target`."""
+    return options if options.target is not None else replace(options, target=str(example_target()))
+
+
+if __name__ == "__main__":  # for the Makefile: convert it if need be, and say where it is
+    print(example_target())

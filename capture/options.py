@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,74 +10,13 @@ from typing import Any
 import click
 
 from pipeline.errors import UsageError
+from pipeline.options import gathered
+from pipeline.target.options import target_options
 
-Command = Callable[..., Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetOptions:
-    """Which target, and how to load it."""
-
-    target: str | None = None
-    """Hugging Face directory or Hub id; None is the example's."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub id."""
-    trust_remote_code: bool = False
-    """Whether the model's own Python files may run."""
-    attn_implementation: str | None = None
-    """As in transformers: sdpa, eager, flash_attention_2, ...; None lets it choose."""
-    dtype: str = "auto"
-    """What the target computes in; `auto` is the checkpoint's own, or float32 where bf16 is emulated."""
-    gguf_file: str | None = None
-    """The GGUF file inside the directory or repository that holds the weights and the tokenizer."""
-    device: str = "auto"
-    device_map: str | None = None
-    """`auto` spreads a target over all GPUs (needs accelerate); None keeps it on `device`."""
-
-
-def _gathered(cls: type, name: str, options: list[Callable]) -> Callable[[Command], Command]:
-    """A decorator that adds click options and hands them to the command as one `cls`, under `name`."""
-
-    def decorate(command: Command) -> Command:
-        @functools.wraps(command)
-        def gather(*args: Any, **kwargs: Any) -> Any:
-            values = {field.name: kwargs.pop(field.name) for field in fields(cls)}
-            return command(*args, **{name: cls(**values)}, **kwargs)
-
-        for option in reversed(options):
-            gather = option(gather)
-        return gather
-
-    return decorate
-
-
-target_options = _gathered(
-    TargetOptions,
-    "target",
-    [
-        click.option("--target", help="Hugging Face directory or Hub id. Default: the example's target."),
-        click.option("--revision", help="Branch, tag or commit of a Hub id."),
-        click.option(
-            "--trust-remote-code", is_flag=True, help="Let the model's own Python files run. Off by default."
-        ),
-        click.option("--attn-implementation", help="As in transformers: sdpa, eager, flash_attention_2, ..."),
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-            default="auto",
-            show_default=True,
-            help="What the target computes in. auto: the checkpoint's own; float32 where bf16 is emulated.",
-        ),
-        click.option("--gguf-file", help="The GGUF file inside --target that holds weights and tokenizer."),
-        click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ..."),
-        click.option(
-            "--device-map",
-            type=click.Choice(["auto"]),
-            help="Spread a target that no single GPU holds over all of them (needs accelerate).",
-        ),
-    ],
+target_or_example_options = target_options(
+    help="Hugging Face directory or Hub id. Default: the example's target."
 )
-"""Adds the options of `TargetOptions` to a click command, which receives them as `target`."""
+"""Adds the options of `TargetOptions`; without `--target`, `capture.example.with_example` fills it in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +77,7 @@ class DataOptions:
 
 _FORMS = ["auto", "messages", "conversations", "prompt", "tokens", "text"]
 
-data_options = _gathered(
+data_options = gathered(
     DataOptions,
     "data",
     [

@@ -14,9 +14,9 @@ import pyarrow as pa
 import torch
 
 from capture.batching import CapturePlan, plan_capture
+from capture.example import with_example
 from capture.fill import pad
-from capture.load import DTYPES, Target, open_target, tokenizer_identity
-from capture.options import DataOptions, TargetOptions
+from capture.options import DataOptions
 from capture.preparation import open_data, prepare_data, row_tokenizer
 from capture.summary import data_lines
 from capture.target import HFDSparkTargetModel
@@ -37,6 +37,9 @@ from pipeline.errors import CacheError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
 from pipeline.hooks import input_device
 from pipeline.options import DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC
+from pipeline.target.identity import tokenizer_identity
+from pipeline.target.load import DTYPES, Target, open_target
+from pipeline.target.options import TargetOptions
 from pipeline.units import duration, size
 
 PROBE_BATCHES = 6
@@ -120,7 +123,7 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
         DSparkError: see `pipeline.errors`.
     """
     found = read_manifest(options.cache).identity if (options.cache / MANIFEST).is_file() else None
-    target = open_target(_with_the_caches_dtype(options.target, found))
+    target = open_target(_with_the_caches_dtype(with_example(options.target), found))
     shape = target.identity(hash_weights=False)
     layer_ids = options.layer_ids or default_layer_ids(shape.num_layers)
     layer_ids = tuple(validate_target_layer_ids(layer_ids, shape.num_layers))

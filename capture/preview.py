@@ -8,12 +8,15 @@ import click
 import numpy as np
 
 from capture.conversations import TokenizedSample
-from capture.load import open_target, tokenizer_identity
-from capture.options import DataOptions, TargetOptions
+from capture.example import with_example
+from capture.options import DataOptions
 from capture.preparation import open_data, prepare_data, row_tokenizer
 from capture.summary import accounts, data_lines
 from pipeline.errors import UsageError
 from pipeline.marked import marked_text
+from pipeline.target.identity import tokenizer_identity
+from pipeline.target.load import open_target
+from pipeline.target.options import TargetOptions
 
 
 def preview(target: TargetOptions, options: DataOptions, *, row: int | None, count: int) -> Iterator[str]:
@@ -26,7 +29,7 @@ def preview(target: TargetOptions, options: DataOptions, *, row: int | None, cou
     Raises:
         DSparkError: see `pipeline.errors`.
     """
-    found = open_target(target)
+    found = open_target(with_example(target))
     tokenizer = found.tokenizer()
     sources = open_data(options)
     tokenize = row_tokenizer(options, tokenizer, found.shell.get_input_embeddings().weight.shape[0])

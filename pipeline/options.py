@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
 import click
 
 from pipeline.errors import UsageError
+
+Command = Callable[..., Any]
 
 # The names in `pipeline.cache.codecs`, which `--help` must not import. Fewer bits spoil a teacher.
 CONTEXT_CODECS = ("bf16", "fp16", "fp32", "fp8", "int8", "nf4", "lm3")
@@ -23,3 +30,19 @@ def parse_layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | No
         raise UsageError(
             f"--layers expects integers separated by commas, such as 1,9,17; got {text!r}"
         ) from None
+
+
+def gathered(cls: type, name: str, options: list[Callable]) -> Callable[[Command], Command]:
+    """A decorator that adds click options and hands them to the command as one `cls`, under `name`."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def gather(*args: Any, **kwargs: Any) -> Any:
+            values = {field.name: kwargs.pop(field.name) for field in fields(cls)}
+            return command(*args, **{name: cls(**values)}, **kwargs)
+
+        for option in reversed(options):
+            gather = option(gather)
+        return gather
+
+    return decorate

@@ -8,8 +8,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from capture.options import DataOptions, TargetOptions, target_options
+from capture.options import DataOptions, target_or_example_options
 from pipeline.errors import DataError, DSparkError, UsageError
+from pipeline.target.options import TargetOptions
 
 _AT_LEAST_0, _AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 
@@ -28,7 +29,7 @@ _ENDPOINT = ("model", "concurrency", "retries", "timeout")
 
 
 @click.command("regenerate")
-@target_options
+@target_or_example_options
 @click.option(
     "--data", required=True, help="Rows with messages: a file, a folder or a dataset's id, as for capture."
 )

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from capture.find import weights_hash
-from capture.load import open_target, tokenizer_identity
-from capture.options import TargetOptions
+from capture.example import with_example
 from capture.regenerate.dialogue import Dialogue
 from capture.regenerate.engine import Outcome, Report, Sampling, trim_unfinished
 from pipeline.errors import DataError, TargetError
 from pipeline.quiet import quiet_transformers
+from pipeline.target.find import weights_hash
+from pipeline.target.identity import tokenizer_identity
+from pipeline.target.load import open_target
+from pipeline.target.options import TargetOptions
 
 # Rows that are batched by length together: enough to fill batches evenly, few enough to hold their prompts.
 _WINDOW = 8192
@@ -175,7 +177,7 @@ def load_engine(
         TargetError: no such target, or transformers can't read it.
     """
     quiet_transformers()
-    found = open_target(target)
+    found = open_target(with_example(target))
     tokenizer = found.tokenizer()
     engine = HuggingFaceEngine(
         found.model,

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from capture.load import auto_class
 from capture.target import HFDSparkTargetModel
 from pipeline.features import LayerIdWarning, head_logits
 from pipeline.hooks import embedding_scale, final_logit_softcapping, learned_positions, logit_scale
+from pipeline.target.load import auto_class
 
 H, V, LAYERS = 32, 97, 4
 COMMON: dict[str, Any] = {

@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from capture.options import DataOptions, TargetOptions
+from capture.options import DataOptions
 from capture.plan import CaptureOptions, free_bytes, prepare, price
 from pipeline.cache import read_manifest
 from pipeline.cache.codecs import CODECS
+from pipeline.target.options import TargetOptions
 from pipeline.units import duration, size
 from tests.capture.conftest import arguments, tree
 from tests.conftest import LAYERS, assert_refused, run_cli, run_ok

@@ -6,9 +6,9 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from capture.options import TargetOptions
 from pipeline import files
 from pipeline.errors import TargetError, UsageError
+from pipeline.target.options import TargetOptions
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 # Besides weights: what a Hub repository is asked for.

@@ -7,7 +7,6 @@ and the weights are read when they are asked for.
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import tempfile
 from collections.abc import Sequence
@@ -19,20 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from capture.find import resolve_directory, weights_hash
-from capture.options import TargetOptions
-from pipeline.cache import TargetIdentity, TokenizerIdentity
+from pipeline.cache import TargetIdentity
 from pipeline.cache.manifest import is_weights
 from pipeline.device import native_bf16, resolve_device
 from pipeline.errors import TargetError, UsageError
-from pipeline.hooks import (
-    embedding_scale,
-    final_logit_softcapping,
-    find_final_norm,
-    find_layers,
-    learned_positions,
-    logit_scale,
-)
+from pipeline.hooks import find_final_norm, find_layers, learned_positions
+from pipeline.target.find import resolve_directory, weights_hash
+from pipeline.target.identity import target_identity
+from pipeline.target.options import TargetOptions
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What makes a target directory's config and tokenizer loadable again, without its weights.
@@ -92,7 +85,7 @@ class Target:
             TargetError: there are no weights.
         """
         weights = weights_hash(self.directory, self.options) if hash_weights else ""
-        return _identity(self.name, weights, self.shell, self.dtype)
+        return target_identity(self.name, weights, self.shell, self.dtype)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -146,9 +139,7 @@ def open_target(options: TargetOptions) -> Target:
         )
     name = options.target
     if name is None:
-        from capture.example import example_target
-
-        name = str(example_target())
+        raise UsageError("no target was named: give --target, a Hugging Face directory or Hub id")
     directory = resolve_directory(name, options)
     device = resolve_device(options.device)
     config = load_config(directory, options)
@@ -374,35 +365,3 @@ def _first_line(error: Exception) -> str:
 
 def _contents(paths: Sequence[Path]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths if path.is_file() and not is_weights(path.name)}
-
-
-def _identity(name: str, weights: str, model: nn.Module, dtype: torch.dtype) -> TargetIdentity:
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return TargetIdentity(
-        name=name,
-        weights=weights,
-        architecture=type(model).__name__,
-        model_type=model.config.get_text_config().model_type,
-        hidden_size=embeddings.weight.shape[1],
-        num_layers=len(find_layers(model)),
-        vocab_size=embeddings.weight.shape[0],
-        dtype=str(dtype).removeprefix("torch."),
-        tied_embeddings=head.weight is embeddings.weight,
-        embedding_scale=embedding_scale(model),
-        logit_scale=logit_scale(model),
-        final_logit_softcapping=final_logit_softcapping(model),
-    )
-
-
-def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
-    """Hash what decides the tokens: vocabulary and merges, and the chat template."""
-    content = tokenizer.backend_tokenizer.to_str().encode()
-    template = tokenizer.chat_template or ""
-    return TokenizerIdentity(
-        sha256=hashlib.sha256(content).hexdigest(),
-        chat_template_sha256=hashlib.sha256(str(template).encode()).hexdigest(),
-        length=len(tokenizer),
-        mask_token_id=tokenizer.mask_token_id,
-        unk_token_id=tokenizer.unk_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
