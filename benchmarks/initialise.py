@@ -38,7 +38,7 @@ def held_out_tau(folder: Path, cache: Path, init: str, steps: int, seed: int) ->
         *("--device", "cpu"),
         threads=1,
     )
-    return json.loads((run / "evaluation.json").read_text())["tau"]
+    return json.loads((run / "latest" / "training.json").read_text())["progress"]["evaluation"]["tau"]
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train.cli:train_command", "Train a draft from a cache."),
     "sweep": ("train.experiments_cli:sweep_command", "Train a grid of drafts over one cache."),
     "compare": ("train.experiments_cli:compare_command", "Show runs side by side."),
-    "evaluate": ("train.cli:evaluate_command", "Measure a draft on a cache's held-out split."),
+    "evaluate": ("train.draft_cli:evaluate_command", "Measure a draft on a cache's held-out split."),
     "inspect": ("pipeline.cache.cli:inspect_command", "Show what a cache holds, or how far its capture is."),
     "convert": ("pipeline.cache.cli:convert_command", "Re-encode a cache, or drop some of its layers."),
     "verify": ("pipeline.cache.cli:verify_command", "Re-hash every file of a cache; set damaged ones aside."),

@@ -293,26 +293,38 @@ def _load_optimizer(optimizer: Optimizer, names: dict[Tensor, str], file: Any, *
     optimizer.load_state_dict(page)
 
 
-def load_checkpoint(
-    run: Path, reader: CacheReader, which: str = LATEST
-) -> tuple[Qwen3DSparkModel, dict[str, Any]]:
-    """Load one of a run's checkpoints and put the cache's embedding and head in.
+def find_checkpoint(run: Path, which: str = BEST) -> Path:
+    """The folder of one of a run's checkpoints.
 
     Args:
-        which: `latest`, `best` or the name of a checkpoint, as `step-000400`.
-
-    Returns:
-        The draft, and its `training.json`.
+        which: `latest`, `best` (the latest where nothing was held out) or a name, as `step-000400`.
 
     Raises:
-        RunError: no checkpoint there, a damaged one, or one trained for another target than the cache's.
+        RunError: there is none.
     """
     folder = run / which if which in (LATEST, BEST) else run / CHECKPOINTS / which
+    if which == BEST and not folder.exists():
+        folder = run / LATEST
     if not (folder / TRAINING).is_file():
         names = ", ".join(path.name for path in checkpoints(run)) or "none"
         raise RunError(
             f"no finished checkpoint at {folder}: {run} has {names}; `dspark train --run {run}` makes them"
         )
+    return folder.resolve()  # not by a link that training moves on
+
+
+def load_checkpoint(folder: Path, reader: CacheReader) -> tuple[Qwen3DSparkModel, dict[str, Any]]:
+    """Load a checkpoint and put the cache's embedding and head in.
+
+    Args:
+        folder: of `find_checkpoint`.
+
+    Returns:
+        The draft, and its `training.json`.
+
+    Raises:
+        RunError: a damaged checkpoint, or one trained for another target than the cache's.
+    """
     _, page = read_training(folder)
     identity = reader.manifest.identity.target
     try:
@@ -321,7 +333,7 @@ def load_checkpoint(
         raise damaged(folder, error) from None
     if target.weights != identity.weights:
         raise RunError(
-            f"{run} was trained for target {target.name}, the cache {reader.path} holds {identity.name} "
+            f"{folder} was trained for target {target.name}, the cache {reader.path} holds {identity.name} "
             "with other weights: evaluate it on a cache of its own target"
         )
     try:

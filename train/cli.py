@@ -1,9 +1,7 @@
-"""`dspark train` and `dspark evaluate`."""
+"""`dspark train`."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -70,47 +68,12 @@ def train_command(
     where = str(config_file or "config")
     config = configuration.build(RunConfig, configuration.apply_overrides(values, overrides), where)
     from pipeline.quiet import quiet_transformers
-    from train.evaluate import format_evaluation
     from train.loop import train
+    from train.validate import format_validation
 
     quiet_transformers()
     result = train(cache, config, run, device=device, fresh=fresh, profile_steps=profile or 0)
     if torchrun_place().rank == 0:
         if result:
-            click.echo(format_evaluation(result))
+            click.echo(format_validation(result))
         click.echo(f"draft: {run / 'latest'}")
-
-
-@click.command("evaluate")
-@click.option("--cache", type=click.Path(path_type=Path), required=True, help="A complete cache.")
-@click.option("--run", type=click.Path(path_type=Path), required=True, help="A run with a checkpoint.")
-@click.option(
-    "--checkpoint", default="latest", show_default=True, help="Which one: latest, best, or as step-000400."
-)
-@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate_command(cache: Path, run: Path, checkpoint: str, device: str, as_json: bool) -> None:
-    """Measure a draft on a cache's held-out samples: loss terms, acceptance by position, tau."""
-    from pipeline.cache import CacheReader
-    from train.checkpoint import load_checkpoint
-    from train.distributed import open_ranks
-    from train.evaluate import evaluate, format_evaluation, split
-    from train.run import load_run_config
-    from train.setup import prepare, trainer_module
-
-    with open_ranks(device) as ranks:
-        with ranks.together():
-            config = load_run_config(run)
-            if ranks.device.type != "cuda":  # where it was trained may not be here
-                config = replace(config, draft=replace(config.draft, attention="auto"))
-            reader = CacheReader(cache)
-            reader.check_shards()
-            model, page = load_checkpoint(run, reader, checkpoint)
-            reader.require_layers(model.config.target_layer_ids)
-            _, held_out = split(reader, config.train.held_out)
-            module = trainer_module(model.to(ranks.device), config)
-            prepare(module, config, ranks.device)
-        result = {"step": page["progress"]["step"]}
-        result |= evaluate(module, reader, held_out, config, ranks) or {}
-        if ranks.leads:
-            click.echo(json.dumps(result) if as_json else format_evaluation(result))

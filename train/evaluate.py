@@ -1,101 +1,183 @@
-"""How good a draft is, from the cache's held-out samples alone."""
+"""How good a draft is, from a cache's held-out samples alone: `dspark evaluate`.
+
+The result is plain JSON and lies beside the draft, in its checkpoint's folder: `dspark speculate` prints
+it beside what was accepted live, `dspark report` draws it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.cache import CacheReader, held_out
-from pipeline.errors import ConfigError
-from train.batches import loaded
+from pipeline import files
+from pipeline.cache import CacheReader
+from pipeline.errors import ConfigError, RunError
+from train import figures
 from train.config import RunConfig
-from train.display import bar
 from train.distributed import Ranks
-from train.losses import LossSums, divide
+from train.draft.model import Qwen3DSparkModel
+from train.measure import measure
 from train.module import DSparkTrainerModule
-from train.order import sequential_packs, share
-from train.precision import autocast
-from train.steps import spread_anchors
+from train.setup import prepare, trainer_module
+from train.steps import drawn_anchors
+from train.validate import validate
+
+EVALUATION = "evaluation.json"
+_LIMIT = 16 * 2**20
 
 
-def split(reader: CacheReader, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out sample numbers. Raises ConfigError when either side is empty."""
-    out = held_out(reader.sample_ids, fraction)
-    train, test = np.flatnonzero(~out), np.flatnonzero(out)
-    if not len(train) or (fraction > 0 and not len(test)):
-        side = "held out" if len(train) else "left to train on"
-        raise ConfigError(
-            f"train.held_out = {fraction} leaves no sample {side} of the cache's {len(reader)}: "
-            "choose another share, or capture more data"
-        )
-    return train, test
-
-
-@torch.no_grad()
 def evaluate(
     module: DSparkTrainerModule,
     reader: CacheReader,
-    samples: Sequence[int] | np.ndarray,
+    samples: np.ndarray,
     config: RunConfig,
     ranks: Ranks,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> dict[str, Any] | None:
-    """Loss terms, acceptance by position and tau over `samples`, as plain numbers, the same on every rank.
-
-    Anchors are evenly spread over each sample's candidates, so the figures are the same every time.
+    *,
+    anchors: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything that the cache can tell of a draft; the same on every rank, and every time.
 
     Args:
-        ranks: share the samples.
-        interrupted: asked before every batch, by all ranks at once; None is returned when it says so.
+        samples: sample numbers, of the held-out split.
+        anchors: of each sample, drawn by (seed, sample id); None is every candidate position.
+
+    Raises:
+        ConfigError: the samples have no anchors.
     """
-    samples = np.asarray(samples)
-    if not len(samples):
-        raise ConfigError("nothing was held out (train.held_out = 0), so there is nothing to evaluate on")
-    model = module.draft_model
-    layer_ids = tuple(model.config.target_layer_ids)
-    choose = spread_anchors(config.train.eval_anchors)
-    size = max(config.train.batch_tokens, int(reader.lengths[samples].max()))  # of a cache of longer samples
-    own = share(sequential_packs(reader.lengths[samples], size), ranks.rank, ranks.world)
-    packs = [(samples[members].tolist(), choose) for members in own]
-    batches = loaded(reader, packs, layer_ids, size, ranks.device)
-    was_training = module.training
-    module.eval()
-    total: LossSums | None = None
-    for batch in bar(batches, ranks, total=len(packs), unit="batch", desc="evaluate", leave=False):
-        if interrupted():
-            module.train(was_training)
-            return None
-        with autocast(ranks.device, config.train.precision):
-            sums = module(**batch.tensors()).sums
-        total = sums if total is None else total + sums
-    module.train(was_training)
-    assert total is not None
-    total = LossSums(*ranks.total(list(total)))
-    loss = config.loss
-    metrics = divide(total, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
+    blocks = measure(module, reader, samples, config, ranks, drawn_anchors(anchors, seed))
+    if not len(blocks):
+        raise ConfigError(
+            f"the {len(samples)} held-out samples have no two supervised tokens in a row, so no anchors: "
+            "set train.held_out higher, or capture longer answers"
+        )
+    untrained = _untrained(module.draft_model, reader, config, ranks)
+    before = validate(untrained, reader, samples, config, ranks) or {}
     return {
         "samples": len(samples),
-        "blocks": int(total.blocks),
-        "loss": metrics.loss.item(),
-        "ce_loss": metrics.ce_loss.item(),
-        "l1_loss": metrics.l1_loss.item(),
-        "confidence_loss": metrics.confidence_loss.item(),
-        "accept_rate": metrics.accept_rate.item(),
-        "accept_by_position": metrics.accept_by_position.tolist(),
-        "tau": metrics.tau.item(),
+        "blocks": len(blocks),
+        "anchors": "all" if anchors is None else anchors,
+        **figures.loss_terms(blocks, config.loss),
+        **figures.acceptance(blocks),
+        "confidence": figures.calibration(blocks),
+        "thresholds": figures.threshold_sweep(blocks),
+        "by_source": figures.by_group(blocks, _sources(reader, samples)),
+        "by_length": figures.by_group(blocks, _lengths(reader, samples)),
+        "untrained": {key: before[key] for key in ("tau", "accept_by_position")},
+        "cache": cache_facts(reader),
     }
+
+
+def _untrained(
+    model: Qwen3DSparkModel, reader: CacheReader, config: RunConfig, ranks: Ranks
+) -> DSparkTrainerModule:
+    """The same draft with random weights, to compare with."""
+    torch.manual_seed(config.train.seed)
+    fresh = Qwen3DSparkModel(model.config).float()
+    frozen = reader.frozen()
+    fresh.initialize_embeddings_and_head(frozen["embed_tokens.weight"], frozen["lm_head.weight"])
+    module = trainer_module(fresh.to(ranks.device), config)
+    prepare(module, config, ranks.device)
+    return module
+
+
+def _sources(reader: CacheReader, samples: np.ndarray) -> dict[int, str]:
+    names = reader.manifest.identity.data.sources
+    return {i: names[reader.sources[i]] for i in sorted(samples.tolist(), key=lambda i: reader.sources[i])}
+
+
+def _lengths(reader: CacheReader, samples: np.ndarray) -> dict[int, str]:
+    order = sorted(samples.tolist(), key=lambda i: reader.lengths[i])
+    return {i: figures.length_bucket(reader.lengths[i]) for i in order}
+
+
+def cache_facts(reader: CacheReader) -> dict[str, Any]:
+    """What a cache is and what it costs, for whoever reads figures that were taken from it."""
+    manifest = reader.manifest
+    features = manifest.identity.features
+    return {
+        "target": manifest.identity.target.name,
+        "sources": list(manifest.identity.data.sources),
+        "samples": manifest.num_samples,
+        "tokens": manifest.num_tokens,
+        "bytes": manifest.num_bytes,
+        "bytes_per_token": sum(manifest.shards.bytes) / manifest.num_tokens,
+        "layer_ids": list(features.layer_ids),
+        "context_codec": features.context_codec,
+        "last_codec": features.last_codec,
+        "fidelity": dict(manifest.fidelity),
+    }
+
+
+def save_figures(folder: Path, name: str, result: dict[str, Any]) -> None:
+    """Put figures beside the draft that they are of. Raises OSError where that can't be written."""
+    files.publish_bytes(folder / name, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def read_figures(folder: Path, name: str) -> dict[str, Any] | None:
+    """What `save_figures` wrote, or None where nothing was. Raises RunError when it can't be read."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(files.read_small(path, _LIMIT))
+        if not isinstance(result, dict):
+            raise ValueError("no object")
+        return result
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} can't be read ({error}): remove it, and measure again") from None
+
+
+def table(rows: list[tuple[str, list[Any]]], digits: int = 3) -> Iterator[str]:
+    """Rows of figures in columns; None is a dash."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}"
+
+    cells = [(title, [v if isinstance(v, str) else cell(v) for v in values]) for title, values in rows]
+    first = max(len(title) for title, _ in cells)
+    widths = [max(map(len, column)) for column in zip(*(values for _, values in cells), strict=True)]
+    for title, values in cells:
+        columns = (value.rjust(width) for value, width in zip(values, widths, strict=True))
+        yield f"  {title:<{first}}  " + "  ".join(columns)
 
 
 def format_evaluation(result: dict[str, Any]) -> str:
     """The figures for a terminal."""
-    positions = "  ".join(f"{k + 1}: {a:.3f}" for k, a in enumerate(result["accept_by_position"]))
-    return (
-        f"held-out tau {result['tau']:.3f} over {result['blocks']:,} blocks "
-        f"of {result['samples']:,} samples\n"
-        f"  acceptance by position   {positions}\n"
+    anchors = "every candidate an anchor" if result["anchors"] == "all" else f"{result['anchors']} each"
+    rows = [
+        ("position", [str(k + 1) for k in range(len(result["accept_by_position"]))]),
+        ("acceptance, sampling", result["accept_by_position"]),
+        ("  given the tokens before it", result["accept_given_prefix"]),
+        ("  of an untrained draft", result["untrained"]["accept_by_position"]),
+        ("acceptance, greedy", result["greedy_accept_by_position"]),
+        ("  given the tokens before it", result["greedy_accept_given_prefix"]),
+    ]
+    confidence = result["confidence"]
+    if confidence is not None:
+        rows += [
+            ("confidence, calibration error", confidence["slot"]["ece_by_position"]),
+            ("  area under the ROC curve", confidence["slot"]["auc_by_position"]),
+            ("  error up to here", confidence["prefix"]["ece_by_position"]),
+        ]
+    lines = [
+        f"held-out tau {result['tau']:.3f} sampling, {result['greedy_tau']:.3f} greedy, over "
+        f"{result['blocks']:,} blocks of {result['samples']:,} samples ({anchors})",
         f"  loss {result['loss']:.4f}, cross entropy {result['ce_loss']:.4f}, L1 {result['l1_loss']:.4f}, "
-        f"confidence {result['confidence_loss']:.4f}"
-    )
+        f"confidence {result['confidence_loss']:.4f}",
+        *table(rows),
+    ]
+    for title, key in (("source", "by_source"), ("tokens", "by_length")):
+        groups = [
+            (name, [row["samples"], row["blocks"], row["tau"], row["greedy_tau"]])
+            for name, row in result[key].items()
+        ]
+        lines += table([(title, ["samples", "blocks", "tau", "greedy"]), *groups])
+    return "\n".join(lines)

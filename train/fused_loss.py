@@ -43,6 +43,7 @@ def vocabulary_loss(
     *,
     latent_by_position: bool = False,
     compile_passes: bool = False,
+    matches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted cross entropy plus weighted L1, summed over M slots.
 
@@ -63,6 +64,7 @@ def vocabulary_loss(
         logit_scale: what the target multiplies its logits by before that.
         latent_by_position: `latent` is one a position, `[U, R]`.
         compile_passes: let torch.compile fuse what is done between the products.
+        matches: `[M]` bool, to be filled with whether the draft's most likely token is the teacher's.
 
     Returns:
         The sum, which alone carries a gradient (into hidden, latent, head and markov_w2); and each
@@ -77,7 +79,7 @@ def vocabulary_loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
     with torch.autocast(device, enabled=False):
         return _VocabularyLoss.apply(
-            *operands, softcap, logit_scale, latent_by_position, compile_passes, dtype
+            *operands, softcap, logit_scale, latent_by_position, compile_passes, dtype, matches
         )
 
 
@@ -179,6 +181,7 @@ class _VocabularyLoss(torch.autograd.Function):
         latent_by_position: bool,
         compile_passes: bool,
         dtype: torch.dtype,
+        matches: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         exact, device = torch.promote_types(hidden.dtype, torch.float32), hidden.device
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, latent, head, markov_w2)]
@@ -216,6 +219,11 @@ class _VocabularyLoss(torch.autograd.Function):
                     bias = _product(latents, markov_w2.T)
                 else:
                     _add_product(logits, latents, markov_w2.T)
+            if matches is not None and teacher is not None:
+                tops = teacher.argmax(-1)
+                for part in _parts(len(slots), few):
+                    scores = logits[part] if bias is None else logits[part] + bias[places[part]]
+                    matches[slots[part]] = scores.argmax(-1) == tops[places[part]]
             # Up to the products with the gradients, a few rows at a time: those stay in a core's cache.
             for part in _parts(len(slots), few):
                 some = slots[part]
@@ -260,7 +268,7 @@ class _VocabularyLoss(torch.autograd.Function):
             None if grad is None else (grad * grad_sum).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, *[None] * 10)
+        return (*grads, *[None] * 11)
 
 
 def _even(total: int, most: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import signal
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pipeline import config as configuration
-from pipeline import files
 from pipeline.device import reuse_freed_memory
 from pipeline.errors import RunError, StoppedError
 from pipeline.signals import StopRequest, stop_on_signals
@@ -28,17 +26,17 @@ from train.checkpoint import CHECKPOINTS, load_states, load_weights, newest, sav
 from train.config import RunConfig
 from train.display import Display
 from train.distributed import Ranks, SpreadModule, open_ranks
-from train.evaluate import evaluate
 from train.flops import peak_flops, training_flops
 from train.losses import LossSums
 from train.optim import build_optimizers, learning_rate, normalise_gradients, set_learning_rate
 from train.precision import autocast, resolve_precision
 from train.profile import check_profile, step_profiler
 from train.progress import Best, Progress, damaged, read_training
-from train.run import EVALUATION, TRACE, MetricsFile, begin, check_run, flat_settings, locked
+from train.run import TRACE, MetricsFile, begin, check_run, flat_settings, locked
 from train.setup import Setup, build_draft, initialise, prepare, set_up, trainer_module
 from train.steps import Step, count_steps, steps_from
 from train.trackers import Trackers
+from train.validate import validate
 from train.version import code_version, machine_facts
 from train.window import Window
 
@@ -55,8 +53,7 @@ def train(
     """Train a draft from a cache, or go on where a run in that directory stopped; the target is never loaded.
 
     Under torchrun all its processes call this and share each step. Writes to `run`: `config.toml`,
-    `run.json`, `metrics.jsonl` (a JSON object a logged step), `checkpoints/step-N`, `latest`, `best` and
-    `evaluation.json`.
+    `run.json`, `metrics.jsonl` (a JSON object a logged step), `checkpoints/step-N`, `latest` and `best`.
 
     Args:
         fresh: clear a run that is there.
@@ -98,9 +95,6 @@ def train(
         else:
             training = Training(ranks, setup, run, folder, progress, page, stop)
             progress = training.run(profile_steps)
-        if ranks.leads and progress.evaluation:
-            page = json.dumps(progress.evaluation, indent=1) + "\n"
-            files.publish_bytes(run / EVALUATION, page.encode())
         return progress.evaluation
 
 
@@ -331,7 +325,7 @@ class Training:
     def _evaluate(self) -> bool:
         """Measure the draft on the held-out samples. Returns whether it is the best so far."""
         progress, ranks = self.progress, self.ranks
-        figures = evaluate(
+        figures = validate(
             self.module,
             self.reader,
             self.setup.held_out,

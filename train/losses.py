@@ -51,6 +51,22 @@ class LossSums:
 
 
 @dataclass
+class SlotFigures:
+    """What became of each of the M supervised slots, in the order of the mask that says which they are."""
+
+    eval_mask: Tensor
+    """`[B, N, K]` bool."""
+    ce: Tensor
+    """Cross entropy with the data's token, `[M]`."""
+    l1: Tensor
+    """sum_v |p_draft - p_target|, `[M]`."""
+    matches: Tensor
+    """Whether draft and target have the same most likely token, `[M]` bool."""
+    confidence: Tensor | None
+    """Confidence logits `[M]`."""
+
+
+@dataclass
 class DSparkStepMetrics:
     """A step's loss, its three terms, and how much the target would accept."""
 
@@ -66,6 +82,8 @@ class DSparkStepMetrics:
     """Mean acceptance of each slot `[K]`, given its label's own prefix."""
     sums: LossSums | None = None
     """What the figures above were divided from."""
+    slots: SlotFigures | None = None
+    """Each slot's own, where they were asked for."""
 
 
 def slot_weights(block_size: int, gamma: float | None, device: torch.device | None = None) -> Tensor:

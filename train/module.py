@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from train.draft.model import Qwen3DSparkModel
 from train.fused_loss import vocabulary_loss
-from train.losses import DSparkStepMetrics, divide, positive, slot_weights, sum_slots
+from train.losses import DSparkStepMetrics, SlotFigures, divide, positive, slot_weights, sum_slots
 
 __all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
 
@@ -51,11 +51,13 @@ class DSparkTrainerModule(nn.Module):
         block_keep_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         denominator: Tensor | None = None,
+        observe: bool = False,
     ) -> DSparkStepMetrics:
         """Draft and compute the loss; arguments as in `Qwen3DSparkModel.forward`.
 
         Args:
             denominator: sum of slot weights over the whole optimiser step, when this is a part of it.
+            observe: whether to return each slot's figures too; needs a teacher.
 
         Raises:
             ValueError: the L1 term is asked for and there is no teacher to take it from.
@@ -83,6 +85,7 @@ class DSparkTrainerModule(nn.Module):
             # The token before a label is the one at its teacher's position.
             before = input_ids.flatten()[used]
             latent = model.markov_head.markov_w1(before) if by_position else blocks.latent[mask]
+        matches = torch.zeros(len(which), dtype=torch.bool, device=which.device) if observe else None
         objective, ce, l1 = vocabulary_loss(
             blocks.hidden[mask],
             latent,
@@ -97,6 +100,7 @@ class DSparkTrainerModule(nn.Module):
             model.logit_scale,
             latent_by_position=by_position,
             compile_passes=self.compile_loss,
+            matches=matches,
         )
         confidence = None if blocks.confidence_pred is None else blocks.confidence_pred[mask]
         sums = sum_slots(mask, ce, None if teacher_hidden is None else l1, confidence, self.loss_decay_gamma)
@@ -104,4 +108,5 @@ class DSparkTrainerModule(nn.Module):
         metrics = divide(sums, *terms, denominator)
         total = positive(sums.weight if denominator is None else denominator)
         loss = (objective + self.confidence_head_alpha * sums.confidence) / total
-        return dataclasses.replace(metrics, loss=loss)
+        slots = None if matches is None else SlotFigures(mask, ce, l1, matches, confidence)
+        return dataclasses.replace(metrics, loss=loss, slots=slots)

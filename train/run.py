@@ -27,12 +27,11 @@ from train.version import code_version
 CONFIG = "config.toml"
 RUN = "run.json"
 METRICS = "metrics.jsonl"
-EVALUATION = "evaluation.json"
 TRACE = "trace.json"
 TRACKERS = ("trackers.json", "tensorboard", "wandb")
 _LOCK = ".lock"
 # What is cleared, in this order; config and identity are written over.
-_OURS = (CHECKPOINTS, LATEST, BEST, EVALUATION, TRACE, METRICS, *TRACKERS)
+_OURS = (CHECKPOINTS, LATEST, BEST, TRACE, METRICS, *TRACKERS)
 _LIMIT = 16 * 2**20
 
 

@@ -15,12 +15,12 @@ from train.config import DraftConfig, RunConfig, TrainConfig
 from train.draft.attention import resolve_attention
 from train.draft.config import draft_config, read_target_config
 from train.draft.model import Qwen3DSparkModel
-from train.evaluate import split
 from train.initialise import ridge_initialise
 from train.module import DSparkTrainerModule
 from train.optim import check_optimizer
 from train.precision import allow_tf32, resolve_precision
 from train.trackers import check_trackers
+from train.validate import split
 from train.warm_start import check_warm_start, warm_start
 
 

@@ -59,6 +59,21 @@ def spread_anchors(each: int) -> AnchorChoice:
     return choose
 
 
+def drawn_anchors(each: int | None, seed: int) -> AnchorChoice:
+    """Up to `each` a sample, uniform without replacement from (seed, sample id); None takes all."""
+
+    def choose(candidates: list[np.ndarray], sample_ids: list[bytes]) -> list[np.ndarray]:
+        return [draw(c, s) for c, s in zip(candidates, sample_ids, strict=True)]
+
+    def draw(candidates: np.ndarray, sample_id: bytes) -> np.ndarray:
+        if each is None or len(candidates) <= each:
+            return candidates
+        rng = np.random.default_rng((seed, int.from_bytes(sample_id, "big")))
+        return np.sort(rng.choice(candidates, each, replace=False))
+
+    return choose
+
+
 @dataclass(frozen=True)
 class Step:
     """One rank's part of an optimiser step."""

@@ -25,10 +25,10 @@ from tests.processes import start_ranks
 from tests.train.runs import figures_of, progress_of, train_arguments, weights_of
 from train.checkpoint import load_checkpoint
 from train.distributed import Ranks, SpreadModule
-from train.evaluate import evaluate, split
 from train.order import epoch_packs
 from train.run import load_run_config
 from train.setup import trainer_module
+from train.validate import split, validate
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 # Seven micro-batches a step, which neither two nor three ranks can share evenly.
@@ -242,9 +242,9 @@ def test_an_evaluation_is_shared(cache_dir: Path, alone: Path) -> None:
             return list(tensors)
 
     noted: list[list[torch.Tensor]] = []
-    wanted = evaluate(module, reader, samples, config, Pretended(WorkerPlace(), torch.device("cpu")))
+    wanted = validate(module, reader, samples, config, Pretended(WorkerPlace(), torch.device("cpu")))
     for rank in range(5):
-        evaluate(module, reader, samples, config, Pretended(WorkerPlace(rank, 5), torch.device("cpu")))
+        validate(module, reader, samples, config, Pretended(WorkerPlace(rank, 5), torch.device("cpu")))
     whole, *parts = noted
     for of_one, *of_each in zip(whole, *parts, strict=True):
         torch.testing.assert_close(sum(of_each), of_one, rtol=1e-5, atol=1e-5)

@@ -14,8 +14,8 @@ from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import start_ranks
 from tests.train.runs import figures_of, lines_of, progress_of, train_arguments, weights_of
-from train.evaluate import split
 from train.order import epoch_packs
+from train.validate import split
 
 
 @pytest.fixture

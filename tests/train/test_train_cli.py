@@ -17,10 +17,10 @@ from tests.processes import Dspark, one_thread
 from tests.tiny import make_target
 from tests.train.runs import SMALL, figures_of, lines_of, train_arguments
 from train.config import TrainConfig
-from train.evaluate import split
 from train.order import epoch_packs
 from train.setup import most_candidates
 from train.steps import count_steps, steps_from
+from train.validate import split
 
 
 @pytest.fixture(scope="module")
