@@ -336,12 +336,24 @@ def load_checkpoint(folder: Path, reader: CacheReader) -> tuple[Qwen3DSparkModel
             f"{folder} was trained for target {target.name}, the cache {reader.path} holds {identity.name} "
             "with other weights: evaluate it on a cache of its own target"
         )
+    model = load_draft(folder)
+    frozen = reader.frozen()
+    model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
+    return model, page
+
+
+def load_draft(folder: Path) -> Qwen3DSparkModel:
+    """A checkpoint's draft in fp32, its embedding and head still random and frozen: they are the target's.
+
+    Raises:
+        RunError: the checkpoint is damaged.
+    """
     try:
         config = Qwen3DSparkModel.config_class.from_pretrained(folder)
         model = Qwen3DSparkModel(config).float()
     except Exception as error:
         raise damaged(folder, error) from None
-    frozen = reader.frozen()
-    model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
+    for name in FROZEN:
+        model.get_parameter(name).requires_grad_(False)
     load_weights(model, folder)
-    return model, page
+    return model

@@ -1,4 +1,4 @@
-"""Commands that look at a trained draft: `dspark evaluate`."""
+"""Commands that measure a trained draft: `dspark evaluate`, `dspark speculate`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 import click
+
+from pipeline.errors import UsageError
+from pipeline.target.options import TargetOptions, target_options
 
 run_option = click.option(
     *("--run", "--run-dir", "run"),  # torchrun takes --run for its own --run-path before Python 3.12.8
@@ -63,3 +66,134 @@ def evaluate_command(
         with ranks.together():
             if ranks.leads:
                 save_figures(draft.folder, EVALUATION, result)
+
+
+@click.command("speculate")
+@target_options(required=True, help="Hugging Face directory or Hub id of the draft's target.")
+@run_option
+@checkpoint_option
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="JSON Lines as for capture, or .txt with a prompt a line.",
+)
+@click.option("--cache", type=click.Path(path_type=Path), help="Instead: take the questions it held out.")
+@click.option(
+    "--num-prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at most."
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Of each text."
+)
+@click.option(
+    "--temperature",
+    "temperatures",
+    type=click.FloatRange(min=0),
+    multiple=True,
+    default=(0.0, 1.0),
+    show_default=True,
+    help="0 is greedy. May be given several times.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Verify a token only if the block is accepted up to it with this probability, by the confidence "
+    "head (calibrated, if `dspark calibrate` was run). 0: all.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of sampling.")
+@click.option("--show", is_flag=True, help="Print the texts.")
+@json_option
+def speculate_command(
+    target: TargetOptions,
+    run: Path,
+    checkpoint: str,
+    prompts: Path | None,
+    cache: Path | None,
+    num_prompts: int,
+    max_new_tokens: int,
+    temperatures: tuple[float, ...],
+    threshold: float,
+    seed: int,
+    show: bool,
+    as_json: bool,
+) -> None:
+    """Decode with a draft and its live target, and compare with the target alone.
+
+    Prints accepted tokens live and as `dspark evaluate` expected them, the time of both, and whether the
+    greedy text is the target's own. The figures are also written to speculation.json in the checkpoint's
+    folder.
+    """
+    if (prompts is None) == (cache is None):
+        raise UsageError("expected prompts from one place: give --prompts FILE or --cache CACHE")
+    from pipeline.cache import CacheReader
+    from pipeline.quiet import quiet_transformers
+    from pipeline.target.load import open_target
+    from train.checkpoint import find_checkpoint
+    from train.evaluate import save_figures
+    from train.prompts import held_out_prompts, read_prompts
+    from train.run import load_run_config
+    from train.speculate import SPECULATION, format_speculation, load_pair, speculate_all
+    from train.validate import split
+
+    quiet_transformers()
+    folder = find_checkpoint(run, checkpoint)
+    found = open_target(target)
+    if prompts is not None:
+        asked = read_prompts(prompts, found.tokenizer(), num_prompts)
+    else:
+        reader = CacheReader(cache)
+        _, held_out = split(reader, load_run_config(run).train.held_out)
+        asked = held_out_prompts(reader, held_out, num_prompts)
+    pair = load_pair(found, folder)
+    if pair.warning:
+        click.echo(f"warning: {pair.warning}", err=True)
+    result = speculate_all(
+        pair,
+        folder,
+        asked,
+        temperatures=temperatures,
+        max_new_tokens=max_new_tokens,
+        threshold=threshold,
+        seed=seed,
+        show=click.echo if show else None,
+    )
+    click.echo(json.dumps(result) if as_json else format_speculation(result))
+    save_figures(folder, SPECULATION, result)
+
+
+@click.command("calibrate")
+@cache_option
+@run_option
+@checkpoint_option
+@click.option(
+    "--anchors",
+    type=click.IntRange(min=1),
+    help="Anchors of a held-out sample, drawn by --seed. Default: every candidate position.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of --anchors.")
+@device_option
+@json_option
+def calibrate_command(
+    cache: Path, run: Path, checkpoint: str, anchors: int | None, seed: int, device: str, as_json: bool
+) -> None:
+    """Fit a temperature for each position's confidence, so that it says how likely tokens are accepted.
+
+    Sequential temperature scaling on one half of the held-out samples, reported on the other. The
+    temperatures are written to calibration.json in the checkpoint's folder; speculation and exports take
+    them from there, and SGLang by --speculative-dspark-confidence-sts-path.
+    """
+    from train.calibrate import CALIBRATION, calibrate, format_calibration
+    from train.distributed import open_ranks
+    from train.evaluate import save_figures
+    from train.opened import open_draft
+
+    with open_ranks(device) as ranks:
+        with ranks.together():
+            draft = open_draft(cache, run, ranks, checkpoint)
+        result = calibrate(draft, ranks, anchors=anchors, seed=seed)
+        if ranks.leads:
+            click.echo(json.dumps(result) if as_json else format_calibration(result))
+        with ranks.together():
+            if ranks.leads:
+                save_figures(draft.folder, CALIBRATION, result)

@@ -111,6 +111,36 @@ class DSparkAttention(nn.Module):
         """`[B, T, heads*D]` to `[B, T, heads, D]`."""
         return states.unflatten(-1, (-1, self.head_dim))
 
+    def keys_values(self, states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, kv heads, T, D]` of states `[B, T, H]`, for a cache of them."""
+        cos, sin = (part[:, None] for part in rotary)
+        keys = rotate(self.k_norm(self._heads(self.k_proj(states))).transpose(1, 2), cos, sin)
+        return keys, self._heads(self.v_proj(states)).transpose(1, 2)
+
+    def decode(
+        self, block: Tensor, keys: Tensor, values: Tensor, length: int, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Attend from one block that stands behind all of its context, as `forward` would.
+
+        Args:
+            block: normed block states `[B, K, H]`.
+            keys: of the context `[B, kv heads, >= length + K, D]`; the block's are written behind them.
+            values: likewise.
+            length: S, the context positions that are there.
+            rotary: cos and sin of the block, `[B, K, D]`.
+
+        Returns:
+            `[B, K, H]`.
+        """
+        cos, sin = (part[:, None] for part in rotary)
+        query = rotate(self.q_norm(self._heads(self.q_proj(block))).transpose(1, 2), cos, sin)
+        end = length + block.shape[1]
+        keys[:, :, length:end], values[:, :, length:end] = self.keys_values(block, rotary)
+        attended = F.scaled_dot_product_attention(
+            query, keys[:, :, :end], values[:, :, :end], enable_gqa=True
+        )
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
     def forward(
         self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask
     ) -> Tensor:

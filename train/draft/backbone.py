@@ -26,3 +26,10 @@ class DSparkDecoderLayer(nn.Module):
         """`[B, N*K, H]` to `[B, N*K, H]`; arguments as in `DSparkAttention.forward`, `block` not normed."""
         block = block + self.self_attn(self.input_layernorm(block), context, rotary, mask)
         return block + self.mlp(self.post_attention_layernorm(block))
+
+    def decode(
+        self, block: Tensor, keys: Tensor, values: Tensor, length: int, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """`[B, K, H]` to `[B, K, H]`; arguments as in `DSparkAttention.decode`, `block` not normed."""
+        block = block + self.self_attn.decode(self.input_layernorm(block), keys, values, length, rotary)
+        return block + self.mlp(self.post_attention_layernorm(block))

@@ -31,6 +31,19 @@ class MarkovHead(nn.Module):
         """What W2 is applied to, `[.., K, R]`, from W1[x] `[.., K, R]` and the states `[.., K, H]`."""
         return embedded
 
+    def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One slot of `latent`, for drafting token by token.
+
+        Args:
+            embedded: W1[x] `[.., R]`.
+            hidden: the slot's state `[.., H]`.
+            state: what the slot before returned, None for the first.
+
+        Returns:
+            What W2 is applied to, `[.., R]`, and the state for the next slot.
+        """
+        return self.latent(embedded, hidden), None
+
     def forward(self, latent: Tensor) -> Tensor:
         """The logits' bias `[.., V]`, from what `latent` gave for some slots, `[.., R]`."""
         return self.markov_w2(latent)
@@ -62,15 +75,18 @@ class RNNMarkovHead(MarkovHead):
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        state = torch.zeros_like(embedded[..., 0, :])
-        outputs = []
+        state, outputs = None, []
         for slot in range(embedded.shape[-2]):
-            joint = self.joint_proj(torch.cat([state, embedded[..., slot, :], hidden[..., slot, :]], dim=-1))
-            gate, candidate, output = joint.chunk(3, dim=-1)
-            gate = torch.sigmoid(gate)
-            state = gate * state + (1 - gate) * torch.tanh(candidate)
-            outputs.append(torch.tanh(output))
+            output, state = self.step(embedded[..., slot, :], hidden[..., slot, :], state)
+            outputs.append(output)
         return torch.stack(outputs, dim=-2)
+
+    def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        state = torch.zeros_like(embedded) if state is None else state
+        joint = self.joint_proj(torch.cat([state, embedded, hidden], dim=-1))
+        gate, candidate, output = joint.chunk(3, dim=-1)
+        gate = torch.sigmoid(gate)
+        return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)
 
 
 MARKOV_HEADS: dict[str, type[MarkovHead]] = {

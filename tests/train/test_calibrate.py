@@ -1,0 +1,126 @@
+"""Sequential temperature scaling: a known truth is found again, and each half is what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.cache import CacheReader
+from tests.conftest import assert_refused, run_cli, run_ok
+from tests.train.runs import train_arguments
+from train.calibrate import CALIBRATION, GRID, fit_temperatures, halves, read_temperatures
+from train.checkpoint import find_checkpoint
+from train.measure import Blocks
+from train.validate import split
+
+K = 3
+
+
+def blocks_of(accept: np.ndarray, confidence: np.ndarray, valid: np.ndarray | None = None) -> Blocks:
+    n = len(accept)
+    valid = np.ones(accept.shape, bool) if valid is None else valid
+    junk = np.zeros(accept.shape)
+    return Blocks(np.arange(n), np.arange(n), valid, junk, accept, junk.astype(bool), confidence)
+
+
+def test_it_finds_the_temperatures_that_made_the_confidences() -> None:
+    """Confidences that are the true acceptances but for a known temperature a position."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0.5, 1.5, (20000, K))
+    truth = GRID[[28, 14, 20]]  # 2.5, 0.5 and 1
+    blocks = blocks_of(1 / (1 + np.exp(-logits)), logits * truth)
+    assert fit_temperatures(blocks).tolist() == pytest.approx(truth.tolist())
+
+
+def slow_ece(predicted: list[float], outcomes: list[float]) -> float:
+    sums: dict[int, float] = {}
+    for p, y in zip(predicted, outcomes, strict=True):
+        place = min(int(p * 15), 14)
+        sums[place] = sums.get(place, 0.0) + p - y
+    return sum(abs(total) for total in sums.values()) / len(predicted)
+
+
+def test_each_position_is_fitted_behind_those_before_it_against_a_slow_search() -> None:
+    rng = np.random.default_rng(1)
+    accept, logits = rng.random((300, K)), rng.normal(1, 2, (300, K))
+    valid = np.arange(K) < rng.integers(1, K + 1, 300)[:, None]
+    got = fit_temperatures(blocks_of(accept, logits, valid))
+    chosen: list[float] = []
+    for k in range(K):
+        best = None
+        for temperature in sorted(GRID.tolist(), key=lambda t: abs(np.log(t))):
+            predicted, outcomes = [], []
+            for i in range(300):
+                if valid[i, k]:
+                    scales = [*chosen, temperature]
+                    each = [1 / (1 + np.exp(-logits[i, j] / scales[j])) for j in range(k + 1)]
+                    predicted.append(float(np.prod(each)))
+                    outcomes.append(float(np.prod(accept[i, : k + 1])))
+            error = slow_ece(predicted, outcomes)
+            if best is None or error < best[0]:
+                best = (error, temperature)
+        assert best is not None
+        chosen.append(best[1])
+    assert got.tolist() == pytest.approx(chosen)
+
+
+def test_a_position_that_nothing_reaches_keeps_its_confidences() -> None:
+    valid = np.zeros((50, K), bool)
+    valid[:, 0] = True
+    rng = np.random.default_rng(2)
+    temperatures = fit_temperatures(blocks_of(rng.random((50, K)), rng.normal(size=(50, K)), valid))
+    assert temperatures[1:].tolist() == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "a"
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=40, train__held_out=0.4))
+    return run
+
+
+def test_what_the_command_writes_beside_the_draft(run_dir: Path, cache_dir: Path) -> None:
+    command = ("calibrate", "--cache", cache_dir, "--run", run_dir)
+    result = json.loads(run_ok(*command, "--json"))
+    folder = find_checkpoint(run_dir)
+    assert json.loads((folder / CALIBRATION).read_text()) == result
+    # What SGLang reads of it.
+    types = {"temperatures": float, "ece_before": float, "ece_after": float}
+    assert all(isinstance(x, kind) for name, kind in types.items() for x in result[name])
+    assert [len(result[name]) for name in types] == [3, 3, 3]
+    assert isinstance(result["dataset"], str)
+    assert isinstance(result["num_samples"], int)
+    assert read_temperatures(folder) == result["temperatures"]
+    reader = CacheReader(cache_dir)
+    _, held_out = split(reader, 0.4)
+    fitted, reported = halves(reader, held_out)
+    assert set(fitted) | set(reported) == set(held_out)
+    assert not set(fitted) & set(reported)
+    assert (result["fit"]["samples"], result["report"]["samples"]) == (len(fitted), len(reported))
+    for part, samples in (("fit", fitted), ("report", reported)):
+        assert result[part]["blocks"] == reader.candidates[samples].sum()
+    before, after = (result["report"][name]["prefix"] for name in ("before", "after"))
+    assert result["ece_before"] == before["ece_by_position"]
+    assert f"{before['ece']:.4f} before, {after['ece']:.4f} after" in run_ok(*command)
+
+
+def test_temperatures_that_are_none_are_refused(run_dir: Path, cache_dir: Path, target_dir: Path) -> None:
+    path = find_checkpoint(run_dir) / CALIBRATION
+    for content in ('{"temperatures": [1, -1, 2]}', '{"temperatures": "1"}', "{}", "[1]", "{"):
+        path.write_text(content)
+        speculate = ("speculate", "--target", target_dir, "--run", run_dir, "--cache", cache_dir)
+        refused = run_cli(*speculate, "--threshold", "0.5", "--max-new-tokens", "2", "--num-prompts", "1")
+        assert_refused(refused, 1, str(path))
+    run_ok("calibrate", "--cache", cache_dir, "--run", run_dir)
+
+
+def test_too_few_held_out_samples_are_refused(cache_dir: Path, tmp_path: Path) -> None:
+    reader = CacheReader(cache_dir)
+    leading = np.sort(reader.sample_ids[:, 0])
+    one = float(leading[0] + 1) / 256  # the smallest id, or the few that share its byte
+    run_ok(*train_arguments(cache_dir, tmp_path / "run", train__max_steps=1, train__held_out=one))
+    refused = run_cli("calibrate", "--cache", cache_dir, "--run", tmp_path / "run")
+    assert_refused(refused, 2, "can't be halved", "train.held_out")

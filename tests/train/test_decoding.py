@@ -1,0 +1,97 @@
+"""The draft with a cache drafts what its training forward predicts, whatever it drafted before."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.train.drafts import HIDDEN, LAYERS, VOCAB, small_model
+from train.draft.decoding import DraftDecoder
+from train.draft.model import Qwen3DSparkModel
+
+HEADS = ["vanilla", "gated", "rnn", "none"]
+S = 23
+
+
+def make_model(head: str, **overrides) -> Qwen3DSparkModel:
+    values = {"markov_head_type": head, "block_size": 4, **overrides}
+    if head == "none":
+        values |= {"markov_rank": 0, "confidence_head_with_markov": False}
+    return small_model(seed=3, **values).eval()
+
+
+def trained_forward(model: Qwen3DSparkModel, ids: torch.Tensor, context: torch.Tensor, anchor: int):
+    """Logits `[K, V]` and confidence logits `[K]` of the block at `anchor`, as in training."""
+    out = model(
+        ids[None],
+        context[None],
+        torch.ones(1, len(ids)),
+        anchor_positions=torch.tensor([[anchor]]),
+        block_keep_mask=torch.tensor([[True]]),
+    )
+    return out.draft_logits[0, 0], out.confidence_pred[0, 0]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "scales", [{}, {"embedding_scale": 4.0, "final_logit_softcapping": 3.0, "logit_scale": 2.0}]
+)
+def test_it_drafts_what_the_training_forward_predicts(head: str, scales: dict) -> None:
+    """Context comes in pieces of several sizes; behind each, the block is drafted greedily and compared."""
+    model = make_model(head, **scales)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCAB, (S,), generator=generator)
+    context = torch.randn(S, LAYERS * HIDDEN, generator=generator, dtype=torch.float64)
+    decoder = DraftDecoder(model, capacity=6)  # which must grow
+    for begin, end in itertools.pairwise([0, 5, 6, 8, 15]):
+        decoder.extend(context[begin:end])
+        drafted = decoder.draft(ids[end])
+        assert len(drafted.tokens) == 4
+        assert drafted.probs is None
+        # With the drafted tokens as the sequence's own, the training forward predicts each of them.
+        told = ids.clone()
+        told[end + 1 : end + 5] = drafted.tokens
+        logits, _ = trained_forward(model, told, context, end)
+        assert drafted.tokens.tolist() == logits.argmax(-1).tolist()
+        sampled = decoder.draft(ids[end], temperature=0.7, generator=torch.Generator().manual_seed(end))
+        told[end + 1 : end + 5] = sampled.tokens
+        logits, _ = trained_forward(model, told, context, end)
+        torch.testing.assert_close(sampled.probs, torch.softmax(logits / 0.7, -1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", ["vanilla", "none"])
+def test_the_threshold_cuts_where_the_confidence_says(head: str) -> None:
+    model = make_model(head)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(VOCAB, (S,), generator=generator)
+    context = torch.randn(S, LAYERS * HIDDEN, generator=generator, dtype=torch.float64)
+    temperatures = [0.5, 2.0, 1.0, 3.0]
+    seen = set()
+    for anchor in range(1, S - 4):
+        decoder = DraftDecoder(model)
+        decoder.extend(context[:anchor])
+        whole = decoder.draft(ids[anchor]).tokens
+        told = ids.clone()
+        told[anchor + 1 : anchor + 5] = whole
+        _, logits = trained_forward(model, told, context, anchor)
+        reached = torch.sigmoid(logits / torch.tensor(temperatures)).cumprod(0)
+        for threshold in (0.9, 0.4, 0.1):
+            some = decoder.draft(
+                ids[anchor], threshold=threshold, confidence_temperatures=temperatures
+            ).tokens
+            expected = int((reached >= threshold).sum())  # products only fall
+            assert some.tolist() == whole[:expected].tolist()
+            seen.add(expected)
+    assert len(seen) > 2  # it did cut, and not always
+
+
+def test_no_more_than_asked() -> None:
+    decoder = DraftDecoder(make_model("vanilla"))
+    decoder.extend(torch.randn(3, LAYERS * HIDDEN, dtype=torch.float64))
+    whole = decoder.draft(7).tokens.tolist()
+    assert [decoder.draft(7, most=n).tokens.tolist() for n in (0, 2, 9)] == [[], whole[:2], whole]
+    decoder.reset()
+    decoder.extend(torch.randn(3, LAYERS * HIDDEN, dtype=torch.float64))
+    assert decoder.length == 3

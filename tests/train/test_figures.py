@@ -1,0 +1,207 @@
+"""Figures of blocks, against loops over lists and numbers worked out on paper."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from train import figures
+from train.config import LossConfig
+from train.measure import Blocks, join
+
+K = 4
+
+
+def random_blocks(count: int = 300, seed: int = 0) -> Blocks:
+    """Blocks of every length; what stands behind a supervised prefix is junk."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, K + 1, count)
+    return Blocks(
+        sample=rng.integers(0, 5, count),
+        position=np.arange(count),
+        valid=np.arange(K) < lengths[:, None],
+        ce=rng.random((count, K)) * 5,
+        accept=rng.random((count, K)),
+        matches=rng.random((count, K)) < 0.5,
+        confidence=rng.normal(size=(count, K)) * 2,
+    )
+
+
+def slots_of(blocks: Blocks) -> list[list[dict[str, float]]]:
+    """Each block's supervised slots as plain numbers."""
+    return [
+        [
+            {
+                "a": float(blocks.accept[i, k]),
+                "ce": float(blocks.ce[i, k]),
+                "match": float(blocks.matches[i, k]),
+                "c": 1 / (1 + math.exp(-blocks.confidence[i, k])),
+            }
+            for k in range(K)
+            if blocks.valid[i, k]
+        ]
+        for i in range(len(blocks))
+    ]
+
+
+def test_two_blocks_on_paper() -> None:
+    blocks = Blocks(
+        sample=np.array([0, 1]),
+        position=np.array([3, 4]),
+        valid=np.array([[True, True], [True, False]]),
+        ce=np.array([[1.0, 2.0], [3.0, 99.0]]),
+        accept=np.array([[0.5, 0.4], [1.0, 0.9]]),
+        matches=np.array([[True, True], [False, True]]),
+        confidence=None,
+    )
+    got = figures.acceptance(blocks)
+    assert got["accept_rate"] == pytest.approx(1.9 / 3)
+    assert got["accept_by_position"] == pytest.approx([0.75, 0.4])
+    assert got["accept_given_prefix"] == pytest.approx([0.75, 0.4])  # 0.5 * 0.4 of 0.5 reached
+    assert got["tau"] == pytest.approx(1 + (0.5 + 0.2 + 1.0) / 2)
+    assert got["greedy_accept_by_position"] == [0.5, 1.0]
+    assert got["greedy_tau"] == 1 + (2 + 0) / 2
+    terms = figures.loss_terms(blocks, LossConfig(ce_alpha=1, l1_alpha=1, decay_gamma=None))
+    assert terms["ce_loss"] == pytest.approx(2)
+    assert terms["l1_loss"] == pytest.approx(2 * (0.5 + 0.6 + 0) / 3)
+    assert terms["loss"] == pytest.approx(terms["ce_loss"] + terms["l1_loss"])
+    assert figures.calibration(blocks) is None
+    assert figures.threshold_sweep(blocks) is None
+
+
+def test_acceptance_against_loops() -> None:
+    blocks = random_blocks()
+    got, all_slots = figures.acceptance(blocks), slots_of(blocks)
+    for prefix, name in (("", "a"), ("greedy_", "match")):
+        reached, expected_tokens = [[0.0, 0.0] for _ in range(K)], 0.0
+        for slots in all_slots:
+            product = 1.0
+            for k, slot in enumerate(slots):
+                reached[k][0] += product
+                product *= slot[name]
+                reached[k][1] += product
+                expected_tokens += product
+        assert got[f"{prefix}tau"] == pytest.approx(1 + expected_tokens / len(blocks))
+        assert got[f"{prefix}accept_given_prefix"] == pytest.approx([b / a for a, b in reached])
+        for k in range(K):
+            here = [slots[k][name] for slots in all_slots if len(slots) > k]
+            assert got[f"{prefix}accept_by_position"][k] == pytest.approx(sum(here) / len(here))
+
+
+def test_a_position_that_no_block_reaches_is_none() -> None:
+    short = random_blocks()
+    short = short.select(short.valid.sum(1) < K)
+    for name in ("accept_by_position", "greedy_accept_given_prefix"):
+        values = figures.acceptance(short)[name]
+        assert values[-1] is None
+        assert None not in values[:-1]
+    reliability = figures.calibration(short)
+    assert reliability is not None
+    assert reliability["prefix"]["ece_by_position"][-1] is None
+
+
+@pytest.mark.parametrize("temperatures", [None, np.array([0.5, 1.0, 2.0, 4.0])])
+def test_calibration_against_loops(temperatures: np.ndarray | None) -> None:
+    blocks = random_blocks(200)
+    got = figures.calibration(blocks, temperatures)
+    assert got is not None
+    scale = np.ones(K) if temperatures is None else temperatures
+    for name in ("slot", "prefix"):
+        pairs: list[list[tuple[float, float]]] = [[] for _ in range(K)]
+        for i in range(len(blocks)):
+            confident = accepted = 1.0
+            for k in range(int(blocks.valid[i].sum())):
+                c = 1 / (1 + math.exp(-blocks.confidence[i, k] / scale[k]))
+                a = float(blocks.accept[i, k])
+                confident, accepted = (confident * c, accepted * a) if name == "prefix" else (c, a)
+                pairs[k].append((confident, accepted))
+        assert got[name]["ece_by_position"] == pytest.approx([slow_ece(own) for own in pairs])
+        assert got[name]["auc_by_position"] == pytest.approx([slow_auc(own) for own in pairs])
+        every = [pair for own in pairs for pair in own]
+        assert got[name]["ece"] == pytest.approx(slow_ece(every))
+        assert got[name]["auc"] == pytest.approx(slow_auc(every))
+        bins = got[name]["bins"]
+        assert sum(row["count"] for row in bins) == len(every)
+        gaps = [row["count"] * abs(row["predicted"] - row["actual"]) for row in bins if row["count"]]
+        assert sum(gaps) / len(every) == pytest.approx(got[name]["ece"])
+
+
+def slow_ece(pairs: list[tuple[float, float]]) -> float:
+    error = 0.0
+    for low in range(15):
+        inside = [(p, a) for p, a in pairs if low / 15 <= p < (low + 1) / 15 or (low == 14 and p == 1)]
+        if inside:
+            error += abs(sum(p for p, _ in inside) - sum(a for _, a in inside))
+    return error / len(pairs)
+
+
+def slow_auc(pairs: list[tuple[float, float]]) -> float:
+    """Every accepted with every rejected, by their weights."""
+    won = total = 0.0
+    for p, a in pairs:
+        for q, b in pairs:
+            weight = a * (1 - b)
+            won += weight * (1.0 if p > q else 0.5 if p == q else 0.0)
+            total += weight
+    return won / total
+
+
+def test_auc_of_certain_outcomes_is_the_textbooks() -> None:
+    scores, outcomes = np.array([0.1, 0.4, 0.35, 0.8]), np.array([0.0, 0.0, 1.0, 1.0])
+    assert figures.auc(scores, outcomes) == pytest.approx(0.75)
+    assert figures.auc(scores, np.ones(4)) is None
+
+
+def test_extreme_confidences_do_not_overflow() -> None:
+    logits = np.array([-1e4, 0.0, 1e4])
+    with np.errstate(all="raise", under="ignore"):
+        assert figures.sigmoid(logits).tolist() == [0.0, 0.5, 1.0]
+    assert figures.ece(np.array([1.0, 0.0]), np.array([1.0, 0.0])) == 0
+
+
+def test_the_threshold_sweep_against_loops() -> None:
+    blocks = random_blocks()
+    rows = figures.threshold_sweep(blocks, None, (0.0, 0.3, 0.7, 1.0))
+    assert rows is not None
+    for row in rows:
+        verified = accepted = 0.0
+        for slots in slots_of(blocks):
+            confident = product = 1.0
+            for slot in slots:
+                confident, product = confident * slot["c"], product * slot["a"]
+                if confident < row["threshold"]:
+                    break
+                verified, accepted = verified + 1, accepted + product
+        assert row["verified"] == pytest.approx(verified / len(blocks))
+        assert row["tokens"] == pytest.approx(1 + accepted / len(blocks))
+        assert row["acceptance"] == (pytest.approx(accepted / verified) if verified else None)
+    assert rows[0]["tokens"] == pytest.approx(figures.acceptance(blocks)["tau"])
+
+
+def test_groups_are_their_own_blocks() -> None:
+    blocks = random_blocks()
+    names = {0: "b", 1: "a", 2: "b", 3: "empty", 4: "a", 9: "nobody"}
+    blocks = blocks.select(blocks.sample != 3)
+    groups = figures.by_group(blocks, names)
+    assert list(groups) == ["b", "a"]
+    assert sum(row["blocks"] for row in groups.values()) == len(blocks)
+    own = figures.acceptance(blocks.select(np.isin(blocks.sample, [1, 4])))
+    assert groups["a"]["tau"] == own["tau"]
+    assert groups["a"]["samples"] == len({i for i in blocks.sample.tolist() if i in (1, 4)})
+
+
+def test_length_buckets_by_hand() -> None:
+    expected = {1: "1-1", 2: "2-3", 3: "2-3", 127: "64-127", 128: "128-255", 255: "128-255"}
+    assert {length: figures.length_bucket(length) for length in expected} == expected
+
+
+def test_joined_blocks_are_in_order() -> None:
+    blocks = random_blocks()
+    shuffled = blocks.select(np.random.default_rng(1).permutation(len(blocks)))
+    halves = [shuffled.select(np.arange(len(blocks)) < 20), shuffled.select(np.arange(len(blocks)) >= 20)]
+    joined = join(halves)
+    keys = list(zip(joined.sample.tolist(), joined.position.tolist(), strict=True))
+    assert keys == sorted(keys)
+    assert sorted(joined.ce.ravel().tolist()) == sorted(blocks.ce.ravel().tolist())

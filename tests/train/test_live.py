@@ -1,0 +1,286 @@
+"""Speculative decoding changes nothing but the time: token by token when greedy, in distribution when not."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.errors import TargetError
+from tests.train.drafts import small_config
+from train import rejection
+from train.draft.decoding import DraftDecoder
+from train.draft.model import Qwen3DSparkModel
+from train.live import CachedTarget, decode_plain, decode_speculative
+
+H, V = 32, 61
+FEW = 3  # tokens of a vocabulary whose texts can be enumerated
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 8, **SLIDING},
+    "gemma3_text": {"query_pre_attn_scalar": 8, **SLIDING},
+    "gpt2": {"n_embd": H, "n_layer": 4, "n_head": 4, "n_positions": 128, "n_ctx": 128},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
+    "deepseek_v3": {
+        **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
+        **{"topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4, "q_lora_rank": 16},
+        **{"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    },
+}
+
+
+def make_target(family: str = "llama", *, seed: int = 0, vocab: int = V, **overrides) -> nn.Module:
+    """A random target in float64, where it can be, whose near ties are beyond rounding."""
+    dtype = torch.float32 if "num_experts_per_tok" in FAMILIES[family] else torch.float64
+    values = {
+        "vocab_size": vocab,
+        "hidden_size": H,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**values, **FAMILIES[family], **overrides})
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+
+
+def make_draft(target: nn.Module, layer_ids: list[int], *, seed: int = 0, block: int = 4) -> Qwen3DSparkModel:
+    """A draft with random weights and the target's embedding and head."""
+    vocab = target.get_input_embeddings().weight.shape[0]
+    config = small_config(
+        hidden_size=H, vocab_size=vocab, target_layer_ids=layer_ids, block_size=block, mask_token_id=0
+    )
+    torch.manual_seed(seed)
+    draft = Qwen3DSparkModel(config).to(target.dtype).eval()
+    draft.initialize_embeddings_and_head(target.get_input_embeddings(), target.get_output_embeddings())
+    return draft
+
+
+class Oracle(DraftDecoder):
+    """Drafts what it was told the target will say, with a mistake every few tokens: most is accepted."""
+
+    def __init__(self, model: Qwen3DSparkModel, text: list[int], every: int):
+        super().__init__(model)
+        self.text, self.every = text, every
+
+    def draft(self, anchor, temperature=0.0, most=None, **_):
+        drafted = super().draft(anchor, temperature, most)
+        known = self.text[self.length + 1 :][: len(drafted.tokens)]
+        for i, token in enumerate(known):
+            wrong = (self.length + i) % self.every == 0
+            drafted.tokens[i] = (token + wrong) % V
+        return drafted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_the_targets_own(family: str) -> None:
+    """Against transformers' generate, for drafts that are mostly wrong, mostly right and always right."""
+    model = make_target(family)
+    layer_ids = [0, 2]
+    draft = make_draft(model, layer_ids)
+    generator = torch.Generator().manual_seed(5)
+    with CachedTarget(model, layer_ids) as target:
+        for length, every in [(1, 3), (7, 4), (20, 1000), (12, 2)]:
+            prompt = torch.randint(V, (length,), generator=generator).tolist()
+            own = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, length, dtype=torch.long),
+                max_new_tokens=30,
+                do_sample=False,
+            )[0].tolist()
+            assert prompt + decode_plain(target, prompt, 30).tokens == own
+            for decoder in (DraftDecoder(draft), Oracle(draft, own, every)):
+                decoded = decode_speculative(target, decoder, prompt, 30)
+                assert prompt + decoded.tokens == own
+                assert decoded.rounds <= 29
+            assert decoded.rounds < 24, "the told draft was hardly ever accepted"
+            if every == 1000:
+                assert decoded.rounds == 6  # 29 tokens after the first, five a round
+
+
+def test_it_ends_where_the_target_ends() -> None:
+    model = make_target()
+    draft = make_draft(model, [1, 2])
+    with CachedTarget(model, [1, 2]) as target:
+        own = decode_plain(target, [5, 6, 7], 40).tokens
+        for stop in {own[0], own[3], own[11]}:
+            stops = frozenset({stop})
+            expected = own[: own.index(stop) + 1]
+            assert decode_plain(target, [5, 6, 7], 40, stop=stops).tokens == expected
+            for decoder in (DraftDecoder(draft), Oracle(draft, [5, 6, 7, *own], 1000)):
+                decoded = decode_speculative(target, decoder, [5, 6, 7], 40, stop=stops)
+                assert decoded.tokens == expected
+                assert sum(decoded.accepted) + decoded.rounds >= len(expected) - 1
+        for most in (1, 2, 3, 7):
+            assert decode_speculative(target, DraftDecoder(draft), [5, 6, 7], most).tokens == own[:most]
+
+
+def test_what_is_counted() -> None:
+    """An always right draft with K = 4 and 12 tokens: 1 + 5 + 5 + 1, the last of a block of none."""
+    model = make_target()
+    draft = make_draft(model, [1, 2])
+    with CachedTarget(model, [1, 2]) as target:
+        own = decode_plain(target, [5, 6, 7], 12).tokens
+        decoded = decode_speculative(target, Oracle(draft, [5, 6, 7, *own], 1000), [5, 6, 7], 12)
+        assert (decoded.rounds, decoded.verified) == (3, 8)
+        assert decoded.tried == decoded.accepted == [2, 2, 2, 2]
+        stop = frozenset({own[2]})  # the second drafted one, unless it came before
+        if own.index(own[2]) == 2:
+            decoded = decode_speculative(
+                target, Oracle(draft, [5, 6, 7, *own], 1000), [5, 6, 7], 12, stop=stop
+            )
+            assert (decoded.rounds, decoded.tried) == (1, [1, 1, 0, 0])
+
+
+def test_the_features_it_feeds_the_draft_are_those_of_one_forward() -> None:
+    """After any number of rounds the draft's cache is that of the whole text, computed at once."""
+    model = make_target()
+    draft = make_draft(model, [0, 3])
+    prompt = [3, 1, 4, 1, 5]
+    with CachedTarget(model, [0, 3]) as target:
+        decoder = DraftDecoder(draft)
+        tokens = prompt + decode_speculative(target, decoder, prompt, 17).tokens
+        own = decode_plain(target, prompt, 17).tokens
+        oracle = Oracle(draft, prompt + own, 3)
+        decode_speculative(target, oracle, prompt, 17)
+        with torch.no_grad():
+            states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        fresh = DraftDecoder(draft)
+        fresh.extend(torch.cat([states[1][0], states[4][0]], -1))  # the last layer's is the post-norm one
+        for decoded in (decoder, oracle):
+            known = decoded.length
+            assert known >= len(tokens) - 5
+            # Norms and rotations of the target are fp32 inside.
+            own_cache, wanted = decoded._cache[..., :known, :], fresh._cache[..., :known, :]
+            torch.testing.assert_close(own_cache, wanted, rtol=1e-4, atol=1e-5)
+
+
+# A right rule gives counts less likely than this once in 100,000 seeds.
+UNLIKELY = 1e-5
+
+
+def chi_square_p(counts: Tensor, probs: Tensor) -> float:
+    """How likely counts at least this far off are; outcomes expected fewer than 5 times are put together."""
+    expected = probs * counts.sum()
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).double()
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    degrees = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(degrees, statistic / 2).item()
+
+
+def sequence_probs(model: nn.Module, temperature: float) -> Tensor:
+    """The probability of every continuation of four tokens, by one forward each."""
+    probs = []
+    for tokens in itertools.product(range(FEW), repeat=4):
+        with torch.no_grad():
+            logits = model(torch.tensor([[1, 2, *tokens]])).logits[0, 1:-1]
+        rows = torch.softmax(logits / temperature, -1)
+        probs.append(rows[torch.arange(4), torch.tensor(tokens)].prod())
+    return torch.stack(probs)
+
+
+def sampled(target: CachedTarget, decoder: DraftDecoder, samples: int, **options) -> Tensor:
+    """How often each continuation came out."""
+    counts = torch.zeros(FEW**4)
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(samples):
+        tokens = decode_speculative(target, decoder, [1, 2], 4, generator=generator, **options).tokens
+        counts[sum(token * FEW**i for i, token in enumerate(reversed(tokens)))] += 1
+    return counts
+
+
+@pytest.fixture(scope="module")
+def few() -> tuple[nn.Module, Qwen3DSparkModel]:
+    """A target of three tokens, and a random draft of blocks of two: far from it."""
+    model = make_target(vocab=FEW, num_hidden_layers=2)
+    return model, make_draft(model, [0], block=2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_have_the_targets_distribution(few, temperature: float) -> None:
+    """Four tokens: one of the prompt's forward, then rounds of two drafted ones and what follows them."""
+    model, draft = few
+    with CachedTarget(model, [0]) as target:
+        counts = sampled(target, DraftDecoder(draft), 800, temperature=temperature)
+    assert chi_square_p(counts, sequence_probs(model, temperature)) > UNLIKELY
+
+
+def test_a_threshold_keeps_the_distribution_and_saves_verification(few) -> None:
+    model, draft = few
+    options = {"temperature": 1.0, "threshold": 0.5, "confidence_temperatures": [0.05, 0.05]}
+    with CachedTarget(model, [0]) as target:
+        decoder = DraftDecoder(draft)
+        counts = sampled(target, decoder, 700, **options)
+        assert chi_square_p(counts, sequence_probs(model, 1.0)) > UNLIKELY
+        generator = torch.Generator().manual_seed(0)
+        rounds = [
+            decode_speculative(target, decoder, [1, 2], 4, generator=generator, **options) for _ in range(30)
+        ]
+    drafted = {(decoded.verified, decoded.rounds) for decoded in rounds}
+    assert len(drafted) > 2, "the threshold never cut, or always"
+
+
+def test_the_chi_square_test_sees_a_wrong_rule(few, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, draft = few
+
+    def accept_all(drafted, draft_probs, target_logits, temperature, generator=None):
+        return len(drafted), rejection.choose(target_logits[-1], temperature, generator)
+
+    monkeypatch.setattr("train.live.accept", accept_all)
+    with CachedTarget(model, [0]) as target:
+        counts = sampled(target, DraftDecoder(draft), 300, temperature=1.0)
+    assert chi_square_p(counts, sequence_probs(model, 1.0)) < UNLIKELY
+
+
+def test_the_rule_itself_over_many_samples() -> None:
+    """One drafted token from p, verified against q: the first token out is distributed as q."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 6, generator=generator, dtype=torch.float64) * 2
+    draft_probs = torch.softmax(torch.randn(6, generator=generator, dtype=torch.float64) * 2, -1)
+    counts, accepted = torch.zeros(6), 0
+    for _ in range(8000):
+        token = torch.multinomial(draft_probs, 1, generator=generator)
+        count, following = rejection.accept(token, draft_probs[None], logits, 1.0, generator)
+        counts[token[0] if count else following] += 1
+        accepted += count
+    target_probs = torch.softmax(logits[0], -1)
+    assert chi_square_p(counts, target_probs) > UNLIKELY
+    # And as many are accepted as the offline figures say: 1 minus the total variation.
+    expected = 1 - (target_probs - draft_probs).abs().sum().item() / 2
+    assert accepted / 8000 == pytest.approx(expected, abs=0.025)
+
+
+def test_recurrent_targets_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "qwen3_next", vocab_size=V, hidden_size=H, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(TargetError, match="recurrent state"):
+        CachedTarget(model, [0])
+
+
+def test_the_hooks_are_gone_afterwards() -> None:
+    model = make_target()
+    with CachedTarget(model, [0, 1]) as target:
+        target.forward(torch.tensor([1, 2]), 1)
+        assert any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())

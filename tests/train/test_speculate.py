@@ -1,0 +1,250 @@
+"""`dspark speculate` on the tiny target, its prompts, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.cache import CacheReader
+from pipeline.errors import DataError
+from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
+from tests.tiny import make_target, make_tokenizer
+from tests.train.runs import train_arguments
+from train.checkpoint import find_checkpoint
+from train.evaluate import EVALUATION
+from train.live import Decoded
+from train.prompts import held_out_prompts, read_prompts
+from train.speculate import SPECULATION, _add_up, _check_partings, _parting
+from train.validate import split
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "a"
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=60))
+    return run
+
+
+FP32 = ("--dtype", "float32", "--device", "cpu")
+
+
+def speculated(target: Path, run: Path, *options: str | Path) -> dict:
+    return json.loads(run_ok("speculate", "--target", target, "--run", run, *FP32, "--json", *options))
+
+
+def test_greedy_text_of_fifty_prompts_is_the_targets_own(
+    target_dir: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    """Through the command line, as text, against transformers' generate."""
+    prompts = tmp_path / "prompts.jsonl"
+    asked = [{"prompt": f"why is the {a} {b} on {c}"} for a in ("cat", "dog", "sky", "mat", "blue") for b in
+             ("sat", "ran") for c in ("the", "two", "a", "green", "three")]  # fmt: skip
+    assert len(asked) == 50
+    prompts.write_text("\n".join(map(json.dumps, asked)))
+    options = ("--prompts", prompts, "--num-prompts", "50", "--max-new-tokens", "16", "--temperature", "0")
+    text = run_ok("speculate", "--target", target_dir, "--run", run_dir, *FP32, "--show", *options)
+    result = json.loads((find_checkpoint(run_dir) / SPECULATION).read_text())
+    (run,) = result["runs"]
+    assert (result["prompts"], run["identical"], run["partings"]) == (50, 50, [])
+    assert 1 <= run["tokens_per_round"] <= 4
+    tokenizer = AutoTokenizer.from_pretrained(target_dir)
+    model = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
+    expected = ""
+    for row in asked:
+        message = [{"role": "user", "content": row["prompt"]}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")[
+            "input_ids"
+        ]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        own = out[0, ids.shape[1] :]
+        expected += f"> {tokenizer.decode(ids[0])}\n{tokenizer.decode(own)}\n\n"
+
+    assert text.startswith(expected)
+    assert "for 50 of 50 prompts" in text
+
+
+def test_live_beside_offline(target_dir: Path, run_dir: Path, cache_dir: Path) -> None:
+    """The figures lie beside the draft, with those of `dspark evaluate` at the temperatures that it knows."""
+    options = ("--cache", cache_dir, "--num-prompts", "2", "--max-new-tokens", "12", "--temperature", "0")
+    more = ("--temperature", "1", "--temperature", "0.5")
+    assert [run["offline"] for run in speculated(target_dir, run_dir, *options)["runs"]] == [None]
+    run_ok("evaluate", "--cache", cache_dir, "--run", run_dir)
+    result = speculated(target_dir, run_dir, *options, *more)
+    folder = find_checkpoint(run_dir)
+    assert json.loads((folder / SPECULATION).read_text()) == result
+    evaluation = json.loads((folder / EVALUATION).read_text())
+    greedy, sampled, other = result["runs"]
+    assert greedy["offline"]["tokens_per_round"] == evaluation["greedy_tau"]
+    assert sampled["offline"]["accept_given_prefix"] == evaluation["accept_given_prefix"]
+    assert other["offline"] is None
+    assert [run["identical"] for run in result["runs"]] == [2, None, None]
+    text = run_ok("speculate", "--target", target_dir, "--run", run_dir, *options)
+    assert "live  offline" in text
+    assert f"{evaluation['greedy_tau']:.3f}" in text
+
+
+def test_live_acceptance_is_what_the_cache_promises(target_dir: Path, tmp_path: Path) -> None:
+    """Text that the target says itself at temperature 1, captured and evaluated: the same acceptance.
+
+    An independent check of both: positions, features or anchors that were off by one in either would show.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
+    rows = []
+    for i in range(40):
+        prompt = torch.randint(3, 300, (1, 3 + i % 5))
+        sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
+        ones = torch.ones_like(prompt)
+        text = model.generate(prompt, attention_mask=ones, max_new_tokens=40, **sampling)
+        mask = [0] * prompt.shape[1] + [1] * (text.shape[1] - prompt.shape[1])
+        rows.append({"input_ids": text[0].tolist(), "loss_mask": mask})
+    data = tmp_path / "own.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    run_ok(*capture_arguments(target_dir, data, cache), "--dtype", "float32")
+    run_ok(*train_arguments(cache, run, train__max_steps=80, train__held_out=0.5))
+    evaluation = json.loads(run_ok("evaluate", "--cache", cache, "--run", run, "--json"))
+    options = ("--num-prompts", "20", "--max-new-tokens", "60", "--temperature", "1")
+    (live,) = speculated(target_dir, run, "--cache", cache, *options)["runs"]
+    assert live["rounds"] > 300
+    # Three standard deviations of a mean of 300 rounds of 0 to 3 tokens.
+    assert live["tokens_per_round"] == pytest.approx(evaluation["tau"], abs=0.17)
+    assert live["accept_given_prefix"][0] == pytest.approx(evaluation["accept_given_prefix"][0], abs=0.09)
+    assert evaluation["tau"] > 1.15, "too bad a draft to tell anything"
+
+
+def test_a_threshold_verifies_less(target_dir: Path, run_dir: Path, cache_dir: Path) -> None:
+    options = ("--cache", cache_dir, "--num-prompts", "3", "--max-new-tokens", "24", "--temperature", "0")
+    whole, some, none = (
+        speculated(target_dir, run_dir, *options, "--threshold", threshold)["runs"][0]
+        for threshold in ("0", "0.3", "1")
+    )
+    assert whole["verified_per_round"] > some["verified_per_round"] >= none["verified_per_round"] == 0
+    assert none["tokens_per_round"] == 1
+    assert some["identical"] == whole["identical"] == none["identical"] == 3
+
+
+def test_another_targets_draft_is_said_or_refused(run_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
+    options = ("--run", run_dir, "--cache", cache_dir, "--num-prompts", "1", "--max-new-tokens", "4")
+    tuned = make_target(tmp_path / "tuned", seed=9)
+    result = run_cli("speculate", "--target", tuned, *options)
+    assert result.exit_code == 0, result.output
+    assert "warning: the draft was trained for tiny-llama and tuned has other weights" in result.stderr
+    wider = make_target(tmp_path / "wider", hidden_size=64)
+    refused = run_cli("speculate", "--target", wider, *options)
+    assert_refused(refused, 1, "hidden_size 64", "for 32", "tiny-llama")
+
+
+def test_usage(target_dir: Path, run_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
+    command = ("speculate", "--target", target_dir, "--run", run_dir)
+    assert_refused(run_cli(*command), 2, "--prompts FILE or --cache")
+    assert_refused(run_cli("speculate", "--run", run_dir), 2, "--target")
+    assert_refused(run_cli(*command, "--prompts", tmp_path / "none.txt"), 1, "none.txt can't be read")
+    plain = tmp_path / "plain"
+    settings = {"draft__confidence_head": "false", "train__max_steps": 1}
+    run_ok(*train_arguments(cache_dir, plain, **settings))
+    refused = run_cli(
+        "speculate", "--target", target_dir, "--run", plain, "--cache", cache_dir, "--threshold", "0.5"
+    )
+    assert_refused(refused, 2, "--threshold needs a confidence head")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run_dir, damaged)
+    (damaged / "latest" / "model.safetensors").write_bytes(b"1234")
+    (damaged / "best" / "model.safetensors").write_bytes(b"1234")
+    refused = run_cli("speculate", "--target", target_dir, "--run", damaged, "--cache", cache_dir)
+    assert_refused(refused, 1, "best is damaged")
+
+
+def test_positions_that_the_target_never_learned_are_refused(tmp_path: Path, data_file: Path) -> None:
+    shape = {"n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 256, "max_position_embeddings": 256}
+    target = make_target(tmp_path / "gpt2", "gpt2", **shape)
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    run_ok(*capture_arguments(target, data_file, cache), "--max-length", "200")
+    run_ok(*train_arguments(cache, run, train__max_steps=1))
+    command = ("speculate", "--target", target, "--run", run, "--cache", cache, "--max-new-tokens")
+    assert_refused(run_cli(*command, "300"), 1, "learned 256 positions", "--max-new-tokens")
+    run_ok(*command, "4", "--num-prompts", "1")
+
+
+def test_what_is_added_up_by_hand() -> None:
+    plain = [Decoded([1, 2, 3], seconds=0.2), Decoded([1], seconds=0.0)]
+    fast = [
+        Decoded([1, 2, 3], seconds=0.3, rounds=1, verified=2, tried=[1, 1], accepted=[1, 0],
+                draft_seconds=0.1, verify_seconds=0.2),
+        Decoded([1], tried=[0, 0], accepted=[0, 0]),
+    ]  # fmt: skip
+    figures = _add_up(plain, fast)
+    assert figures["tokens_per_round"] == 2
+    assert figures["accept_given_prefix"] == [1.0, 0.0]
+    assert figures["verified_per_round"] == 2
+    assert (figures["draft_ms"], figures["verify_ms"]) == pytest.approx((100, 200))
+    assert (figures["plain_ms"], figures["speculative_ms"]) == pytest.approx((100, 150))
+    assert figures["speedup"] == pytest.approx(2 / 3)
+    nothing = _add_up([Decoded([1])], [Decoded([1], tried=[0], accepted=[0])])
+    assert nothing["speedup"] is None
+    assert nothing["tokens_per_round"] is None
+
+
+def test_texts_that_part_where_the_target_was_sure_are_an_error() -> None:
+    own = Decoded([4, 5, 6], gaps=[1.0, 0.5, 2.0])
+    close = _parting(3, own, Decoded([4, 7, 6]))
+    assert close == {"prompt": 3, "token": 1, "gap": 0.5}
+    _check_partings([close], torch.bfloat16)
+    _check_partings([], torch.float32)
+    with pytest.raises(Exception, match=r"prompt 4 at token 2, where .* 0.5 apart"):
+        _check_partings([close], torch.float32)
+    assert _parting(0, own, Decoded([4, 5]))["gap"] == 2.0
+
+
+def test_prompts_are_what_the_target_was_asked(cache_dir: Path) -> None:
+    reader = CacheReader(cache_dir)
+    _, held_out = split(reader, 0.3)
+    prompts = held_out_prompts(reader, held_out, 3)
+    assert len(prompts) == 3
+    assert len({tuple(prompt) for prompt in prompts}) == 3
+    by_hand = []
+    for i in held_out.tolist():
+        ids, mask = (part.tolist() for part in reader.tokens(i))
+        by_hand.append(ids[: mask.index(1)])
+    assert all(prompt in by_hand for prompt in prompts)
+    assert held_out_prompts(reader, held_out, 1000) == by_hand
+
+
+def test_every_form_of_a_prompt(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    ask = "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"
+    rows = [
+        {"prompt": "why"},
+        {"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "no"}]},
+        {"conversations": [{"from": "human", "value": "why"}, {"from": "gpt", "value": "no"}]},
+        {"prompt": [{"role": "user", "content": "why"}]},
+        {"text": ask},
+        {"input_ids": tokenizer(ask)["input_ids"]},
+    ]
+    path = tmp_path / "forms.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)))
+    got = read_prompts(path, tokenizer, 100)
+    assert [tokenizer.decode(ids) for ids in got] == [ask] * len(rows)
+    assert len(read_prompts(path, tokenizer, 2)) == 2
+    text = tmp_path / "plain.txt"
+    text.write_text("why\n\nwhy\n")
+    assert [tokenizer.decode(ids) for ids in read_prompts(text, tokenizer, 9)] == [ask] * 2
+    tokenizer.chat_template = None
+    assert [tokenizer.decode(ids) for ids in read_prompts(text, tokenizer, 9)] == ["why"] * 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[1]", "3", "{}", '{"messages": []}', '{"messages": [{"role": "assistant", "content": "a"}]}',
+     '{"text": 3}', '{"messages": [{"content": "a"}]}', '{"input_ids": ["a"]}', '{"text": ""}', "", "\n\n"],
+)  # fmt: skip
+def test_what_is_no_prompt_is_refused_by_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"line 1 is no prompt|holds no prompt"):
+        read_prompts(path, make_tokenizer(), 4)

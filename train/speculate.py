@@ -1,0 +1,325 @@
+"""A draft at work beside its live target: `dspark speculate`.
+
+The one place in `train/` where a target is loaded. Speculation is compared with plain decoding by the same
+target in the same process, and with what the cache promised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline import config as configuration
+from pipeline.cache.manifest import Identity
+from pipeline.errors import ConfigError, RunError, UsageError
+from pipeline.hooks import learned_positions
+from pipeline.target.load import Target
+from train.calibrate import read_temperatures
+from train.checkpoint import load_draft
+from train.draft.decoding import DraftDecoder
+from train.draft.model import Qwen3DSparkModel
+from train.evaluate import EVALUATION, read_figures, table
+from train.live import CachedTarget, Decoded, decode_plain, decode_speculative
+from train.progress import TRAINING, damaged, read_training
+
+SPECULATION = "speculation.json"
+# How far apart the target's two best logits may be where a forward over several tokens rounds to another text
+# than one over a single token does.
+ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 0.5, torch.bfloat16: 1.0}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A live target and a draft that shares its embedding and head."""
+
+    name: str
+    """The target's."""
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    draft: Qwen3DSparkModel
+    stop: frozenset[int]
+    """Token ids that end a text."""
+    step: int
+    """The draft's."""
+    warning: str | None
+    """What is odd about the two together."""
+
+
+def load_pair(target: Target, folder: Path) -> Pair:
+    """Load a target and the draft of a checkpoint, in the target's dtype.
+
+    Args:
+        folder: of `train.checkpoint.find_checkpoint`.
+
+    Raises:
+        TargetError: the target can't be loaded.
+        RunError: the checkpoint is damaged, or the draft is for a target of another shape.
+    """
+    _, page = read_training(folder)
+    try:
+        trained_for = configuration.build(Identity, page["cache"], TRAINING).target
+    except (KeyError, ConfigError) as error:
+        raise damaged(folder, error) from None
+    identity = target.identity()
+    shape = ("hidden_size", "num_layers", "vocab_size")
+    differing = [
+        f"{name} {getattr(identity, name)}, the draft's is for {getattr(trained_for, name)}"
+        for name in shape
+        if getattr(identity, name) != getattr(trained_for, name)
+    ]
+    if differing:
+        raise RunError(
+            f"{target.name} is not the target that {folder} was trained for, {trained_for.name} "
+            f"({'; '.join(differing)}): give that one as --target"
+        )
+    warning = None
+    if identity.weights != trained_for.weights:
+        warning = (
+            f"the draft was trained for {trained_for.name} and {target.name} has other weights: the text is "
+            "right all the same, but less will be accepted"
+        )
+    tokenizer, model = target.tokenizer(), target.model()
+    draft = load_draft(folder).to(target.device, target.dtype).eval().requires_grad_(False)
+    # Not copies: the draft's are the target's own.
+    draft.embed_tokens.weight = model.get_input_embeddings().weight
+    draft.lm_head.weight = model.get_output_embeddings().weight
+    stop, step = _stops(model, tokenizer), page["progress"]["step"]
+    return Pair(target.name, model, tokenizer, draft, stop, step, warning)
+
+
+def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = own if isinstance(own, list) else [own]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def speculate_all(
+    pair: Pair,
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    threshold: float = 0.0,
+    seed: int = 0,
+    show: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Speculate at each temperature; confidences are calibrated if the checkpoint has temperatures for them.
+
+    Args:
+        folder: of the draft's checkpoint: what was measured offline and fitted is there.
+        show: called with every prompt and text.
+
+    Returns:
+        What goes into speculation.json.
+
+    Raises:
+        UsageError: a threshold for a draft without a confidence head.
+        RunError: see `speculate`.
+    """
+    if threshold > 0 and pair.draft.confidence_head is None:
+        raise UsageError("--threshold needs a confidence head, and this draft has none: leave it out")
+
+    def seen(prompt: list[int], tokens: list[int]) -> None:
+        if show is not None:
+            show(f"> {pair.tokenizer.decode(prompt)}\n{pair.tokenizer.decode(tokens)}\n")
+
+    runs = []
+    for temperature in dict.fromkeys(temperatures):
+        figures = speculate(
+            pair,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            threshold=threshold,
+            confidence_temperatures=read_temperatures(folder) if threshold > 0 else None,
+            seed=seed,
+            seen=seen,
+        )
+        runs.append({**figures, "offline": offline_figures(folder, temperature)})
+    return {
+        "step": pair.step,
+        "target": pair.name,
+        "device": pair.draft.device.type,
+        "dtype": str(pair.draft.dtype).removeprefix("torch."),
+        "prompts": len(prompts),
+        "max_new_tokens": max_new_tokens,
+        "threshold": threshold,
+        "runs": runs,
+    }
+
+
+def speculate(
+    pair: Pair,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    threshold: float = 0.0,
+    confidence_temperatures: Sequence[float] | None = None,
+    seed: int = 0,
+    seen: Callable[[list[int], list[int]], None] = lambda _prompt, _tokens: None,
+) -> dict[str, Any]:
+    """Decode every prompt twice, plainly and speculatively, and add up.
+
+    Args:
+        prompts: token ids.
+        seen: called with each prompt and what was decoded.
+
+    Returns:
+        Plain numbers: see `format_speculation`.
+
+    Raises:
+        RunError: greedy texts differ by more than rounding explains, or the prompts do not fit the target.
+    """
+    limit = learned_positions(pair.model)
+    longest = max(map(len, prompts)) + max_new_tokens
+    if limit is not None and longest > limit:
+        raise RunError(
+            f"the longest prompt and --max-new-tokens make {longest} tokens, but the target learned "
+            f"{limit} positions: lower --max-new-tokens, or leave long prompts out"
+        )
+    plain: list[Decoded] = []
+    fast: list[Decoded] = []
+    partings: list[dict[str, Any]] = []
+    decoder = DraftDecoder(pair.draft, capacity=longest + pair.draft.block_size)
+    options = {"temperature": temperature, "stop": pair.stop}
+    with (
+        CachedTarget(pair.model, []) as alone,
+        CachedTarget(pair.model, pair.draft.config.target_layer_ids) as watched,
+    ):
+        device = alone.device
+        warm = list(prompts[0])
+        decode_plain(alone, warm, 4)
+        decode_speculative(watched, decoder, warm, 2 * pair.draft.block_size)
+        for number, prompt in enumerate(prompts):
+            generators = [torch.Generator(device).manual_seed(seed + number) for _ in range(2)]
+            own = decode_plain(alone, prompt, max_new_tokens, **options, generator=generators[0])
+            result = decode_speculative(
+                watched,
+                decoder,
+                prompt,
+                max_new_tokens,
+                **options,
+                threshold=threshold,
+                confidence_temperatures=confidence_temperatures,
+                generator=generators[1],
+            )
+            plain.append(own)
+            fast.append(result)
+            seen(list(prompt), result.tokens)
+            if temperature == 0 and result.tokens != own.tokens:
+                partings.append(_parting(number, own, result))
+    _check_partings(partings, pair.draft.dtype)
+    figures = _add_up(plain, fast)
+    return {
+        "temperature": temperature,
+        **figures,
+        "identical": len(prompts) - len(partings) if temperature == 0 else None,
+        "partings": partings,
+    }
+
+
+def _parting(number: int, own: Decoded, result: Decoded) -> dict[str, Any]:
+    """Where two greedy texts begin to differ, and how close the target's choice was there."""
+    pairs = zip(own.tokens, result.tokens, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(own.tokens), len(result.tokens)))
+    gap = own.gaps[first] if first < len(own.gaps) else float("inf")
+    return {"prompt": number, "token": first, "gap": gap}
+
+
+def _check_partings(partings: Sequence[dict[str, Any]], dtype: torch.dtype) -> None:
+    worst = max(partings, key=lambda parting: parting["gap"], default=None)
+    if worst is not None and worst["gap"] > ROUNDING[dtype]:
+        raise RunError(
+            f"speculation changed the greedy text of prompt {worst['prompt'] + 1} at token "
+            f"{worst['token'] + 1}, where the target's two best logits are {worst['gap']:.3g} apart: more "
+            f"than {str(dtype).removeprefix('torch.')} rounding explains. This target's cache can't take "
+            "tokens back, or it is a bug: please report it"
+        )
+
+
+def _add_up(plain: Sequence[Decoded], fast: Sequence[Decoded]) -> dict[str, Any]:
+    """Means over all rounds and all tokens; the first token of each text, which no round makes, left out."""
+
+    def total(results: Sequence[Decoded], name: str) -> float:
+        return sum(getattr(result, name) for result in results)
+
+    tokens, own_tokens = (sum(len(r.tokens) - 1 for r in results) for results in (fast, plain))
+    rounds = total(fast, "rounds")
+    tried = [sum(column) for column in zip(*(result.tried for result in fast), strict=True)]
+    accepted = [sum(column) for column in zip(*(result.accepted for result in fast), strict=True)]
+    plain_ms = 1000 * total(plain, "seconds") / max(own_tokens, 1)
+    speculative_ms = 1000 * total(fast, "seconds") / max(tokens, 1)
+    return {
+        "tokens": tokens,
+        "rounds": rounds,
+        "tokens_per_round": tokens / rounds if rounds else None,
+        "accept_given_prefix": [a / t if t else None for a, t in zip(accepted, tried, strict=True)],
+        "verified_per_round": total(fast, "verified") / rounds if rounds else None,
+        "draft_ms": 1000 * total(fast, "draft_seconds") / rounds if rounds else None,
+        "verify_ms": 1000 * total(fast, "verify_seconds") / rounds if rounds else None,
+        "plain_ms": plain_ms,
+        "speculative_ms": speculative_ms,
+        "speedup": plain_ms / speculative_ms if tokens and own_tokens else None,
+    }
+
+
+def offline_figures(folder: Path, temperature: float) -> dict[str, Any] | None:
+    """What `dspark evaluate` expects of the draft at this temperature; None where it has not said.
+
+    Offline figures are of temperature 0 and 1 only.
+    """
+    result = read_figures(folder, EVALUATION)
+    prefix = {0.0: "greedy_", 1.0: ""}.get(temperature)
+    if result is None or prefix is None:
+        return None
+    return {
+        "tokens_per_round": result[f"{prefix}tau"],
+        "accept_given_prefix": result[f"{prefix}accept_given_prefix"],
+    }
+
+
+def format_speculation(result: dict[str, Any]) -> str:
+    """The figures for a terminal: live beside offline."""
+    threshold = result["threshold"]
+    verifying = f"verifying while {threshold} sure" if threshold else "verifying whole blocks"
+    lines = [
+        f"step {result['step']} beside {result['target']} ({result['dtype']}, {result['device']}): "
+        f"{result['prompts']} prompts, up to {result['max_new_tokens']} new tokens, {verifying}"
+    ]
+    for run in result["runs"]:
+        offline = run["offline"] or {}
+        theirs = offline.get("accept_given_prefix") or [None] * len(run["accept_given_prefix"])
+        rows = [
+            (f"temperature {run['temperature']:g}", ["live", "offline"]),
+            ("tokens a round", [run["tokens_per_round"], offline.get("tokens_per_round")]),
+            *(
+                (f"accepted at {k + 1}, given the tokens before it", [live, expected])
+                for k, (live, expected) in enumerate(zip(run["accept_given_prefix"], theirs, strict=True))
+            ),
+        ]
+        lines += table(rows)
+        if run["speedup"] is not None:
+            lines.append(
+                f"  {run['tokens']:,} tokens in {run['rounds']:,} rounds: {run['draft_ms']:.1f} ms drafting "
+                f"and {run['verify_ms']:.1f} ms verifying: {run['speculative_ms']:.1f} ms a token; plain "
+                f"decoding {run['plain_ms']:.1f} ms, so {run['speedup']:.2f} times as fast"
+            )
+        if run["identical"] is not None:
+            lines.append(
+                f"  the text is the target's own greedy text, token by token, for {run['identical']} of "
+                f"{result['prompts']} prompts"
+            )
+        lines += (
+            f"  prompt {parting['prompt'] + 1} parts at token {parting['token'] + 1}, where the target's two "
+            f"best logits are {parting['gap']:.2g} apart: rounding"
+            for parting in run["partings"]
+        )
+    return "\n".join(lines)
