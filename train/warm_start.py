@@ -23,8 +23,15 @@ _SAME = (
 )
 
 
-def find_draft(source: Path) -> Path:
+# Who asks, at the head of every message.
+_SETTING = "draft.init_from"
+
+
+def find_draft(source: Path, asker: str = _SETTING) -> Path:
     """The folder with config.json: of a run its best checkpoint, or without one its latest.
+
+    Args:
+        asker: at the head of every message.
 
     Raises:
         RunError: there is none.
@@ -33,8 +40,8 @@ def find_draft(source: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise RunError(
-        f"draft.init_from: no draft at {source}: expected a run, or a directory with config.json and "
-        "safetensors weights"
+        f"{asker}: no draft at {source}: expected a run, or a directory with config.json and safetensors "
+        "weights"
     )
 
 
@@ -78,25 +85,47 @@ def warm_start(model: Qwen3DSparkModel, source: Path) -> None:
         RunError: weights are missing, unknown, of another shape or unreadable.
     """
     folder = find_draft(source)
+    copy_weights(model, read_weights(folder), folder)
+
+
+def copy_weights(
+    model: Qwen3DSparkModel, found: dict[str, Tensor], folder: Path, asker: str = _SETTING
+) -> None:
+    """Copy all but embedding and head into a draft.
+
+    Args:
+        found: tensors by name.
+        folder: where they come from.
+        asker: at the head of every message.
+
+    Raises:
+        RunError: weights are missing, unknown or of another shape.
+    """
     wanted = {n: p for n, p in model.state_dict(keep_vars=True).items() if n not in FROZEN}
-    found = _weights(folder)
     names = {*wanted} ^ {n for n in found if n not in FROZEN}
     if names:
         lacks = sorted(names & {*wanted})
         what = f"lacks {lacks[0]}" if lacks else f"has {min(names)}, which this one does not"
-        raise RunError(f"draft.init_from: {folder} {what}: it is another kind of draft")
+        raise RunError(f"{asker}: {folder} {what}: it is another kind of draft")
     for name, parameter in wanted.items():
         if found[name].shape != parameter.shape:
             raise RunError(
-                f"draft.init_from: {name} of {folder} is of shape {list(found[name].shape)}, here of "
+                f"{asker}: {name} of {folder} is of shape {list(found[name].shape)}, here of "
                 f"{list(parameter.shape)}"
             )
         with torch.no_grad():
             parameter.copy_(found[name])
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors files: one, or several with an index."""
+def read_weights(folder: Path, asker: str = _SETTING) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors files: one, or several with an index.
+
+    Args:
+        asker: at the head of every message.
+
+    Raises:
+        RunError: they can't be read.
+    """
     weights: dict[str, Tensor] = {}
     try:
         index = folder / "model.safetensors.index.json"
@@ -109,5 +138,5 @@ def _weights(folder: Path) -> dict[str, Tensor]:
             with safe_open(folder / name, "pt") as file:
                 weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
-        raise RunError(f"draft.init_from: the weights in {folder} can't be read ({error})") from None
+        raise RunError(f"{asker}: the weights in {folder} can't be read ({error})") from None
     return weights

@@ -1,0 +1,27 @@
+"""Runs changed by hand, for tests of exports and imports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def changed(run: Path, copy: Path, **fields: Any) -> Path:
+    """A copy of a run whose latest checkpoint's config says something else; None takes a field away."""
+    shutil.copytree(run, copy, symlinks=True)
+    change_json(copy / "latest" / "config.json", **fields)
+    return copy
+
+
+def change_json(path: Path, **fields: Any) -> None:
+    """Set fields of a JSON object; None takes one away."""
+    values = json.loads(path.read_text()) | fields
+    values = {name: value for name, value in values.items() if name not in fields or value is not None}
+    path.write_text(json.dumps(values))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a directory, the model card apart."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
