@@ -11,6 +11,7 @@ DEVICE ?= auto
 NPROC ?=
 SET ?=
 FRESH ?=
+PROMPTS ?= 4
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +30,8 @@ help:
 	@echo 'make capture    run the target once and write a cache'
 	@echo 'make train      capture if the cache is not there yet, then train a draft and evaluate it;'
 	@echo '                stopped at any moment, the same command continues'
-	@echo 'make evaluate   measure a trained draft on held-out samples'
+	@echo 'make evaluate   measure a trained draft on held-out samples and beside its live target, and write'
+	@echo '                RUN/report.html'
 	@echo 'make test       run the tests'
 	@echo 'make lint       check style; changes nothing'
 	@echo 'make format     rewrite to style'
@@ -46,6 +48,7 @@ help:
 	@echo '  DEVICE   cuda, cuda:1, cpu                                [$(DEVICE)]'
 	@echo '  NPROC    processes of capture and train, a GPU each       [one]'
 	@echo '  SET      settings of a run, as train.lr=1e-3 train.seed=1 [none]'
+	@echo '  PROMPTS  held-out questions that evaluate decodes         [$(PROMPTS)]'
 	@echo '  FRESH    1: clear the run and train from the start        [continue it]'
 	@echo '  PYTHON   interpreter that makes .venv, 3.11 or newer      [$(PYTHON)]'
 
@@ -74,8 +77,15 @@ train: capture
 	$(STAGE) train --cache $(CACHE) --config $(CONFIG) --run-dir $(RUN) --device $(DEVICE) \
 		$(foreach set,$(SET),--set $(set)) $(if $(FRESH),--fresh)
 
+# Each says what it found, and keeps it beside the draft for the report.
+DRAFT = --cache $(CACHE) --run $(RUN) --device $(DEVICE)
+
 evaluate: $(STAMP)
-	$(BIN)/dspark evaluate --cache $(CACHE) --run $(RUN) --device $(DEVICE)
+	$(BIN)/dspark evaluate $(DRAFT)
+	$(BIN)/dspark calibrate $(DRAFT)
+	$(OFFLINE) $(BIN)/dspark speculate $(DRAFT) --num-prompts $(PROMPTS) --max-new-tokens 64 \
+		--target $(or $(TARGET),"$$($(BIN)/python -m capture.example)")
+	$(BIN)/dspark report $(RUN) --out $(RUN)/report.html
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -23,7 +23,7 @@ from pipeline.process import WorkerPlace
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import start_ranks
 from tests.train.runs import figures_of, progress_of, train_arguments, weights_of
-from train.checkpoint import load_checkpoint
+from train.checkpoint import find_checkpoint, load_checkpoint
 from train.distributed import Ranks, SpreadModule
 from train.order import epoch_packs
 from train.run import load_run_config
@@ -231,7 +231,7 @@ def _child_of(parent: int, **variables: str) -> int:
 def test_an_evaluation_is_shared(cache_dir: Path, alone: Path) -> None:
     """Each of five ranks measures its part, more than there are packs; together they are one's figures."""
     config, reader = load_run_config(alone), CacheReader(cache_dir)
-    model, _ = load_checkpoint(alone, reader)
+    model, _ = load_checkpoint(find_checkpoint(alone), reader)
     module, (_, samples) = trainer_module(model, config), split(reader, config.train.held_out)
 
     class Pretended(Ranks):

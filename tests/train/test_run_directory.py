@@ -96,7 +96,7 @@ def test_a_checkpoint_that_is_written_again_is_never_missing(
 ) -> None:
     """Stopped within an evaluation, a run saves that step twice; here it is the only checkpoint kept."""
     stopped = tmp_path / "stopped"
-    real, calls = train.loop.evaluate, []
+    real, calls = train.loop.validate, []
 
     def interrupted(*given, **options):
         calls.append(given)
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_is_written_again_is_never_missing(
             signal.raise_signal(signal.SIGTERM)
         return real(*given, **options)
 
-    monkeypatch.setattr(train.loop, "evaluate", interrupted)
+    monkeypatch.setattr(train.loop, "validate", interrupted)
     assert_refused(run_cli(*train_arguments(cache_dir, stopped, **SHORT)), 143, "saved at step 2")
     for at in range(1, 30):
         run = tmp_path / "run"
@@ -316,15 +316,15 @@ def unfinished(run: Path, whole: Path) -> Path:
 
 def test_a_tau_that_is_no_number_is_not_the_best(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
     taus = iter([math.nan, 1.1])
-    real = train.loop.evaluate
-    monkeypatch.setattr(train.loop, "evaluate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
+    real = train.loop.validate
+    monkeypatch.setattr(train.loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
     run_ok(*train_arguments(cache_dir, tmp_path / "r", **SHORT))
     assert progress_of(tmp_path / "r")["best"] == {"step": 4, "tau": 1.1}
 
 
 def test_stopped_early_between_two_lines(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
-    real = train.loop.evaluate
-    monkeypatch.setattr(train.loop, "evaluate", lambda *a, **k: {**real(*a, **k), "tau": 1.5})
+    real = train.loop.validate
+    monkeypatch.setattr(train.loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": 1.5})
     settings = {"train__eval_every": 2, "train__early_stopping_patience": 1, "train__log_every": 10}
     run_ok(*train_arguments(cache_dir, tmp_path / "r", **settings))
     assert [line["step"] for line in lines_of(tmp_path / "r") if "loss" in line] == [4]
