@@ -17,12 +17,11 @@ from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, RunError
 from train import figures
 from train.distributed import Ranks
-from train.evaluate import read_figures, table
 from train.measure import Blocks, measure
 from train.opened import OpenedDraft
+from train.results import CALIBRATION, read_figures, table
 from train.steps import drawn_anchors
 
-CALIBRATION = "calibration.json"
 # From a tenth to ten, 41 steps, evenly in the logarithm: SGLang's grid.
 GRID = np.logspace(-1, 1, 41)
 

@@ -33,7 +33,7 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         RunError: a directory that is neither, or a run that can't be read.
     """
-    folders = _folders(runs)
+    folders = run_folders(runs)
     facts = [{**_settings(run), **_cache(run)} for run in folders]
     keys = [key for key in dict.fromkeys(key for row in facts for key in row) if _differs(key, facts)]
     return [
@@ -42,7 +42,7 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     ]
 
 
-def _folders(runs: Sequence[Path]) -> list[Path]:
+def run_folders(runs: Sequence[Path]) -> list[Path]:
     """The directories of runs, each once."""
     found: dict[Path, Path] = {}
     for run in runs:
@@ -181,7 +181,7 @@ def format_text(rows: Sequence[dict[str, Any]]) -> str:
         ("ce", lambda row: _digits(row["ce_loss"], 4)),
         ("l1", lambda row: _digits(row["l1_loss"], 4)),
         ("confidence", lambda row: _digits(row["confidence_loss"], 4)),
-        ("parameters", lambda row: _count(row["parameters"])),
+        ("parameters", lambda row: parameter_count(row["parameters"])),
         ("time", lambda row: "" if row["seconds"] is None else duration(row["seconds"])),
         ("tokens/s", lambda row: "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
     ]
@@ -222,7 +222,7 @@ def _digits(value: float | None, places: int) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
 
-def _count(count: int | None) -> str:
+def parameter_count(count: int | None) -> str:
     """A number of parameters for people."""
     if count is None:
         return ""

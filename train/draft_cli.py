@@ -51,8 +51,9 @@ def evaluate_command(
     evaluation.json in the checkpoint's folder. Under torchrun processes share the samples.
     """
     from train.distributed import open_ranks
-    from train.evaluate import EVALUATION, evaluate, format_evaluation, save_figures
+    from train.evaluate import evaluate, format_evaluation
     from train.opened import open_draft
+    from train.results import EVALUATION, save_figures
 
     with open_ranks(device) as ranks:
         with ranks.together():
@@ -130,10 +131,10 @@ def speculate_command(
     from pipeline.quiet import quiet_transformers
     from pipeline.target.load import open_target
     from train.checkpoint import find_checkpoint
-    from train.evaluate import save_figures
     from train.prompts import held_out_prompts, read_prompts
+    from train.results import SPECULATION, save_figures
     from train.run import load_run_config
-    from train.speculate import SPECULATION, format_speculation, load_pair, speculate_all
+    from train.speculate import format_speculation, load_pair, speculate_all
     from train.validate import split
 
     quiet_transformers()
@@ -183,10 +184,10 @@ def calibrate_command(
     temperatures are written to calibration.json in the checkpoint's folder; speculation and exports take
     them from there, and SGLang by --speculative-dspark-confidence-sts-path.
     """
-    from train.calibrate import CALIBRATION, calibrate, format_calibration
+    from train.calibrate import calibrate, format_calibration
     from train.distributed import open_ranks
-    from train.evaluate import save_figures
     from train.opened import open_draft
+    from train.results import CALIBRATION, save_figures
 
     with open_ranks(device) as ranks:
         with ranks.together():

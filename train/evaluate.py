@@ -6,29 +6,23 @@ it beside what was accepted live, `dspark report` draws it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline import files
 from pipeline.cache import CacheReader
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError
 from train import figures
 from train.config import RunConfig
 from train.distributed import Ranks
 from train.draft.model import Qwen3DSparkModel
 from train.measure import measure
 from train.module import DSparkTrainerModule
+from train.results import table
 from train.setup import prepare, trainer_module
 from train.steps import drawn_anchors
 from train.validate import validate
-
-EVALUATION = "evaluation.json"
-_LIMIT = 16 * 2**20
 
 
 def evaluate(
@@ -112,41 +106,6 @@ def cache_facts(reader: CacheReader) -> dict[str, Any]:
         "last_codec": features.last_codec,
         "fidelity": dict(manifest.fidelity),
     }
-
-
-def save_figures(folder: Path, name: str, result: dict[str, Any]) -> None:
-    """Put figures beside the draft that they are of. Raises OSError where that can't be written."""
-    files.publish_bytes(folder / name, (json.dumps(result, indent=1) + "\n").encode())
-
-
-def read_figures(folder: Path, name: str) -> dict[str, Any] | None:
-    """What `save_figures` wrote, or None where nothing was. Raises RunError when it can't be read."""
-    path = folder / name
-    if not path.is_file():
-        return None
-    try:
-        result = json.loads(files.read_small(path, _LIMIT))
-        if not isinstance(result, dict):
-            raise ValueError("no object")
-        return result
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} can't be read ({error}): remove it, and measure again") from None
-
-
-def table(rows: list[tuple[str, list[Any]]], digits: int = 3) -> Iterator[str]:
-    """Rows of figures in columns; None is a dash."""
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}"
-
-    cells = [(title, [v if isinstance(v, str) else cell(v) for v in values]) for title, values in rows]
-    first = max(len(title) for title, _ in cells)
-    widths = [max(map(len, column)) for column in zip(*(values for _, values in cells), strict=True)]
-    for title, values in cells:
-        columns = (value.rjust(width) for value, width in zip(values, widths, strict=True))
-        yield f"  {title:<{first}}  " + "  ".join(columns)
 
 
 def format_evaluation(result: dict[str, Any]) -> str:

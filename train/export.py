@@ -30,15 +30,13 @@ from pipeline.errors import RunError, UsageError
 from train.checkpoint import BEST, FROZEN, WEIGHTS, find_checkpoint
 from train.draft.model import Qwen3DSparkModel
 from train.engines import RULES, broken_rules, check_engine, reasons, scale_of
-from train.evaluate import EVALUATION, read_figures
 from train.model_card import model_card
 from train.new_folder import check_new, new_folder
 from train.progress import Progress, damaged, read_training
+from train.results import CALIBRATION, EVALUATION, SPECULATION, read_figures
 
 CARD = "README.md"
 CONFIG = "config.json"
-CALIBRATION = "calibration.json"
-SPECULATION = "speculation.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 To = Literal["hf", "vllm", "sglang"]
 

@@ -68,18 +68,19 @@ class CachedTarget:
             logits: how many of the last positions' logits are wanted.
 
         Returns:
-            Logits `[logits, V]` fp32, and context features `[T, L*H]` where layers were asked for.
+            Logits `[logits, V]` fp32, and context features `[T, L*H]` where layers were asked for; both on
+            the device that takes the ids, where a draft belongs.
         """
         few = {"logits_to_keep": logits} if self._few_logits else {}
         self._states.clear()
         ids = ids.to(self.device)[None]
         output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **few)
-        wanted = at_least_fp32(output.logits[0, -logits:])
+        wanted = at_least_fp32(output.logits[0, -logits:].to(self.device))  # of a target on several
         if not self.layer_ids:
             return wanted, None
         check_states(self.model, self._states, self.layer_ids, ids.shape)
         states = [self._states[layer_id][0] for layer_id in self.layer_ids]
-        return wanted, torch.cat([state.to(states[0].device) for state in states], dim=-1)
+        return wanted, torch.cat([state.to(self.device) for state in states], dim=-1)
 
     def take_back(self, tokens: int) -> None:
         """Forget the last `tokens` tokens."""
@@ -136,7 +137,7 @@ def decode_plain(
 
     Args:
         stop: token ids that end it.
-        generator: on the device of the target's logits.
+        generator: on the target's device.
     """
     target.reset()
     logits, _ = target.forward(torch.tensor(prompt), 1)
@@ -170,11 +171,12 @@ def decode_speculative(
     """The target's own text, or at a temperature its own distribution, in fewer target forwards.
 
     Args:
+        draft: on `target.device`.
         stop: token ids that end it.
         threshold: verify a slot only while the block is accepted up to it with this probability, by the
             confidence head; 0 verifies all.
         confidence_temperatures: of `dspark calibrate`, `[K]`.
-        generator: on the device of the target's logits, which is then the draft's too.
+        generator: on the device of both.
     """
     target.reset()
     draft.reset()
@@ -197,21 +199,19 @@ def decode_speculative(
             confidence_temperatures=confidence_temperatures,
             generator=generator,
         )
-        ids = torch.cat([anchor[None].to(draft.device), drafted.tokens])
+        ids = torch.cat([anchor[None], drafted.tokens])
         clock, before = _now(ids), clock
         result.draft_seconds += clock - before
         logits, features = target.forward(ids, len(ids))
-        tokens = drafted.tokens.to(logits.device)
-        probs = None if drafted.probs is None else drafted.probs.to(logits.device)
-        count, anchor = accept(tokens, probs, logits, temperature, generator)
-        emitted = [*tokens[:count].tolist(), anchor.item()]
-        target.take_back(len(tokens) - count)
+        count, anchor = accept(drafted.tokens, drafted.probs, logits, temperature, generator)
+        emitted = [*drafted.tokens[:count].tolist(), anchor.item()]
+        target.take_back(len(drafted.tokens) - count)
         clock, before = _now(logits), clock
         result.verify_seconds += clock - before
         draft.extend(features[: count + 1])
         clock, before = _now(logits), clock
         result.draft_seconds += clock - before
-        _count(result, len(tokens), count, emitted, stop)
+        _count(result, len(drafted.tokens), count, emitted, stop)
     result.seconds = _now(logits) - started
     return result
 

@@ -18,17 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import config as configuration
 from pipeline.cache.manifest import Identity
 from pipeline.errors import ConfigError, RunError, UsageError
-from pipeline.hooks import learned_positions
+from pipeline.hooks import input_device, learned_positions
 from pipeline.target.load import Target
 from train.calibrate import read_temperatures
 from train.checkpoint import load_draft
 from train.draft.decoding import DraftDecoder
 from train.draft.model import Qwen3DSparkModel
-from train.evaluate import EVALUATION, read_figures, table
 from train.live import CachedTarget, Decoded, decode_plain, decode_speculative
 from train.progress import TRAINING, damaged, read_training
+from train.results import EVALUATION, read_figures, table
 
-SPECULATION = "speculation.json"
 # How far apart the target's two best logits may be where a forward over several tokens rounds to another text
 # than one over a single token does.
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 0.5, torch.bfloat16: 1.0}
@@ -85,10 +84,13 @@ def load_pair(target: Target, folder: Path) -> Pair:
             "right all the same, but less will be accepted"
         )
     tokenizer, model = target.tokenizer(), target.model()
-    draft = load_draft(folder).to(target.device, target.dtype).eval().requires_grad_(False)
-    # Not copies: the draft's are the target's own.
-    draft.embed_tokens.weight = model.get_input_embeddings().weight
-    draft.lm_head.weight = model.get_output_embeddings().weight
+    device = input_device(model)
+    draft = load_draft(folder).to(device, target.dtype).eval().requires_grad_(False)
+    for own, theirs in (
+        (draft.embed_tokens, model.get_input_embeddings()),
+        (draft.lm_head, model.get_output_embeddings()),
+    ):
+        own.weight = nn.Parameter(theirs.weight.to(device), requires_grad=False)  # no copy where it is there
     stop, step = _stops(model, tokenizer), page["progress"]["step"]
     return Pair(target.name, model, tokenizer, draft, stop, step, warning)
 

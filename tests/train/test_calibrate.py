@@ -11,9 +11,10 @@ import pytest
 from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.runs import train_arguments
-from train.calibrate import CALIBRATION, GRID, fit_temperatures, halves, read_temperatures
+from train.calibrate import GRID, fit_temperatures, halves, read_temperatures
 from train.checkpoint import find_checkpoint
 from train.measure import Blocks
+from train.results import CALIBRATION
 from train.validate import split
 
 K = 3

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, TargetIdentity, TokenizerIdentity
 from tests.conftest import assert_refused, run_cli, run_ok
-from train.compare import _count
+from train.compare import parameter_count
 from train.progress import Progress
 
 NF4 = Identity(
@@ -220,7 +220,7 @@ def test_ties_share_the_star_and_a_run_alone_has_none(tmp_path: Path) -> None:
     [(999, "999"), (1000, "1k"), (45_600, "45.6k"), (999_499, "999k"), (999_500, "1M"), (1_234_567, "1.23M")],
 )
 def test_counts_for_people(count: int, text: str) -> None:
-    assert _count(count) == text
+    assert parameter_count(count) == text
 
 
 def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:

@@ -209,7 +209,10 @@ def sampled(target: CachedTarget, decoder: DraftDecoder, samples: int, **options
 def few() -> tuple[nn.Module, Qwen3DSparkModel]:
     """A target of three tokens, and a random draft of blocks of two: far from it."""
     model = make_target(vocab=FEW, num_hidden_layers=2)
-    return model, make_draft(model, [0], block=2)
+    draft = make_draft(model, [0], block=2)
+    with torch.no_grad():
+        draft.lm_head.weight.neg_()  # likes what the target does not, so that wrong rules show
+    return model, draft
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

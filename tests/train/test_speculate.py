@@ -16,10 +16,10 @@ from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target, make_tokenizer
 from tests.train.runs import train_arguments
 from train.checkpoint import find_checkpoint
-from train.evaluate import EVALUATION
 from train.live import Decoded
 from train.prompts import held_out_prompts, read_prompts
-from train.speculate import SPECULATION, _add_up, _check_partings, _parting
+from train.results import EVALUATION, SPECULATION
+from train.speculate import _add_up, _check_partings, _parting
 from train.validate import split
 
 

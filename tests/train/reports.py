@@ -1,0 +1,191 @@
+"""Runs to make reports of, and a reader of the pages."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import run_ok
+from tests.train.runs import train_arguments
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+def make_runs(cache: Path, folder: Path) -> list[Path]:
+    """Two runs: one with everything there is to measure, one with nothing."""
+    full, bare = folder / "full", folder / "bare"
+    run_ok(*train_arguments(cache, full, train__eval_every=10))
+    run_ok("evaluate", "--cache", cache, "--run", full, "--device", "cpu")
+    add_calibration(full)
+    add_speculation(full)
+    run_ok(*train_arguments(cache, bare, draft__block_size=5, train__max_steps=10, train__lr=1e-3))
+    return [full, bare]
+
+
+def figures_of(run: Path, name: str) -> dict[str, Any]:
+    return json.loads((run / "best" / name).read_text())
+
+
+def write_figures(run: Path, name: str, figures: Any) -> None:
+    (run / "best" / name).write_text(json.dumps(figures))
+
+
+def add_calibration(run: Path) -> None:
+    """What calibration would write, by hand: a smaller error, the bins nearer to the diagonal."""
+    evaluation = figures_of(run, "evaluation.json")
+    before, after = evaluation["confidence"], json.loads(json.dumps(evaluation["confidence"]))
+    for part in after.values():
+        part["ece"] /= 8
+        for row in part["bins"]:
+            if row["count"]:
+                row["actual"] += 0.75 * (row["predicted"] - row["actual"])
+    figures = {
+        "step": evaluation["step"],
+        "temperatures": [1.25, 1.5, 0.75],
+        "dataset": "held out",
+        "num_samples": 4,
+        "ece_before": before["prefix"]["ece"],
+        "ece_after": after["prefix"]["ece"],
+        "fit": {"samples": 4, "blocks": 40},
+        "report": {"samples": 4, "blocks": 40, "before": before, "after": after},
+        "thresholds": {"before": evaluation["thresholds"], "after": evaluation["thresholds"]},
+    }
+    write_figures(run, "calibration.json", figures)
+
+
+def add_speculation(run: Path) -> None:
+    """What live decoding would write, by hand."""
+    rows = [
+        {
+            "temperature": temperature,
+            "tokens": 512,
+            "rounds": 300,
+            "tokens_per_round": 1.75,
+            "accept_given_prefix": [0.5125, 0.2575, None],
+            "verified_per_round": 3.0,
+            "draft_ms": 1.25,
+            "verify_ms": 4.5,
+            "plain_ms": 4.25,
+            "speculative_ms": 3.375,
+            "speedup": 1.25 + temperature,
+            "identical": None if temperature else 8,
+            "offline": {"tokens_per_round": 1.6875, "accept_given_prefix": [0.5, 0.25, 0.125]},
+        }
+        for temperature in (0.0, 1.0)
+    ]
+    about = {"step": 20, "target": "tiny", "device": "cpu", "dtype": "float32", "prompts": 8}
+    figures = {**about, "max_new_tokens": 64, "threshold": 0.0, "runs": rows}
+    write_figures(run, "speculation.json", figures)
+
+
+def copy_run(run: Path, to: Path) -> Path:
+    return shutil.copytree(run, to, symlinks=True)
+
+
+class Page(HTMLParser):
+    """A page taken apart: its elements with their attributes, its tables, its text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.html = html
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.text = ""
+        self._open: list[str] = []
+        self._cell: str | None = None
+        self._rows: list[list[str]] = []
+        self._caption = ""
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "table":
+            self._rows = []
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th", "caption"):
+            self._cell = ""
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+        if tag in ("td", "th"):
+            self._rows[-1].append(" ".join((self._cell or "").split()))
+        elif tag == "caption":
+            self._caption = self._cell or ""
+        elif tag == "table":
+            self.tables[self._caption] = self._rows
+        if tag in ("td", "th", "caption"):
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._cell is not None:
+            self._cell += data
+
+    def column(self, table: str, title: str) -> list[str]:
+        """The cells under a title."""
+        header, *rows = self.tables[table]
+        return [row[header.index(title)] for row in rows]
+
+    def labels(self) -> dict[str, str]:
+        """What each figure says in words, by its key."""
+        keys = [values["id"] for tag, values in self.elements if tag == "figure"]
+        said = [values["aria-label"] for tag, values in self.elements if values.get("role") == "img"]
+        return dict(zip(keys, said, strict=True))
+
+    def ids(self) -> list[str]:
+        return [values["id"] for _, values in self.elements if "id" in values]
+
+    def svgs(self) -> list[str]:
+        return re.findall(r"<svg\b.*?</svg>", self.html, re.DOTALL)
+
+
+def report(*runs: Path, out: Path, title: str | None = None) -> Page:
+    """The page that the command writes."""
+    run_ok("report", *runs, "--out", out, *(["--title", title] if title else []))
+    return Page(out.read_text(encoding="utf-8"))
+
+
+def check_whole(page: Page) -> None:
+    """The page is well formed and refers to nothing outside."""
+    ids = page.ids()
+    assert len(ids) == len(set(ids))
+    assert not [tag for tag, _ in page.elements if tag in ("script", "iframe", "object", "embed", "base")]
+    for _, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), f"{name}={value}"
+            if name in ("href", "src"):
+                assert value.startswith(("#", "data:")), value
+                assert not value.startswith("#") or value[1:] in ids
+            if name not in ("xmlns", "aria-label", "content"):
+                assert "//" not in (value or ""), f"{name}={value}"
+            for reference in re.findall(r"url\(([^)]*)", value or ""):
+                assert reference[1:] in ids
+    (style,) = re.findall(r"<style>(.*?)</style>", page.html, re.DOTALL)
+    assert not re.search(r"url\(|@import|//", style)
+    for svg in page.svgs():
+        assert ET.fromstring(svg).tag.endswith("svg")
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    for tag, attributes in page.elements:
+        if tag == "th":
+            assert attributes["scope"] in ("row", "col")
+    policy = next(values for _, values in page.elements if "http-equiv" in values)["content"]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    for rows in page.tables.values():
+        assert len({len(row) for row in rows}) == 1
