@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -108,6 +109,30 @@ def test_training_on_a_gpu_end_to_end(cache_dir: Path, tmp_path: Path) -> None:
     assert logged[-1]["loss"] < logged[0]["loss"]
     assert logged[-1]["peak_memory_bytes"] > 0
     run_ok("evaluate", "--cache", cache_dir, "--run", tmp_path / "r", "--device", "cpu")
+
+
+def test_a_draft_is_measured_as_on_the_cpu(cache_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=30, draft__head_dim=16, train__tf32="false"))
+    measure = ("evaluate", "--cache", cache_dir, "--run", run, "--json", "--device")
+    wanted, figures = (json.loads(run_ok(*measure, device)) for device in ("cpu", "cuda"))
+    for name in ("loss", "tau", "greedy_tau", "accept_given_prefix", "blocks"):
+        assert figures[name] == pytest.approx(wanted[name], rel=1e-2), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speculation_on_a_gpu_is_lossless(
+    cache_dir: Path, target_dir: Path, tmp_path: Path, dtype: str
+) -> None:
+    """In bf16 texts may part where two logits are the same but for rounding, which the command checks."""
+    run = tmp_path / "r"
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=30))
+    options = ("--cache", cache_dir, "--num-prompts", "6", "--max-new-tokens", "32", "--device", "cuda")
+    speculate = ("speculate", "--target", target_dir, "--run", run, "--dtype", dtype, "--json")
+    greedy, sampled = json.loads(run_ok(*speculate, *options))["runs"]
+    assert greedy["identical"] + len(greedy["partings"]) == 6
+    assert dtype == "bfloat16" or greedy["identical"] == 6
+    assert 1 <= sampled["tokens_per_round"] <= 4
 
 
 def on_gpu(arguments: list[str | Path]) -> list[str | Path]:
