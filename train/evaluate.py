@@ -58,6 +58,7 @@ def evaluate(
         "anchors": "all" if anchors is None else anchors,
         **figures.loss_terms(blocks, config.loss),
         **figures.acceptance(blocks),
+        "decoding": figures.decoding(blocks) if anchors is None else None,
         "confidence": figures.calibration(blocks),
         "thresholds": figures.threshold_sweep(blocks),
         "by_source": figures.by_group(blocks, _sources(reader, samples)),
@@ -133,6 +134,13 @@ def format_evaluation(result: dict[str, Any]) -> str:
         f"confidence {result['confidence_loss']:.4f}",
         *table(rows),
     ]
+    decoding = result["decoding"]
+    if decoding is not None:
+        tokens = (decoding[kind]["tokens_per_round"] for kind in ("sampling", "greedy"))
+        lines.append(
+            "  decoding these texts: {:.3f} tokens a round sampling, {:.3f} greedy (a round begins where the "
+            "last one ended)".format(*tokens)
+        )
     for title, key in (("source", "by_source"), ("tokens", "by_length")):
         groups = [
             (name, [row["samples"], row["blocks"], row["tau"], row["greedy_tau"]])

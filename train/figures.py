@@ -61,6 +61,52 @@ def acceptance(blocks: Blocks) -> dict[str, Any]:
     return figures
 
 
+def decoding(blocks: Blocks) -> dict[str, Any]:
+    """What decoding the samples' texts would show, as `sampling` and `greedy`: less than tau says.
+
+    Tau takes every position for a start of a block. Decoding begins a round where the one before ended, so
+    it passes quickly over what is easy and begins anew at each token of what is hard: it yields fewer
+    tokens a round. Both have `tokens_per_round` and `accept_given_prefix` `[K]`.
+
+    Args:
+        blocks: of every candidate position, by sample and position.
+    """
+    figures: dict[str, Any] = {}
+    for name, each in (("sampling", blocks.accept), ("greedy", blocks.matches.astype(float))):
+        accepted = np.where(blocks.valid, each, 0.0)
+        reached = np.cumprod(accepted, axis=1)
+        begun = _rounds_begun(blocks, reached)
+        before = np.concatenate([np.ones((len(blocks), 1)), reached[:, :-1]], axis=1) * blocks.valid
+        figures[name] = {
+            "tokens_per_round": float(len(blocks) / begun.sum()),  # each anchor's next token is emitted once
+            "accept_given_prefix": _ratios(begun @ reached, begun @ before),
+        }
+    return figures
+
+
+def _rounds_begun(blocks: Blocks, reached: np.ndarray) -> np.ndarray:
+    """How often decoding is expected to begin a round at each block's anchor, `[n]`.
+
+    A stretch of neighbouring anchors is an answer: it begins at the first. A round that accepts j tokens of
+    a block ends j + 1 positions on; what lies behind the answer's last anchor is its end.
+
+    Args:
+        reached: how likely each slot and all before it are accepted, `[n, K]`.
+    """
+    n, slots = reached.shape
+    edges = np.concatenate([np.ones((n, 1)), reached, np.zeros((n, 1))], axis=1)
+    ends = edges[:, :-1] - edges[:, 1:]  # [n, K + 1], the probability of accepting just 0, 1, ... K
+    begun = np.zeros(n + slots + 1)
+    follows = (np.diff(blocks.sample) == 0) & (np.diff(blocks.position) == 1)
+    firsts = np.flatnonzero(np.concatenate([[True], ~follows]))
+    for first, last in zip(firsts, np.append(firsts[1:], n), strict=True):
+        begun[first : first + slots + 1] = 0  # what the answer before reached beyond its end
+        begun[first] = 1
+        for i in range(first, last):
+            begun[i + 1 : i + slots + 2] += begun[i] * ends[i]
+    return begun[:n]
+
+
 def _ratios(sums: np.ndarray, counts: np.ndarray) -> list[float | None]:
     return [float(s / c) if c > 0 else None for s, c in zip(sums, counts, strict=True)]
 

@@ -274,18 +274,13 @@ def _add_up(plain: Sequence[Decoded], fast: Sequence[Decoded]) -> dict[str, Any]
 
 
 def offline_figures(folder: Path, temperature: float) -> dict[str, Any] | None:
-    """What `dspark evaluate` expects of the draft at this temperature; None where it has not said.
+    """What `dspark evaluate` expects of decoding at this temperature; None where it has not said.
 
-    Offline figures are of temperature 0 and 1 only.
+    It knows temperatures 0 and 1, and has to have seen every position.
     """
-    result = read_figures(folder, EVALUATION)
-    prefix = {0.0: "greedy_", 1.0: ""}.get(temperature)
-    if result is None or prefix is None:
-        return None
-    return {
-        "tokens_per_round": result[f"{prefix}tau"],
-        "accept_given_prefix": result[f"{prefix}accept_given_prefix"],
-    }
+    kind = {0.0: "greedy", 1.0: "sampling"}.get(temperature)
+    decoding = (read_figures(folder, EVALUATION) or {}).get("decoding")
+    return None if kind is None or decoding is None else decoding[kind]
 
 
 def format_speculation(result: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -88,6 +89,94 @@ def test_acceptance_against_loops() -> None:
         for k in range(K):
             here = [slots[k][name] for slots in all_slots if len(slots) > k]
             assert got[f"{prefix}accept_by_position"][k] == pytest.approx(sum(here) / len(here))
+
+
+def stretches(count: int = 30, seed: int = 3) -> Blocks:
+    """Every candidate of samples with one or two answers of up to nine anchors; last blocks are short."""
+    rng = np.random.default_rng(seed)
+    sample, position, length = [], [], []
+    for i in range(count):
+        start = 2
+        for _ in range(rng.integers(1, 3)):
+            anchors = int(rng.integers(1, 10))
+            for p in range(anchors):
+                sample.append(i)
+                position.append(start + p)
+                length.append(min(K, anchors - p))
+            start += anchors + 1 + int(rng.integers(1, 4))
+    shape = (len(sample), K)
+    return Blocks(
+        sample=np.array(sample),
+        position=np.array(position),
+        valid=np.arange(K) < np.array(length)[:, None],
+        ce=np.zeros(shape),
+        accept=rng.random(shape) ** 0.5,
+        matches=rng.random(shape) < 0.7,
+        confidence=None,
+    )
+
+
+def test_decoding_against_decoding() -> None:
+    """Answer by answer: greedily by walking, sampled by the expectation over all that can happen."""
+    blocks = stretches()
+    index = {
+        (s, p): i
+        for i, (s, p) in enumerate(zip(blocks.sample.tolist(), blocks.position.tolist(), strict=True))
+    }
+    starts = [i for (s, p), i in index.items() if (s, p - 1) not in index]
+
+    def behind(i: int, tokens: int) -> int | None:
+        return index.get((int(blocks.sample[i]), int(blocks.position[i]) + tokens))
+
+    rounds, tried, accepted = 0, [0] * K, [0] * K
+    for start in starts:
+        at: int | None = start
+        while at is not None:
+            rounds, count = rounds + 1, 0
+            while count < K and blocks.valid[at, count]:
+                tried[count] += 1
+                if not blocks.matches[at, count]:
+                    break
+                accepted[count] += 1
+                count += 1
+            at = behind(at, count + 1)
+    got = figures.decoding(blocks)
+    assert got["greedy"]["tokens_per_round"] == pytest.approx(len(blocks) / rounds)
+    counted = [a / t for a, t in zip(accepted, tried, strict=True)]
+    assert got["greedy"]["accept_given_prefix"] == pytest.approx(counted)
+
+    @functools.cache
+    def expected_rounds(at: int | None) -> float:
+        if at is None:
+            return 0.0
+        total, reached = 1.0, 1.0
+        for count in range(K + 1):
+            last = count == K or not blocks.valid[at, count]
+            here = reached if last else reached * (1 - blocks.accept[at, count])
+            total += here * expected_rounds(behind(at, count + 1))
+            if last:
+                break
+            reached *= blocks.accept[at, count]
+        return total
+
+    rounds_expected = sum(expected_rounds(start) for start in starts)
+    assert got["sampling"]["tokens_per_round"] == pytest.approx(len(blocks) / rounds_expected)
+    assert got["sampling"]["tokens_per_round"] < figures.acceptance(blocks)["tau"]
+
+
+def test_half_easy_half_hard_on_paper() -> None:
+    """Of 20 tokens ten are all accepted, ten never: 2 rounds and 10, where tau says 3 or less a round."""
+    easy = np.arange(20) < 10
+    valid = np.arange(K) < np.minimum(K, 20 - np.arange(20))[:, None]
+    accept = np.zeros((20, K))
+    for p in range(20):
+        for k in range(K):
+            accept[p, k] = p + k < 10
+    blocks = Blocks(np.zeros(20, int), np.arange(20), valid, accept, accept, easy[:, None] & valid, None)
+    got = figures.decoding(blocks)["sampling"]
+    assert got["tokens_per_round"] == pytest.approx(20 / 12)
+    assert got["accept_given_prefix"] == pytest.approx([2 / 12, 1, 1, 1])
+    assert figures.acceptance(blocks)["tau"] == pytest.approx(1 + (6 * 4 + 4 + 3 + 2 + 1 + 0) / 20, abs=0.3)
 
 
 def test_a_position_that_no_block_reaches_is_none() -> None:

@@ -79,13 +79,13 @@ def test_live_beside_offline(target_dir: Path, run_dir: Path, cache_dir: Path) -
     assert json.loads((folder / SPECULATION).read_text()) == result
     evaluation = json.loads((folder / EVALUATION).read_text())
     greedy, sampled, other = result["runs"]
-    assert greedy["offline"]["tokens_per_round"] == evaluation["greedy_tau"]
-    assert sampled["offline"]["accept_given_prefix"] == evaluation["accept_given_prefix"]
+    assert greedy["offline"] == evaluation["decoding"]["greedy"]
+    assert sampled["offline"] == evaluation["decoding"]["sampling"]
     assert other["offline"] is None
     assert [run["identical"] for run in result["runs"]] == [2, None, None]
     text = run_ok("speculate", "--target", target_dir, "--run", run_dir, *options)
     assert "live  offline" in text
-    assert f"{evaluation['greedy_tau']:.3f}" in text
+    assert f"{evaluation['decoding']['greedy']['tokens_per_round']:.3f}" in text
 
 
 def test_live_acceptance_is_what_the_cache_promises(target_dir: Path, tmp_path: Path) -> None:
@@ -113,8 +113,9 @@ def test_live_acceptance_is_what_the_cache_promises(target_dir: Path, tmp_path: 
     (live,) = speculated(target_dir, run, "--cache", cache, *options)["runs"]
     assert live["rounds"] > 300
     # Three standard deviations of a mean of 300 rounds of 0 to 3 tokens.
-    assert live["tokens_per_round"] == pytest.approx(evaluation["tau"], abs=0.17)
-    assert live["accept_given_prefix"][0] == pytest.approx(evaluation["accept_given_prefix"][0], abs=0.09)
+    expected = evaluation["decoding"]["sampling"]
+    assert live["tokens_per_round"] == pytest.approx(expected["tokens_per_round"], abs=0.17)
+    assert live["accept_given_prefix"][0] == pytest.approx(expected["accept_given_prefix"][0], abs=0.09)
     assert evaluation["tau"] > 1.15, "too bad a draft to tell anything"
 
 
