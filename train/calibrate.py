@@ -8,7 +8,6 @@ The temperatures lie beside the draft, in the form that SGLang takes
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from train import figures
 from train.distributed import Ranks
 from train.measure import Blocks, measure
 from train.opened import OpenedDraft
-from train.results import CALIBRATION, read_figures, table
+from train.results import table
 from train.steps import drawn_anchors
 
 # From a tenth to ten, 41 steps, evenly in the logarithm: SGLang's grid.
@@ -78,11 +77,12 @@ def calibrate(
         RunError: the draft has no confidence head.
         ConfigError: too few samples are held out.
     """
-    if draft.module.draft_model.confidence_head is None:
-        raise RunError(
-            f"{draft.folder} has no confidence head to calibrate: train with draft.confidence_head"
-        )
-    parts = halves(draft.reader, draft.held_out)
+    with ranks.together():
+        if draft.module.draft_model.confidence_head is None:
+            raise RunError(
+                f"{draft.folder} has no confidence head to calibrate: train with draft.confidence_head"
+            )
+        parts = halves(draft.reader, draft.held_out)
     fitted, reported = (
         measure(
             draft.module,
@@ -95,8 +95,11 @@ def calibrate(
         )
         for samples in parts
     )
-    if not len(fitted) or not len(reported):
-        raise ConfigError("a half of the held-out samples has no anchors: train with a higher train.held_out")
+    with ranks.together():
+        if not len(fitted) or not len(reported):
+            raise ConfigError(
+                "a half of the held-out samples has no anchors: train with a higher train.held_out"
+            )
     temperatures = fit_temperatures(fitted)
     before, after = (figures.calibration(reported, t) for t in (None, temperatures))
     assert before is not None
@@ -116,27 +119,6 @@ def calibrate(
             "after": figures.threshold_sweep(reported, temperatures),
         },
     }
-
-
-def read_temperatures(folder: Path) -> list[float] | None:
-    """The temperatures beside a draft, or None where none were fitted.
-
-    Args:
-        folder: of its checkpoint.
-
-    Raises:
-        RunError: what is there is not positive numbers.
-    """
-    found = read_figures(folder, CALIBRATION)
-    if found is None:
-        return None
-    temperatures = found.get("temperatures")
-    numbers = isinstance(temperatures, list) and all(
-        isinstance(t, int | float) and t > 0 for t in temperatures
-    )
-    if not numbers:
-        raise RunError(f"{folder / CALIBRATION} has no temperatures: run `dspark calibrate` again")
-    return temperatures
 
 
 def format_calibration(result: dict[str, Any]) -> str:

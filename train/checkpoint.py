@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from pipeline import config as configuration
 from pipeline import files
 from pipeline.cache import CacheReader
-from pipeline.cache.manifest import Identity
+from pipeline.cache.manifest import Identity, TargetIdentity
 from pipeline.errors import ConfigError, RunError, WriteError
 from train.distributed import Ranks, whole
 from train.draft.model import Qwen3DSparkModel
@@ -326,20 +326,30 @@ def load_checkpoint(folder: Path, reader: CacheReader) -> tuple[Qwen3DSparkModel
         RunError: a damaged checkpoint, or one trained for another target than the cache's.
     """
     _, page = read_training(folder)
-    identity = reader.manifest.identity.target
-    try:
-        target = configuration.build(Identity, page["cache"], TRAINING).target
-    except (KeyError, ConfigError) as error:
-        raise damaged(folder, error) from None
-    if target.weights != identity.weights:
-        raise RunError(
-            f"{folder} was trained for target {target.name}, the cache {reader.path} holds {identity.name} "
-            "with other weights: evaluate it on a cache of its own target"
-        )
+    check_cache(folder, reader)
     model = load_draft(folder)
     frozen = reader.frozen()
     model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
     return model, page
+
+
+def trained_for(folder: Path) -> TargetIdentity:
+    """The target that a checkpoint's draft is for. Raises RunError when the checkpoint is damaged."""
+    _, page = read_training(folder)
+    try:
+        return configuration.build(Identity, page["cache"], TRAINING).target
+    except (KeyError, ConfigError) as error:
+        raise damaged(folder, error) from None
+
+
+def check_cache(folder: Path, reader: CacheReader) -> None:
+    """Raise RunError where a checkpoint's draft is for another target than the cache's."""
+    ours, theirs = trained_for(folder), reader.manifest.identity.target
+    if ours.weights != theirs.weights:
+        raise RunError(
+            f"{folder} was trained for target {ours.name}, the cache {reader.path} holds {theirs.name} "
+            "with other weights: name a cache of its own target"
+        )
 
 
 def load_draft(folder: Path) -> Qwen3DSparkModel:
@@ -356,4 +366,7 @@ def load_draft(folder: Path) -> Qwen3DSparkModel:
     for name in FROZEN:
         model.get_parameter(name).requires_grad_(False)
     load_weights(model, folder)
+    for name, weight in model.state_dict().items():
+        if not torch.isfinite(weight).all():
+            raise RunError(f"{folder}: {name} is not finite, so the draft is worth nothing: take another one")
     return model

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,9 +38,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @click.option(
     "--anchors",
     type=click.IntRange(min=1),
-    help="Anchors of a held-out sample, drawn by --seed. Default: every candidate position.",
+    help="Anchors of a held-out sample, drawn by --seed, for large caches. Default: every candidate.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of --anchors.")
+@click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of --anchors.")
 @device_option
 @json_option
 def evaluate_command(
@@ -69,6 +71,21 @@ def evaluate_command(
                 save_figures(draft.folder, EVALUATION, result)
 
 
+def _check_temperatures(_ctx: click.Context, _param: click.Parameter, values: tuple[float, ...]) -> Any:
+    """The callback of `--temperature`: below a thousandth softmax is greedy but for overflows."""
+    for value in values:
+        if not (value == 0 or 1e-3 <= value <= 1e3):
+            raise UsageError(f"--temperature expects 0, or a number from 0.001 to 1000, got {value}")
+    return values
+
+
+def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
+    """The callback of `--threshold`."""
+    if not 0 <= value <= 1:
+        raise UsageError(f"--threshold expects a probability from 0 to 1, got {value}")
+    return value
+
+
 @click.command("speculate")
 @target_options(required=True, help="Hugging Face directory or Hub id of the draft's target.")
 @run_option
@@ -83,12 +100,13 @@ def evaluate_command(
     "--num-prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at most."
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Of each text."
+    "--max-new-tokens", type=click.IntRange(2, 2**20), default=128, show_default=True, help="Of each text."
 )
 @click.option(
     "--temperature",
     "temperatures",
-    type=click.FloatRange(min=0),
+    type=float,
+    callback=_check_temperatures,
     multiple=True,
     default=(0.0, 1.0),
     show_default=True,
@@ -96,13 +114,14 @@ def evaluate_command(
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=float,
+    callback=_check_threshold,
     default=0.0,
     show_default=True,
     help="Verify a token only if the block is accepted up to it with this probability, by the confidence "
     "head (calibrated, if `dspark calibrate` was run). 0: all.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of sampling.")
+@click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of sampling.")
 @click.option("--show", is_flag=True, help="Print the texts.")
 @json_option
 def speculate_command(
@@ -130,7 +149,7 @@ def speculate_command(
     from pipeline.cache import CacheReader
     from pipeline.quiet import quiet_transformers
     from pipeline.target.load import open_target
-    from train.checkpoint import find_checkpoint
+    from train.checkpoint import check_cache, find_checkpoint, trained_for
     from train.prompts import held_out_prompts, read_prompts
     from train.results import SPECULATION, save_figures
     from train.run import load_run_config
@@ -141,9 +160,11 @@ def speculate_command(
     folder = find_checkpoint(run, checkpoint)
     found = open_target(target)
     if prompts is not None:
-        asked = read_prompts(prompts, found.tokenizer(), num_prompts)
+        vocab_size = trained_for(folder).vocab_size
+        asked = read_prompts(prompts, found.tokenizer(), vocab_size, num_prompts)
     else:
         reader = CacheReader(cache)
+        check_cache(folder, reader)
         _, held_out = split(reader, load_run_config(run).train.held_out)
         asked = held_out_prompts(reader, held_out, num_prompts)
     pair = load_pair(found, folder)
@@ -157,7 +178,7 @@ def speculate_command(
         max_new_tokens=max_new_tokens,
         threshold=threshold,
         seed=seed,
-        show=click.echo if show else None,
+        show=partial(click.echo, err=as_json) if show else None,
     )
     click.echo(json.dumps(result) if as_json else format_speculation(result))
     save_figures(folder, SPECULATION, result)
@@ -170,9 +191,9 @@ def speculate_command(
 @click.option(
     "--anchors",
     type=click.IntRange(min=1),
-    help="Anchors of a held-out sample, drawn by --seed. Default: every candidate position.",
+    help="Anchors of a held-out sample, drawn by --seed, for large caches. Default: every candidate.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of --anchors.")
+@click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of --anchors.")
 @device_option
 @json_option
 def calibrate_command(

@@ -45,11 +45,12 @@ def evaluate(
         ConfigError: the samples have no anchors.
     """
     blocks = measure(module, reader, samples, config, ranks, drawn_anchors(anchors, seed))
-    if not len(blocks):
-        raise ConfigError(
-            f"the {len(samples)} held-out samples have no two supervised tokens in a row, so no anchors: "
-            "set train.held_out higher, or capture longer answers"
-        )
+    with ranks.together():
+        if not len(blocks):
+            raise ConfigError(
+                f"the {len(samples)} held-out samples have no two supervised tokens in a row, so no anchors: "
+                "set train.held_out higher, or capture longer answers"
+            )
     untrained = _untrained(module.draft_model, reader, config, ranks)
     before = validate(untrained, reader, samples, config, ranks) or {}
     return {
@@ -61,9 +62,9 @@ def evaluate(
         "decoding": figures.decoding(blocks) if anchors is None else None,
         "confidence": figures.calibration(blocks),
         "thresholds": figures.threshold_sweep(blocks),
-        "by_source": figures.by_group(blocks, _sources(reader, samples)),
-        "by_length": figures.by_group(blocks, _lengths(reader, samples)),
-        "untrained": {key: before[key] for key in ("tau", "accept_by_position")},
+        "by_source": figures.by_group(blocks, _sources(reader, samples), config.loss),
+        "by_length": figures.by_group(blocks, _lengths(reader, samples), config.loss),
+        "untrained": {key: before[key] for key in ("tau", "accept_by_position", "blocks")},
         "cache": cache_facts(reader),
     }
 
@@ -82,7 +83,8 @@ def _untrained(
 
 
 def _sources(reader: CacheReader, samples: np.ndarray) -> dict[int, str]:
-    names = reader.manifest.identity.data.sources
+    files = reader.manifest.identity.data.sources  # without their directories, so some may be the same
+    names = [name if files.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(files, 1)]
     return {i: names[reader.sources[i]] for i in sorted(samples.tolist(), key=lambda i: reader.sources[i])}
 
 

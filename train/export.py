@@ -12,7 +12,6 @@ then accept hardly any token.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,14 @@ from train.engines import RULES, broken_rules, check_engine, reasons, scale_of
 from train.model_card import model_card
 from train.new_folder import check_new, new_folder
 from train.progress import Progress, damaged, read_training
-from train.results import CALIBRATION, EVALUATION, SPECULATION, read_figures
+from train.results import (
+    CALIBRATION,
+    EVALUATION,
+    SPECULATION,
+    all_numbers,
+    read_figures,
+    read_temperatures,
+)
 
 CARD = "README.md"
 CONFIG = "config.json"
@@ -229,19 +235,8 @@ def _calibration(draft: Draft) -> dict[str, Any] | None:
     found = read_figures(draft.folder, CALIBRATION)
     if found is None:
         return None
-    temperatures, slots = found.get("temperatures"), draft.config.block_size
-    if not (_numbers(temperatures) and len(temperatures) == slots and min(temperatures) > 0):
-        raise RunError(
-            f"{draft.folder / CALIBRATION} has not {slots} positive temperatures: run `dspark calibrate` "
-            "again"
-        )
+    temperatures = read_temperatures(draft.folder, draft.config.block_size)
     kinds = {"dataset": str, "num_samples": int}
     values = {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
-    values |= {name: found[name] for name in ("ece_before", "ece_after") if _numbers(found.get(name))}
+    values |= {name: found[name] for name in ("ece_before", "ece_after") if all_numbers(found.get(name))}
     return {"temperatures": temperatures, **values}
-
-
-def _numbers(values: object) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )

@@ -182,7 +182,8 @@ def reliability_bins(predicted: np.ndarray, actual: np.ndarray) -> list[dict[str
 def auc(predicted: np.ndarray, actual: np.ndarray) -> float | None:
     """How likely an accepted slot has a higher confidence than a rejected one, ties counting half.
 
-    Every slot is accepted with weight `actual` and rejected with the rest. None where one side is empty.
+    Every slot is accepted with weight `actual` and rejected with the rest: where the target samples, nobody
+    can tell for sure, and the best there is stays below 1. None where one side is empty.
     """
     levels, which = np.unique(predicted, return_inverse=True)
     accepted = np.bincount(which, actual, minlength=len(levels))
@@ -219,8 +220,8 @@ def threshold_sweep(
     return rows
 
 
-def by_group(blocks: Blocks, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
-    """Acceptance by what each sample belongs to, in the order of first appearance in `names`.
+def by_group(blocks: Blocks, names: Mapping[int, str], loss: LossConfig) -> dict[str, dict[str, Any]]:
+    """Loss terms, acceptance and calibration by what each sample belongs to, in the order of `names`.
 
     Args:
         names: the group of each sample number.
@@ -231,11 +232,12 @@ def by_group(blocks: Blocks, names: Mapping[int, str]) -> dict[str, dict[str, An
         part = blocks.select(own == name)
         if not len(part):
             continue
-        figures = acceptance(part)
         groups[name] = {
             "samples": len(np.unique(part.sample)),
             "blocks": len(part),
-            **{key: figures[key] for key in ("accept_rate", "tau", "greedy_tau")},
+            **loss_terms(part, loss),
+            **acceptance(part),
+            "confidence": calibration(part),
         }
     return groups
 

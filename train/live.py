@@ -57,7 +57,7 @@ class CachedTarget:
 
     def reset(self) -> None:
         """Forget the sequence."""
-        self._cache = _empty_cache(self.model)
+        self._cache = _empty_cache(self.model, take_back=bool(self.layer_ids))
 
     @torch.no_grad()
     def forward(self, ids: Tensor, logits: int) -> tuple[Tensor, Tensor | None]:
@@ -83,22 +83,30 @@ class CachedTarget:
         return wanted, torch.cat([state.to(self.device) for state in states], dim=-1)
 
     def take_back(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens."""
-        if tokens:
+        """Forget the last `tokens` tokens, and what a sliding window has left."""
+        if tokens or hasattr(self._cache, "activate_past_recording"):
             self._cache.crop(-tokens)
 
 
-def _empty_cache(model: nn.Module) -> DynamicCache:
-    """One from which tokens can be taken back: of sliding windows all is kept, masks hide what is outside."""
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+def _empty_cache(model: nn.Module, *, take_back: bool) -> DynamicCache:
+    """A cache of the model's own kind.
+
+    Args:
+        take_back: whether tokens are going to be: of sliding windows more has to be kept then.
+    """
+    cache = DynamicCache(config=model.config)
+    kinds = {type(layer).__name__ for layer in cache.layers}
     if getattr(model, "_is_stateful", False) or any("Linear" in kind for kind in kinds):
         raise TargetError(
             f"{type(model).__name__} keeps a recurrent state, from which no token can be taken back: "
             "expected a target with attention only; serve it with vLLM or SGLang instead"
         )
-    if kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+    if not take_back:
+        return cache
+    if not hasattr(cache, "activate_past_recording"):  # before transformers 5.2x; masks hide what is outside
         return DynamicCache()
-    return DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    return cache
 
 
 @dataclass
@@ -108,10 +116,10 @@ class Decoded:
     tokens: list[int]
     """Emitted, the one that ended it included."""
     seconds: float = 0.0
-    """All but the forward over the prompt."""
-    gaps: list[float] = field(default_factory=list)
-    """Plain decoding at temperature 0: how far the target's best logit was above the next, for each token."""
+    """All but taking in the prompt."""
     rounds: int = 0
+    emitted: int = 0
+    """Tokens that the rounds gave, those beyond the last one asked for included."""
     verified: int = 0
     """Drafted tokens that the target looked at."""
     tried: list[int] = field(default_factory=list)
@@ -119,7 +127,7 @@ class Decoded:
     accepted: list[int] = field(default_factory=list)
     """How often it was accepted then, `[K]`."""
     draft_seconds: float = 0.0
-    """Drafting, and taking in context features."""
+    """Drafting, and taking in the context features of what was accepted."""
     verify_seconds: float = 0.0
     """Target forwards, and the decision."""
 
@@ -140,20 +148,27 @@ def decode_plain(
         generator: on the target's device.
     """
     target.reset()
-    logits, _ = target.forward(torch.tensor(prompt), 1)
+    logits = _first_logits(target, prompt)[0]
     result, started = Decoded([]), _now(logits)
-    best: list[Tensor] = []
     while True:
         token = choose(logits[0], temperature, generator)
-        if temperature == 0:
-            best.append(logits[0].topk(2).values)
         result.tokens.append(token.item())
         if result.tokens[-1] in stop or len(result.tokens) >= max_new_tokens:
             break
         logits, _ = target.forward(token[None], 1)
     result.seconds = _now(logits) - started
-    result.gaps = [(first - second).item() for first, second in best]
     return result
+
+
+def _first_logits(target: CachedTarget, prompt: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """`CachedTarget.forward` of a prompt. Raises TargetError where nothing can be chosen from its logits."""
+    logits, features = target.forward(torch.tensor(prompt), 1)
+    if not torch.isfinite(logits).all():
+        raise TargetError(
+            f"{type(target.model).__name__} gives logits that are not finite: its weights are damaged, or "
+            "its dtype can't hold its states; try --dtype float32"
+        )
+    return logits, features
 
 
 def decode_speculative(
@@ -180,21 +195,18 @@ def decode_speculative(
     """
     target.reset()
     draft.reset()
-    logits, features = target.forward(torch.tensor(prompt), 1)
+    logits, features = _first_logits(target, prompt)
     slots = draft.model.block_size
     result = Decoded([], tried=[0] * slots, accepted=[0] * slots)
-    started = _now(logits)
     assert features is not None
     draft.extend(features)
+    clock = started = _now(logits)
     anchor = choose(logits[0], temperature, generator)
     result.tokens.append(anchor.item())
-    clock = _now(logits)
-    result.draft_seconds += clock - started
     while result.tokens[-1] not in stop and len(result.tokens) < max_new_tokens:
         drafted = draft.draft(
             anchor,
             temperature,
-            max_new_tokens - len(result.tokens) - 1,  # the target adds one
             threshold=threshold,
             confidence_temperatures=confidence_temperatures,
             generator=generator,
@@ -213,6 +225,7 @@ def decode_speculative(
         result.draft_seconds += clock - before
         _count(result, len(drafted.tokens), count, emitted, stop)
     result.seconds = _now(logits) - started
+    del result.tokens[max_new_tokens:]  # whole blocks to the end: cut ones would count as bad ones
     return result
 
 
@@ -225,6 +238,7 @@ def _count(result: Decoded, verified: int, count: int, emitted: list[int], stop:
         result.tried[slot] += 1
         result.accepted[slot] += slot < count
     result.tokens += emitted[:end]
+    result.emitted += end
 
 
 def _now(tensor: Tensor) -> float:

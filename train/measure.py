@@ -9,16 +9,14 @@ import numpy as np
 import torch
 
 from pipeline.cache import CacheReader
-from pipeline.errors import ConfigError
-from train.batches import loaded
+from pipeline.errors import RunError
 from train.config import RunConfig
-from train.display import bar
 from train.distributed import Ranks
 from train.losses import SlotFigures
 from train.module import DSparkTrainerModule
-from train.order import sequential_packs, share
 from train.precision import autocast
 from train.steps import AnchorChoice
+from train.validate import held_out_batches
 
 
 @dataclass(frozen=True)
@@ -79,29 +77,22 @@ def measure(
 
     Raises:
         ConfigError: there are no samples.
+        RunError: a figure is not finite.
     """
-    samples = np.asarray(samples)
-    if not len(samples):
-        raise ConfigError("nothing was held out (train.held_out = 0), so there is nothing to evaluate on")
-    size = max(config.train.batch_tokens, int(reader.lengths[samples].max()))  # of a cache of longer samples
-    own = share(sequential_packs(reader.lengths[samples], size), ranks.rank, ranks.world)
-    packs = [samples[members] for members in own]
-    layer_ids = tuple(module.draft_model.config.target_layer_ids)
-    chosen = [(members.tolist(), choose) for members in packs]
-    batches = loaded(reader, chosen, layer_ids, size, ranks.device)
-    batches = bar(batches, ranks, total=len(packs), unit="batch", desc=title, leave=False)
     parts: list[Blocks] = []
     module.eval()
-    for batch, members in zip(batches, packs, strict=True):
-        starts = np.concatenate([[0], np.cumsum(reader.lengths[members])])
-        tensors = batch.tensors()
-        anchors, keep = tensors.pop("anchor_positions"), tensors.pop("block_keep_mask")
-        pieces = (part.split(config.train.anchors_per_batch, dim=1) for part in (anchors, keep))
-        for some, kept in zip(*pieces, strict=True):
-            with autocast(ranks.device, config.train.precision):
-                metrics = module(**tensors, anchor_positions=some, block_keep_mask=kept, observe=True)
-            assert metrics.slots is not None
-            parts.append(_blocks(metrics.slots, some[0].cpu().numpy(), members, starts))
+    with ranks.together():
+        packs, batches = held_out_batches(module, reader, samples, config, ranks, choose, title)
+        for batch, members in zip(batches, packs, strict=True):
+            starts = np.concatenate([[0], np.cumsum(reader.lengths[members])])
+            tensors = batch.tensors()
+            anchors, keep = tensors.pop("anchor_positions"), tensors.pop("block_keep_mask")
+            pieces = (part.split(config.train.anchors_per_batch, dim=1) for part in (anchors, keep))
+            for some, kept in zip(*pieces, strict=True):
+                with autocast(ranks.device, config.train.precision):
+                    metrics = module(**tensors, anchor_positions=some, block_keep_mask=kept, observe=True)
+                assert metrics.slots is not None
+                parts.append(_blocks(metrics.slots, some[0].cpu().numpy(), members, starts))
     return join([part for rank in ranks.gather(parts) for part in rank])
 
 
@@ -117,6 +108,8 @@ def _blocks(slots: SlotFigures, anchors: np.ndarray, members: np.ndarray, starts
 
     def laid_out(values: torch.Tensor) -> np.ndarray:
         exact = values.cpu() if values.dtype == torch.bool else values.double().cpu()
+        if not torch.isfinite(exact).all():
+            raise RunError("the draft's figures are not finite: its weights are damaged, take another one")
         out = np.zeros(valid.shape, exact.numpy().dtype)
         out[valid] = exact.numpy()
         return out[kept]

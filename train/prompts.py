@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import CacheReader
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 # Of a sample in which everything is supervised, as plain text is, this many tokens are the prompt.
@@ -22,7 +22,12 @@ def held_out_prompts(reader: CacheReader, samples: np.ndarray, count: int) -> li
 
     Args:
         samples: of the held-out split; taken evenly from it.
+
+    Raises:
+        ConfigError: nothing was held out.
     """
+    if not len(samples):
+        raise ConfigError("the run held nothing out (train.held_out = 0): give --prompts FILE instead")
     chosen = samples[np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)]
     prompts = []
     for i in chosen.tolist():
@@ -32,28 +37,29 @@ def held_out_prompts(reader: CacheReader, samples: np.ndarray, count: int) -> li
     return prompts
 
 
-def read_prompts(path: Path, tokenizer: Any, count: int) -> list[list[int]]:
+def read_prompts(path: Path, tokenizer: Any, vocab_size: int, count: int) -> list[list[int]]:
     """Token ids of the first `count` prompts of a file.
 
     A `.txt` file holds one a line. A JSON Lines file holds rows with `messages` (or `conversations`), of
     which everything before the last answer is the prompt, or with `prompt`, `text` or `input_ids`. What is
     said to an assistant goes through the tokenizer's chat template, where it has one.
 
+    Args:
+        vocab_size: V; token ids are below it.
+
     Raises:
         DataError: the file can't be read, holds no prompt, or a line of it is none, with its number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts {path} can't be read ({getattr(error, 'strerror', error)})") from None
     prompts: list[list[int]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or len(prompts) == count:
-            continue
+    for number, line in _lines(path):
+        if len(prompts) == count:
+            break
         try:
             ids = _encode(line if path.suffix == ".txt" else json.loads(line), tokenizer)
             if not ids:
                 raise ValueError("it has no tokens")
+            if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+                raise ValueError(f"token ids are integers from 0 to {vocab_size - 1}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}, line {number} is no prompt ({error}): expected an object with messages, "
@@ -68,11 +74,22 @@ def read_prompts(path: Path, tokenizer: Any, count: int) -> list[list[int]]:
     return prompts
 
 
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, empty ones left out; only a line feed ends one, as in JSON Lines."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {path} can't be read ({getattr(error, 'strerror', error)})") from None
+
+
 def _encode(row: Any, tokenizer: Any) -> list[int]:
     if isinstance(row, str):
         row = {"prompt": row}
     if "input_ids" in row:
-        return [int(token) for token in row["input_ids"]]
+        return list(row["input_ids"])
     if "text" in row:
         return tokenizer(_text(row["text"]))["input_ids"]
     if "prompt" in row and isinstance(row["prompt"], str):

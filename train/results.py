@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ _LIMIT = 16 * 2**20
 
 
 def save_figures(folder: Path, name: str, result: dict[str, Any]) -> None:
-    """Put figures beside the draft that they are of. Raises OSError where that can't be written."""
+    """Put figures beside the draft that they are of. Raises WriteError where that can't be written."""
     files.publish_bytes(folder / name, (json.dumps(result, indent=1) + "\n").encode())
 
 
@@ -33,6 +34,34 @@ def read_figures(folder: Path, name: str) -> dict[str, Any] | None:
         return result
     except (OSError, ValueError) as error:
         raise RunError(f"{path} can't be read ({error}): remove it, and measure again") from None
+
+
+def read_temperatures(folder: Path, slots: int) -> list[float] | None:
+    """The confidence head's temperatures beside a draft, or None where none were fitted.
+
+    Args:
+        folder: of its checkpoint.
+        slots: K, one temperature each.
+
+    Raises:
+        RunError: what is there is not K positive numbers.
+    """
+    found = read_figures(folder, CALIBRATION)
+    if found is None:
+        return None
+    temperatures = found.get("temperatures")
+    if not (all_numbers(temperatures) and len(temperatures) == slots and min(temperatures) > 1e-6):
+        raise RunError(
+            f"{folder / CALIBRATION} has not {slots} positive temperatures: run `dspark calibrate` again"
+        )
+    return temperatures
+
+
+def all_numbers(values: object) -> bool:
+    """Whether it is a list of finite numbers."""
+    return isinstance(values, list) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    )
 
 
 def table(rows: list[tuple[str, list[Any]]], digits: int = 3) -> Iterator[str]:

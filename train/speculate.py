@@ -15,18 +15,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import config as configuration
-from pipeline.cache.manifest import Identity
-from pipeline.errors import ConfigError, RunError, UsageError
+from pipeline.errors import RunError, UsageError
 from pipeline.hooks import input_device, learned_positions
 from pipeline.target.load import Target
-from train.calibrate import read_temperatures
-from train.checkpoint import load_draft
+from train.checkpoint import load_draft, trained_for
 from train.draft.decoding import DraftDecoder
 from train.draft.model import Qwen3DSparkModel
 from train.live import CachedTarget, Decoded, decode_plain, decode_speculative
-from train.progress import TRAINING, damaged, read_training
-from train.results import EVALUATION, read_figures, table
+from train.progress import read_training
+from train.results import EVALUATION, read_figures, read_temperatures, table
 
 # How far apart the target's two best logits may be where a forward over several tokens rounds to another text
 # than one over a single token does.
@@ -60,44 +57,39 @@ def load_pair(target: Target, folder: Path) -> Pair:
         TargetError: the target can't be loaded.
         RunError: the checkpoint is damaged, or the draft is for a target of another shape.
     """
-    _, page = read_training(folder)
-    try:
-        trained_for = configuration.build(Identity, page["cache"], TRAINING).target
-    except (KeyError, ConfigError) as error:
-        raise damaged(folder, error) from None
-    identity = target.identity()
+    progress, _ = read_training(folder)
+    wanted, identity = trained_for(folder), target.identity()
     shape = ("hidden_size", "num_layers", "vocab_size")
     differing = [
-        f"{name} {getattr(identity, name)}, the draft's is for {getattr(trained_for, name)}"
+        f"{name} {getattr(identity, name)}, the draft's is for {getattr(wanted, name)}"
         for name in shape
-        if getattr(identity, name) != getattr(trained_for, name)
+        if getattr(identity, name) != getattr(wanted, name)
     ]
     if differing:
         raise RunError(
-            f"{target.name} is not the target that {folder} was trained for, {trained_for.name} "
+            f"{target.name} is not the target that {folder} was trained for, {wanted.name} "
             f"({'; '.join(differing)}): give that one as --target"
         )
     warning = None
-    if identity.weights != trained_for.weights:
+    if identity.weights != wanted.weights:
         warning = (
-            f"the draft was trained for {trained_for.name} and {target.name} has other weights: the text is "
+            f"the draft was trained for {wanted.name} and {target.name} has other weights: the text is "
             "right all the same, but less will be accepted"
         )
     tokenizer, model = target.tokenizer(), target.model()
     device = input_device(model)
-    draft = load_draft(folder).to(device, target.dtype).eval().requires_grad_(False)
-    for own, theirs in (
-        (draft.embed_tokens, model.get_input_embeddings()),
-        (draft.lm_head, model.get_output_embeddings()),
-    ):
-        own.weight = nn.Parameter(theirs.weight.to(device), requires_grad=False)  # no copy where it is there
-    stop, step = _stops(model, tokenizer), page["progress"]["step"]
-    return Pair(target.name, model, tokenizer, draft, stop, step, warning)
+    draft = load_draft(folder)
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    for own, theirs in zip((draft.embed_tokens, draft.lm_head), parts, strict=True):
+        # The same memory, unless the target has it elsewhere: then `to` copies, and leaves the target be.
+        own.weight = nn.Parameter(theirs.weight.detach(), requires_grad=False)
+    draft = draft.to(device, target.dtype).eval().requires_grad_(False)
+    return Pair(target.name, model, tokenizer, draft, _stops(model, tokenizer), progress.step, warning)
 
 
 def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = own if isinstance(own, list) else [own]
+    ids = [own] if isinstance(own, int) else map(int, [] if own is None else own)
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
@@ -128,6 +120,8 @@ def speculate_all(
     if threshold > 0 and pair.draft.confidence_head is None:
         raise UsageError("--threshold needs a confidence head, and this draft has none: leave it out")
 
+    scales = read_temperatures(folder, pair.draft.block_size) if threshold > 0 else None
+
     def seen(prompt: list[int], tokens: list[int]) -> None:
         if show is not None:
             show(f"> {pair.tokenizer.decode(prompt)}\n{pair.tokenizer.decode(tokens)}\n")
@@ -140,11 +134,13 @@ def speculate_all(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             threshold=threshold,
-            confidence_temperatures=read_temperatures(folder) if threshold > 0 else None,
+            confidence_temperatures=scales,
             seed=seed,
             seen=seen,
         )
-        runs.append({**figures, "offline": offline_figures(folder, temperature)})
+        # Of whole blocks only.
+        offline = None if threshold > 0 else offline_figures(folder, temperature, pair.draft.block_size)
+        runs.append({**figures, "offline": offline})
     return {
         "step": pair.step,
         "target": pair.name,
@@ -180,26 +176,25 @@ def speculate(
     Raises:
         RunError: greedy texts differ by more than rounding explains, or the prompts do not fit the target.
     """
-    limit = learned_positions(pair.model)
-    longest = max(map(len, prompts)) + max_new_tokens
+    limit, slots = learned_positions(pair.model), pair.draft.block_size
+    longest = max(map(len, prompts)) + max_new_tokens + slots  # the last block may stand behind the end
     if limit is not None and longest > limit:
         raise RunError(
-            f"the longest prompt and --max-new-tokens make {longest} tokens, but the target learned "
-            f"{limit} positions: lower --max-new-tokens, or leave long prompts out"
+            f"the longest prompt, --max-new-tokens and a block make {longest:,} tokens, but the target "
+            f"learned {limit:,} positions: lower --max-new-tokens, or leave long prompts out"
         )
     plain: list[Decoded] = []
     fast: list[Decoded] = []
     partings: list[dict[str, Any]] = []
-    decoder = DraftDecoder(pair.draft, capacity=longest + pair.draft.block_size)
+    decoder = DraftDecoder(pair.draft)
     options = {"temperature": temperature, "stop": pair.stop}
     with (
         CachedTarget(pair.model, []) as alone,
         CachedTarget(pair.model, pair.draft.config.target_layer_ids) as watched,
     ):
-        device = alone.device
-        warm = list(prompts[0])
-        decode_plain(alone, warm, 4)
-        decode_speculative(watched, decoder, warm, 2 * pair.draft.block_size)
+        device, few = alone.device, min(max_new_tokens, 4)
+        decode_plain(alone, prompts[0], few)  # what is slow the first time
+        decode_speculative(watched, decoder, prompts[0], few)
         for number, prompt in enumerate(prompts):
             generators = [torch.Generator(device).manual_seed(seed + number) for _ in range(2)]
             own = decode_plain(alone, prompt, max_new_tokens, **options, generator=generators[0])
@@ -217,7 +212,7 @@ def speculate(
             fast.append(result)
             seen(list(prompt), result.tokens)
             if temperature == 0 and result.tokens != own.tokens:
-                partings.append(_parting(number, own, result))
+                partings.append(_parting(alone, number, prompt, own.tokens, result.tokens))
     _check_partings(partings, pair.draft.dtype)
     figures = _add_up(plain, fast)
     return {
@@ -228,12 +223,16 @@ def speculate(
     }
 
 
-def _parting(number: int, own: Decoded, result: Decoded) -> dict[str, Any]:
-    """Where two greedy texts begin to differ, and how close the target's choice was there."""
-    pairs = zip(own.tokens, result.tokens, strict=False)
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(own.tokens), len(result.tokens)))
-    gap = own.gaps[first] if first < len(own.gaps) else float("inf")
-    return {"prompt": number, "token": first, "gap": gap}
+def _parting(
+    target: CachedTarget, number: int, prompt: Sequence[int], own: list[int], other: list[int]
+) -> dict[str, Any]:
+    """Where two greedy texts begin to differ, and by how much the target's best logit leads there."""
+    pairs = zip(own, other, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(own), len(other)))
+    target.reset()
+    logits, _ = target.forward(torch.tensor([*prompt, *own[:first]]), 1)
+    best, second = logits[0].topk(2).values.tolist()
+    return {"prompt": number, "token": first, "gap": best - second}
 
 
 def _check_partings(partings: Sequence[dict[str, Any]], dtype: torch.dtype) -> None:
@@ -253,7 +252,7 @@ def _add_up(plain: Sequence[Decoded], fast: Sequence[Decoded]) -> dict[str, Any]
     def total(results: Sequence[Decoded], name: str) -> float:
         return sum(getattr(result, name) for result in results)
 
-    tokens, own_tokens = (sum(len(r.tokens) - 1 for r in results) for results in (fast, plain))
+    tokens, own_tokens = total(fast, "emitted"), sum(len(result.tokens) - 1 for result in plain)
     rounds = total(fast, "rounds")
     tried = [sum(column) for column in zip(*(result.tried for result in fast), strict=True)]
     accepted = [sum(column) for column in zip(*(result.accepted for result in fast), strict=True)]
@@ -273,14 +272,20 @@ def _add_up(plain: Sequence[Decoded], fast: Sequence[Decoded]) -> dict[str, Any]
     }
 
 
-def offline_figures(folder: Path, temperature: float) -> dict[str, Any] | None:
+def offline_figures(folder: Path, temperature: float, slots: int) -> dict[str, Any] | None:
     """What `dspark evaluate` expects of decoding at this temperature; None where it has not said.
 
     It knows temperatures 0 and 1, and has to have seen every position.
+
+    Args:
+        slots: K.
     """
     kind = {0.0: "greedy", 1.0: "sampling"}.get(temperature)
-    decoding = (read_figures(folder, EVALUATION) or {}).get("decoding")
-    return None if kind is None or decoding is None else decoding[kind]
+    try:
+        expected = (read_figures(folder, EVALUATION) or {})["decoding"][kind]
+        return expected if len(expected["accept_given_prefix"]) == slots else None
+    except (KeyError, TypeError):
+        return None
 
 
 def format_speculation(result: dict[str, Any]) -> str:
@@ -304,10 +309,11 @@ def format_speculation(result: dict[str, Any]) -> str:
         ]
         lines += table(rows)
         if run["speedup"] is not None:
-            lines.append(
-                f"  {run['tokens']:,} tokens in {run['rounds']:,} rounds: {run['draft_ms']:.1f} ms drafting "
-                f"and {run['verify_ms']:.1f} ms verifying: {run['speculative_ms']:.1f} ms a token; plain "
-                f"decoding {run['plain_ms']:.1f} ms, so {run['speedup']:.2f} times as fast"
+            lines += (
+                f"  {run['tokens']:,} tokens in {run['rounds']:,} rounds, each {run['draft_ms']:.1f} ms "
+                f"drafting and {run['verify_ms']:.1f} ms verifying",
+                f"  {run['speculative_ms']:.1f} ms a token; plain decoding {run['plain_ms']:.1f} ms: "
+                f"{run['speedup']:.2f} times as fast",
             )
         if run["identical"] is not None:
             lines.append(

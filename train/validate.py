@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from pipeline.cache import CacheReader, held_out
 from pipeline.errors import ConfigError
-from train.batches import loaded
+from train.batches import Batch, loaded
 from train.config import RunConfig
 from train.display import bar
 from train.distributed import Ranks
@@ -18,7 +18,7 @@ from train.losses import LossSums, divide
 from train.module import DSparkTrainerModule
 from train.order import sequential_packs, share
 from train.precision import autocast
-from train.steps import spread_anchors
+from train.steps import AnchorChoice, spread_anchors
 
 
 def split(reader: CacheReader, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -32,6 +32,32 @@ def split(reader: CacheReader, fraction: float) -> tuple[np.ndarray, np.ndarray]
             "choose another share, or capture more data"
         )
     return train, test
+
+
+def held_out_batches(
+    module: DSparkTrainerModule,
+    reader: CacheReader,
+    samples: Sequence[int] | np.ndarray,
+    config: RunConfig,
+    ranks: Ranks,
+    choose: AnchorChoice,
+    title: str,
+) -> tuple[list[np.ndarray], Iterable[Batch]]:
+    """A rank's share of held-out samples as packs of sample numbers, and as batches behind a bar.
+
+    Raises:
+        ConfigError: there are no samples.
+    """
+    samples = np.asarray(samples)
+    if not len(samples):
+        raise ConfigError("nothing was held out (train.held_out = 0), so there is nothing to evaluate on")
+    size = max(config.train.batch_tokens, int(reader.lengths[samples].max()))  # of a cache of longer samples
+    own = share(sequential_packs(reader.lengths[samples], size), ranks.rank, ranks.world)
+    packs = [samples[members] for members in own]
+    layer_ids = tuple(module.draft_model.config.target_layer_ids)
+    chosen = [(members.tolist(), choose) for members in packs]
+    batches = loaded(reader, chosen, layer_ids, size, ranks.device)
+    return packs, bar(batches, ranks, total=len(packs), unit="batch", desc=title, leave=False)
 
 
 @torch.no_grad()
@@ -51,20 +77,12 @@ def validate(
         ranks: share the samples.
         interrupted: asked before every batch, by all ranks at once; None is returned when it says so.
     """
-    samples = np.asarray(samples)
-    if not len(samples):
-        raise ConfigError("nothing was held out (train.held_out = 0), so there is nothing to evaluate on")
-    model = module.draft_model
-    layer_ids = tuple(model.config.target_layer_ids)
-    choose = spread_anchors(config.train.eval_anchors)
-    size = max(config.train.batch_tokens, int(reader.lengths[samples].max()))  # of a cache of longer samples
-    own = share(sequential_packs(reader.lengths[samples], size), ranks.rank, ranks.world)
-    packs = [(samples[members].tolist(), choose) for members in own]
-    batches = loaded(reader, packs, layer_ids, size, ranks.device)
+    spread = spread_anchors(config.train.eval_anchors)
+    _, batches = held_out_batches(module, reader, samples, config, ranks, spread, "evaluate")
     was_training = module.training
     module.eval()
     total: LossSums | None = None
-    for batch in bar(batches, ranks, total=len(packs), unit="batch", desc="evaluate", leave=False):
+    for batch in batches:
         if interrupted():
             module.train(was_training)
             return None

@@ -11,13 +11,14 @@ import pytest
 from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.runs import train_arguments
-from train.calibrate import GRID, fit_temperatures, halves, read_temperatures
+from train.calibrate import GRID, fit_temperatures, halves
 from train.checkpoint import find_checkpoint
 from train.measure import Blocks
-from train.results import CALIBRATION
+from train.results import CALIBRATION, read_temperatures
 from train.validate import split
 
 K = 3
+WRONG = ('{"temperatures": [1, 2]}', '{"temperatures": [1, Infinity, 1]}', '{"temperatures": [1, true, 1]}')
 
 
 def blocks_of(accept: np.ndarray, confidence: np.ndarray, valid: np.ndarray | None = None) -> Blocks:
@@ -76,6 +77,11 @@ def test_a_position_that_nothing_reaches_keeps_its_confidences() -> None:
     assert temperatures[1:].tolist() == [1, 1]
 
 
+def test_of_temperatures_equally_good_the_one_nearest_to_1_is_taken() -> None:
+    accept = np.full((40, K), 0.5)
+    assert fit_temperatures(blocks_of(accept, np.zeros((40, K)))).tolist() == [1, 1, 1]
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     run = tmp_path_factory.mktemp("runs") / "a"
@@ -94,7 +100,7 @@ def test_what_the_command_writes_beside_the_draft(run_dir: Path, cache_dir: Path
     assert [len(result[name]) for name in types] == [3, 3, 3]
     assert isinstance(result["dataset"], str)
     assert isinstance(result["num_samples"], int)
-    assert read_temperatures(folder) == result["temperatures"]
+    assert read_temperatures(folder, 3) == result["temperatures"]
     reader = CacheReader(cache_dir)
     _, held_out = split(reader, 0.4)
     fitted, reported = halves(reader, held_out)
@@ -110,7 +116,7 @@ def test_what_the_command_writes_beside_the_draft(run_dir: Path, cache_dir: Path
 
 def test_temperatures_that_are_none_are_refused(run_dir: Path, cache_dir: Path, target_dir: Path) -> None:
     path = find_checkpoint(run_dir) / CALIBRATION
-    for content in ('{"temperatures": [1, -1, 2]}', '{"temperatures": "1"}', "{}", "[1]", "{"):
+    for content in ('{"temperatures": [1, -1, 2]}', '{"temperatures": "1"}', "{}", "[1]", "{", *WRONG):
         path.write_text(content)
         speculate = ("speculate", "--target", target_dir, "--run", run_dir, "--cache", cache_dir)
         refused = run_cli(*speculate, "--threshold", "0.5", "--max-new-tokens", "2", "--num-prompts", "1")

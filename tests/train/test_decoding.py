@@ -87,11 +87,14 @@ def test_the_threshold_cuts_where_the_confidence_says(head: str) -> None:
     assert len(seen) > 2  # it did cut, and not always
 
 
-def test_no_more_than_asked() -> None:
-    decoder = DraftDecoder(make_model("vanilla"))
-    decoder.extend(torch.randn(3, LAYERS * HIDDEN, dtype=torch.float64))
-    whole = decoder.draft(7).tokens.tolist()
-    assert [decoder.draft(7, most=n).tokens.tolist() for n in (0, 2, 9)] == [[], whole[:2], whole]
+def test_what_is_forgotten_is_forgotten() -> None:
+    model = make_model("rnn")
+    first, second = torch.randn(2, 9, LAYERS * HIDDEN, dtype=torch.float64)
+    decoder, fresh = DraftDecoder(model), DraftDecoder(model)
+    decoder.extend(first)
+    decoder.draft(7)
     decoder.reset()
-    decoder.extend(torch.randn(3, LAYERS * HIDDEN, dtype=torch.float64))
-    assert decoder.length == 3
+    for each in (decoder, fresh):
+        each.extend(second[:4])
+    assert decoder.length == 4
+    torch.testing.assert_close(decoder.block_states(7), fresh.block_states(7))

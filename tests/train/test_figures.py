@@ -273,11 +273,14 @@ def test_groups_are_their_own_blocks() -> None:
     blocks = random_blocks()
     names = {0: "b", 1: "a", 2: "b", 3: "empty", 4: "a", 9: "nobody"}
     blocks = blocks.select(blocks.sample != 3)
-    groups = figures.by_group(blocks, names)
+    groups = figures.by_group(blocks, names, LossConfig())
     assert list(groups) == ["b", "a"]
     assert sum(row["blocks"] for row in groups.values()) == len(blocks)
     own = figures.acceptance(blocks.select(np.isin(blocks.sample, [1, 4])))
-    assert groups["a"]["tau"] == own["tau"]
+    assert own.items() <= groups["a"].items()
+    part = blocks.select(np.isin(blocks.sample, [1, 4]))
+    assert groups["a"]["loss"] == figures.loss_terms(part, LossConfig())["loss"]
+    assert groups["a"]["confidence"] == figures.calibration(part)
     assert groups["a"]["samples"] == len({i for i in blocks.sample.tolist() if i in (1, 4)})
 
 

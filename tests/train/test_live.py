@@ -19,12 +19,14 @@ from train.live import CachedTarget, decode_plain, decode_speculative
 H, V = 32, 61
 FEW = 3  # tokens of a vocabulary whose texts can be enumerated
 SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
+SHARED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 3}
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 5},
     "qwen3": {},
     "gemma2": {"query_pre_attn_scalar": 8, **SLIDING},
     "gemma3_text": {"query_pre_attn_scalar": 8, **SLIDING},
+    "gemma4_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, **SHARED},
     "gpt2": {"n_embd": H, "n_layer": 4, "n_head": 4, "n_positions": 128, "n_ctx": 128},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
     "deepseek_v3": {
@@ -76,8 +78,8 @@ class Oracle(DraftDecoder):
         super().__init__(model)
         self.text, self.every = text, every
 
-    def draft(self, anchor, temperature=0.0, most=None, **_):
-        drafted = super().draft(anchor, temperature, most)
+    def draft(self, anchor, temperature=0.0, **_):
+        drafted = super().draft(anchor, temperature)
         known = self.text[self.length + 1 :][: len(drafted.tokens)]
         for i, token in enumerate(known):
             wrong = (self.length + i) % self.every == 0
@@ -129,14 +131,21 @@ def test_it_ends_where_the_target_ends() -> None:
 
 
 def test_what_is_counted() -> None:
-    """An always right draft with K = 4 and 12 tokens: 1 + 5 + 5 + 1, the last of a block of none."""
+    """An always right draft with K = 4 and 12 tokens: 1 + 5 + 5 + 5, four of which nobody asked for."""
     model = make_target()
     draft = make_draft(model, [1, 2])
     with CachedTarget(model, [1, 2]) as target:
-        own = decode_plain(target, [5, 6, 7], 12).tokens
+        own = decode_plain(target, [5, 6, 7], 40).tokens
         decoded = decode_speculative(target, Oracle(draft, [5, 6, 7, *own], 1000), [5, 6, 7], 12)
-        assert (decoded.rounds, decoded.verified) == (3, 8)
-        assert decoded.tried == decoded.accepted == [2, 2, 2, 2]
+        assert decoded.tokens == own[:12]
+        assert (decoded.rounds, decoded.verified, decoded.emitted) == (3, 12, 15)
+        assert decoded.tried == decoded.accepted == [3, 3, 3, 3]
+        # Wrong where length + slot is a multiple of 3: blocks at 3, 4, 7, 10 and 13 accept 0, 2, 2, 2, 2.
+        decoded = decode_speculative(target, Oracle(draft, [5, 6, 7, *own], 3), [5, 6, 7], 12)
+        assert decoded.tokens == own[:12]
+        assert (decoded.rounds, decoded.emitted) == (5, 13)
+        assert decoded.tried == [5, 4, 4, 0]
+        assert decoded.accepted == [4, 4, 0, 0]
         stop = frozenset({own[2]})  # the second drafted one, unless it came before
         if own.index(own[2]) == 2:
             decoded = decode_speculative(
@@ -152,17 +161,19 @@ def test_the_features_it_feeds_the_draft_are_those_of_one_forward() -> None:
     prompt = [3, 1, 4, 1, 5]
     with CachedTarget(model, [0, 3]) as target:
         decoder = DraftDecoder(draft)
+        decode_speculative(target, decoder, [9, 8, 7, 6], 9)  # which is to be forgotten
         tokens = prompt + decode_speculative(target, decoder, prompt, 17).tokens
-        own = decode_plain(target, prompt, 17).tokens
-        oracle = Oracle(draft, prompt + own, 3)
+        own = prompt + decode_plain(target, prompt, 30).tokens
+        assert tokens == own[: len(tokens)]
+        oracle = Oracle(draft, own, 3)
         decode_speculative(target, oracle, prompt, 17)
         with torch.no_grad():
-            states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+            states = model(torch.tensor([own]), output_hidden_states=True).hidden_states
         fresh = DraftDecoder(draft)
         fresh.extend(torch.cat([states[1][0], states[4][0]], -1))  # the last layer's is the post-norm one
         for decoded in (decoder, oracle):
             known = decoded.length
-            assert known >= len(tokens) - 5
+            assert known >= len(tokens) - 1
             # Norms and rotations of the target are fp32 inside.
             own_cache, wanted = decoded._cache[..., :known, :], fresh._cache[..., :known, :]
             torch.testing.assert_close(own_cache, wanted, rtol=1e-4, atol=1e-5)
@@ -267,6 +278,36 @@ def test_the_rule_itself_over_many_samples() -> None:
     # And as many are accepted as the offline figures say: 1 minus the total variation.
     expected = 1 - (target_probs - draft_probs).abs().sum().item() / 2
     assert accepted / 8000 == pytest.approx(expected, abs=0.025)
+
+
+def test_the_rule_behind_an_accepted_token() -> None:
+    """Two drafted tokens of different distributions: behind an accepted one comes what the target says.
+
+    So is a replacement of the second one: what is left of its own distribution, not of the first one's.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random_probs() -> Tensor:
+        return torch.softmax(2 * torch.randn(6, generator=generator, dtype=torch.float64), -1)
+
+    logits = 2 * torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    draft_probs = torch.stack([random_probs(), random_probs()])
+    counts = torch.zeros(6)
+    for _ in range(6000):
+        tokens = torch.multinomial(draft_probs, 1, generator=generator)[:, 0]
+        count, following = rejection.accept(tokens, draft_probs, logits, 1.0, generator)
+        if count > 0:
+            counts[tokens[1] if count == 2 else following] += 1
+    assert counts.sum() > 1000
+    assert chi_square_p(counts, torch.softmax(logits[1], -1)) > UNLIKELY
+
+
+def test_a_target_that_gives_no_numbers_is_refused() -> None:
+    model = make_target()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with CachedTarget(model, []) as target, pytest.raises(TargetError, match="not finite"):
+        decode_plain(target, [1, 2], 4)
 
 
 def test_recurrent_targets_are_refused() -> None:

@@ -34,6 +34,7 @@ def test_by_hand() -> None:
     assert schedule(confidences, slowing) == [2, 0]
     assert schedule(confidences, lambda _batch: 1.0) == [3, 2]
     assert schedule(confidences, lambda batch: 1 / batch) == [0, 0]
+    assert schedule([[0.9], [0.8]], {2: 1.0, 3: 0.5, 4: 1.0}.__getitem__) == [0, 0]  # though [1, 1] is best
     assert schedule([], slowing) == []
     assert schedule([[], [0.9]], lambda _batch: 1.0) == [0, 1]
     assert schedule([[0.0, 1.0]], lambda _batch: 1.0) == [0]  # verifying it gains nothing

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cache import CacheReader
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError, RunError
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target, make_tokenizer
 from tests.train.runs import train_arguments
 from train.checkpoint import find_checkpoint
-from train.live import Decoded
+from train.live import CachedTarget, Decoded
 from train.prompts import held_out_prompts, read_prompts
 from train.results import EVALUATION, SPECULATION
 from train.speculate import _add_up, _check_partings, _parting
@@ -30,6 +30,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     return run
 
 
+V = 325
 FP32 = ("--dtype", "float32", "--device", "cpu")
 
 
@@ -141,11 +142,29 @@ def test_another_targets_draft_is_said_or_refused(run_dir: Path, cache_dir: Path
     assert_refused(refused, 1, "hidden_size 64", "for 32", "tiny-llama")
 
 
-def test_usage(target_dir: Path, run_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
+def test_usage(target_dir: Path, run_dir: Path, cache_dir: Path, data_file: Path, tmp_path: Path) -> None:
     command = ("speculate", "--target", target_dir, "--run", run_dir)
     assert_refused(run_cli(*command), 2, "--prompts FILE or --cache")
     assert_refused(run_cli("speculate", "--run", run_dir), 2, "--target")
     assert_refused(run_cli(*command, "--prompts", tmp_path / "none.txt"), 1, "none.txt can't be read")
+    odd = {
+        "--temperature": ("nan", "inf", "-1", "1e-30"),
+        "--threshold": ("nan", "-1", "2"),
+        "--seed": ("-1",),
+    }
+    for option, values in odd.items():
+        for value in values:
+            assert_refused(run_cli(*command, "--cache", cache_dir, option, value), 2, option)
+    other = make_target(tmp_path / "other", seed=4)
+    run_ok(*capture_arguments(other, data_file, tmp_path / "others"))
+    refused = run_cli(*command, "--cache", tmp_path / "others")
+    assert_refused(refused, 1, "tiny-llama", "other", "with other weights")
+    # Not one JSON object and texts in one stream.
+    show = run_cli(
+        *command, "--cache", cache_dir, "--num-prompts", "1", "--max-new-tokens", "2", "--json", "--show"
+    )
+    assert json.loads(show.stdout)["prompts"] == 1
+    assert show.stderr.startswith("> ")
     plain = tmp_path / "plain"
     settings = {"draft__confidence_head": "false", "train__max_steps": 1}
     run_ok(*train_arguments(cache_dir, plain, **settings))
@@ -175,7 +194,7 @@ def test_positions_that_the_target_never_learned_are_refused(tmp_path: Path, dat
 def test_what_is_added_up_by_hand() -> None:
     plain = [Decoded([1, 2, 3], seconds=0.2), Decoded([1], seconds=0.0)]
     fast = [
-        Decoded([1, 2, 3], seconds=0.3, rounds=1, verified=2, tried=[1, 1], accepted=[1, 0],
+        Decoded([1, 2, 3], seconds=0.3, rounds=1, emitted=2, verified=2, tried=[1, 1], accepted=[1, 0],
                 draft_seconds=0.1, verify_seconds=0.2),
         Decoded([1], tried=[0, 0], accepted=[0, 0]),
     ]  # fmt: skip
@@ -191,15 +210,20 @@ def test_what_is_added_up_by_hand() -> None:
     assert nothing["tokens_per_round"] is None
 
 
-def test_texts_that_part_where_the_target_was_sure_are_an_error() -> None:
-    own = Decoded([4, 5, 6], gaps=[1.0, 0.5, 2.0])
-    close = _parting(3, own, Decoded([4, 7, 6]))
-    assert close == {"prompt": 3, "token": 1, "gap": 0.5}
+def test_texts_that_part_where_the_target_was_sure_are_an_error(target_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([[9, 8, 4]])).logits[0, -1].sort(descending=True).values
+    with CachedTarget(model, []) as target:
+        found = _parting(target, 3, [9, 8], [4, 5, 6], [4, 7, 6])
+        assert (found["prompt"], found["token"]) == (3, 1)
+        assert found["gap"] == pytest.approx((logits[0] - logits[1]).item(), rel=1e-4)
+        assert _parting(target, 0, [9, 8], [4, 5, 6], [4])["token"] == 1
+    close = {"prompt": 3, "token": 1, "gap": 0.5}
     _check_partings([close], torch.bfloat16)
     _check_partings([], torch.float32)
-    with pytest.raises(Exception, match=r"prompt 4 at token 2, where .* 0.5 apart"):
+    with pytest.raises(RunError, match=r"prompt 4 at token 2, where .* 0.5 apart"):
         _check_partings([close], torch.float32)
-    assert _parting(0, own, Decoded([4, 5]))["gap"] == 2.0
 
 
 def test_prompts_are_what_the_target_was_asked(cache_dir: Path) -> None:
@@ -214,6 +238,8 @@ def test_prompts_are_what_the_target_was_asked(cache_dir: Path) -> None:
         by_hand.append(ids[: mask.index(1)])
     assert all(prompt in by_hand for prompt in prompts)
     assert held_out_prompts(reader, held_out, 1000) == by_hand
+    with pytest.raises(ConfigError, match="held nothing out"):
+        held_out_prompts(reader, held_out[:0], 3)
 
 
 def test_every_form_of_a_prompt(tmp_path: Path) -> None:
@@ -229,23 +255,28 @@ def test_every_form_of_a_prompt(tmp_path: Path) -> None:
     ]
     path = tmp_path / "forms.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)))
-    got = read_prompts(path, tokenizer, 100)
+    got = read_prompts(path, tokenizer, V, 100)
     assert [tokenizer.decode(ids) for ids in got] == [ask] * len(rows)
-    assert len(read_prompts(path, tokenizer, 2)) == 2
+    path.write_text("\ufeff" + json.dumps(rows[0]) + "\n" + json.dumps(rows[1]) + "\nthis is not read")
+    assert len(read_prompts(path, tokenizer, V, 2)) == 2
+    path.write_text(json.dumps({"prompt": "a\u2028b\x0cc"}, ensure_ascii=False))  # no ends of lines
+    assert "a\u2028b" in tokenizer.decode(read_prompts(path, tokenizer, V, 2)[0])
     text = tmp_path / "plain.txt"
     text.write_text("why\n\nwhy\n")
-    assert [tokenizer.decode(ids) for ids in read_prompts(text, tokenizer, 9)] == [ask] * 2
+    assert [tokenizer.decode(ids) for ids in read_prompts(text, tokenizer, V, 9)] == [ask] * 2
     tokenizer.chat_template = None
-    assert [tokenizer.decode(ids) for ids in read_prompts(text, tokenizer, 9)] == ["why"] * 2
+    assert [tokenizer.decode(ids) for ids in read_prompts(text, tokenizer, V, 9)] == ["why"] * 2
 
 
 @pytest.mark.parametrize(
     "content",
     ["{", "[1]", "3", "{}", '{"messages": []}', '{"messages": [{"role": "assistant", "content": "a"}]}',
-     '{"text": 3}', '{"messages": [{"content": "a"}]}', '{"input_ids": ["a"]}', '{"text": ""}', "", "\n\n"],
+     '{"text": 3}', '{"messages": [{"content": "a"}]}', '{"input_ids": ["a"]}', '{"input_ids": [1, 325]}',
+     '{"input_ids": [-1]}', '{"input_ids": [true]}', '{"input_ids": [1.5]}', '{"input_ids": "12"}',
+     '{"text": ""}', "", "\n\n"],
 )  # fmt: skip
 def test_what_is_no_prompt_is_refused_by_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=r"line 1 is no prompt|holds no prompt"):
-        read_prompts(path, make_tokenizer(), 4)
+        read_prompts(path, make_tokenizer(), V, 4)
