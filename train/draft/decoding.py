@@ -89,7 +89,6 @@ class DraftDecoder:
         self,
         anchor: int | Tensor,
         temperature: float = 0.0,
-        most: int | None = None,
         *,
         threshold: float = 0.0,
         confidence_temperatures: Sequence[float] | None = None,
@@ -103,25 +102,20 @@ class DraftDecoder:
         Args:
             anchor: token id.
             temperature: 0 takes the most likely token.
-            most: at most so many.
             threshold: end before the first slot that the block reaches with a lower probability, by the
                 confidence head. 0 drafts all.
             confidence_temperatures: what each slot's confidence logit is divided by, `[K]`.
             generator: on the draft's device.
         """
         model, head = self.model, self.model.markov_head
-        most = model.block_size if most is None else min(most, model.block_size)
-        none = torch.empty(0, dtype=torch.int64, device=self.device)
-        if most <= 0:
-            return Drafted(none, None)
-        hidden = self.block_states(anchor)[:most]
-        logits = head_logits(hidden, model.lm_head.weight, model.softcap, model.logit_scale)  # [n, V]
+        hidden = self.block_states(anchor)  # [K, H]
+        logits = head_logits(hidden, model.lm_head.weight, model.softcap, model.logit_scale)  # [K, V]
         previous = torch.as_tensor(anchor, device=self.device)
         embedded = state = None
         reached = torch.ones((), device=self.device)
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
-        for slot in range(most):
+        for slot in range(model.block_size):
             if head is not None:
                 embedded = head.markov_w1(previous)
             if threshold > 0:
@@ -139,6 +133,7 @@ class DraftDecoder:
             else:
                 previous = scores.argmax()
             tokens.append(previous)
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
         return Drafted(
             tokens=torch.stack(tokens) if tokens else none,
             probs=torch.stack(probs) if probs else None,
