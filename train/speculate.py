@@ -188,16 +188,15 @@ def speculate(
     partings: list[dict[str, Any]] = []
     decoder = DraftDecoder(pair.draft)
     options = {"temperature": temperature, "stop": pair.stop}
-    with (
-        CachedTarget(pair.model, []) as alone,
-        CachedTarget(pair.model, pair.draft.config.target_layer_ids) as watched,
-    ):
-        device, few = alone.device, min(max_new_tokens, 4)
-        decode_plain(alone, prompts[0], few)  # what is slow the first time
+    alone, watched = (CachedTarget(pair.model, ids) for ids in ((), pair.draft.config.target_layer_ids))
+    few = min(max_new_tokens, 4)
+    decode_plain(alone, prompts[0], few)  # what is slow the first time
+    with watched:
         decode_speculative(watched, decoder, prompts[0], few)
-        for number, prompt in enumerate(prompts):
-            generators = [torch.Generator(device).manual_seed(seed + number) for _ in range(2)]
-            own = decode_plain(alone, prompt, max_new_tokens, **options, generator=generators[0])
+    for number, prompt in enumerate(prompts):
+        generators = [torch.Generator(alone.device).manual_seed(seed + number) for _ in range(2)]
+        own = decode_plain(alone, prompt, max_new_tokens, **options, generator=generators[0])
+        with watched:  # plain decoding has no hooks
             result = decode_speculative(
                 watched,
                 decoder,
@@ -208,11 +207,11 @@ def speculate(
                 confidence_temperatures=confidence_temperatures,
                 generator=generators[1],
             )
-            plain.append(own)
-            fast.append(result)
-            seen(list(prompt), result.tokens)
-            if temperature == 0 and result.tokens != own.tokens:
-                partings.append(_parting(alone, number, prompt, own.tokens, result.tokens))
+        plain.append(own)
+        fast.append(result)
+        seen(list(prompt), result.tokens)
+        if temperature == 0 and result.tokens != own.tokens:
+            partings.append(_parting(alone, number, prompt, own.tokens, result.tokens))
     _check_partings(partings, pair.draft.dtype)
     figures = _add_up(plain, fast)
     return {
