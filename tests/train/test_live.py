@@ -19,6 +19,7 @@ from train.live import CachedTarget, decode_plain, decode_speculative
 H, V = 32, 61
 FEW = 3  # tokens of a vocabulary whose texts can be enumerated
 SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
+SMALL_PER_LAYER = {"vocab_size_per_layer_input": V, "hidden_size_per_layer_input": 8, "global_head_dim": 8}
 SHARED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 3}
 FAMILIES = {
     "llama": {},
@@ -26,7 +27,7 @@ FAMILIES = {
     "qwen3": {},
     "gemma2": {"query_pre_attn_scalar": 8, **SLIDING},
     "gemma3_text": {"query_pre_attn_scalar": 8, **SLIDING},
-    "gemma4_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, **SHARED},
+    "gemma4_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, **SHARED, **SMALL_PER_LAYER},
     "gpt2": {"n_embd": H, "n_layer": 4, "n_head": 4, "n_positions": 128, "n_ctx": 128},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
     "deepseek_v3": {
