@@ -29,18 +29,22 @@ checkpoint_option = click.option(
 )
 device_option = click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+anchors_option = click.option(
+    "--anchors",
+    type=click.IntRange(min=1),
+    help="Anchors of a held-out sample, drawn by --seed, for large caches. Default: every candidate.",
+)
+anchors_seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of --anchors."
+)
 
 
 @click.command("evaluate")
 @cache_option
 @run_option
 @checkpoint_option
-@click.option(
-    "--anchors",
-    type=click.IntRange(min=1),
-    help="Anchors of a held-out sample, drawn by --seed, for large caches. Default: every candidate.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of --anchors.")
+@anchors_option
+@anchors_seed_option
 @device_option
 @json_option
 def evaluate_command(
@@ -188,12 +192,8 @@ def speculate_command(
 @cache_option
 @run_option
 @checkpoint_option
-@click.option(
-    "--anchors",
-    type=click.IntRange(min=1),
-    help="Anchors of a held-out sample, drawn by --seed, for large caches. Default: every candidate.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of --anchors.")
+@anchors_option
+@anchors_seed_option
 @device_option
 @json_option
 def calibrate_command(
