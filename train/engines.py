@@ -1,7 +1,7 @@
 """What each inference engine asks of a draft, as far as a draft of this project can lack it.
 
-From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23. To add one: a row in `RULES`, its command in the
-model card.
+From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23. To add one: a row in `RULES`, `TARGETS` and
+`VERSIONS`, its command in the model card.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _MASK,
         Rule(
             "embedding_scale",
+            # It would load a scaled copy, but targets that scale embeddings cap or scale logits as well.
             lambda c: scale_of(c, "embedding_scale") == 1,
-            "it embeds the draft's tokens unscaled unless --with-embeddings brings a scaled copy",
+            "it embeds the draft's tokens unscaled",
         ),
         Rule(
             "logit_scale",
@@ -115,38 +116,108 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def broken_rules(config: Qwen3Config, engine: str, *, with_embeddings: bool = False) -> list[Rule]:
-    """What an engine asks for and a draft does not have.
+VERSIONS = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23"}
+# Weights that an engine would load as something else (SGLang: srt/configs/model_config.py).
+DTYPES_REFUSED = {("sglang", "float32"): "it rounds float32 to float16"}
+
+# Which targets hand their hidden states to a draft, by the names of their classes in transformers: in vLLM
+# those that it serves by a class with SupportsEagle3 (model_executor/models/registry.py, its Transformers
+# backend included), in SGLang those with set_dspark_layers_to_capture or set_dflash_layers_to_capture
+# (srt/models).
+_BOTH = frozenset(
+    {
+        *("BeamForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV32ForCausalLM", "DeepseekV3ForCausalLM"),
+        *("DeepseekV4ForCausalLM", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
+        *("Gemma4UnifiedForConditionalGeneration", "Glm5NextForConditionalGeneration"),
+        *("GlmMoeDsaForCausalLM", "GptOssForCausalLM", "KimiLinearForCausalLM", "LagunaForCausalLM"),
+        *("Llama4ForCausalLM", "LlamaForCausalLM", "MellumForCausalLM", "MiMoV2FlashForCausalLM"),
+        *("MiniMaxM3SparseForConditionalGeneration", "Ministral3ForCausalLM", "MistralForCausalLM"),
+        *("MuseGlimmerForConditionalGeneration", "MuseSparkForConditionalGeneration"),
+        *("NemotronHForCausalLM", "NemotronH_Omni_Reasoning_V3", "Phi3ForCausalLM", "Qwen3ForCausalLM"),
+        *("Qwen3MoeForCausalLM", "Qwen3NextForCausalLM", "Qwen3VLForConditionalGeneration"),
+        *("Qwen3VLMoeForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
+        *("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
+        *("Qwen4ExpForConditionalGeneration",),
+    }
+)
+TARGETS: dict[str, frozenset[str]] = {
+    "vllm": _BOTH
+    | {
+        *("AfmoeForCausalLM", "ApertusForCausalLM", "ArceeForCausalLM", "Cohere2MoeForCausalLM"),
+        *("CohereCompassForConditionalGeneration", "CwmForCausalLM", "Emu3ForConditionalGeneration"),
+        *("Ernie4_5ForCausalLM", "Exaone4_5_ForConditionalGeneration", "FlexOlmoForCausalLM"),
+        *("GPTBigCodeForCausalLM", "GPTNeoXForCausalLM", "GlmForCausalLM", "GraniteForCausalLM"),
+        *("GraniteMoeForCausalLM", "GraniteMoeSWAForCausalLM", "GraniteMoeSharedForCausalLM"),
+        *("GraniteSWAForCausalLM", "HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM"),
+        *("HunYuanVLForConditionalGeneration", "Jais2ForCausalLM", "Kolibri1ForCausalLM"),
+        *("Llama4ForConditionalGeneration", "LlavaForConditionalGeneration", "MiniCPM3ForCausalLM"),
+        *("MiniCPMOcrForConditionalGeneration", "MiniCPMV4_6ForConditionalGeneration"),
+        *("MiniCPMV4_7ForConditionalGeneration", "MiniMaxM2ForCausalLM"),
+        *("Mistral3ForConditionalGeneration", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM"),
+        *("PhiForCausalLM", "Qwen2ForCausalLM", "Qwen2_5_VLForConditionalGeneration"),
+        *("SeedOssForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM", "VaultGemmaForCausalLM"),
+    },
+    "sglang": _BOTH
+    | {
+        *("Glm4MoeLiteForCausalLM", "InklingForConditionalGeneration", "Lfm2ForCausalLM"),
+        *("Lfm2MoeForCausalLM", "Lfm2VlForConditionalGeneration"),
+    },
+}
+
+
+def broken_rules(config: Qwen3Config, engine: str) -> list[Rule]:
+    """What an engine, one of `RULES`, asks for and a draft does not have."""
+    return [rule for rule in RULES[engine] if not rule.holds(config)]
+
+
+def check_engine(config: Qwen3Config, engine: str, dtype: str) -> None:
+    """Whether an engine can serve a draft.
 
     Args:
-        engine: one of `RULES`.
-        with_embeddings: whether the draft brings an embedding of its own.
-    """
-    broken = [rule for rule in RULES[engine] if not rule.holds(config)]
-    if engine == "vllm" and with_embeddings:  # it keeps a draft's copy that differs from the target's
-        broken = [rule for rule in broken if rule.field != "embedding_scale"]
-    return broken
-
-
-def check_engine(config: Qwen3Config, engine: str, *, with_embeddings: bool = False) -> None:
-    """Whether an engine can serve a draft.
+        dtype: of the exported weights.
 
     Raises:
         UsageError: it can't, with every reason and what to do.
     """
-    broken = broken_rules(config, engine, with_embeddings=with_embeddings)
-    if not broken:
-        return
-    last = config.num_target_layers - 2
-    others = [name for name in RULES if not broken_rules(config, name, with_embeddings=with_embeddings)]
-    remedies = dict.fromkeys(rule.remedy.format(last=last) for rule in broken if rule.remedy)
-    train = f", or train with {' and '.join(remedies)}" if remedies else ""
-    raise UsageError(
-        f"{engine} can't serve this draft: {reasons(config, broken)}: "
-        f"export --to {' or '.join(reversed(others))}{train}"
-    )
+    broken = broken_rules(config, engine)
+    if broken:
+        last = config.num_target_layers - 2
+        others = [name for name in RULES if not broken_rules(config, name)]
+        remedies = dict.fromkeys(rule.remedy.format(last=last) for rule in broken if rule.remedy)
+        train = f", or train with {' and '.join(remedies)}" if remedies else ""
+        raise UsageError(
+            f"{engine} can't serve this draft: {_reasons(config, broken)}: "
+            f"export --to {' or '.join(reversed(others))}{train}"
+        )
+    if (engine, dtype) in DTYPES_REFUSED:
+        raise UsageError(
+            f"{engine} can't serve this draft in {dtype}: {DTYPES_REFUSED[engine, dtype]}: "
+            "export --dtype bfloat16"
+        )
 
 
-def reasons(config: Qwen3Config, broken: list[Rule]) -> str:
+def obstacle(config: Qwen3Config, engine: str, dtype: str) -> str:
+    """Why an engine can't serve a draft; empty where it can."""
+    refused = DTYPES_REFUSED.get((engine, dtype))
+    found = [
+        _reasons(config, broken_rules(config, engine)),
+        f"dtype is {dtype}, and {refused}" if refused else "",
+    ]
+    return "; ".join(filter(None, found))
+
+
+def unknown_target(architecture: str, engine: str) -> str | None:
+    """What to say where an engine's known version serves no draft for a target; None where it does.
+
+    Args:
+        architecture: the target's class.
+        engine: one of `RULES`.
+    """
+    if engine not in TARGETS or architecture in TARGETS[engine]:
+        return None
+    return f"{VERSIONS[engine]} serves no draft for a {architecture} target; a newer version may"
+
+
+def _reasons(config: Qwen3Config, broken: list[Rule]) -> str:
     """What is wrong with a draft, field by field."""
     return "; ".join(f"{r.field} is {getattr(config, r.field, None)}, and {r.reason}" for r in broken)

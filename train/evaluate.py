@@ -99,6 +99,8 @@ def cache_facts(reader: CacheReader) -> dict[str, Any]:
     features = manifest.identity.features
     return {
         "target": manifest.identity.target.name,
+        "target_weights": manifest.identity.target.weights,
+        "data_sha256": manifest.identity.data.sha256,
         "sources": list(manifest.identity.data.sources),
         "samples": manifest.num_samples,
         "tokens": manifest.num_tokens,

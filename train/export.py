@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import click
 import torch
 from jinja2 import TemplateError
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,7 @@ from pipeline.cache.manifest import Identity
 from pipeline.errors import RunError, UsageError
 from train.checkpoint import BEST, FROZEN, WEIGHTS, find_checkpoint
 from train.draft.model import Qwen3DSparkModel
-from train.engines import RULES, broken_rules, check_engine, reasons, scale_of
+from train.engines import TARGETS, check_engine, obstacle, scale_of, unknown_target
 from train.model_card import model_card
 from train.new_folder import check_new, new_folder
 from train.progress import Progress, damaged, read_training
@@ -87,12 +88,11 @@ def read_draft(folder: Path) -> Draft:
     return Draft(folder, config, weights, progress, page, identity)
 
 
-def export_config(config: Qwen3Config, dtype: str, *, scaled_embeddings: bool = False) -> dict[str, Any]:
+def export_config(config: Qwen3Config, dtype: str) -> dict[str, Any]:
     """What goes into `config.json`: nothing that is None, every name where both engines look for it.
 
     Args:
         dtype: of the weights, a key of `DTYPES`. SGLang takes fp16 where none is named.
-        scaled_embeddings: whether the exported embedding is multiplied by the target's scale already.
     """
     rope = dict(config.rope_parameters)
     same = (
@@ -123,7 +123,7 @@ def export_config(config: Qwen3Config, dtype: str, *, scaled_embeddings: bool = 
         "dspark_bonus_anchor": False,
     }
     for name in ("embedding_scale", "logit_scale"):  # no engine reads the first: for our own class
-        if scale_of(config, name) != 1 and not (scaled_embeddings and name == "embedding_scale"):
+        if scale_of(config, name) != 1:
             values[name] = getattr(config, name)
     if getattr(config, "final_logit_softcapping", None) is not None:
         values["final_logit_softcapping"] = config.final_logit_softcapping
@@ -140,6 +140,8 @@ def export(
     cache: Path | None = None,
 ) -> Draft:
     """Write one of a run's drafts as `to` loads it, with a model card. It appears whole or not at all.
+
+    Says so on stderr if the engine serves no draft for the target, as far as is known.
 
     Args:
         folder: to be made; an empty one may be there.
@@ -159,38 +161,40 @@ def export(
     """
     check_new(folder)
     draft = read_draft(find_checkpoint(run, checkpoint))
-    check_engine(draft.config, to, with_embeddings=cache is not None)
-    scaled = to == "vllm" and cache is not None and scale_of(draft.config, "embedding_scale") != 1
+    check_engine(draft.config, to, dtype)
     weights = dict(draft.weights)
     if cache is not None:
-        weights |= _embeddings(draft, CacheReader(cache), scaled=scaled)
+        weights |= _embeddings(draft, CacheReader(cache))
     weights = {name: _cast(weight, name, dtype) for name, weight in weights.items()}
     calibration = _calibration(draft)
-    values = export_config(draft.config, dtype, scaled_embeddings=scaled)
-    card = _card(
-        draft, values, scaled=scaled, calibrated=calibration is not None, with_embeddings=cache is not None
-    )
-    with new_folder(folder) as partial:
+    values = export_config(draft.config, dtype)
+    card = _card(draft, values, calibrated=calibration is not None, with_embeddings=cache is not None)
+    with new_folder(folder, last=CONFIG) as partial:
         (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         if calibration is not None:
             (partial / CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
         (partial / CARD).write_text(card, encoding="utf-8")
+    unknown = unknown_target(draft.trained_on.target.architecture, to)
+    if unknown:
+        click.echo(f"warning: {unknown}", err=True)
     return draft
 
 
-def _card(draft: Draft, values: dict[str, Any], *, scaled: bool, **parts: bool) -> str:
+def _card(draft: Draft, values: dict[str, Any], **parts: bool) -> str:
     """The model card, with whatever was measured of this checkpoint."""
-    engines = [engine for engine in RULES if engine != "hf"]
-    broken = {engine: broken_rules(draft.config, engine, with_embeddings=scaled) for engine in engines}
-    evaluation = read_figures(draft.folder, EVALUATION) or draft.progress.evaluation
+    architecture = draft.trained_on.target.architecture
+    last = draft.progress.evaluation  # of the run; a checkpoint between two evaluations has an older one's
+    measured = last if last and last.get("step") == draft.progress.step else None
+    evaluation = read_figures(draft.folder, EVALUATION) or measured
     speculation = read_figures(draft.folder, SPECULATION)
     try:
         return model_card(
             values,
             draft.page,
             draft.trained_on,
-            obstacles={engine: reasons(draft.config, rules) for engine, rules in broken.items()},
+            obstacles={engine: obstacle(draft.config, engine, values["dtype"]) for engine in TARGETS},
+            unknown={engine: unknown_target(architecture, engine) for engine in TARGETS},
             evaluation=evaluation,
             speculation=speculation,
             **parts,
@@ -202,7 +206,7 @@ def _card(draft: Draft, values: dict[str, Any], *, scaled: bool, **parts: bool) 
         ) from None
 
 
-def _embeddings(draft: Draft, reader: CacheReader, *, scaled: bool) -> dict[str, Tensor]:
+def _embeddings(draft: Draft, reader: CacheReader) -> dict[str, Tensor]:
     """The target's embedding and head, two tensors of their own even where it ties them."""
     ours, theirs = draft.trained_on.target, reader.manifest.identity.target
     if ours.weights != theirs.weights:
@@ -212,8 +216,6 @@ def _embeddings(draft: Draft, reader: CacheReader, *, scaled: bool) -> dict[str,
         )
     frozen = reader.frozen()
     embedding, head = (frozen[name] for name in FROZEN)
-    if scaled:
-        embedding = embedding.float() * draft.config.embedding_scale
     return {FROZEN[0]: embedding.clone(), FROZEN[1]: head.clone()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click import format_filename
 
 from pipeline.errors import UsageError
 from train.draft_cli import cache_option, checkpoint_option
@@ -59,8 +60,9 @@ def export_command(
     quiet_transformers()
     draft = export(run, folder, to, checkpoint=checkpoint, dtype=dtype, cache=cache)
     click.echo(
-        f"{folder}: the draft of {run} at step {draft.progress.step:,} for "
-        f"{draft.trained_on.target.name}, {dtype}; {folder / 'README.md'} says how to serve it"
+        f"{format_filename(folder)}: the draft of {format_filename(run)} at step {draft.progress.step:,} for "
+        f"{draft.trained_on.target.name}, {dtype}; {format_filename(folder / 'README.md')} says how to serve "
+        "it"
     )
 
 
@@ -93,6 +95,6 @@ def import_command(folder: Path, cache: Path, run: Path, overrides: tuple[str, .
     quiet_transformers()
     config = import_draft(folder, cache, run, overrides)
     click.echo(
-        f"{run}: the draft of {folder}, reads layers {list(config.target_layer_ids)}, drafts "
-        f"{config.block_size} tokens a block"
+        f"{format_filename(run)}: the draft of {format_filename(folder)}, reads layers "
+        f"{list(config.target_layer_ids)}, drafts {config.block_size} tokens a block"
     )

@@ -18,7 +18,7 @@ from transformers import Qwen3Config
 
 from pipeline import config as configuration
 from pipeline.cache import CacheReader
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import ConfigError, RunError, UsageError
 from pipeline.process import WorkerPlace
 from train.checkpoint import FROZEN, save_checkpoint
 from train.config import RunConfig
@@ -26,8 +26,9 @@ from train.distributed import Ranks
 from train.draft.model import Qwen3DSparkModel
 from train.new_folder import check_new, new_folder
 from train.progress import Progress
-from train.run import begin
+from train.run import CONFIG, begin
 from train.setup import draft_shape, resolved
+from train.validate import split
 from train.version import code_version
 from train.warm_start import copy_weights, find_draft, read_weights
 
@@ -56,6 +57,15 @@ _FIXED = {
     "is_causal": False,
     "dflash_config": None,
 }
+# The draft's classes in vLLM and SGLang; another class has weights of another meaning.
+_ARCHITECTURES = (["Qwen3DSparkModel"], ["DSparkDraftModel"])
+# Where one of these is, an engine reads it instead of the field that is read here.
+_READ_FIRST = (
+    *("dspark_config", "dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id"),
+    *("dspark_target_layer_ids", "eagle_aux_hidden_state_layer_ids"),
+)
+_ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGETS = ("vocab_size", "hidden_size", "num_target_layers")
 # A run takes these from the target, as drafts for it do.
 _AS_TARGET = ("rms_norm_eps", "hidden_act", "attention_bias", "layer_types")
@@ -66,10 +76,12 @@ _SCALES = ("embedding_scale", "logit_scale", "final_logit_softcapping")
 def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] = ()) -> Qwen3Config:
     """Make a run of a draft in DeepSpec's layout. It appears whole or not at all.
 
-    Says so on stderr if the draft brings another embedding or head than the cache's, which the run uses.
+    Says so on stderr if the draft brings another embedding or head than the cache's, which the run uses, or
+    says nothing of rotary positions.
 
     Args:
-        folder: has config.json and model.safetensors, or several files with an index; of any float dtype.
+        folder: has config.json and model.safetensors, or several files with an index; fp64, fp32, fp16 or
+            bf16.
         cache: of the draft's target, with the layers that it reads.
         run: to be made; an empty directory may be there.
         overrides: `table.key=value` of [loss] and [train], which say how the draft is measured.
@@ -80,7 +92,8 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
     Raises:
         RunError: there is no such draft, it can't be read, or no run can describe it.
         CacheError: there is no such cache, or it lacks a layer.
-        UsageError: `run` is not empty, or a setting is wrong.
+        UsageError: `run` is not empty.
+        ConfigError: a setting is wrong, or nothing of the cache is held out to measure by.
         WriteError: `run` can't be written.
     """
     check_new(run)
@@ -90,20 +103,27 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
     reader = CacheReader(cache)
     reader.check_shards()
     config = _run_config(source, values, weights, overrides)
+    _check_split(reader, config)
     shape = _checked_shape(source, values, reader, config)
     config = dataclasses.replace(config, draft=resolved(config.draft, shape))
     model = Qwen3DSparkModel(shape).float()
     frozen = reader.frozen()
     model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
     copy_weights(model, weights, source, _ASKER)
+    _check_weights(weights, source)
     identity = reader.manifest.identity
-    scaled = frozen[FROZEN[0]].float() * identity.target.embedding_scale  # as an export to vLLM has it
-    for name, ours in ((FROZEN[0], [frozen[FROZEN[0]], scaled]), (FROZEN[1], [frozen[FROZEN[1]]])):
-        if name in weights and not any(_same(weights[name], one) for one in ours):
+    for name in FROZEN:
+        if name in weights and not _same(weights[name], frozen[name]):
             click.echo(
                 f"warning: {source} has another {name} than the cache {cache}: the run uses the cache's",
                 err=True,
             )
+    if not any(name in values for name in _ROPE):
+        click.echo(
+            f"warning: {source / 'config.json'} has no {' or '.join(_ROPE)}: the run takes the target's, "
+            f"{_rope(shape)}",
+            err=True,
+        )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     about = {
         "config": dataclasses.asdict(config),
@@ -112,7 +132,7 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
         "machine": {},
         "imported": {"name": source.resolve().name},
     }
-    with new_folder(run) as partial:
+    with new_folder(run, last=CONFIG) as partial:
         begin(partial, config, identity, fresh=False)
         save_checkpoint(
             partial,
@@ -145,7 +165,49 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{_ASKER}: {path} has {name} = {values[name]!r}, and a draft here has {value!r}: it is "
                 "another kind of draft"
             )
+    for name in _READ_FIRST:
+        if name in values:
+            raise RunError(
+                f"{_ASKER}: {path} has {name}, which engines read before what is read here: write it as "
+                "block_size, markov_rank, mask_token_id or target_layer_ids, and take it away"
+            )
+    if "quantization_config" in values:
+        raise RunError(
+            f"{_ASKER}: {path} has a quantization_config, and a draft here has plain weights: import it from "
+            "before it was quantized"
+        )
+    if "architectures" in values and values["architectures"] not in _ARCHITECTURES:
+        known = " or ".join(name for (name,) in _ARCHITECTURES)
+        raise RunError(
+            f"{_ASKER}: {path} has architectures = {values['architectures']!r}, and {known} is expected: it "
+            "is another kind of draft"
+        )
     return values
+
+
+def _check_split(reader: CacheReader, config: RunConfig) -> None:
+    """Whether the run can be measured. Raises ConfigError where it can't."""
+    try:
+        split(reader, config.train.held_out)
+    except ConfigError as error:
+        raise ConfigError(f"{_ASKER}: {error}; --set train.held_out= sets the share") from None
+
+
+def _check_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    """Whether a run can go on with the weights that it takes. Raises RunError with the tensor's name."""
+    for name in sorted(weights.keys() - {*FROZEN}):
+        if weights[name].dtype not in _DTYPES:
+            kind = str(weights[name].dtype).removeprefix("torch.")
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise RunError(
+                f"{_ASKER}: {name} of {folder} is {kind}, expected one of {known}: import the draft from "
+                "before it was quantized"
+            )
+        if not torch.isfinite(weights[name].float()).all():
+            raise RunError(
+                f"{_ASKER}: {name} of {folder} is not finite in float32: the file is damaged, or of a "
+                "training that went astray; import another"
+            )
 
 
 def _run_config(
@@ -174,9 +236,13 @@ def _run_config(
     draft = {"confidence_head": confidence is not None, "confidence_with_markov": wider} | draft
     if not rank:
         draft["confidence_with_markov"] = False
-    train = {"anchors_per_batch": values["num_anchors"]} if "num_anchors" in values else {}
-    tables["train"] = {**train, **tables.get("train", {})}
-    return configuration.build(RunConfig, {**tables, "draft": draft}, where)
+    config = configuration.build(RunConfig, {**tables, "draft": draft}, where)
+    anchors, asked = values.get("num_anchors"), tables.get("train", {})
+    # Others draw theirs of every sample: what no batch here has room for says nothing, and takes memory.
+    if type(anchors) is int and 1 <= anchors < config.train.batch_tokens and "anchors_per_batch" not in asked:
+        train = dataclasses.replace(config.train, anchors_per_batch=anchors)
+        config = dataclasses.replace(config, train=train)
+    return config
 
 
 def _checked_shape(
@@ -201,7 +267,7 @@ def _checked_shape(
     shape = draft_shape(reader, config)
     names = (*_AS_TARGET, *(name for name in _SCALES if name in values))
     both = {name: (getattr(theirs, name), getattr(shape, name)) for name in names}
-    if "rope_parameters" in values or "rope_theta" in values:
+    if any(name in values for name in _ROPE):
         both["rope_parameters"] = (_rope(theirs), _rope(shape))
     both["draft_vocab_size"] = (values.get("draft_vocab_size", shape.vocab_size), shape.vocab_size)
     differing = [f"{name}: {a} there, {b} here" for name, (a, b) in both.items() if a != b]

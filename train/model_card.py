@@ -19,7 +19,7 @@ tags:
 - dspark
 - speculative-decoding
 - draft-model
-{% for engine, obstacle in obstacles.items() if not obstacle %}
+{% for engine, obstacle in obstacles.items() if not obstacle and not unknown[engine] %}
 - {{ engine }}
 {% endfor %}
 ---
@@ -66,9 +66,8 @@ it has without a draft, up to rounding; the draft decides only how fast that com
 The weights were imported from {{ imported | code }}; what they were trained on is not known here. The data
 below are those of the cache that they were imported with.
 {% else %}
-Offline, from hidden states of the target that were captured once: {{ steps }} optimiser steps over
-{{ tokens }} tokens{{ "" if complete else ", of a run that was not finished" }}, at a peak learning rate of
-{{ settings["train.lr"] }}.
+Offline, from hidden states of the target that were captured once: up to step {{ step }} of {{ steps }}, over
+{{ tokens }} tokens, at a peak learning rate of {{ settings["train.lr"] }}.
 {% endif %}
 
 - data: {{ sources }}
@@ -93,7 +92,8 @@ Every setting:
 ## Acceptance
 
 {% if evaluation %}
-Measured on held-out samples{{ counts }}, against the target's own next-token distributions. Tokens a
+Measured on held-out samples{{ counts }}{{ other_data }}, against the target's own next-token \
+distributions. Tokens a
 round, the target's own one included: {{ evaluation.tau | number }} when sampling at temperature 1\
 {{ ", %s when greedy" | format(evaluation.greedy_tau | number) if evaluation.greedy_tau is defined }}.
 {{- " An imported draft may have learned from these samples." if imported }}
@@ -110,7 +110,9 @@ Not measured.
 {% endif %}
 {% if live %}
 
-In real decoding{{ live_where }}:
+In real decoding{{ live_where }}.
+The speed-up is over plain decoding of the same prompts by transformers, in the same process; an engine's is
+another one.
 
 | temperature | tokens a round | speed-up | acceptance by position, given the tokens before it |
 |---|---|---|---|
@@ -124,27 +126,38 @@ In real decoding{{ live_where }}:
 `DRAFT_DIR` stands for this directory.
 {% if not obstacles.vllm %}
 
-vLLM 0.33 or later, with its V2 model runner:
+{{ unknown.vllm | line if unknown.vllm else "vLLM 0.33 or later" }}, with its V2 model runner:
 
     vllm serve {{ target.name | shell }} --speculative-config \\
-        '{"method": "dspark", "model": "DRAFT_DIR", "num_speculative_tokens": {{ config.block_size }}}'
+        '{"method": "dspark", "model": "DRAFT_DIR", "num_speculative_tokens": {{ config.block_size }}, \
+"draft_sample_method": "probabilistic"}'
+
+Without `draft_sample_method` it drafts greedily for requests that sample as well, and accepts less of them.
 {% else %}
 
 vLLM can't serve it: {{ obstacles.vllm }}.
 {% endif %}
 {% if not obstacles.sglang %}
 
-SGLang 0.5.23 or later:
+{{ unknown.sglang | line if unknown.sglang else "SGLang 0.5.23 or later" }}:
 
     python -m sglang.launch_server --model-path {{ target.name | shell }} \\
         --speculative-algorithm DSPARK --speculative-draft-model-path DRAFT_DIR
 {% if calibrated %}
 
-and with verification scheduled by the confidence head, whose temperatures are in `calibration.json`:
+The confidence head, whose temperatures are in `calibration.json`, can schedule what is verified, once SGLang
+knows what a step costs on the machine; without that table it verifies everything. To measure it, start the
+command above with `SGLANG_RAGGED_VERIFY_MODE=static SGLANG_DSPARK_ENABLE_SPS_RECORD=1` before it, and run
+
+    python -m sglang.benchmark.dspark_sps_profiler all --base-url http://localhost:30000 \\
+        --out SPS.json --no-plot
+
+Then serve with
 
     SGLANG_RAGGED_VERIFY_MODE=compact python -m sglang.launch_server --model-path {{ target.name | shell }} \\
         --speculative-algorithm DSPARK --speculative-draft-model-path DRAFT_DIR \\
-        --speculative-dspark-confidence-sts-path DRAFT_DIR/calibration.json
+        --speculative-dspark-confidence-sts-path DRAFT_DIR/calibration.json \\
+        --speculative-dspark-sps-table-path SPS.json
 {% endif %}
 {% else %}
 
@@ -192,6 +205,7 @@ def model_card(
     trained_on: Identity,
     *,
     obstacles: dict[str, str],
+    unknown: dict[str, str | None],
     evaluation: dict[str, Any] | None,
     speculation: dict[str, Any] | None,
     calibrated: bool,
@@ -204,6 +218,7 @@ def model_card(
         page: the checkpoint's `training.json`.
         trained_on: the cache's identity.
         obstacles: why `vllm` and `sglang` can't serve the draft; empty where they can.
+        unknown: what to say of `vllm` and `sglang` where they are not known to serve the target.
         evaluation: held-out figures of `dspark evaluate`, or of training itself.
         speculation: figures of real decoding, of `dspark speculate`.
         calibrated: whether temperatures come along.
@@ -212,6 +227,8 @@ def model_card(
     progress = page["progress"]
     evaluation, speculation = evaluation or {}, speculation or {}
     cache = evaluation.get("cache") or {}
+    theirs = (trained_on.data.sha256, trained_on.target.weights)
+    same = (cache.get("data_sha256"), cache.get("target_weights")) == theirs
     return _ENVIRONMENT.from_string(_TEMPLATE).render(
         config=config,
         target=trained_on.target,
@@ -220,17 +237,19 @@ def model_card(
         features=trained_on.features,
         sources=", ".join(map(_code, trained_on.data.sources)),
         obstacles=obstacles,
+        unknown=unknown,
         imported=(page.get("imported") or {}).get("name"),
         parameters=f"{progress['parameters']:,}",
-        steps=f"{progress['step']:,}",
+        step=f"{progress['step']:,}",
+        steps=f"{progress['total_steps']:,}",
         tokens=f"{progress['tokens']:,}",
-        complete=progress["complete"],
-        samples=_count(cache.get("samples")),
-        sample_tokens=_count(cache.get("tokens")),
+        samples=_count(cache.get("samples")) if same else None,
+        sample_tokens=_count(cache.get("tokens")) if same else None,
         settings=dict(_settings(page["config"])),
         version=", ".join(f"{_line(name)} {_line(value)}" for name, value in page["version"].items()),
         evaluation=evaluation,
         counts=_counts(evaluation),
+        other_data="" if same or "data_sha256" not in cache else _other_data(cache),
         live=[_live(run) for run in speculation.get("runs") or []],
         live_where=_where(speculation),
         calibrated=calibrated,
@@ -264,7 +283,22 @@ def _live(run: dict[str, Any]) -> list[str]:
     return [*map(_number, figures), " ".join(map(_number, positions)) or "-"]
 
 
+def _other_data(cache: dict[str, Any]) -> str:
+    """Whose samples were measured, where they are not of the cache that the draft was trained on."""
+    sources = ", ".join(map(_code, cache["sources"]))
+    return f" of another cache ({sources}, data of SHA-256 {_code(cache['data_sha256'])})"
+
+
 def _where(speculation: dict[str, Any]) -> str:
-    prompts, device = speculation.get("prompts"), speculation.get("device")
+    """What the figures of real decoding depend on."""
+    prompts, limit, threshold = (speculation.get(name) for name in ("prompts", "max_new_tokens", "threshold"))
     number = _count(len(prompts) if isinstance(prompts, list) else prompts)
-    return (f", {number} prompts" if number else "") + (f" on {_line(device)}" if device else "")
+    device, dtype = speculation.get("device"), speculation.get("dtype")
+    parts = [
+        number and f", {number} prompts",
+        device and f" on {_line(device)}",
+        dtype and f" in {_line(dtype)}",
+        limit and f", at most {_count(limit)} new tokens each",
+        threshold and f", verifying tokens that are accepted with a probability of at least {threshold}",
+    ]
+    return "".join(filter(None, parts))

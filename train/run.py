@@ -83,14 +83,30 @@ def check_run(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) 
             raise ConfigError(
                 f"draft.init_from = {source} is in {run}, which --fresh clears: choose another --run"
             )
+        if _is_imported(run):
+            raise RunError(
+                f"{run} holds an imported draft, which --fresh would clear: choose another --run, with "
+                f"draft.init_from = {run} to train that draft further"
+            )
         return
     differing = [f"cache {line}" for line in differing_fields(load_run_cache(run), identity)]
     differing += differing_settings(load_run_config(run), config)
     if differing:
+        remedy = "or pass --fresh to start it over"
+        if _is_imported(run):
+            remedy = f"with draft.init_from = {run} to train its imported draft further"
         raise RunError(
             f"{run} is a run of other settings (its own, against what is asked for: {'; '.join(differing)}): "
-            "choose another --run, or pass --fresh to start it over"
+            f"choose another --run, {remedy}"
         )
+
+
+def _is_imported(run: Path) -> bool:
+    """Whether a run's draft came from elsewhere; no training would make it again."""
+    folder = newest(run)
+    with suppress(RunError):  # a damaged one is nothing to keep
+        return folder is not None and "imported" in read_training(folder)[1]
+    return False
 
 
 def differing_settings(ours: RunConfig, theirs: RunConfig) -> list[str]:

@@ -115,6 +115,9 @@ def test_every_candidate_is_an_anchor_unless_fewer_are_asked_for(two_sources: Pa
     assert some["tau"] != evaluated(two_sources, run_dir, "--anchors", "3", "--seed", "1")["tau"]
     assert got["untrained"]["tau"] < got["tau"] - 0.05
     assert got["cache"]["bytes"] == reader.manifest.num_bytes
+    identity = reader.manifest.identity
+    assert got["cache"]["data_sha256"] == identity.data.sha256
+    assert got["cache"]["target_weights"] == identity.target.weights
 
 
 def test_batches_and_anchor_groups_change_nothing(two_sources: Path, run_dir: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target
-from tests.train.exports import change_json, changed
+from tests.train.exports import change_identity, change_json, changed
 from tests.train.runs import train_arguments, weights_of
 from train.draft.model import Qwen3DSparkModel
 
@@ -217,24 +217,63 @@ def test_what_an_engine_cant_serve_is_refused_by_name(
         assert {name: config[name] for name in fields} == fields
 
 
-def test_vllm_gets_scaled_embeddings_as_a_copy_of_its_own(
-    tmp_path: Path, run_dir: Path, cache_dir: Path
-) -> None:
-    """It embeds unscaled, and keeps a draft's embedding that differs from the target's."""
+def test_scaled_embeddings_are_only_hugging_faces(tmp_path: Path, run_dir: Path, cache_dir: Path) -> None:
+    """Our own class scales; engines do not, whatever embedding comes along."""
     run = changed(run_dir, tmp_path / "run", embedding_scale=5.5)
     extra = ["--with-embeddings", "--cache", cache_dir, "--dtype", "float32"]
-    run_ok("export", run, tmp_path / "vllm", "--to", "vllm", *extra)
-    got = load_file(tmp_path / "vllm" / "model.safetensors")
+    for engine in ("vllm", "sglang"):
+        refused = run_cli("export", run, tmp_path / engine, "--to", engine, *extra)
+        assert_refused(refused, 2, "embedding_scale is 5.5", "unscaled: export --to hf")
+    run_ok("export", run, tmp_path / "hf", "--to", "hf", *extra)
     frozen = load_file(cache_dir / "target" / "frozen.safetensors")
-    assert torch.equal(got["embed_tokens.weight"], frozen["embed_tokens.weight"].float() * 5.5)
-    assert torch.equal(got["lm_head.weight"], frozen["lm_head.weight"].float())
-    assert "embedding_scale" not in json.loads((tmp_path / "vllm" / "config.json").read_text())
-    assert "vllm serve" in (tmp_path / "vllm" / "README.md").read_text()
-    assert_refused(run_cli("export", run, tmp_path / "s", "--to", "sglang", *extra), 2, "embedding_scale")
-    run_ok("export", run, tmp_path / "hf", "--to", "hf", *extra)  # our own class scales
     plain = load_file(tmp_path / "hf" / "model.safetensors")["embed_tokens.weight"]
     assert torch.equal(plain, frozen["embed_tokens.weight"].float())
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["embedding_scale"] == 5.5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "serving"),
+    [
+        ("LlamaForCausalLM", ["vllm", "sglang"]),
+        ("Qwen3ForCausalLM", ["vllm", "sglang"]),
+        ("Qwen2ForCausalLM", ["vllm"]),
+        ("GraniteForCausalLM", ["vllm"]),
+        ("Olmo2ForCausalLM", ["vllm"]),
+        ("Lfm2ForCausalLM", ["sglang"]),
+        ("GemmaForCausalLM", []),
+        ("Gemma2ForCausalLM", []),
+        ("Gemma3ForCausalLM", []),
+        ("CohereForCausalLM", []),
+        ("StableLmForCausalLM", []),
+    ],
+)
+def test_a_target_that_an_engine_does_not_know(
+    tmp_path: Path, run_dir: Path, architecture: str, serving: list[str]
+) -> None:
+    """A newer version may: a warning, and no unqualified command in the card."""
+    run = changed(run_dir, tmp_path / "run")
+    change_identity(run, architecture=architecture)
+    for engine, version in (("vllm", "vLLM 0.33.0"), ("sglang", "SGLang 0.5.23")):
+        result = run_cli("export", run, tmp_path / engine, "--to", engine)
+        assert result.exit_code == 0, result.output
+        said = f"{version} serves no draft for a {architecture} target; a newer version may"
+        assert (f"warning: {said}\n" in result.stderr) == (engine not in serving)
+        card = (tmp_path / engine / "README.md").read_text()
+        assert (said in card) == (engine not in serving)
+        assert (f"{version.removesuffix('.0')} or later" in card) == (engine in serving)
+        assert front_matter(card)["tags"][3:] == serving
+    assert "warning" not in run_cli("export", run, tmp_path / "hf", "--to", "hf").output
+
+
+def test_sglang_would_round_float32(tmp_path: Path, run_dir: Path) -> None:
+    refused = run_cli("export", run_dir, tmp_path / "out", "--to", "sglang", "--dtype", "float32")
+    assert_refused(refused, 2, "sglang can't serve this draft in float32", "export --dtype bfloat16")
+    assert not (tmp_path / "out").exists()
+    run_ok("export", run_dir, tmp_path / "out", "--to", "vllm", "--dtype", "float32")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "SGLang can't serve it: dtype is float32" in card
+    assert "vllm serve" in card
+    run_ok("export", run_dir, tmp_path / "half", "--to", "sglang", "--dtype", "float16")
 
 
 def front_matter(card: str) -> dict:
@@ -268,7 +307,12 @@ def test_the_model_card(tmp_path: Path, run_dir: Path, cache_dir: Path) -> None:
     commands = card.replace("\\\n", " ").splitlines()
     (vllm,) = [shlex.split(line) for line in commands if "vllm serve" in line]
     assert vllm[:4] == ["vllm", "serve", "tiny-llama", "--speculative-config"]
-    assert json.loads(vllm[4]) == {"method": "dspark", "model": "DRAFT_DIR", "num_speculative_tokens": 3}
+    assert json.loads(vllm[4]) == {
+        "method": "dspark",
+        "model": "DRAFT_DIR",
+        "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic",
+    }
     (sglang,) = [shlex.split(line) for line in commands if "sglang.launch_server" in line]
     assert sglang[:3] == ["python", "-m", "sglang.launch_server"]
     assert dict(zip(sglang[3::2], sglang[4::2], strict=True)) == {
@@ -285,6 +329,9 @@ LIVE = {
     ],
     "prompts": 12,
     "device": "a|GPU",
+    "dtype": "bfloat16",
+    "max_new_tokens": 1024,
+    "threshold": 0.25,
 }
 
 
@@ -304,11 +351,66 @@ def test_the_card_has_what_was_measured(tmp_path: Path, run_dir: Path, cache_dir
     first = figures["accept_by_position"][0], figures["accept_given_prefix"][0]
     assert f"| 1 | {first[0]:.3f} | {first[1]:.3f} |\n" in card
     assert "40 samples, 3,006 tokens" in card
-    assert "12 prompts on a|GPU" in card
+    assert "12 prompts on a|GPU in bfloat16, at most 1,024 new tokens each, verifying tokens that" in card
+    assert "with a probability of at least 0.25.\nThe speed-up is over plain decoding" in card
+    assert "by transformers" in card
     assert "| 0.000 | 2.346 | 1.750 | 0.500 - |\n" in card
     assert "| 1.000 | 2.100 | - | - |\n" in card
-    assert "--speculative-dspark-confidence-sts-path DRAFT_DIR/calibration.json" in card
-    assert "SGLANG_RAGGED_VERIFY_MODE=compact" in card
+    commands = card.replace("\\\n", " ").splitlines()
+    (profile,) = [shlex.split(line) for line in commands if line.startswith("    python -m sglang.benchmark")]
+    assert profile[2:4] == ["sglang.benchmark.dspark_sps_profiler", "all"]
+    assert profile[profile.index("--out") + 1] == "SPS.json"
+    (scheduled,) = [shlex.split(line) for line in commands if line.startswith("    SGLANG_RAGGED")]
+    assert scheduled[0] == "SGLANG_RAGGED_VERIFY_MODE=compact"
+    assert dict(zip(scheduled[4::2], scheduled[5::2], strict=True)) == {
+        "--model-path": "tiny-llama",
+        "--speculative-algorithm": "DSPARK",
+        "--speculative-draft-model-path": "DRAFT_DIR",
+        "--speculative-dspark-confidence-sts-path": "DRAFT_DIR/calibration.json",
+        "--speculative-dspark-sps-table-path": "SPS.json",
+    }
+
+
+def test_whole_blocks_have_no_threshold(tmp_path: Path, run_dir: Path) -> None:
+    run = changed(run_dir, tmp_path / "run")
+    (run / "latest" / "speculation.json").write_text(json.dumps({**LIVE, "threshold": 0.0}))
+    run_ok("export", run, tmp_path / "out", "--to", "hf")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "1,024 new tokens each.\nThe speed-up" in card
+
+
+def test_the_card_sizes_the_data_that_it_was_trained_on(
+    tmp_path: Path, run_dir: Path, cache_dir: Path, data_file: Path
+) -> None:
+    """Figures of another cache of the same target name theirs."""
+    run, questions = changed(run_dir, tmp_path / "run"), tmp_path / "questions.jsonl"
+    questions.write_text("".join(data_file.read_text().splitlines(keepends=True)[:20]))
+    target = make_target(tmp_path / "tiny-llama")
+    run_ok(*capture_arguments(target, questions, tmp_path / "cache"))
+    run_ok("evaluate", "--cache", tmp_path / "cache", "--run", run)
+    run_ok("export", run, tmp_path / "out", "--to", "hf")
+    card = (tmp_path / "out" / "README.md").read_text()
+    cache = json.loads((run / "latest" / "evaluation.json").read_text())["cache"]
+    assert "of another cache (`questions.jsonl`, data of SHA-256 `" + cache["data_sha256"] in card
+    assert "held-out ones included" not in card
+    run_ok("evaluate", "--cache", cache_dir, "--run", run)
+    run_ok("export", run, tmp_path / "own", "--to", "hf")
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert "another cache" not in card
+    assert "40 samples, 3,006 tokens, held-out ones included" in card
+
+
+def test_a_checkpoint_between_two_evaluations(tmp_path: Path, cache_dir: Path) -> None:
+    """It has the figures of an older step's weights; and of a finished run, it is no unfinished one's."""
+    run, steps = tmp_path / "run", {"train__max_steps": 4, "train__checkpoint_every": 1}
+    run_ok(*train_arguments(cache_dir, run, **steps, train__eval_every=2, train__keep_checkpoints=9))
+    for number, measured in ((2, True), (3, False), (4, True)):
+        out = tmp_path / str(number)
+        run_ok("export", run, out, "--to", "hf", "--checkpoint", f"step-{number:06d}")
+        card = (out / "README.md").read_text()
+        assert ("Not measured." in card) != measured
+        assert f"up to step {number} of 4, over" in card
+        assert "not finished" not in card
 
 
 def test_a_card_of_a_draft_that_nobody_measured(tmp_path: Path, cache_dir: Path) -> None:
@@ -398,6 +500,44 @@ def test_a_directory_with_something_in_it_stays_as_it_is(tmp_path: Path, run_dir
     (tmp_path / "empty").mkdir()
     run_ok("export", run_dir, tmp_path / "empty", "--to", "hf")
     assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_an_empty_directory_is_filled(tmp_path: Path, run_dir: Path, monkeypatch) -> None:
+    """It stays the one it was, for whoever is in it, and config.json comes last."""
+    out = tmp_path / "out"
+    out.mkdir(mode=0o750)
+    before, order = out.stat(), []
+    rename = Path.rename
+
+    def recorded(path: Path, target: Path) -> Path:
+        order.append(Path(target).name)
+        return rename(path, target)
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name == "config.json" and path.parent.name == ".partial":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.chdir(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        assert_refused(run_cli("export", run_dir, ".", "--to", "hf"), 1, "No space left on device")
+    assert list(out.iterdir()) == []
+    (out / ".partial").mkdir()  # of a process that was killed
+    monkeypatch.setattr(Path, "rename", recorded)
+    run_ok("export", run_dir, ".", "--to", "hf")
+    assert {path.name for path in Path.cwd().iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert order[-1] == "config.json"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_odd_directories(tmp_path: Path, run_dir: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert_refused(run_cli("export", run_dir, tmp_path / "loop", "--to", "hf"), 1, "can't be written")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    assert "�: the draft of" in run_ok("export", run_dir, odd, "--to", "hf")
+    assert (odd / "config.json").is_file()
 
 
 def test_others_may_read_it_as_far_as_the_umask_lets_them(tmp_path: Path, run_dir: Path) -> None:

@@ -99,7 +99,10 @@ def test_training_an_imported_run_changes_nothing(tmp_path: Path, cache_dir: Pat
     arguments = ["train", "--cache", cache_dir, "--run", run, "--device", "cpu"]
     assert "nothing is left to train" in run_ok(*arguments, "--config", run / "config.toml")
     other = run_cli(*train_arguments(cache_dir, run))
-    assert_refused(other, 1, "is a run of other settings", "--fresh")
+    assert_refused(other, 1, "is a run of other settings", f"another --run, with draft.init_from = {run}")
+    assert "--fresh" not in other.output
+    fresh = run_cli(*train_arguments(cache_dir, run), "--fresh")
+    assert_refused(fresh, 1, "holds an imported draft", f"another --run, with draft.init_from = {run}")
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
     assert progress_of(run)["complete"]
@@ -175,22 +178,92 @@ def test_embedding_and_head_are_the_caches(
 
 
 def test_a_target_that_scales_its_embeddings(tmp_path: Path, data_file: Path) -> None:
-    """vLLM gets them scaled; back here, that copy is nothing to warn of."""
+    """No engine does it for a draft; our own class does, there and back."""
     cache, run, out = tmp_path / "cache", tmp_path / "run", tmp_path / "out"
     run_ok(*capture_arguments(make_target(tmp_path / "target", "gemma"), data_file, cache))
     run_ok(*train_arguments(cache, run, train__max_steps=3))
-    assert_refused(run_cli("export", run, out, "--to", "vllm"), 2, "embedding_scale is 5.65")
-    run_ok("export", run, out, "--to", "vllm", "--with-embeddings", "--cache", cache)
-    run_ok("export", run, tmp_path / "hf", "--to", "hf")
-    for folder in (out, tmp_path / "hf"):
-        back = tmp_path / f"back-{folder.name}"
-        assert "warning" not in run_cli(*import_arguments(folder, cache, back)).output
-        config = json.loads((back / "latest" / "config.json").read_text())
-        assert config["embedding_scale"] == pytest.approx(32**0.5, rel=1e-2)
-        assert all(
-            torch.equal(weights_of(back)[name], weight.bfloat16().float())
-            for name, weight in weights_of(run).items()
-        )
+    embeddings = ["--with-embeddings", "--cache", cache]
+    for engine in ("vllm", "sglang"):
+        refused = run_cli("export", run, out, "--to", engine, *embeddings)
+        assert_refused(refused, 2, "embedding_scale is 5.65", "export --to hf")
+    run_ok("export", run, out, "--to", "hf", *embeddings)
+    assert "warning" not in run_cli(*import_arguments(out, cache, tmp_path / "back")).output
+    config = json.loads((tmp_path / "back" / "latest" / "config.json").read_text())
+    assert config["embedding_scale"] == pytest.approx(32**0.5, rel=1e-2)
+    got = weights_of(tmp_path / "back")
+    assert all(torch.equal(got[name], w.bfloat16().float()) for name, w in weights_of(run).items())
+
+
+def test_rotary_positions_that_a_config_does_not_name(
+    tmp_path: Path, cache_dir: Path, released: Path
+) -> None:
+    absent = dict.fromkeys(("rope_parameters", "rope_theta", "rope_scaling"))
+    folder = copied(released, tmp_path / "draft", **absent)
+    result = run_cli(*import_arguments(folder, cache_dir, tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert "has no rope_parameters or rope_theta or rope_scaling: the run takes the target's" in line
+    assert "10000.0" in line
+    named = copied(released, tmp_path / "named", rope_parameters=None)
+    assert "warning" not in run_cli(*import_arguments(named, cache_dir, tmp_path / "other")).output
+
+
+def test_a_run_that_nothing_can_measure(tmp_path: Path, cache_dir: Path, released: Path) -> None:
+    arguments = ["import", released, "--cache", cache_dir, "--run", tmp_path / "run"]
+    result = run_cli(*arguments, "--set", "train.held_out=0.0001")
+    assert_refused(result, 2, "leaves no sample held out of the cache's 40", "--set train.held_out= sets")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("anchors", "expected"), [(255, 255), (256, 512), (10**12, 512), (0, 512)])
+def test_anchors_that_no_batch_has_room_for(
+    tmp_path: Path, cache_dir: Path, released: Path, anchors: int, expected: int
+) -> None:
+    folder = copied(released, tmp_path / "draft", num_anchors=anchors)
+    run_ok(*import_arguments(folder, cache_dir, tmp_path / "run"))
+    config = (tmp_path / "run" / "config.toml").read_text()
+    assert f"anchors_per_batch = {expected}\n" in config
+    own = ["--set", "train.anchors_per_batch=9"]
+    run_ok(*import_arguments(folder, cache_dir, tmp_path / "own", *own))
+    assert "anchors_per_batch = 9\n" in (tmp_path / "own" / "config.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "part"),
+    [
+        (lambda weight: weight.fill_(float("nan")), "is not finite"),
+        (lambda weight: weight.fill_(float("inf")), "is not finite"),
+        (lambda weight: weight.double().fill_(1e300), "is not finite in float32"),
+        (lambda weight: weight.to(torch.int8), "is int8, expected one of float64, float32, float16"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), "is float8_e4m3fn, expected one of"),
+    ],
+    ids=["nan", "inf", "too large", "integers", "fp8"],
+)
+def test_weights_that_no_run_can_go_on_with(
+    tmp_path: Path, cache_dir: Path, released: Path, spoilt, part: str
+) -> None:
+    folder = copied(released, tmp_path / "draft")
+    weights = load_file(folder / "model.safetensors")
+    weights["fc.weight"] = spoilt(weights["fc.weight"])
+    save_file(weights, folder / "model.safetensors")
+    result = run_cli(*import_arguments(folder, cache_dir, tmp_path / "run"))
+    assert_refused(result, 1, "dspark import: fc.weight of", part)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_directory_is_filled(tmp_path: Path, cache_dir: Path, run_dir: Path, released: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir(mode=0o700)
+    run_ok(*import_arguments(released, cache_dir, run))
+    assert {path.name for path in run.iterdir()} == {"config.toml", "run.json", "checkpoints", "latest"}
+    assert run.stat().st_mode & 0o777 == 0o700
+    assert figures(cache_dir, run) == figures(cache_dir, run_dir)
+
+
+@pytest.mark.parametrize("name", ["Qwen3DSparkModel", "DSparkDraftModel"])
+def test_both_names_of_its_class(tmp_path: Path, cache_dir: Path, released: Path, name: str) -> None:
+    folder = copied(released, tmp_path / "draft", architectures=[name])
+    run_ok(*import_arguments(folder, cache_dir, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -227,6 +300,22 @@ def test_a_target_that_scales_its_embeddings(tmp_path: Path, data_file: Path) ->
             1,
             ["rope_parameters", "500000.0"],
         ),
+        (
+            {
+                "rope_parameters": None,
+                "rope_theta": None,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+            1,
+            ["rope_parameters", "linear"],
+        ),
+        ({"dspark_block_size": 3}, 1, ["has dspark_block_size, which engines read before"]),
+        ({"dspark_config": {}}, 1, ["has dspark_config, which engines"]),
+        ({"dspark_target_layer_ids": [0, 2, 4]}, 1, ["has dspark_target_layer_ids"]),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, 1, ["has eagle_aux_hidden_state_layer_ids"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, 1, ["quantization_config", "plain weights"]),
+        ({"architectures": ["Gemma4DSparkModel"]}, 1, ["'Gemma4DSparkModel'", "Qwen3DSparkModel or DSpark"]),
+        ({"architectures": []}, 1, ["architectures = []", "another kind of draft"]),
         ({"logit_scale": 0.5}, 1, ["logit_scale: 0.5 there, 1.0 here"]),
         ({"draft_vocab_size": 100}, 1, ["draft_vocab_size: 100 there, 325 here"]),
         ({"model_type": "gemma4"}, 1, ["model_type = 'gemma4'", "another kind of draft"]),
