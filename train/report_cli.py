@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
+
+from pipeline.errors import UsageError
+
+_SUFFIXES = (".html", ".htm")
 
 
 @click.command("report")
@@ -14,7 +19,7 @@ import click
     type=click.Path(path_type=Path),
     default="report.html",
     show_default=True,
-    help="The page to write; one that is there is replaced.",
+    help="The page to write. One that is there is replaced; a file of another kind is not.",
 )
 @click.option("--title", help="Of the page. Default: what it is about.")
 def report_command(runs: tuple[Path, ...], out: Path, title: str | None) -> None:
@@ -27,6 +32,8 @@ def report_command(runs: tuple[Path, ...], out: Path, title: str | None) -> None
     from train.report.svg import require_matplotlib
 
     require_matplotlib()
+    if os.path.lexists(out) and not out.is_dir() and out.suffix.lower() not in _SUFFIXES:
+        raise UsageError(f"--out {out} is there and is no page: name a new file, or one that ends in .html")
     from pipeline.files import publish_bytes
     from train.report.data import gather
     from train.report.page import render

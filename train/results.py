@@ -32,7 +32,7 @@ def read_figures(folder: Path, name: str) -> dict[str, Any] | None:
         if not isinstance(result, dict):
             raise ValueError("no object")
         return result
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} can't be read ({error}): remove it, and measure again") from None
 
 

@@ -7,14 +7,25 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from matplotlib.colors import to_hex
 
 from tests.conftest import run_ok
-from tests.train.runs import train_arguments
+from tests.train.runs import lines_of, train_arguments
+from train.report import page, plots
+from train.report.data import gather
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
+Points = list[tuple[float, float | None]]
 
 
 def make_runs(cache: Path, folder: Path) -> list[Path]:
@@ -37,14 +48,23 @@ def write_figures(run: Path, name: str, figures: Any) -> None:
 
 
 def add_calibration(run: Path) -> None:
-    """What calibration would write, by hand: a smaller error, the bins nearer to the diagonal."""
+    """What calibration would write, by hand: a smaller error, the bins nearer to the diagonal.
+
+    Everything is another before than after.
+    """
     evaluation = figures_of(run, "evaluation.json")
     before, after = evaluation["confidence"], json.loads(json.dumps(evaluation["confidence"]))
     for part in after.values():
         part["ece"] /= 8
-        for row in part["bins"]:
+        for number, row in enumerate(part["bins"]):
             if row["count"]:
                 row["actual"] += 0.75 * (row["predicted"] - row["actual"])
+                row["predicted"] += 0.01
+                row["count"] += 100 * number
+    sweep = json.loads(json.dumps(evaluation["thresholds"]))
+    for row in sweep:
+        row["tokens"] = 1 + 0.75 * (row["tokens"] - 1)
+        row["acceptance"] = None if row["acceptance"] is None else 0.1 + row["acceptance"] / 2
     figures = {
         "step": evaluation["step"],
         "temperatures": [1.25, 1.5, 0.75],
@@ -54,20 +74,20 @@ def add_calibration(run: Path) -> None:
         "ece_after": after["prefix"]["ece"],
         "fit": {"samples": 4, "blocks": 40},
         "report": {"samples": 4, "blocks": 40, "before": before, "after": after},
-        "thresholds": {"before": evaluation["thresholds"], "after": evaluation["thresholds"]},
+        "thresholds": {"before": evaluation["thresholds"], "after": sweep},
     }
     write_figures(run, "calibration.json", figures)
 
 
-def add_speculation(run: Path) -> None:
-    """What live decoding would write, by hand."""
+def add_speculation(run: Path, temperatures: tuple[float, ...] = (0.0, 1.0)) -> None:
+    """What live decoding would write, by hand; another at each temperature."""
     rows = [
         {
             "temperature": temperature,
             "tokens": 512,
             "rounds": 300,
-            "tokens_per_round": 1.75,
-            "accept_given_prefix": [0.5125, 0.2575, None],
+            "tokens_per_round": 1.75 - temperature / 4,
+            "accept_given_prefix": [0.5125 - temperature / 8, 0.2575 + temperature / 16, None],
             "verified_per_round": 3.0,
             "draft_ms": 1.25,
             "verify_ms": 4.5,
@@ -75,13 +95,90 @@ def add_speculation(run: Path) -> None:
             "speculative_ms": 3.375,
             "speedup": 1.25 + temperature,
             "identical": None if temperature else 8,
-            "offline": {"tokens_per_round": 1.6875, "accept_given_prefix": [0.5, 0.25, 0.125]},
+            "offline": {
+                "tokens_per_round": 1.6875 - temperature / 4,
+                "accept_given_prefix": [0.5 - temperature / 8, 0.25, 0.125 + temperature / 16],
+            },
         }
-        for temperature in (0.0, 1.0)
+        for temperature in temperatures
     ]
     about = {"step": 20, "target": "tiny", "device": "cpu", "dtype": "float32", "prompts": 8}
     figures = {**about, "max_new_tokens": 64, "threshold": 0.0, "runs": rows}
     write_figures(run, "speculation.json", figures)
+
+
+def change_figures(run: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite a file beside the draft; `change` alters what it is given."""
+    figures = figures_of(run, name)
+    change(figures)
+    write_figures(run, name, figures)
+
+
+def write_log(run: Path, lines: list[dict[str, Any]]) -> None:
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def log_of(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of a run's log: of training, and of evaluations."""
+    lines = lines_of(run)
+    held_out = [line["held_out"] for line in lines if "held_out" in line]
+    return [line for line in lines if "held_out" not in line], held_out
+
+
+def drawn(*runs: Path) -> dict[str, Axes]:
+    """What the page draws: the axes of each figure, by its key."""
+    found: dict[str, Axes] = {}
+    real = plots.panel
+
+    def kept(
+        key: str, title: str, caption: str, alt: str, draw: Callable[[Axes], object], **more: str
+    ) -> object:
+        def both(axes: Axes) -> None:
+            draw(axes)
+            found[key] = axes
+
+        return real(key, title, caption, alt, both, **more)
+
+    with patch.object(plots, "panel", kept):
+        page.render(gather(runs))
+    return found
+
+
+def seen(axes: Axes) -> list[Line2D]:
+    """The lines with data that one can see."""
+    return [
+        line
+        for line in axes.lines
+        if len(line.get_xydata())
+        and line.get_visible()
+        and line.get_alpha() in (None, 1)
+        and (line.get_linestyle() != "None" or line.get_marker() not in ("", "None", None))
+    ]
+
+
+def points(line: Line2D) -> Points:
+    """Its data; None for a gap."""
+    return [(float(x), None if y != y else float(y)) for x, y in line.get_xydata()]
+
+
+def style(line: Line2D) -> tuple[str, bool]:
+    """What tells it from others: colour, and whether it is a line or mere marks."""
+    return to_hex(line.get_color()), line.get_linestyle() != "None"
+
+
+def by_label(axes: Axes) -> dict[str, Points]:
+    """What is drawn as the legend says, by its words."""
+    legend = axes.get_legend()
+    found = {}
+    for handle, text in zip(legend.get_lines(), legend.get_texts(), strict=True):
+        (line,) = (line for line in seen(axes) if style(line) == style(handle))
+        found[text.get_text()] = points(line)
+    return found
+
+
+def numbered(values: list[float | None]) -> Points:
+    """A figure by position, from 1."""
+    return [(k, value) for k, value in enumerate(values, start=1)]
 
 
 def copy_run(run: Path, to: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.train.browser import Browser, find_browser
-from tests.train.reports import make_runs, report
+from tests.train.reports import add_speculation, copy_run, log_of, make_runs, report, write_log
 
 PROGRAM = find_browser()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed")
@@ -32,12 +32,17 @@ FIGURES = """
 
 @pytest.fixture(scope="module")
 def pages(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Addresses of a page of one run and of one of two."""
+    """Addresses of a page of one run, of one of two, and of one with much in its figures."""
     folder = tmp_path_factory.mktemp("pages")
     runs = make_runs(cache_dir, folder / "runs")
-    for name, shown in (("one", runs[:1]), ("both", runs)):
-        report(*shown, out=folder / f"{name}.html")
-    return {name: (folder / f"{name}.html").as_uri() for name in ("one", "both")}
+    full = copy_run(runs[0], folder / "full")
+    add_speculation(full, (0.0, 0.25, 0.75, 1.0))
+    log, held_out = log_of(full)
+    write_log(full, log + [{"step": n, "held_out": {**held_out[0], "step": n}} for n in range(1, 61)])
+    shown = {"one": runs[:1], "both": runs, "full": [full]}
+    for name, found in shown.items():
+        report(*found, out=folder / f"{name}.html")
+    return {name: (folder / f"{name}.html").as_uri() for name in shown}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +111,7 @@ def overlaps(texts: list[Any]) -> list[tuple[str, str]]:
 
 def test_labels_neither_overlap_nor_leave_their_figure(browser: Browser, pages: dict[str, str]) -> None:
     assert overlaps([("a", [0, 0, 20, 10]), ("b", [15, 2, 30, 12]), ("c", [40, 0, 50, 10])]) == [("a", "b")]
-    for name in ("one", "both"):
+    for name in pages:
         browser.open(pages[name])
         for figure in browser.evaluate(FIGURES):
             assert len(figure["texts"]) >= 5

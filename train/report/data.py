@@ -20,9 +20,11 @@ from train.checkpoint import checkpoints, find_checkpoint
 from train.compare import compare, run_folders
 from train.progress import TRAINING, read_training
 from train.results import CALIBRATION, EVALUATION, SPECULATION, read_figures
-from train.run import METRICS, RUN, flat_settings, load_run_cache, load_run_config
+from train.run import METRICS, RUN, flat_settings, load_run_cache, load_run_config, read_progress
 
 _METRICS_LIMIT = 2**30
+_LARGEST = 1e100
+"""Of figures; what is beyond can't be drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,10 @@ class RunData:
     """Of the cache it was trained on; empty where the run does not say."""
     training: dict[str, Any]
     """training.json of the best checkpoint; empty without any."""
+    progress: dict[str, Any]
+    """Of the newest checkpoint: what training took so far."""
     written: str | None
-    """The day of that checkpoint, in UTC."""
+    """The day of the best checkpoint, in UTC."""
     log: list[dict[str, Any]]
     """Lines of metrics.jsonl about optimiser steps."""
     held_out: list[dict[str, Any]]
@@ -54,6 +58,16 @@ class RunData:
     def name(self) -> str:
         """The end of its path, as long as it takes to tell it from the others."""
         return self.row["run"]
+
+    @property
+    def measured_step(self) -> int | None:
+        """The optimiser step of the checkpoint that was measured: the best, which may not be the newest."""
+        return dig(self.training, "progress", "step")
+
+    @property
+    def imported(self) -> bool:
+        """Whether it was trained elsewhere, nobody knows on what."""
+        return dig(self.training, "imported") is not None
 
     @property
     def has_confidence(self) -> bool:
@@ -80,10 +94,10 @@ def dig(values: Any, *keys: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A finite number that can be drawn, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    return float(value) if -_LARGEST < value < _LARGEST else None
 
 
 def numbers(values: Any) -> list[float | None]:
@@ -101,8 +115,12 @@ def gather(runs: Sequence[Path]) -> list[RunData]:
         RunError: a directory that is neither, or a file of one that is damaged.
     """
     folders = run_folders(runs)
-    rows = compare(folders)
-    return [_run(index, *pair) for index, pair in enumerate(zip(folders, rows, strict=True))]
+    try:
+        rows = compare(folders)
+        return [_run(index, *pair) for index, pair in enumerate(zip(folders, rows, strict=True))]
+    except RecursionError:
+        names = ", ".join(map(str, folders))
+        raise RunError(f"a JSON file in {names} can't be read: it is nested too deeply") from None
 
 
 def _run(index: int, path: Path, row: dict[str, Any]) -> RunData:
@@ -116,11 +134,20 @@ def _run(index: int, path: Path, row: dict[str, Any]) -> RunData:
         settings=flat_settings(load_run_config(path)),
         identity=dataclasses.asdict(load_run_cache(path)) if (path / RUN).exists() else {},
         training={} if folder is None else read_training(folder)[1],
+        progress={} if folder is None else read_progress(path).values(),
         written=None if folder is None else _day(folder / TRAINING),
         log=[line for line in lines if "held_out" not in line],
         held_out=[line["held_out"] for line in lines if isinstance(line.get("held_out"), dict)],
-        **{key: None if folder is None else read_figures(folder, name) for key, name in names.items()},
+        **{key: None if folder is None else _figures(folder, name) for key, name in names.items()},
     )
+
+
+def _figures(folder: Path, name: str) -> dict[str, Any] | None:
+    try:
+        return read_figures(folder, name)
+    except RecursionError:
+        problem = "can't be read (nested too deeply): remove it, and measure again"
+        raise RunError(f"{folder / name} {problem}") from None
 
 
 def _day(path: Path) -> str:
@@ -140,7 +167,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             values = json.loads(line)
             if not isinstance(values, dict) or number(values.get("step")) is None:
                 raise ValueError("no object with a step")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"line {count} of {path} is damaged ({error}): remove that line") from None
         yield values
 
@@ -167,7 +194,7 @@ def reliability(run: RunData, kind: str) -> dict[str, dict[str, Any]]:
         when: {
             "ece": number(value.get("ece")),
             "auc": number(value.get("auc")),
-            "bins": _whole_rows(value.get("bins"), keys),
+            "bins": [row for row in _whole_rows(value.get("bins"), keys) if row["count"] > 0],
         }
         for when, value in states.items()
         if isinstance(value, dict)
@@ -191,13 +218,56 @@ def _whole_rows(rows: Any, keys: Sequence[str]) -> list[dict[str, float]]:
     return [row for row in found if None not in row.values()]
 
 
-def cache_key(run: RunData) -> tuple[str, ...] | None:
-    """What tells a run's cache from others: of the one it was measured on, or else trained on."""
+_CACHE_KEYS = (
+    *("target", "sources", "layer_ids", "context_codec", "last_codec"),
+    *("data_sha256", "target_weights", "samples", "bytes"),
+)
+"""What tells a cache from others; files that are older, or were made by training, lack some."""
+
+
+def _measured_cache(run: RunData) -> dict[str, Any]:
+    """Facts of the cache that the run was evaluated on."""
     facts = dig(run.evaluation, "cache")
-    if not isinstance(facts, dict):
-        features, data = dig(run.identity, "features") or {}, dig(run.identity, "data") or {}
-        if not features:
-            return None
-        facts = {"target": dig(run.identity, "target", "name"), "sources": data.get("sources"), **features}
-    keys = ("target", "sources", "layer_ids", "context_codec", "last_codec")
-    return tuple(json.dumps(facts.get(key)) for key in keys)
+    return facts if isinstance(facts, dict) and _known(facts) else {}
+
+
+def _trained_cache(run: RunData) -> dict[str, Any]:
+    """What a run knows of the cache that it was trained on, under the names of an evaluation."""
+    features, data = dig(run.identity, "features") or {}, dig(run.identity, "data") or {}
+    if not features:
+        return {}
+    target = dig(run.identity, "target") or {}
+    facts = {"target": target.get("name"), "target_weights": target.get("weights"), **features}
+    return {**facts, "sources": data.get("sources"), "data_sha256": data.get("sha256")}
+
+
+def _known(facts: dict[str, Any]) -> dict[str, str]:
+    """What tells a cache from others, as texts: in one place a tuple is a list in another."""
+    return {key: json.dumps(facts[key]) for key in _CACHE_KEYS if facts.get(key) is not None}
+
+
+def _agree(one: dict[str, str], other: dict[str, str]) -> bool:
+    return all(other.get(key, value) == value for key, value in one.items())
+
+
+def measured_elsewhere(run: RunData) -> bool:
+    """Whether the cache of the evaluation is another than the one the draft was trained on."""
+    measured = _known(_measured_cache(run))
+    return bool(measured) and (run.imported or not _agree(measured, _known(_trained_cache(run))))
+
+
+def cache_groups(runs: Sequence[RunData]) -> list[tuple[dict[str, Any], list[RunData]]]:
+    """Each cache once, with its runs: the one that a run was measured on, or else trained on.
+
+    Those that say most come first: with them one compares what others leave open.
+    """
+    facts = {run.index: _measured_cache(run) or _trained_cache(run) for run in runs}
+    found: list[tuple[dict[str, Any], list[RunData]]] = []
+    for run in sorted(runs, key=lambda run: -len(_known(facts[run.index]))):
+        own = facts[run.index]
+        same = next((users for other, users in found if _agree(_known(own), _known(other))), None)
+        if same is not None:
+            same.append(run)
+        elif _known(own):
+            found.append((own, [run]))
+    return [(own, sorted(users, key=lambda run: run.index)) for own, users in found]

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from train.report import plots, tables
-from train.report.data import RunData, dig, number, reliability
+from train.report.data import RunData, dig, measured_elsewhere, number, reliability
 from train.report.svg import Panel, swatch
 from train.report.tables import Table
 
@@ -89,19 +89,33 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
     evaluation, live = run.evaluation, run.last_live
     untrained = number(dig(evaluation, "untrained", "tau"))
     before = "" if untrained is None else f", {plots.digits(untrained)} untrained"
+    sampling, greedy = (_decoding(run, kind) for kind in ("sampling", "greedy"))
+    promised = number(dig(live, "offline", "tokens_per_round"))
+    beside = "" if promised is None else f"; {plots.digits(promised)} expected from held-out texts"
     temperature = number(live.get("temperature"))
     kind = "greedy" if not temperature else f"temperature {temperature:g}"
     states = reliability(run, "prefix")
     when, told = list(states.items())[-1] if states else ("", {})
     state = "calibrated" if when == "after" else when
     found = (
-        ("tau", number(dig(evaluation, "tau")), "{:.3f}", f"tokens a round, held out{before}"),
-        ("greedy tau", number(dig(evaluation, "greedy_tau")), "{:.3f}", "tokens a round, target greedy"),
-        ("live", number(live.get("tokens_per_round")), "{:.3f}", f"tokens a round, {kind}"),
+        ("tau", number(dig(evaluation, "tau")), "{:.3f}", f"tokens a round, held out{before}{sampling}"),
+        (
+            "greedy tau",
+            number(dig(evaluation, "greedy_tau")),
+            "{:.3f}",
+            f"tokens a round, target greedy{greedy}",
+        ),
+        ("live", number(live.get("tokens_per_round")), "{:.3f}", f"tokens a round, {kind}{beside}"),
         ("speed-up", number(live.get("speedup")), "{:.2f}\u00d7", f"against plain decoding, {kind}"),
         ("calibration error", told.get("ece"), "{:.3f}", f"of confidence products, {state}"),
     )
     return [(name, form.format(value), remark) for name, value, form, remark in found if value is not None]
+
+
+def _decoding(run: RunData, kind: str) -> str:
+    """What decoding is expected to yield, as a remark on the tau that it stays below."""
+    tokens = tables.decoded(run, kind)
+    return "" if tokens is None else f"; {plots.digits(tokens)} expected of decoding"
 
 
 def _panels(*found: Panel | None) -> list[tuple[RunData | None, list[Panel]]]:
@@ -139,6 +153,10 @@ def _summary(runs: Sequence[RunData]) -> Section:
         "target's own included: 1 means that the draft never helps. It is measured on samples held out of "
         "training."
     )
+    imported = [run.name for run in runs if run.imported]
+    if imported:
+        which = "" if len(runs) == 1 else f" ({', '.join(imported)})"
+        lead += f" An imported draft{which} may have learned from these samples where it was trained."
     return Section(
         "summary",
         "Summary",
@@ -181,7 +199,10 @@ def _training(runs: Sequence[RunData]) -> Section:
             "Binary cross entropy of the confidence head; it may rise as acceptance leaves 0.",
         ),
     )
-    lead = "Lines are means since the last log line; outlined marks are measured on held-out samples."
+    lead = (
+        "Lines are means since the last log line; outlined marks, or thin dark lines where these are many, "
+        "are measured on held-out samples."
+    )
     imported = {run.index for run in runs if run.row["complete"] and run.row["step"] == 0}
     missing = _missing(
         [run for run in runs if run.index not in imported],
@@ -211,7 +232,7 @@ def _acceptance(runs: Sequence[RunData]) -> Section:
             "The rate at a position once all earlier ones are accepted, as one counts it while decoding.",
         ),
     ]
-    if len(runs) == 1:
+    if len(runs) == 1 and len(temperatures) <= plots.MOST_TEMPERATURES:
         rows = _panels(*panels, plots.live(runs, temperatures))
     else:
         rows = _panels(*panels) + _panels(*(plots.live(runs, [each]) for each in temperatures))
@@ -264,6 +285,11 @@ def _confidence(runs: Sequence[RunData]) -> Section:
     )
     if headless:
         lead += f" No confidence head: {', '.join(headless)}."
+    if any(run.calibration is not None for run in runs):
+        lead += (
+            " Figures before and after calibration are of the half of the held-out samples that it was not "
+            "fitted on."
+        )
     able = [run for run in runs if run.has_confidence and run.training]
     missing = _unmeasured(able, "Confidence figures") + _missing(
         able, lambda run: run.calibration is None, "Calibration", "dspark calibrate --cache CACHE --run RUN"
@@ -303,6 +329,13 @@ def _costs(runs: Sequence[RunData]) -> Section:
         "dspark evaluate --cache CACHE --run RUN",
     )
     lead = "What training took, and what the cache behind it takes on disk."
+    elsewhere = [run.name for run in runs if measured_elsewhere(run)]
+    if elsewhere:
+        whose = "the draft" if len(runs) == 1 else ", ".join(elsewhere)
+        lead = (
+            f"What training took, and what caches take on disk: for {whose} the one measured on, which is "
+            "not known to be the one trained on."
+        )
     return Section(
         "costs", "Costs", lead, panels, [[tables.costs(runs)], *tables.caches(runs)], missing=missing
     )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.report.data import RunData, curve, dig, number, numbers, reliability, thresholds
-from train.report.svg import COLOURS, FAINT, INK, MUTED, Panel, look, panel
+from train.report.svg import COLOURS, FAINT, INK, MUTED, Panel, dark, look, panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STEP = "optimiser step"
 MOST_POINTS = 500
-"""Of a curve; of more, every n-th is drawn."""
+"""Of a curve; of more, the lowest and the highest of each stretch are drawn."""
+MOST_MARKS = 40
+"""Of a curve of held-out figures; more are a thin line."""
+MOST_TEMPERATURES = 4
+"""In a panel of live decoding."""
 LABELLED = (0.0, 0.2, 0.4, 0.6, 0.8)
 """Thresholds that are written beside their points."""
 GIVEN = "accept_given_prefix"
@@ -30,7 +34,9 @@ WHEN = {
 
 def digits(value: float | None, places: int = 3) -> str:
     """A figure for people; a dash for none."""
-    return "\N{EN DASH}" if value is None or not math.isfinite(value) else f"{value:,.{places}f}"
+    if value is None or not math.isfinite(value):
+        return "\N{EN DASH}"
+    return f"{value:,.{places}f}" if abs(value) < 1e15 else f"{value:.3g}"
 
 
 def listed(values: Sequence[float | None], places: int = 3) -> str:
@@ -50,20 +56,20 @@ def training_curve(
     """A figure over steps, in training and held out."""
     log = {run.index: curve(run.log, name) for run in runs}
     held_out = {run.index: curve(run.held_out, name) for run in runs}
+    marks = {i: _held_out_look(i, len(values), len(runs)) for i, (_, values) in held_out.items()}
     if not any(values for _, values in (*log.values(), *held_out.values())):
         return None
 
     def draw(axes: Axes) -> None:
         for run in runs:
-            _over_steps(axes, run, *log[run.index])
-            own = look(run.index, linestyle="none", markersize=7 if len(runs) == 1 else 6)
-            own |= {"markeredgecolor": INK, "markeredgewidth": 0.9 if len(runs) == 1 else 0.6}
-            axes.plot(*held_out[run.index], zorder=4, **own)
+            _over_steps(axes, *log[run.index], look(run.index, markersize=3.5))
+            _over_steps(axes, *held_out[run.index], marks[run.index], most_marks=MOST_MARKS)
         if len(runs) == 1:
-            has_held_out = [] if not held_out[0][1] else [("held out", {**look(0), "linestyle": "none"})]
-            _legend(axes, [("training", look(0, marker="")), *has_held_out], held_out=True)
+            line = {"marker": ""} if len(held_out[0][1]) > MOST_MARKS else {}
+            has_held_out = [("held out", {**marks[0], **line})] if held_out[0][1] else []
+            _legend(axes, [("training", look(0, marker="")), *has_held_out])
         if lowest is not None:
-            axes.set_ylim(bottom=min(lowest, axes.get_ylim()[0]))
+            _from(axes, lowest)
         _steps(axes)
 
     def ends(what: str, steps: list[float], values: list[float]) -> str | None:
@@ -101,7 +107,7 @@ def log_curve(
 
     def draw(axes: Axes) -> None:
         for run in runs:
-            _over_steps(axes, run, *curves[run.index])
+            _over_steps(axes, *curves[run.index], look(run.index, markersize=3.5))
         top = max((v for _, values in curves.values() for v in values if math.isfinite(v)), default=0)
         axes.set_ylim(0, top * 1.08 or 1)
         _steps(axes)
@@ -167,12 +173,13 @@ def live(runs: Sequence[RunData], temperatures: Sequence[float]) -> Panel | None
         temperatures: one, or several for a run alone, which tells them apart by colour.
     """
     rows = []  # (words, live, held out, look)
+    looks = _temperature_looks(temperatures)
     for run in runs:
         for row in run.live:
             temperature = number(row.get("temperature"))
             if temperature in temperatures:
                 kind = _kind(temperature)
-                own = look(int(temperature == 0) if len(runs) == 1 else run.index, linewidth=1.8)
+                own = look(looks[temperature] if len(runs) == 1 else run.index, linewidth=1.8)
                 here, there = (numbers(dig(*at)) for at in ((row, GIVEN), (row, "offline", GIVEN)))
                 rows.append((kind if len(runs) == 1 else run.name, here, there, own))
     rows = [row for row in rows if any(value is not None for value in row[1])]
@@ -188,19 +195,29 @@ def live(runs: Sequence[RunData], temperatures: Sequence[float]) -> Panel | None
             axes.plot(range(1, len(here) + 1), _gaps(here), **own)
             axes.plot(range(1, len(there) + 1), _gaps(there), **hollow(own))
         if len(runs) == 1:
-            _legend(axes, [(kind, own) for kind, _, _, own in rows])
+            names = [kind.replace("temperature ", "T ") if len(rows) > 2 else kind for kind, *_ in rows]
+            _legend(axes, [(name, own) for name, (_, _, _, own) in zip(names, rows, strict=True)])
         else:
             own = look(0, color=MUTED)
             _legend(axes, [("live", own), ("held out", hollow(own))])
         _positions(axes, max(len(values) for row in rows for values in row[1:3]))
         _from_zero(axes, [value for row in rows for values in row[1:3] for value in values])
 
-    title = "Live acceptance" + ("" if len(runs) == 1 else f", {_kind(temperatures[0])}")
-    caption = "Lines are live decoding, hollow marks what held-out samples had promised for it."
+    title = "Live acceptance" + (f", {_kind(temperatures[0])}" if len(temperatures) == 1 else "")
+    caption = (
+        "Lines are live decoding, hollow marks what held-out samples had promised for it. Live rounds begin "
+        "where the last one ended, and so yield a bit less than tau."
+    )
     said = [f"{who}: live {listed(here)}; held out {listed(there)}" for who, here, there, _ in rows]
     alt = f"{title}, given that the tokens before are accepted, from position 1. {'. '.join(said)}."
     key = "live-" + "-".join(f"{t:g}" for t in temperatures).replace(".", "_")
     return panel(key, title, caption, alt, draw, x="position in the block", y="accepted")
+
+
+def _temperature_looks(temperatures: Sequence[float]) -> dict[float, int]:
+    """Which look each has: greedy the second, as in the panels beside it, and the others the rest."""
+    free: Iterator[int] = iter([0, *range(2, len(temperatures) + 2)])
+    return {t: 1 if t == 0 else next(free) for t in temperatures}
 
 
 def _kind(temperature: float | None) -> str:
@@ -284,32 +301,65 @@ def threshold_panel(run: RunData, runs: Sequence[RunData]) -> Panel | None:
     return panel(f"thresholds-{run.index}", title, caption, alt, draw, x=x, y="tokens a round")
 
 
-def _over_steps(axes: Axes, run: RunData, steps: list[float], values: list[float]) -> None:
-    """A run's curve; its points are marked where they are few, and where they have no neighbour."""
-    every = math.ceil(len(steps) / MOST_POINTS) or 1
-    if every > 1:  # the last one is kept
-        steps, values = steps[::-1][::every][::-1], values[::-1][::every][::-1]
-    finite = [False, *(math.isfinite(value) for value in values), False]
-    alone = [i for i in range(len(values)) if finite[i + 1] and not finite[i] and not finite[i + 2]]
-    few = range(len(values)) if len(values) <= 20 else alone
-    axes.plot(steps, values, markevery=list(few), **look(run.index, markersize=3.5))
+def _over_steps(
+    axes: Axes, steps: list[float], values: list[float], own: dict[str, Any], *, most_marks: int = 20
+) -> None:
+    """A curve; its points are marked where they are few, and where they have no neighbour."""
+    marked = range(len(values)) if len(values) <= most_marks else None
+    if len(values) > MOST_POINTS:
+        steps, values = thinned(steps, values)
+        own = {**own, "linewidth": 0.8}  # or noise would be a solid band
+    if marked is None:
+        finite = [False, *(math.isfinite(value) for value in values), False]
+        marked = [i for i in range(len(values)) if finite[i + 1] and not finite[i] and not finite[i + 2]]
+    axes.plot(steps, values, markevery=list(marked), **own)
+
+
+def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    """At most MOST_POINTS of a curve's points: of each stretch the lowest, the highest and a gap."""
+    count = len(values)
+    if count <= MOST_POINTS:
+        return steps, values
+    kept = {0, count - 1}
+    stretches = (MOST_POINTS - 2) // 3
+    for i in range(stretches):
+        own = range(i * count // stretches, (i + 1) * count // stretches)
+        finite = [k for k in own if math.isfinite(values[k])]
+        if finite:
+            kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+        if len(finite) < len(own):
+            kept.add(next(k for k in own if not math.isfinite(values[k])))
+    return [steps[k] for k in sorted(kept)], [values[k] for k in sorted(kept)]
+
+
+def _held_out_look(index: int, points: int, runs: int) -> dict[str, Any]:
+    """How a run's held-out figures are drawn: as outlined marks, or as a thin line where they are many."""
+    if points > MOST_MARKS:
+        return look(index, color=dark(index), linestyle="-", linewidth=0.9, markersize=2, zorder=4)
+    # Whole also at the edge: where a draft never helps, say.
+    own = look(index, linestyle="none", markeredgecolor=INK, zorder=4, clip_on=False)
+    return {**own, "markersize": 7 if runs == 1 else 6, "markeredgewidth": 0.9 if runs == 1 else 0.6}
+
+
+def _from(axes: Axes, lowest: float) -> None:
+    """An axis that begins at `lowest` where figures allow, with room for marks at the other end."""
+    _, low, _, high = axes.dataLim.extents
+    bottom = min(lowest, low)
+    axes.set_ylim(bottom, high + 0.06 * (high - bottom or 1))
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def _legend(axes: Axes, entries: Sequence[tuple[str, dict[str, Any]]], *, held_out: bool = False) -> None:
+def _legend(axes: Axes, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """What is what, on the right above the axes, at the height of their unit."""
     from matplotlib.lines import Line2D
 
-    lines = []
-    for label, own in entries:
-        if held_out and own["linestyle"] == "none":
-            own = {**own, "markersize": 7, "markeredgecolor": INK, "markeredgewidth": 0.9}
-        lines.append(Line2D([], [], label=label, **own))
+    lines = [Line2D([], [], label=label, **own) for label, own in entries]
     place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.015), "ncols": len(lines)}
-    axes.legend(handles=lines, **place)
+    tight = {"handlelength": 1.5, "handletextpad": 0.4, "columnspacing": 0.8} if len(lines) > 3 else {}
+    axes.legend(handles=lines, **place, **tight)
 
 
 def _steps(axes: Axes) -> None:

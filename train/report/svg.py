@@ -102,6 +102,12 @@ def look(index: int, **more: Any) -> dict[str, Any]:
     }
 
 
+def dark(index: int) -> str:
+    """A run's colour, halfway to black."""
+    colour = COLOURS[index % len(COLOURS)]
+    return "#" + "".join(f"{int(colour[i : i + 2], 16) // 2:02x}" for i in (1, 3, 5))
+
+
 def panel(
     key: str, title: str, caption: str, alt: str, draw: Callable[[Axes], object], *, x: str, y: str
 ) -> Panel:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.units import duration, size
 from train.compare import parameter_count
-from train.report.data import RunData, cache_key, dig, number, numbers, reliability
+from train.report.data import RunData, cache_groups, dig, measured_elsewhere, number, numbers, reliability
 from train.report.plots import digits, listed
 
 NONE = "\N{EN DASH}"
@@ -38,11 +38,13 @@ def summary(runs: Sequence[RunData]) -> Table:
     temperatures = sorted(
         {t for run in runs for row in run.live if (t := number(row.get("temperature"))) is not None}
     )
+    temperatures = list(dict.fromkeys([*temperatures[:1], *temperatures[-1:]]))  # all have a table below
     columns: list[Column] = [
         ("step", _step),
         ("tau", lambda run: _tau(run)[0]),
         ("greedy tau", lambda run: _digits(dig(run.evaluation, "greedy_tau"))),
         ("untrained tau", lambda run: _digits(dig(run.evaluation, "untrained", "tau"))),
+        *(_decoding(kind) for kind in ("sampling", "greedy")),
         *(
             _live(key, title, t)
             for t in temperatures
@@ -52,11 +54,24 @@ def summary(runs: Sequence[RunData]) -> Table:
         ("time", lambda run: _seconds(run.row["seconds"])),
         ("tokens/s", lambda run: _digits(run.row["tokens_per_s"], 0)),
     ]
-    starred = any(_tau(run)[1] for run in runs)
-    note = (
-        "* From training's own evaluation, which draws fewer anchors than dspark evaluate." if starred else ""
-    )
-    return _by_run("Main figures", columns, runs, note=note)
+    notes = []
+    if any(_tau(run)[1] for run in runs):
+        notes.append("* From training's own evaluation, which draws fewer anchors than dspark evaluate.")
+    if any(decoded(run, kind) is not None for run in runs for kind in ("sampling", "greedy")):
+        notes.append(
+            "Decoding: tokens a round that decoding the held-out texts should yield. A round begins where "
+            "the last one ended, so they are a bit fewer than tau, for which every position begins one."
+        )
+    return _by_run("Main figures", columns, runs, note=" ".join(notes))
+
+
+def decoded(run: RunData, kind: str) -> float | None:
+    """Tokens a round that decoding the held-out texts is expected to yield, "sampling" or "greedy"."""
+    return number(dig(run.evaluation, "decoding", kind, "tokens_per_round"))
+
+
+def _decoding(kind: str) -> Column:
+    return f"decoding, {kind}", lambda run: digits(decoded(run, kind))
 
 
 def _tau(run: RunData) -> tuple[str, bool]:
@@ -83,7 +98,7 @@ def _live(key: str, title: str, temperature: float) -> Column:
 def live_rounds(runs: Sequence[RunData]) -> Table | None:
     """Live decoding: a row for each run and temperature."""
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("temperature", lambda row: _digits(row.get("temperature"), 1)),
+        ("temperature", lambda row: _whole(row.get("temperature"), "{:g}")),
         ("tokens a round", lambda row: _digits(row.get("tokens_per_round"))),
         ("held out", lambda row: _digits(dig(row, "offline", "tokens_per_round"))),
         ("verified a round", lambda row: _digits(row.get("verified_per_round"), 2)),
@@ -141,26 +156,24 @@ def confidence(runs: Sequence[RunData]) -> Table | None:
             rows.append((run, [*cells, listed(fitted, 2) or NONE]))
     if not rows:
         return None
+    note = "Error: expected calibration error. AUC: how often an accepted token has the higher confidence."
+    if any(cells[0] in ("before", "after") for _, cells in rows):
+        note += " Before, after: of the half of the held-out samples that calibration was not fitted on."
     columns = ["run", "state", "error of products", "their AUC", "error of each", "its AUC", "temperatures"]
     if not any(cells[-1] != NONE for _, cells in rows):
         columns, rows = columns[:-1], [(run, cells[:-1]) for run, cells in rows]
-    return Table(
-        "Confidence",
-        columns,
-        rows,
-        note="Error: expected calibration error. AUC: how often an accepted token has the higher confidence.",
-    )
+    return Table("Confidence", columns, rows, note=note)
 
 
 def costs(runs: Sequence[RunData]) -> Table:
     """What training took, and on what."""
     columns: list[Column] = [
         ("time", lambda run: _seconds(run.row["seconds"])),
-        ("tokens", lambda run: _digits(dig(run.training, "progress", "tokens"), 0)),
+        ("tokens", lambda run: _digits(run.progress.get("tokens"), 0)),
         ("tokens/s", lambda run: _digits(run.row["tokens_per_s"], 0)),
         ("peak memory", lambda run: _size(max(_logged(run, "peak_memory_bytes"), default=None))),
         ("waited for data", lambda run: _mean_percent(_logged(run, "data_wait_percent"))),
-        ("skipped steps", lambda run: _digits(dig(run.training, "progress", "skipped_steps"), 0)),
+        ("skipped steps", lambda run: _digits(run.progress.get("skipped_steps"), 0)),
         ("parameters", lambda run: _digits(run.row["parameters"], 0)),
         ("device", lambda run: _device(run)),
         ("precision", lambda run: str(dig(run.training, "machine", "precision") or NONE)),
@@ -217,31 +230,36 @@ def setting(value: Any, missing: str = NONE) -> str:
 
 def caches(runs: Sequence[RunData]) -> list[list[Table]]:
     """Each cache once: what it holds and takes on disk, and how true it is."""
-    by_key: dict[tuple[str, ...], list[RunData]] = {}
-    for run in runs:
-        key = cache_key(run)
-        if key is not None:
-            by_key.setdefault(key, []).append(run)
     tables = []
-    for key, users in by_key.items():
-        facts = next((f for run in users if isinstance(f := dig(run.evaluation, "cache"), dict)), {})
-        target, sources, layers, context, last = map(json.loads, key)
-        names = ", ".join(run.name for run in users)
+    found = cache_groups(runs)
+    for facts, users in found:
+        context, last = (facts.get(f"{part}_codec") or NONE for part in ("context", "last"))
         rows: list[tuple[str | RunData, list[str]]] = [
-            ("target", [str(target)]),
-            ("sources", [_joined(sources)]),
-            ("layers", [_joined(layers)]),
+            ("target", [str(facts.get("target") or NONE)]),
+            ("sources", [_joined(facts.get("sources"))]),
+            ("layers", [_joined(facts.get("layer_ids"))]),
             ("codecs", [f"{context} context features, {last} last hidden states"]),
+            ("data", [str(facts.get("data_sha256") or NONE)[:12]]),
             ("samples", [_digits(facts.get("samples"), 0)]),
             ("tokens", [_digits(facts.get("tokens"), 0)]),
             ("on disk", [_size(facts.get("bytes"))]),
             ("bytes a token", [_digits(facts.get("bytes_per_token"), 0)]),
         ]
         rows = [(header, cells) for header, cells in rows if cells != [NONE]]
-        title = "Cache" if len(by_key) == 1 else f"Cache of {names}"
+        title = _cache_title(users, alone=len(found) == 1)
         fidelity = _fidelity(facts.get("fidelity"))
         tables.append([Table(title, ["", ""], rows, words=True), *filter(None, [fidelity])])
     return tables
+
+
+def _cache_title(users: Sequence[RunData], *, alone: bool) -> str:
+    """Whose cache it is, and whether it is only the one that they were measured on."""
+    names = ", ".join(run.name for run in users)
+    elsewhere = [run.name for run in users if measured_elsewhere(run)]
+    if len(elsewhere) == len(users):
+        return f"Cache that {names} {'were' if len(users) > 1 else 'was'} measured on"
+    title = "Cache" if alone else f"Cache of {names}"
+    return f"{title} (only measured on: {', '.join(elsewhere)})" if elsewhere else title
 
 
 def _fidelity(values: Any) -> Table | None:
@@ -284,7 +302,7 @@ def _by_run(title: str, columns: Sequence[Column], runs: Sequence[RunData], **mo
 
 
 def _joined(values: Any) -> str:
-    return ", ".join(map(str, values)) or NONE if isinstance(values, list) else str(values)
+    return ", ".join(map(str, values)) or NONE if isinstance(values, list | tuple) else str(values or NONE)
 
 
 def _logged(run: RunData, name: str) -> list[float]:
@@ -292,10 +310,13 @@ def _logged(run: RunData, name: str) -> list[float]:
 
 
 def _step(run: RunData) -> str:
-    step, total = run.row["step"], run.row["total_steps"]
+    step, best = run.row["step"], run.measured_step
     if step is None:
         return "not begun" if not run.log else "no checkpoint"
-    return f"{step:,}" if run.row["complete"] else f"{step:,} of {total:,}"
+    far = f"{step:,}" if run.row["complete"] else f"{step:,} of {run.row['total_steps']:,}"
+    if best is None or best == step:
+        return far
+    return f"best at {best:,} of {far}" if run.row["complete"] else f"best at {best:,}, now {far}"
 
 
 def _digits(value: Any, places: int = 3) -> str:
