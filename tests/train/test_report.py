@@ -682,8 +682,8 @@ def test_nesting_is_refused_in_one_line(runs: list[Path], tmp_path: Path) -> Non
     for name in ("evaluation.json", "calibration.json", "speculation.json", "training.json"):
         run = copy_run(runs[0], tmp_path / name)
         (run / "best" / name).write_text(deep)
-        place = str(run) if name == "training.json" else name
-        assert_refused(run_cli("report", run, "--out", tmp_path / "x.html"), 1, place, "nested too deeply")
+        said = (str(run), "nested too deeply") if name == "training.json" else (name, "can't be read")
+        assert_refused(run_cli("report", run, "--out", tmp_path / "x.html"), 1, *said)
     run = copy_run(runs[1], tmp_path / "log")
     (run / "metrics.jsonl").write_text(f'{{"step": 1}}\n{deep}\n')
     assert_refused(run_cli("report", run, "--out", tmp_path / "x.html"), 1, "line 2", "metrics.jsonl")
