@@ -92,7 +92,7 @@ def test_live_beside_offline(target_dir: Path, run_dir: Path, cache_dir: Path) -
 def test_live_acceptance_is_what_the_cache_promises(target_dir: Path, tmp_path: Path) -> None:
     """Text that the target says itself at temperature 1, captured and evaluated: the same acceptance.
 
-    Two ways to one number, as far as 300 rounds tell; the exact checks are in test_decoding.py and test_live.py.
+    Two ways to one number, as far as 300 rounds tell; exact checks are in test_decoding.py, test_live.py.
     """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
