@@ -326,25 +326,28 @@ def load_checkpoint(folder: Path, reader: CacheReader) -> tuple[Qwen3DSparkModel
         RunError: a damaged checkpoint, or one trained for another target than the cache's.
     """
     _, page = read_training(folder)
-    check_cache(folder, reader)
+    check_cache(folder, page, reader)
     model = load_draft(folder)
     frozen = reader.frozen()
     model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
     return model, page
 
 
-def trained_for(folder: Path) -> TargetIdentity:
-    """The target that a checkpoint's draft is for. Raises RunError when the checkpoint is damaged."""
-    _, page = read_training(folder)
+def trained_for(folder: Path, page: dict[str, Any]) -> TargetIdentity:
+    """The target that a checkpoint's draft is for. Raises RunError when the checkpoint is damaged.
+
+    Args:
+        page: its training.json.
+    """
     try:
         return configuration.build(Identity, page["cache"], TRAINING).target
     except (KeyError, ConfigError) as error:
         raise damaged(folder, error) from None
 
 
-def check_cache(folder: Path, reader: CacheReader) -> None:
+def check_cache(folder: Path, page: dict[str, Any], reader: CacheReader) -> None:
     """Raise RunError where a checkpoint's draft is for another target than the cache's."""
-    ours, theirs = trained_for(folder), reader.manifest.identity.target
+    ours, theirs = trained_for(folder, page), reader.manifest.identity.target
     if ours.weights != theirs.weights:
         raise RunError(
             f"{folder} was trained for target {ours.name}, the cache {reader.path} holds {theirs.name} "
@@ -367,6 +370,6 @@ def load_draft(folder: Path) -> Qwen3DSparkModel:
         model.get_parameter(name).requires_grad_(False)
     load_weights(model, folder)
     for name, weight in model.state_dict().items():
-        if not torch.isfinite(weight).all():
+        if name not in FROZEN and not torch.isfinite(weight).all():
             raise RunError(f"{folder}: {name} is not finite, so the draft is worth nothing: take another one")
     return model

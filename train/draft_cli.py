@@ -154,6 +154,7 @@ def speculate_command(
     from pipeline.quiet import quiet_transformers
     from pipeline.target.load import open_target
     from train.checkpoint import check_cache, find_checkpoint, trained_for
+    from train.progress import read_training
     from train.prompts import held_out_prompts, read_prompts
     from train.results import SPECULATION, save_figures
     from train.run import load_run_config
@@ -162,13 +163,14 @@ def speculate_command(
 
     quiet_transformers()
     folder = find_checkpoint(run, checkpoint)
+    _, page = read_training(folder)
     found = open_target(target)
     if prompts is not None:
-        vocab_size = trained_for(folder).vocab_size
+        vocab_size = trained_for(folder, page).vocab_size
         asked = read_prompts(prompts, found.tokenizer(), vocab_size, num_prompts)
     else:
         reader = CacheReader(cache)
-        check_cache(folder, reader)
+        check_cache(folder, page, reader)
         _, held_out = split(reader, load_run_config(run).train.held_out)
         asked = held_out_prompts(reader, held_out, num_prompts)
     pair = load_pair(found, folder)

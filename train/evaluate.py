@@ -51,7 +51,7 @@ def evaluate(
                 f"the {len(samples)} held-out samples have no two supervised tokens in a row, so no anchors: "
                 "set train.held_out higher, or capture longer answers"
             )
-    untrained = _untrained(module.draft_model, reader, config, ranks)
+    untrained = _untrained(module.draft_model, config, ranks)
     before = validate(untrained, reader, samples, config, ranks) or {}
     return {
         "samples": len(samples),
@@ -69,14 +69,11 @@ def evaluate(
     }
 
 
-def _untrained(
-    model: Qwen3DSparkModel, reader: CacheReader, config: RunConfig, ranks: Ranks
-) -> DSparkTrainerModule:
-    """The same draft with random weights, to compare with."""
+def _untrained(model: Qwen3DSparkModel, config: RunConfig, ranks: Ranks) -> DSparkTrainerModule:
+    """The same draft with random weights, to compare with; embedding and head are the very same ones."""
     torch.manual_seed(config.train.seed)
     fresh = Qwen3DSparkModel(model.config).float()
-    frozen = reader.frozen()
-    fresh.initialize_embeddings_and_head(frozen["embed_tokens.weight"], frozen["lm_head.weight"])
+    fresh.embed_tokens, fresh.lm_head = model.embed_tokens, model.lm_head
     module = trainer_module(fresh.to(ranks.device), config)
     prepare(module, config, ranks.device)
     return module

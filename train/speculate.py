@@ -57,8 +57,8 @@ def load_pair(target: Target, folder: Path) -> Pair:
         TargetError: the target can't be loaded.
         RunError: the checkpoint is damaged, or the draft is for a target of another shape.
     """
-    progress, _ = read_training(folder)
-    wanted, identity = trained_for(folder), target.identity()
+    progress, page = read_training(folder)
+    wanted, identity = trained_for(folder, page), target.identity()
     shape = ("hidden_size", "num_layers", "vocab_size")
     differing = [
         f"{name} {getattr(identity, name)}, the draft's is for {getattr(wanted, name)}"
