@@ -60,9 +60,9 @@ from pipeline.cache import (
 from pipeline.cache.convert import convert
 from pipeline.device import reuse_freed_memory
 from pipeline.options import DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC
-from train.batches import loaded
-from train.order import epoch_packs
-from train.steps import random_anchors
+from train.data.loader import loaded
+from train.data.packing import epoch_packs
+from train.data.sampling import random_anchors
 
 HIDDEN, VOCAB, SHARD_TOKENS, CACHE_BYTES = 1024, 4096, 32768, 22 * 10**8
 BATCH_TOKENS, ANCHORS, MAX_LENGTH = 4096, 512, 4096

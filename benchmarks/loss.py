@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.record import record
 from pipeline.device import resolve_device, reuse_freed_memory
 from pipeline.features import at_least_fp32, head_logits
-from train.anchors import label_positions, sample_anchor_positions
-from train.fused_loss import vocabulary_loss
-from train.losses import divide, slot_losses, slot_weights, sum_slots
+from train.draft.dspark.anchors import label_positions, sample_anchor_positions
+from train.losses.fused import vocabulary_loss
+from train.losses.slots import divide, slot_losses, slot_weights, sum_slots
 
 GAMMA, CE_ALPHA, L1_ALPHA = 4.0, 0.1, 0.9
 INSTALL = "pip install --no-deps nemo-automodel==0.7.0"

@@ -28,8 +28,8 @@ from benchmarks.record import record
 from pipeline import config as configuration
 from pipeline.device import native_bf16
 from train.config import RunConfig
-from train.loop import train
-from train.run import read_progress
+from train.runs.directory import read_progress
+from train.trainer.trainer import train
 
 STEPS, SEEDS = 200, (0, 1)
 RATES = {"adamw": (2e-3, 5e-3), "muon": (2e-3, 5e-3, 1e-2)}

@@ -27,24 +27,24 @@ from transformers import Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train.module
+import train.draft.dspark.module as trained
 from benchmarks.capture import QWEN3_4B, SMOLLM2
 from benchmarks.record import record
 from pipeline import config as configuration
 from pipeline.device import resolve_device, reuse_freed_memory
 from pipeline.features import default_layer_ids
-from train.batches import Batch, load_pack
 from train.config import RunConfig
-from train.draft.config import draft_config
-from train.draft.model import Qwen3DSparkModel
-from train.flops import peak_flops, training_flops
-from train.module import DSparkStepMetrics
-from train.optim import build_optimizers, normalise_gradients
-from train.order import epoch_packs
-from train.precision import autocast, resolve_precision
-from train.setup import prepare, trainer_module
-from train.steps import random_anchors
-from train.window import peak_memory
+from train.data.loader import Batch, load_pack
+from train.data.packing import epoch_packs
+from train.data.sampling import random_anchors
+from train.draft.dspark.config import draft_config
+from train.draft.dspark.flops import peak_flops, training_flops
+from train.draft.dspark.model import Qwen3DSparkModel
+from train.draft.dspark.module import DSparkStepMetrics
+from train.runtime.precision import autocast, resolve_precision
+from train.trainer.metrics import peak_memory
+from train.trainer.optimizer import build_optimizers, normalise_gradients
+from train.trainer.setup import prepare, trainer_module
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Name, config, the target's shape, mean of the logarithm of documents' lengths, timed steps.
@@ -144,7 +144,7 @@ def measure(config: RunConfig, model: Qwen3DSparkModel, batch: Batch, steps: int
     one = torch.ones((), device=device)
     # Where the step itself calls them, so that what is timed is what training runs.
     model.hidden_states = watch.timed(BACKBONE, model.hidden_states)
-    train.module.vocabulary_loss = watch.timed(VOCABULARY, train.module.vocabulary_loss)
+    trained.vocabulary_loss = watch.timed(VOCABULARY, trained.vocabulary_loss)
 
     def forward() -> DSparkStepMetrics:
         with autocast(device, config.train.precision):

@@ -19,7 +19,8 @@ from tests.capture.conftest import tree
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")]
-_CONTEXT.set_forkserver_preload(["tests.processes", "capture.run", "train.loop", "pipeline.cli", *_MODELS])
+_STAGES = ["tests.processes", "capture.run", "train.trainer.trainer", "pipeline.cli"]
+_CONTEXT.set_forkserver_preload([*_STAGES, *_MODELS])
 PATIENCE_SECONDS = 120
 
 

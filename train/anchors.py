@@ -1,152 +1,17 @@
-"""Anchors: where blocks start, what they predict, and which of their slots count.
+"""The documented path of `train.draft.dspark.anchors`."""
 
-An anchor is a position p with `loss_mask[p]` and `loss_mask[p + 1]`. Its block of K slots drafts tokens
-p+1 .. p+K: slot k predicts token p+k+1. (DSpark paper, section 3.1; names follow NVIDIA
-NeMo-Automodel's documented API, nemo_automodel.components.speculative.dspark.common.)
+from train.draft.dspark.anchors import (
+    build_anchor_candidate_mask,
+    build_eval_mask,
+    create_noise_embed,
+    create_position_ids,
+    sample_anchor_positions,
+)
 
-A row may hold several documents (a pack). `document_ids` `[B, S]` then says which position belongs to
-which; a block begins and ends in one of them. None stands for one document a row.
-
-Shapes: B rows, S tokens, N anchors, K block size, H hidden size.
-"""
-
-from __future__ import annotations
-
-import torch
-from torch import Tensor, nn
-
-
-def build_anchor_candidate_mask(
-    seq_len: int, loss_mask: Tensor, document_ids: Tensor | None = None
-) -> Tensor:
-    """Which positions can be an anchor: supervised, with a supervised successor in the same document.
-
-    Args:
-        seq_len: S, the tokens of a row that count.
-        loss_mask: `[B, S]`, non-zero on supervised tokens.
-        document_ids: `[B, S]`, or None.
-
-    Returns:
-        `[B, S]` bool; the last position is never a candidate.
-    """
-    supervised = loss_mask[:, :seq_len] > 0.5
-    candidates = torch.zeros_like(supervised)
-    candidates[:, :-1] = supervised[:, :-1] & supervised[:, 1:]
-    if document_ids is not None:
-        candidates[:, :-1] &= document_ids[:, : seq_len - 1] == document_ids[:, 1:seq_len]
-    return candidates
-
-
-def sample_anchor_positions(
-    seq_len: int,
-    loss_mask: Tensor,
-    num_anchors: int,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-    document_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draw anchors uniformly without replacement, each row on its own.
-
-    Args:
-        seq_len: S.
-        loss_mask: `[B, S]`.
-        num_anchors: N.
-        device: where the result goes.
-        generator: the source of randomness, on `loss_mask`'s device; torch's own when None.
-        document_ids: `[B, S]`, or None.
-
-    Returns:
-        `anchor_positions` `[B, N]` int64, ascending, and `block_keep_mask` `[B, N]` bool. A row with
-        fewer than N candidates takes them all; its other entries are dummies: position 0, mask False.
-    """
-    candidates = build_anchor_candidate_mask(seq_len, loss_mask, document_ids)  # [B, S]
-    order = torch.rand(candidates.shape, generator=generator, device=candidates.device)
-    order = order.masked_fill(~candidates, 2.0)  # beyond every draw, so that candidates come first
-    width = min(num_anchors, candidates.shape[1])
-    positions = order.argsort(dim=1)[:, :width]  # [B, <=N]
-    keep = candidates.gather(1, positions)
-    positions = positions.masked_fill(~keep, seq_len).sort(dim=1).values  # dummies last
-    positions = nn.functional.pad(positions, (0, num_anchors - width), value=seq_len)
-    keep = positions < seq_len
-    return positions.masked_fill(~keep, 0).to(device), keep.to(device)
-
-
-def build_eval_mask(
-    seq_len: int,
-    loss_mask: Tensor,
-    label_indices: Tensor,
-    safe_label_indices: Tensor,
-    block_keep_mask: Tensor,
-    document_ids: Tensor | None = None,
-) -> Tensor:
-    """Which slots are supervised: labels inside the document that form an unbroken supervised prefix.
-
-    Args:
-        seq_len: S.
-        loss_mask: `[B, S]`.
-        label_indices: positions of the labels, `[B, N, K]`; may lie beyond the row.
-        safe_label_indices: the same, clamped into the row.
-        block_keep_mask: `[B, N]`, False for dummy blocks.
-        document_ids: `[B, S]`, or None.
-
-    Returns:
-        `[B, N, K]` bool.
-    """
-    rows = torch.arange(loss_mask.shape[0], device=loss_mask.device)[:, None, None]
-    supervised = (loss_mask[rows, safe_label_indices] > 0.5) & (label_indices < seq_len)
-    if document_ids is not None:
-        anchors = safe_label_indices[..., :1] - 1  # an anchor has a successor, so this is not clamped
-        supervised &= document_ids[rows, safe_label_indices] == document_ids[rows, anchors]
-    unbroken = supervised.int().cumprod(dim=-1).bool()
-    return unbroken & block_keep_mask[..., None]
-
-
-def label_positions(anchor_positions: Tensor, block_size: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Where each slot's label is: `[B, N, K]` as it is, and clamped into the row."""
-    slots = torch.arange(1, block_size + 1, device=anchor_positions.device)
-    labels = anchor_positions[..., None] + slots
-    return labels, labels.clamp(max=seq_len - 1)
-
-
-def restarting_positions(document_ids: Tensor) -> Tensor:
-    """Positions counted from the start of each document: `[B, S]` to `[B, S]` int64.
-
-    The positions of a document are neighbours.
-    """
-    positions = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return positions - (positions * begins).cummax(dim=1).values
-
-
-def create_position_ids(anchor_positions: Tensor, block_size: int) -> Tensor:
-    """Position ids of the block slots: anchor + k. `[B, N]` to `[B, N*K]`."""
-    slots = torch.arange(block_size, device=anchor_positions.device)
-    return (anchor_positions[..., None] + slots).flatten(1)
-
-
-def create_noise_embed(
-    embed_tokens: nn.Module,
-    input_ids: Tensor,
-    anchor_positions: Tensor,
-    block_keep_mask: Tensor,
-    mask_token_id: int,
-    block_size: int,
-) -> Tensor:
-    """The blocks' input: slot 0 is the anchor token's embedding, the others the mask token's.
-
-    Args:
-        embed_tokens: token embedding, `[..]` to `[.., H]`.
-        input_ids: `[B, S]`.
-        anchor_positions: `[B, N]`.
-        block_keep_mask: `[B, N]`; a dummy block is all mask tokens.
-        mask_token_id: the id that stands for a token to be drafted.
-        block_size: K.
-
-    Returns:
-        `[B, N*K, H]`.
-    """
-    anchors = input_ids.gather(1, anchor_positions).masked_fill(~block_keep_mask, mask_token_id)
-    ids = torch.full((*anchors.shape, block_size), mask_token_id, dtype=torch.long, device=input_ids.device)
-    ids[..., 0] = anchors
-    return embed_tokens(ids.flatten(1))
+__all__ = [
+    "build_anchor_candidate_mask",
+    "build_eval_mask",
+    "create_noise_embed",
+    "create_position_ids",
+    "sample_anchor_positions",
+]

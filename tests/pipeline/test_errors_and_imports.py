@@ -40,7 +40,7 @@ def imported_packages(source: str) -> set[str]:
     ("source", "package"),
     [
         ("import capture.run as r", "capture"),
-        ("def f():\n    from train.loop import x", "train"),
+        ("def f():\n    from train.trainer.trainer import x", "train"),
         ("import importlib\nimportlib.import_module('capture.run')", "capture"),
         ("if TYPE_CHECKING:\n    from train import y", "train"),
     ],

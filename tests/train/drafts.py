@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from tests import reference
-from train.draft.model import Qwen3DSparkModel
+from train.draft.dspark.model import Qwen3DSparkModel
 
 VOCAB, HIDDEN, LAYERS, BLOCK, MASK_ID = 31, 16, 2, 3, 5
 

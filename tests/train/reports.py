@@ -17,8 +17,8 @@ from matplotlib.colors import to_hex
 
 from tests.conftest import run_ok
 from tests.train.runs import lines_of, train_arguments
-from train.report import page, plots
-from train.report.data import gather
+from train.experiments.report import page, plots
+from train.experiments.report.data import gather
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

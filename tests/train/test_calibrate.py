@@ -11,11 +11,11 @@ import pytest
 from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.runs import train_arguments
-from train.calibrate import GRID, fit_temperatures, halves
-from train.checkpoint import find_checkpoint
-from train.measure import Blocks
-from train.results import CALIBRATION, read_temperatures
-from train.validate import split
+from train.eval.calibrate import GRID, fit_temperatures, halves
+from train.eval.heldout import Blocks
+from train.eval.validate import split
+from train.runs.checkpoint import find_checkpoint
+from train.runs.results import CALIBRATION, read_temperatures
 
 K = 3
 WRONG = ('{"temperatures": [1, 2]}', '{"temperatures": [1, Infinity, 1]}', '{"temperatures": [1, true, 1]}')

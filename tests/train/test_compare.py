@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, TargetIdentity, TokenizerIdentity
 from tests.conftest import assert_refused, run_cli, run_ok
-from train.compare import parameter_count
-from train.progress import Progress
+from train.experiments.compare import parameter_count
+from train.runs.state import Progress
 
 NF4 = Identity(
     target=TargetIdentity(

@@ -13,12 +13,12 @@ from tests.conftest import run_ok
 from tests.processes import start_ranks
 from tests.train.drafts import as_pack, random_samples, small_model
 from tests.train.runs import lines_of, progress_of, train_arguments, weights_of
-from train.batches import load_batch, loaded
 from train.config import RunConfig, TrainConfig
-from train.fused_loss import _product
-from train.module import DSparkTrainerModule
-from train.setup import prepare
-from train.steps import random_anchors
+from train.data.loader import load_batch, loaded
+from train.data.sampling import random_anchors
+from train.draft.dspark.module import DSparkTrainerModule
+from train.losses.fused import _product
+from train.trainer.setup import prepare
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,16 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train.batches as batches_module
+import train.data.loader as batches_module
 from pipeline.cache import CacheReader
 from pipeline.cache.shard import advise, file_bytes, map_shard
 from pipeline.errors import CacheError
 from tests.conftest import run_ok
 from tests.train.drafts import small_model
-from train.batches import Batch, load_batch, load_encoded_batch, loaded, prefetch
 from train.config import TrainConfig
-from train.optim import build_optimizers, learning_rate, normalise_gradients
-from train.steps import anchor_quotas, random_anchors, spread_anchors
+from train.data.loader import Batch, load_batch, load_encoded_batch, loaded, prefetch
+from train.data.sampling import anchor_quotas, random_anchors, spread_anchors
+from train.trainer.optimizer import build_optimizers, learning_rate, normalise_gradients
 
 
 @pytest.fixture(scope="module")

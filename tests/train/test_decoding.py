@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.train.drafts import HIDDEN, LAYERS, VOCAB, small_model
-from train.draft.decoding import DraftDecoder
-from train.draft.model import Qwen3DSparkModel
+from train.draft.dspark.decoder import DraftDecoder
+from train.draft.dspark.model import Qwen3DSparkModel
 
 HEADS = ["vanilla", "gated", "rnn", "none"]
 S = 23

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.process import WorkerPlace
-from train.display import Display
-from train.distributed import Ranks
+from train.runtime.console import Display
+from train.runtime.distributed import Ranks
 
 LINE = {
     "step": 20,

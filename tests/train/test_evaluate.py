@@ -17,10 +17,10 @@ from tests.processes import start_ranks
 from tests.tiny import make_conversations
 from tests.train.drafts import spec_of
 from tests.train.runs import train_arguments
-from train.checkpoint import find_checkpoint, load_checkpoint
-from train.run import load_run_config
-from train.steps import drawn_anchors
-from train.validate import split
+from train.data.sampling import drawn_anchors
+from train.eval.validate import split
+from train.runs.checkpoint import find_checkpoint, load_checkpoint
+from train.runs.directory import load_run_config
 
 
 @pytest.fixture(scope="module")

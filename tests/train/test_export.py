@@ -19,7 +19,7 @@ from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target
 from tests.train.exports import change_identity, change_json, changed
 from tests.train.runs import train_arguments, weights_of
-from train.draft.model import Qwen3DSparkModel
+from train.draft.dspark.model import Qwen3DSparkModel
 
 EMBEDDINGS = {"embed_tokens.weight", "lm_head.weight"}
 
@@ -474,7 +474,7 @@ def test_nothing_is_left_of_an_export_that_fails(
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    where = "pathlib.Path.rename" if failing == "rename" else f"train.export.{failing}"
+    where = "pathlib.Path.rename" if failing == "rename" else f"train.export.writer.{failing}"
     with monkeypatch.context() as patch:
         patch.setattr(where, full)
         result = run_cli("export", run_dir, tmp_path / "out", "--to", "hf")

@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from train import figures
 from train.config import LossConfig
-from train.measure import Blocks, join
+from train.eval import metrics as figures
+from train.eval.heldout import Blocks, join
 
 K = 4
 

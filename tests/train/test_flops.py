@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.train.drafts import as_pack, random_samples, small_model
-from train.batches import Pack
-from train.flops import peak_flops, training_flops
-from train.module import DSparkTrainerModule
+from train.data.loader import Pack
+from train.draft.dspark.flops import peak_flops, training_flops
+from train.draft.dspark.module import DSparkTrainerModule
 
 MASKS = [[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [1] * 9]
 ANCHORS = [[1, 3, 4], [0, 1, 4], [0, 2, 5, 7]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train import fused_loss
-from train.fused_loss import vocabulary_loss
-from train.losses import slot_losses
+from train.losses import fused as fused_loss
+from train.losses.fused import vocabulary_loss
+from train.losses.slots import slot_losses
 
 SLOTS, POSITIONS, HIDDEN, RANK, VOCAB = 23, 9, 12, 5, 37
 CASES = {

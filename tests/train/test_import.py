@@ -406,7 +406,7 @@ def test_a_directory_that_is_taken_and_a_disk_that_is_full(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.checkpoint.save_file", full)
+        patch.setattr("train.runs.checkpoint.save_file", full)
         result = run_cli(*import_arguments(released, cache_dir, tmp_path / "run"))
     assert_refused(result, 1, "No space left on device")
     assert list(tmp_path.iterdir()) == []

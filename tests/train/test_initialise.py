@@ -12,8 +12,8 @@ from pipeline.cache import CacheReader
 from tests.conftest import run_ok
 from tests.train.runs import lines_of, train_arguments
 from train.config import DraftConfig, RunConfig, TrainConfig
-from train.initialise import PENALTY, ridge_initialise
-from train.setup import build_draft, set_up
+from train.draft.dspark.ridge import PENALTY, ridge_initialise
+from train.trainer.setup import build_draft, set_up
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import TargetError
 from tests.train.drafts import small_config
-from train import rejection
-from train.draft.decoding import DraftDecoder
-from train.draft.model import Qwen3DSparkModel
-from train.live import CachedTarget, decode_plain, decode_speculative
+from train.decode import rejection
+from train.decode.speculative import CachedTarget, decode_plain, decode_speculative
+from train.draft.dspark.decoder import DraftDecoder
+from train.draft.dspark.model import Qwen3DSparkModel
 
 H, V = 32, 61
 FEW = 3  # tokens of a vocabulary whose texts can be enumerated
@@ -257,7 +257,7 @@ def test_the_chi_square_test_sees_a_wrong_rule(few, monkeypatch: pytest.MonkeyPa
     def accept_all(drafted, draft_probs, target_logits, temperature, generator=None):
         return len(drafted), rejection.choose(target_logits[-1], temperature, generator)
 
-    monkeypatch.setattr("train.live.accept", accept_all)
+    monkeypatch.setattr("train.decode.speculative.accept", accept_all)
     with CachedTarget(model, [0]) as target:
         counts = sampled(target, DraftDecoder(draft), 300, temperature=1.0)
     assert chi_square_p(counts, sequence_probs(model, 1.0)) < UNLIKELY

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.train.drafts import as_batch, random_samples, small_model
-from train.draft.model import DSparkForwardOutput
-from train.losses import compute_dspark_loss, slot_weights
-from train.module import DSparkTrainerModule
+from train.draft.dspark.model import DSparkForwardOutput
+from train.draft.dspark.module import DSparkTrainerModule
+from train.losses.slots import compute_dspark_loss, slot_weights
 
 
 def logits_of(*rows: list[float]) -> torch.Tensor:

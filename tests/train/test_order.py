@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.order import epoch_packs, epoch_steps, pack, sequential_packs
+from train.data.packing import epoch_packs, epoch_steps, pack, sequential_packs
 
 
 def flat(packs) -> list[int]:

@@ -7,16 +7,16 @@ import torch
 
 from tests import reference
 from tests.train.drafts import BLOCK, as_batch, as_pack, random_samples, small_model, spec_of
-from train.anchors import (
+from train.draft.dspark.anchors import (
     build_anchor_candidate_mask,
     build_eval_mask,
     label_positions,
     restarting_positions,
     sample_anchor_positions,
 )
-from train.losses import compute_dspark_loss
-from train.masks import block_attention_mask, flex_block_mask
-from train.module import DSparkTrainerModule
+from train.draft.dspark.masks import block_attention_mask, flex_block_mask
+from train.draft.dspark.module import DSparkTrainerModule
+from train.losses.slots import compute_dspark_loss
 
 # Documents that end in the middle of an answer, so that a block could run on into the next one.
 MASKS = [[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]]

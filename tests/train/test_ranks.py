@@ -17,18 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import train.loop
 from pipeline.cache import CacheReader
 from pipeline.process import WorkerPlace
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import start_ranks
 from tests.train.runs import figures_of, progress_of, train_arguments, weights_of
-from train.checkpoint import find_checkpoint, load_checkpoint
-from train.distributed import Ranks, SpreadModule
-from train.order import epoch_packs
-from train.run import load_run_config
-from train.setup import trainer_module
-from train.validate import split, validate
+from train.data.packing import epoch_packs
+from train.eval.validate import split, validate
+from train.runs.checkpoint import find_checkpoint, load_checkpoint
+from train.runs.directory import load_run_config
+from train.runtime.distributed import Ranks, SpreadModule
+from train.trainer import trainer as loop
+from train.trainer.setup import trainer_module
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 # Seven micro-batches a step, which neither two nor three ranks can share evenly.
@@ -193,13 +193,13 @@ def test_a_rank_that_dies_ends_the_job(tmp_path: Path, cache_dir: Path, monkeypa
     if said:  # unless torchrun was quicker
         assert "rank 0 lost the others" in said[0]
     # And the same command continues it: one process here, stopped at once.
-    real = train.loop.machine_facts
+    real = loop.machine_facts
 
     def stopped(*given):
         signal.raise_signal(signal.SIGTERM)
         return real(*given)
 
-    monkeypatch.setattr(train.loop, "machine_facts", stopped)
+    monkeypatch.setattr(loop, "machine_facts", stopped)
     step = progress_of(run)["step"]
     again = run_cli(*train_arguments(cache_dir, run, **settings))
     assert_refused(again, 143, f"saved at step {step + 1}")

@@ -36,8 +36,8 @@ from tests.train.reports import (
     write_log,
 )
 from tests.train.runs import lines_of, progress_of
-from train.report.plots import MOST_MARKS, MOST_POINTS, thinned
-from train.report.svg import COLOURS, look
+from train.experiments.report.plots import MOST_MARKS, MOST_POINTS, thinned
+from train.experiments.report.svg import COLOURS, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

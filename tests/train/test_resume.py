@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train.loop
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.processes import Dspark, die_at, one_thread
 from tests.train.runs import (
@@ -23,7 +22,8 @@ from tests.train.runs import (
     train_arguments,
     weights_of,
 )
-from train.checkpoint import BEST, LATEST
+from train.runs.checkpoint import BEST, LATEST
+from train.trainer import trainer as loop
 
 OFTEN = {
     "train__log_every": 3,  # lines whose sums begin before a checkpoint and end behind it
@@ -111,7 +111,7 @@ def test_stopped_within_an_evaluation(
     """It is not waited for, and is made up for first thing, even at the very end."""
     run = tmp_path / "run"
     arguments = train_arguments(cache_dir, run, train__max_steps=90, **OFTEN)
-    real, steps = train.loop.validate, []
+    real, steps = loop.validate, []
 
     def interrupted(*given, **options):
         steps.append(len(steps))
@@ -119,7 +119,7 @@ def test_stopped_within_an_evaluation(
             signal.raise_signal(signal.SIGTERM)
         return real(*given, **options)
 
-    monkeypatch.setattr(train.loop, "validate", interrupted)
+    monkeypatch.setattr(loop, "validate", interrupted)
     for step in (10, 90):
         assert_refused(run_cli(*arguments), 143, "stopped by SIGTERM", f"saved at step {step}")
         assert progress_of(run)["evaluated"] == step - 5
@@ -132,7 +132,7 @@ def test_moved_and_continued(tmp_path: Path, cache_dir: Path, uninterrupted: Pat
     run, moved = tmp_path / "run", tmp_path / "elsewhere" / "run"
     steps = []
 
-    class Stopping(train.loop.Training):
+    class Stopping(loop.Training):
         def _step(self, step):
             steps.append(step)
             if len(steps) == 41:
@@ -140,7 +140,7 @@ def test_moved_and_continued(tmp_path: Path, cache_dir: Path, uninterrupted: Pat
             return super()._step(step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.loop, "Training", Stopping)
+        patch.setattr(loop, "Training", Stopping)
         result = run_cli(*train_arguments(cache_dir, run, train__max_steps=90, **OFTEN))
     assert_refused(result, 143, "step 41")
     moved.parent.mkdir()
@@ -213,8 +213,8 @@ def test_one_process_a_run(tmp_path: Path, cache_dir: Path) -> None:
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
     taus = iter([1.2, 1.5, 1.4, 1.3, 1.1])
-    real = train.loop.validate
-    monkeypatch.setattr(train.loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
+    real = loop.validate
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
     settings = {"train__checkpoint_every": 1, "train__eval_every": 2, "train__keep_checkpoints": 3}
     run_ok(*train_arguments(cache_dir, tmp_path / "r", train__max_steps=10, **settings))
     assert checkpoint_names(tmp_path / "r") == ["step-000004", *(f"step-{n:06d}" for n in (8, 9, 10))]
@@ -231,8 +231,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, cache_dir: Path, monke
 
 def test_the_best_is_saved_though_no_checkpoint_was_due(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
     taus = iter([1.2, 1.5, 1.4])
-    real = train.loop.validate
-    monkeypatch.setattr(train.loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
+    real = loop.validate
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
     settings = {"train__eval_every": 2, "train__keep_checkpoints": 1}
     run_ok(*train_arguments(cache_dir, tmp_path / "r", train__max_steps=6, **settings))
     assert checkpoint_names(tmp_path / "r") == ["step-000004", "step-000006"]
@@ -240,8 +240,8 @@ def test_the_best_is_saved_though_no_checkpoint_was_due(tmp_path: Path, cache_di
 
 def test_early_stopping(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
     taus = iter([1.2, 1.5, 1.4, 1.45, 1.49])
-    real = train.loop.validate
-    monkeypatch.setattr(train.loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
+    real = loop.validate
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
     settings = {"train__eval_every": 2, "train__early_stopping_patience": 2}
     arguments = train_arguments(cache_dir, tmp_path / "r", train__max_steps=100, **settings)
     result = run_cli(*arguments)
@@ -287,11 +287,11 @@ def test_a_damaged_checkpoint_is_one_line(
 
 
 def test_a_full_disk_costs_no_checkpoint(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
-    import train.checkpoint
+    import train.runs.checkpoint
 
     run = tmp_path / "run"
     arguments = train_arguments(cache_dir, run, train__max_steps=8, train__checkpoint_every=4)
-    real, calls = train.checkpoint.save_file, []
+    real, calls = train.runs.checkpoint.save_file, []
 
     def full(*given, **options):
         calls.append(given)
@@ -299,7 +299,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path: Path, cache_dir: Path, monkey
             raise OSError(28, "No space left on device")
         real(*given, **options)
 
-    monkeypatch.setattr(train.checkpoint, "save_file", full)
+    monkeypatch.setattr(train.runs.checkpoint, "save_file", full)
     assert_refused(run_cli(*arguments), 1, "No space left on device", "the same command again")
     assert checkpoint_names(run) == ["step-000004"]
     run_ok(*arguments)
@@ -311,7 +311,7 @@ def test_random_generators_go_on_where_they_were(tmp_path: Path, cache_dir: Path
     """Nothing in this draft draws while it trains; what somebody adds to it, may."""
     drawn = []
 
-    class Drawing(train.loop.Training):
+    class Drawing(loop.Training):
         def _step(self, step):
             drawn.append(torch.rand(()).item())
             if len(drawn) == 3:
@@ -319,7 +319,7 @@ def test_random_generators_go_on_where_they_were(tmp_path: Path, cache_dir: Path
             return super()._step(step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.loop, "Training", Drawing)
+        patch.setattr(loop, "Training", Drawing)
         arguments = train_arguments(cache_dir, tmp_path / "a", train__max_steps=6)
         assert run_cli(*arguments).exit_code == 143
         run_ok(*arguments)

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train.loop
 from pipeline.errors import ConfigError
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import Dspark
 from tests.train.runs import checkpoint_names, lines_of, progress_of, train_arguments, weights_of
 from tests.train.test_resume import assert_same_run, one_thread_until_death
-from train.checkpoint import BEST, LATEST
 from train.config import LossConfig, RunConfig, TrainConfig
+from train.runs.checkpoint import BEST, LATEST
+from train.trainer import trainer as loop
 
 SHORT = {
     "train__max_steps": 4,
@@ -96,7 +96,7 @@ def test_a_checkpoint_that_is_written_again_is_never_missing(
 ) -> None:
     """Stopped within an evaluation, a run saves that step twice; here it is the only checkpoint kept."""
     stopped = tmp_path / "stopped"
-    real, calls = train.loop.validate, []
+    real, calls = loop.validate, []
 
     def interrupted(*given, **options):
         calls.append(given)
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_is_written_again_is_never_missing(
             signal.raise_signal(signal.SIGTERM)
         return real(*given, **options)
 
-    monkeypatch.setattr(train.loop, "validate", interrupted)
+    monkeypatch.setattr(loop, "validate", interrupted)
     assert_refused(run_cli(*train_arguments(cache_dir, stopped, **SHORT)), 143, "saved at step 2")
     for at in range(1, 30):
         run = tmp_path / "run"
@@ -200,7 +200,7 @@ def test_what_only_looks_left_over_is_not_removed(tmp_path: Path, cache_dir: Pat
 def test_an_intact_checkpoint_is_not_called_damaged(
     tmp_path: Path, cache_dir: Path, whole: Path, monkeypatch
 ) -> None:
-    import train.checkpoint
+    import train.runs.checkpoint
 
     run = unfinished(tmp_path / "run", whole)
 
@@ -210,13 +210,13 @@ def test_an_intact_checkpoint_is_not_called_damaged(
 
         return load
 
-    monkeypatch.setattr(train.checkpoint, "load_file", refuse(OSError(116, "Stale file handle")))
+    monkeypatch.setattr(train.runs.checkpoint, "load_file", refuse(OSError(116, "Stale file handle")))
     result = run_cli(*train_arguments(cache_dir, run, **SHORT))
     assert_refused(result, 1, "can't be read", "Stale file handle")
     assert "remove it" not in result.stderr
     monkeypatch.undo()
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    monkeypatch.setattr(train.checkpoint, "_load_optimizer", lambda *_a, **_o: refuse(memory)())
+    monkeypatch.setattr(train.runs.checkpoint, "_load_optimizer", lambda *_a, **_o: refuse(memory)())
     assert_refused(run_cli(*train_arguments(cache_dir, run, **SHORT)), 1, "out of memory")
 
 
@@ -316,15 +316,15 @@ def unfinished(run: Path, whole: Path) -> Path:
 
 def test_a_tau_that_is_no_number_is_not_the_best(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
     taus = iter([math.nan, 1.1])
-    real = train.loop.validate
-    monkeypatch.setattr(train.loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
+    real = loop.validate
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": next(taus)})
     run_ok(*train_arguments(cache_dir, tmp_path / "r", **SHORT))
     assert progress_of(tmp_path / "r")["best"] == {"step": 4, "tau": 1.1}
 
 
 def test_stopped_early_between_two_lines(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:
-    real = train.loop.validate
-    monkeypatch.setattr(train.loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": 1.5})
+    real = loop.validate
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {**real(*a, **k), "tau": 1.5})
     settings = {"train__eval_every": 2, "train__early_stopping_patience": 1, "train__log_every": 10}
     run_ok(*train_arguments(cache_dir, tmp_path / "r", **settings))
     assert [line["step"] for line in lines_of(tmp_path / "r") if "loss" in line] == [4]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.schedule import schedule
+from train.decode.scheduler import schedule
 
 
 def slowing(batch: int) -> float:

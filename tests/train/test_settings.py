@@ -16,8 +16,8 @@ from pipeline import config as configuration
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.runs import train_arguments
 from train.config import PAPER, LossConfig, RunConfig
-from train.run import flat_settings, load_run_config
-from train.setup import most_candidates
+from train.runs.directory import flat_settings, load_run_config
+from train.trainer.setup import most_candidates
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ from train.setup import most_candidates
 def test_a_bad_setting_is_one_line(
     tmp_path: Path, cache_dir: Path, monkeypatch, setting, code, parts
 ) -> None:
-    from train.draft.model import Qwen3DSparkModel
+    from train.draft.dspark.model import Qwen3DSparkModel
 
     def refuse(*_args, **_kwargs):
         raise AssertionError("a draft was built")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.loop
 from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import start_ranks
 from tests.train.runs import figures_of, lines_of, progress_of, train_arguments, weights_of
-from train.order import epoch_packs
-from train.validate import split
+from train.data.packing import epoch_packs
+from train.eval.validate import split
+from train.trainer import trainer as loop
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def poisoned(monkeypatch):
     """Let the loss of some optimiser steps be NaN: `poisoned(4, 5)`."""
 
     def poison(*steps: int, part: str = "loss") -> None:
-        class Poisoned(train.loop.Training):
+        class Poisoned(loop.Training):
             def _step(self, step):
                 real, number = self.spread, self.progress.step + 1
 
@@ -46,7 +46,7 @@ def poisoned(monkeypatch):
                 finally:
                     self.spread = real
 
-        monkeypatch.setattr(train.loop, "Training", Poisoned)
+        monkeypatch.setattr(loop, "Training", Poisoned)
 
     return poison
 
@@ -95,7 +95,7 @@ def test_what_was_skipped_is_remembered_over_a_stop(tmp_path: Path, cache_dir: P
     poisoned(2, 3, 5)
     settings = {"train__max_steps": 8, "train__log_every": 4}
     run_ok(*train_arguments(cache_dir, tmp_path / "whole", **settings))
-    base, calls = train.loop.Training, []
+    base, calls = loop.Training, []
 
     class Stopping(base):
         def _step(self, step):
@@ -104,7 +104,7 @@ def test_what_was_skipped_is_remembered_over_a_stop(tmp_path: Path, cache_dir: P
                 signal.raise_signal(signal.SIGTERM)
             return super()._step(step)
 
-    train.loop.Training = Stopping  # the fixture puts the real one back
+    loop.Training = Stopping  # the fixture puts the real one back
     arguments = train_arguments(cache_dir, tmp_path / "r", **settings)
     assert_refused(run_cli(*arguments), 143, "step 3")
     assert progress_of(tmp_path / "r")["skipped_in_a_row"] == 2

@@ -16,9 +16,16 @@ import pytest
 from pipeline import process
 from pipeline.errors import UsageError
 from tests.conftest import assert_refused, run_cli, run_ok
-from train import sweep
-from train.run import load_run_config, read_progress
-from train.sweep import last_error, parse_settings, plan_grid, run_names, split_values, visible_gpus
+from train.experiments import sweep
+from train.experiments.sweep import (
+    last_error,
+    parse_settings,
+    plan_grid,
+    run_names,
+    split_values,
+    visible_gpus,
+)
+from train.runs.directory import load_run_config, read_progress
 
 # Nothing is left open that a cache would decide, so that the stand-in need not read one.
 CONFIG = """\
@@ -49,7 +56,7 @@ from pathlib import Path
 
 from pipeline import config
 from train.config import RunConfig
-from train.progress import Progress
+from train.runs.state import Progress
 
 here, given = Path(__file__).parent, sys.argv[1:]
 

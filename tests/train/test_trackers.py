@@ -15,7 +15,7 @@ import pytest
 from pipeline.errors import ConfigError, RunError
 from tests.conftest import run_ok
 from tests.train.runs import lines_of, train_arguments
-from train.trackers import TRACKERS, Trackers, check_trackers, flat_scalars
+from train.runtime.trackers import TRACKERS, Trackers, check_trackers, flat_scalars
 
 LINE = {"step": 5, "loss": 0.5, "tau": 2, "lr": math.nan, "peak_flops_percent": None, "note": "warm"}
 HELD_OUT = {"step": 5, "held_out": {"step": 5, "tau": 2.5, "accept_by_position": [0.75, 0.5]}}

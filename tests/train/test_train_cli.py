@@ -16,12 +16,12 @@ from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.processes import Dspark, one_thread
 from tests.tiny import make_target
 from tests.train.runs import SMALL, figures_of, lines_of, progress_of, train_arguments
-from train.checkpoint import find_checkpoint
 from train.config import TrainConfig
-from train.order import epoch_packs
-from train.setup import most_candidates
-from train.steps import count_steps, steps_from
-from train.validate import split
+from train.data.packing import epoch_packs
+from train.data.sampling import count_steps, steps_from
+from train.eval.validate import split
+from train.runs.checkpoint import find_checkpoint
+from train.trainer.setup import most_candidates
 
 
 @pytest.fixture(scope="module")

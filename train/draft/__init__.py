@@ -5,9 +5,9 @@ from pipeline.lazy import lazy_exports
 __getattr__, __all__ = lazy_exports(
     __name__,
     {
-        "AcceptRatePredictor": "train.draft.confidence",
-        "DSparkForwardOutput": "train.draft.model",
-        "Qwen3DSparkModel": "train.draft.model",
-        "draft_config": "train.draft.config",
+        "AcceptRatePredictor": "train.draft.dspark.confidence",
+        "DSparkForwardOutput": "train.draft.dspark.model",
+        "Qwen3DSparkModel": "train.draft.dspark.model",
+        "draft_config": "train.draft.dspark.config",
     },
 )

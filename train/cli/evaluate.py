@@ -1,0 +1,223 @@
+"""Commands that measure a trained draft: `dspark evaluate`, `dspark speculate`."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import UsageError
+from pipeline.target.options import TargetOptions, target_options
+
+run_option = click.option(
+    *("--run", "--run-dir", "run"),  # torchrun takes --run for its own --run-path before Python 3.12.8
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A run with a checkpoint.",
+)
+cache_option = click.option(
+    "--cache", type=click.Path(path_type=Path), required=True, help="A complete cache."
+)
+checkpoint_option = click.option(
+    "--checkpoint",
+    default="best",
+    show_default=True,
+    help="Which one: best (the latest where nothing was held out), latest, or as step-000400.",
+)
+device_option = click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+anchors_option = click.option(
+    "--anchors",
+    type=click.IntRange(min=1),
+    help="Anchors of a held-out sample, drawn by --seed, for large caches. Default: every candidate.",
+)
+anchors_seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of --anchors."
+)
+
+
+@click.command("evaluate")
+@cache_option
+@run_option
+@checkpoint_option
+@anchors_option
+@anchors_seed_option
+@device_option
+@json_option
+def evaluate_command(
+    cache: Path, run: Path, checkpoint: str, anchors: int | None, seed: int, device: str, as_json: bool
+) -> None:
+    """Measure a draft on a cache's held-out samples; no target is needed.
+
+    Loss terms, acceptance by position, expected tokens a round (tau) when sampling and when greedy, the
+    calibration of the confidence head, all by source and length. The figures are also written to
+    evaluation.json in the checkpoint's folder. Under torchrun processes share the samples.
+    """
+    from train.eval.evaluate import evaluate, format_evaluation
+    from train.runs.open import open_draft
+    from train.runs.results import EVALUATION, save_figures
+    from train.runtime.distributed import open_ranks
+
+    with open_ranks(device) as ranks:
+        with ranks.together():
+            draft = open_draft(cache, run, ranks, checkpoint)
+        result = {"step": draft.step}
+        result |= evaluate(
+            draft.module, draft.reader, draft.held_out, draft.config, ranks, anchors=anchors, seed=seed
+        )
+        if ranks.leads:
+            click.echo(json.dumps(result) if as_json else format_evaluation(result))
+        with ranks.together():
+            if ranks.leads:
+                save_figures(draft.folder, EVALUATION, result)
+
+
+def _check_temperatures(_ctx: click.Context, _param: click.Parameter, values: tuple[float, ...]) -> Any:
+    """The callback of `--temperature`: below a thousandth softmax is greedy but for overflows."""
+    for value in values:
+        if not (value == 0 or 1e-3 <= value <= 1e3):
+            raise UsageError(f"--temperature expects 0, or a number from 0.001 to 1000, got {value}")
+    return values
+
+
+def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
+    """The callback of `--threshold`."""
+    if not 0 <= value <= 1:
+        raise UsageError(f"--threshold expects a probability from 0 to 1, got {value}")
+    return value
+
+
+@click.command("speculate")
+@target_options(required=True, help="Hugging Face directory or Hub id of the draft's target.")
+@run_option
+@checkpoint_option
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="JSON Lines as for capture, or .txt with a prompt a line.",
+)
+@click.option("--cache", type=click.Path(path_type=Path), help="Instead: take the questions it held out.")
+@click.option(
+    "--num-prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at most."
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(2, 2**20), default=128, show_default=True, help="Of each text."
+)
+@click.option(
+    "--temperature",
+    "temperatures",
+    type=float,
+    callback=_check_temperatures,
+    multiple=True,
+    default=(0.0, 1.0),
+    show_default=True,
+    help="0 is greedy. May be given several times.",
+)
+@click.option(
+    "--threshold",
+    type=float,
+    callback=_check_threshold,
+    default=0.0,
+    show_default=True,
+    help="Verify a token only if the block is accepted up to it with this probability, by the confidence "
+    "head (calibrated, if `dspark calibrate` was run). 0: all.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of sampling.")
+@click.option("--show", is_flag=True, help="Print the texts.")
+@json_option
+def speculate_command(
+    target: TargetOptions,
+    run: Path,
+    checkpoint: str,
+    prompts: Path | None,
+    cache: Path | None,
+    num_prompts: int,
+    max_new_tokens: int,
+    temperatures: tuple[float, ...],
+    threshold: float,
+    seed: int,
+    show: bool,
+    as_json: bool,
+) -> None:
+    """Decode with a draft and its live target, and compare with the target alone.
+
+    Prints accepted tokens live and as `dspark evaluate` expected them, the time of both, and whether the
+    greedy text is the target's own. The figures are also written to speculation.json in the checkpoint's
+    folder.
+    """
+    if (prompts is None) == (cache is None):
+        raise UsageError("expected prompts from one place: give --prompts FILE or --cache CACHE")
+    from pipeline.cache import CacheReader
+    from pipeline.quiet import quiet_transformers
+    from pipeline.target.load import open_target
+    from train.decode.benchmark import format_speculation, load_pair, speculate_all
+    from train.decode.prompts import held_out_prompts, read_prompts
+    from train.eval.validate import split
+    from train.runs.checkpoint import check_cache, find_checkpoint, trained_for
+    from train.runs.directory import load_run_config
+    from train.runs.results import SPECULATION, save_figures
+    from train.runs.state import read_training
+
+    quiet_transformers()
+    folder = find_checkpoint(run, checkpoint)
+    _, page = read_training(folder)
+    found = open_target(target)
+    if prompts is not None:
+        vocab_size = trained_for(folder, page).vocab_size
+        asked = read_prompts(prompts, found.tokenizer(), vocab_size, num_prompts)
+    else:
+        reader = CacheReader(cache)
+        check_cache(folder, page, reader)
+        _, held_out = split(reader, load_run_config(run).train.held_out)
+        asked = held_out_prompts(reader, held_out, num_prompts)
+    pair = load_pair(found, folder)
+    if pair.warning:
+        click.echo(f"warning: {pair.warning}", err=True)
+    result = speculate_all(
+        pair,
+        folder,
+        asked,
+        temperatures=temperatures,
+        max_new_tokens=max_new_tokens,
+        threshold=threshold,
+        seed=seed,
+        show=partial(click.echo, err=as_json) if show else None,
+    )
+    click.echo(json.dumps(result) if as_json else format_speculation(result))
+    save_figures(folder, SPECULATION, result)
+
+
+@click.command("calibrate")
+@cache_option
+@run_option
+@checkpoint_option
+@anchors_option
+@anchors_seed_option
+@device_option
+@json_option
+def calibrate_command(
+    cache: Path, run: Path, checkpoint: str, anchors: int | None, seed: int, device: str, as_json: bool
+) -> None:
+    """Fit a temperature for each position's confidence, so that it says how likely tokens are accepted.
+
+    Sequential temperature scaling on one half of the held-out samples, reported on the other. The
+    temperatures are written to calibration.json in the checkpoint's folder; speculation and exports take
+    them from there, and SGLang by --speculative-dspark-confidence-sts-path.
+    """
+    from train.eval.calibrate import calibrate, format_calibration
+    from train.runs.open import open_draft
+    from train.runs.results import CALIBRATION, save_figures
+    from train.runtime.distributed import open_ranks
+
+    with open_ranks(device) as ranks:
+        with ranks.together():
+            draft = open_draft(cache, run, ranks, checkpoint)
+        result = calibrate(draft, ranks, anchors=anchors, seed=seed)
+        if ranks.leads:
+            click.echo(json.dumps(result) if as_json else format_calibration(result))
+        with ranks.together():
+            if ranks.leads:
+                save_figures(draft.folder, CALIBRATION, result)

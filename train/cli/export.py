@@ -1,0 +1,100 @@
+"""`dspark export` and `dspark import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from click import format_filename
+
+from pipeline.errors import UsageError
+from train.cli.evaluate import cache_option, checkpoint_option
+
+
+@click.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["hf", "vllm", "sglang"]),
+    required=True,
+    help="Who is to load it. hf takes every draft; an engine refuses what it can't serve.",
+)
+@checkpoint_option
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the weights.",
+)
+@click.option(
+    "--with-embeddings",
+    is_flag=True,
+    help="Bring the target's embedding and head along. Engines share the target's; SGLang ignores others.",
+)
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="A cache of the draft's target, for --with-embeddings."
+)
+def export_command(
+    run: Path,
+    folder: Path,
+    to: str,
+    checkpoint: str,
+    dtype: str,
+    with_embeddings: bool,
+    cache: Path | None,
+) -> None:
+    """Write RUN's draft to the new directory DIR as inference engines load it.
+
+    config.json and model.safetensors, a model card, and the confidence head's temperatures where `dspark
+    calibrate` found some. Embedding and head are the target's, and left out unless asked for.
+    """
+    if with_embeddings and cache is None:
+        raise UsageError("--with-embeddings needs --cache: the target's embedding and head are in its cache")
+    if cache is not None and not with_embeddings:
+        raise UsageError("--cache is read for --with-embeddings only: pass both, or neither")
+    from pipeline.quiet import quiet_transformers
+    from train.export.writer import export
+
+    quiet_transformers()
+    draft = export(run, folder, to, checkpoint=checkpoint, dtype=dtype, cache=cache)
+    click.echo(
+        f"{format_filename(folder)}: the draft of {format_filename(run)} at step {draft.progress.step:,} for "
+        f"{draft.trained_on.target.name}, {dtype}; {format_filename(folder / 'README.md')} says how to serve "
+        "it"
+    )
+
+
+@click.command("import")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@cache_option
+@click.option(
+    *("--run", "--run-dir", "run"),
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Directory to write; nothing may be in it.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="A setting of [loss] or [train] that the draft is to be measured by, as train.held_out.",
+)
+def import_command(folder: Path, cache: Path, run: Path, overrides: tuple[str, ...]) -> None:
+    """Make a run of a released draft in DeepSpec's layout: DIR has config.json and safetensors weights.
+
+    The run has one checkpoint, at step 0, and nothing left to train: `dspark evaluate`, `compare` and
+    `export` take it like any other, and draft.init_from continues from it. Embedding and head are the
+    cache's; it has to be of the draft's target, with the layers that the draft reads.
+    """
+    from pipeline.quiet import quiet_transformers
+    from train.export.deepspec import import_draft
+
+    quiet_transformers()
+    config = import_draft(folder, cache, run, overrides)
+    click.echo(
+        f"{format_filename(run)}: the draft of {format_filename(folder)}, reads layers "
+        f"{list(config.target_layer_ids)}, drafts {config.block_size} tokens a block"
+    )

@@ -1,0 +1,79 @@
+"""`dspark train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.process import torchrun_place
+
+
+def _explain(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
+    """Print every setting and end, whatever else was given."""
+    if asked:
+        from train.cli.explain import explain
+
+        for line in explain():
+            click.echo(line)
+        ctx.exit()
+
+
+@click.command("train")
+@click.option(
+    "--explain",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_explain,
+    help="Print every setting with its default and the paper's value, and do nothing else.",
+)
+@click.option("--cache", type=click.Path(path_type=Path), required=True, help="A complete cache.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="TOML; default: paper settings."
+)
+@click.option(
+    *("--run", "--run-dir", "run"),  # torchrun takes --run for its own --run-path before Python 3.12.8
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Directory to write, or to continue.",
+)
+@click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a setting.")
+@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
+@click.option("--fresh", is_flag=True, help="Clear the run if it exists, and start over.")
+@click.option(
+    "--profile",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Write a Chrome trace of N steps to RUN/trace.json (open it in chrome://tracing or Perfetto).",
+)
+def train_command(
+    cache: Path,
+    config_file: Path | None,
+    run: Path,
+    overrides: tuple[str, ...],
+    device: str,
+    fresh: bool,
+    profile: int | None,
+) -> None:
+    """Train a DSpark draft from a cache, or continue a run; the target is never loaded.
+
+    Killed or stopped at any moment, the same command continues from the last checkpoint. Under torchrun all
+    its processes share each step.
+    """
+    from pipeline import config as configuration
+    from train.config import RunConfig
+
+    values = configuration.load_toml(config_file) if config_file else {}
+    where = str(config_file or "config")
+    config = configuration.build(RunConfig, configuration.apply_overrides(values, overrides), where)
+    from pipeline.quiet import quiet_transformers
+    from train.eval.validate import format_validation
+    from train.trainer.trainer import train
+
+    quiet_transformers()
+    result = train(cache, config, run, device=device, fresh=fresh, profile_steps=profile or 0)
+    if torchrun_place().rank == 0:
+        if result:
+            click.echo(format_validation(result))
+        click.echo(f"draft: {run / 'latest'}")

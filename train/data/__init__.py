@@ -1,0 +1,1 @@
+"""From the cache to packed batches: which samples, which anchors, in which order."""

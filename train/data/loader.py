@@ -1,0 +1,329 @@
+"""From the cache to packed device batches, with their anchors.
+
+A batch is one row of `P = batch_tokens` positions: samples end to end, then padding (document -1). Features
+go from the page cache straight to where the device takes them from: on a CPU decoded into the batch, for a
+GPU as they are stored into pinned memory, to be decoded there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from queue import SimpleQueue
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache import CacheReader, last_positions
+from pipeline.cache.layout import LAST_HIDDEN, context_name
+from train.data.sampling import AnchorChoice
+
+Loaded = TypeVar("Loaded")
+
+# Blocks of a batch are a multiple of it, so that a GPU meets few shapes; the last few may be dummies.
+ANCHOR_MULTIPLE = 16
+# Tokens of a batch after which the pages that they were read from leave this process's memory.
+RELEASE_TOKENS = 2048
+# Batches read ahead, and threads that read them.
+DEPTH, THREADS = 2, 2
+
+
+@dataclass(kw_only=True)
+class Pack:
+    """Samples in one row, and where their blocks start. P tokens, N anchors."""
+
+    input_ids: Tensor  # [1, P] int64
+    loss_mask: Tensor  # [1, P] uint8
+    document_ids: Tensor  # [1, P] int32, -1 behind the last sample
+    anchor_positions: Tensor  # [1, N] int64
+    block_keep_mask: Tensor  # [1, N] bool
+    num_tokens: int
+    flops: float = 0.0
+    """What a training step computes for it, where whoever loaded it counted."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, named as the module's arguments."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+@dataclass(kw_only=True)
+class Batch(Pack):
+    """A pack with the target's states: what `DSparkTrainerModule.forward` takes."""
+
+    target_hidden_states: Tensor  # [1, P, L, H] bfloat16, of any strides, zero behind the last sample
+    target_last_hidden_states: Tensor  # [1, P, H] bfloat16, zero where no loss can use it
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device, or itself."""
+        return (
+            self
+            if device.type == "cpu"
+            else replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        )
+
+
+@dataclass(kw_only=True)
+class EncodedBatch(Pack):
+    """A pack with the target's states as they are stored, in memory that a GPU can copy from."""
+
+    reader: CacheReader
+    context: dict[int, dict[str, Tensor]]
+    """The stored tensors of each layer, by layer id and suffix, `[num_tokens, ..]`."""
+    last_hidden: dict[str, Tensor]
+    """Likewise, `[M, ..]`."""
+    last_positions: Tensor
+    """Where those M rows go, in the pack."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to a device and decode there, on its current stream."""
+
+        def there(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+        tokens = there(self.tensors())
+        positions = tokens.pop("last_positions")
+        hidden, width = self.reader.hidden_size, self.input_ids.shape[1]
+        context = torch.empty(width, len(self.context), hidden, dtype=torch.bfloat16, device=device)
+        context[self.num_tokens :] = 0
+        for column, (layer_id, parts) in enumerate(self.context.items()):
+            out = context[: self.num_tokens, column]
+            self.reader.codec(context_name(layer_id)).decode(there(parts), out)
+        states = torch.empty(len(positions), hidden, dtype=torch.bfloat16, device=device)
+        self.reader.codec(LAST_HIDDEN).decode(there(self.last_hidden), states)
+        last_hidden = context.new_zeros(width, hidden).index_copy_(0, positions, states)
+        counts = {"num_tokens": self.num_tokens, "flops": self.flops}
+        return Batch(**tokens, **counts, **_states(context, last_hidden))
+
+
+def _states(context: Tensor, last_hidden: Tensor) -> dict[str, Tensor]:
+    return {"target_hidden_states": context[None], "target_last_hidden_states": last_hidden[None]}
+
+
+def load_pack(reader: CacheReader, samples: Sequence[int], batch_tokens: int, choose: AnchorChoice) -> Pack:
+    """Lay samples' tokens into one row and choose their anchors. No features are touched.
+
+    Args:
+        samples: sample numbers, `batch_tokens` tokens at most; none at all makes a pack of padding.
+    """
+    input_ids = torch.zeros(batch_tokens, dtype=torch.int64)
+    loss_mask = torch.zeros(batch_tokens, dtype=torch.uint8)
+    document_ids = torch.full((batch_tokens,), -1, dtype=torch.int32)
+    candidates, starts, start = [], [], 0
+    for document, i in enumerate(samples):
+        ids, mask = reader.tokens(i)
+        rows = slice(start, start + len(ids))
+        input_ids[rows], loss_mask[rows], document_ids[rows] = ids, mask, document
+        supervised = mask.numpy().astype(bool)
+        candidates.append(np.flatnonzero(supervised[:-1] & supervised[1:]))
+        starts.append(start)
+        start += len(ids)
+    chosen = choose(candidates, [reader.sample_ids[i].tobytes() for i in samples])
+    count = sum(map(len, chosen))
+    width = -(-max(count, 1) // ANCHOR_MULTIPLE) * ANCHOR_MULTIPLE
+    anchors = torch.zeros(width, dtype=torch.int64)
+    if count:
+        shifted = [positions + first for positions, first in zip(chosen, starts, strict=True)]
+        anchors[:count] = torch.from_numpy(np.concatenate(shifted))
+    keep = torch.arange(width) < count
+    return Pack(
+        input_ids=input_ids[None],
+        loss_mask=loss_mask[None],
+        document_ids=document_ids[None],
+        anchor_positions=anchors[None],
+        block_keep_mask=keep[None],
+        num_tokens=start,
+    )
+
+
+def load_batch(
+    reader: CacheReader,
+    samples: Sequence[int],
+    layer_ids: Sequence[int],
+    batch_tokens: int,
+    choose: AnchorChoice,
+    memory: Tensor | None = None,
+) -> Batch:
+    """Read samples into a batch on the CPU, each feature row decoded straight into its place.
+
+    Args:
+        memory: of `batch_memory`, for the states; None allocates.
+    """
+    pack = load_pack(reader, samples, batch_tokens, choose)
+    memory = batch_memory(reader, layer_ids, batch_tokens) if memory is None else memory
+    *context, last_hidden = memory  # a layer after the other, so that stored rows fill memory in one piece
+    memory[:-1, pack.num_tokens :] = 0
+    last_hidden.zero_()
+    for i, rows in _places(reader, samples, layer_ids):
+        for layer_id, states in zip(layer_ids, context, strict=True):
+            reader.read_rows(i, context_name(layer_id), slice(None), states[rows])
+        begin = 0
+        for run in _runs(last_positions(pack.loss_mask[0, rows])):
+            end = begin + run.stop - run.start
+            reader.read_rows(i, LAST_HIDDEN, slice(begin, end), last_hidden[rows][run])
+            begin = end
+    return Batch(**vars(pack), **_states(memory[:-1].transpose(0, 1), last_hidden))
+
+
+def batch_memory(reader: CacheReader, layer_ids: Sequence[int], batch_tokens: int) -> Tensor:
+    """Memory for the states of a batch, `[L + 1, P, H]` bfloat16: the layers, then the last hidden states."""
+    return torch.empty(len(layer_ids) + 1, batch_tokens, reader.hidden_size, dtype=torch.bfloat16)
+
+
+def load_encoded_batch(
+    reader: CacheReader,
+    samples: Sequence[int],
+    layer_ids: Sequence[int],
+    batch_tokens: int,
+    choose: AnchorChoice,
+    *,
+    pin: bool = True,
+) -> EncodedBatch:
+    """Read samples into a batch that `EncodedBatch.to` takes to a GPU: stored bytes, copied once.
+
+    Args:
+        pin: whether to read into page-locked memory, which copies to a GPU need not wait for.
+    """
+    pack = load_pack(reader, samples, batch_tokens, choose)
+    num_last = sum(reader.num_last_rows(i) for i in samples)
+    positions = torch.empty(num_last, dtype=torch.int64, pin_memory=pin)
+
+    def buffers(state: str, rows: int) -> dict[str, Tensor]:
+        specs = reader.codec(state).codec.specs(rows, reader.hidden_size)
+        return {
+            name: torch.empty(shape, dtype=dtype, pin_memory=pin) for name, (dtype, shape) in specs.items()
+        }
+
+    context = {layer_id: buffers(context_name(layer_id), pack.num_tokens) for layer_id in layer_ids}
+    last_hidden, begin = buffers(LAST_HIDDEN, num_last), 0
+    for i, rows in _places(reader, samples, layer_ids):
+        for layer_id, parts in context.items():
+            reader.fetch(i, context_name(layer_id), {name: part[rows] for name, part in parts.items()})
+        last_rows = slice(begin, begin + reader.num_last_rows(i))
+        reader.fetch(i, LAST_HIDDEN, {name: part[last_rows] for name, part in last_hidden.items()})
+        positions[last_rows] = last_positions(pack.loss_mask[0, rows]) + rows.start
+        begin = last_rows.stop
+    values = vars(pack)
+    if pin:
+        values = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()}
+    return EncodedBatch(
+        **values, reader=reader, context=context, last_hidden=last_hidden, last_positions=positions
+    )
+
+
+def _places(
+    reader: CacheReader, samples: Sequence[int], layer_ids: Sequence[int]
+) -> Iterator[tuple[int, slice]]:
+    """Each sample with its rows of the pack; the kernel reads ahead, and what was read is let go."""
+    states = [*map(context_name, layer_ids), LAST_HIDDEN]
+    for i in samples:
+        reader.read_ahead(i, states)
+    start, released, begun = 0, 0, set[int]()
+    for i in samples:
+        stop = start + int(reader.lengths[i])
+        yield i, slice(start, stop)
+        begun.add(reader.shard_of(i))
+        if stop - released >= RELEASE_TOKENS:
+            reader.release(begun)
+            begun, released = set(), stop
+        start = stop
+    reader.release(begun)
+
+
+def _runs(positions: Tensor) -> list[slice]:
+    """Ascending positions `[M]` as slices of neighbours."""
+    places = positions.numpy()
+    breaks = np.flatnonzero(np.diff(places) != 1) + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(places, breaks) if len(run)]
+
+
+def prefetch(
+    jobs: Iterable[Callable[[], Loaded]], depth: int = DEPTH, threads: int = THREADS
+) -> Iterator[Loaded]:
+    """Run loading jobs on threads, `depth` ahead, and yield their results in order.
+
+    An error is raised where its batch was due.
+    """
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="batches") as pool:
+        pending: deque[Future[Loaded]] = deque()
+        try:
+            for job in jobs:
+                pending.append(pool.submit(job))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def loaded(
+    reader: CacheReader,
+    packs: Iterable[tuple[Sequence[int], AnchorChoice]],
+    layer_ids: Sequence[int],
+    batch_tokens: int,
+    device: torch.device,
+    count_flops: Callable[[Pack], float] = lambda _pack: 0.0,
+) -> Iterator[Batch]:
+    """Batches on a device, in order, read ahead by threads.
+
+    A batch is to be used before the next one is asked for: on a CPU its memory then serves another.
+
+    Args:
+        packs: the samples of each batch, and how their anchors are chosen.
+        count_flops: what is put into each batch's `flops`.
+
+    Raises:
+        CacheError: where a damaged sample's batch was due, or on a GPU one batch before.
+    """
+    if device.type == "cuda":
+
+        def load_pinned(samples: Sequence[int], choose: AnchorChoice) -> EncodedBatch:
+            batch = load_encoded_batch(reader, samples, layer_ids, batch_tokens, choose)
+            batch.flops = count_flops(batch)
+            return batch
+
+        yield from _copied(prefetch(partial(load_pinned, *pack) for pack in packs), device)
+        return
+    # Memory that was used before costs no page faults, which would take longer than the copying.
+    free: SimpleQueue[Tensor] = SimpleQueue()
+    for _ in range(DEPTH + 1):  # those ahead, and the one in use
+        free.put(batch_memory(reader, layer_ids, batch_tokens))
+
+    def load(samples: Sequence[int], choose: AnchorChoice) -> tuple[Batch, Tensor]:
+        memory = free.get()
+        batch = load_batch(reader, samples, layer_ids, batch_tokens, choose, memory)
+        batch.flops = count_flops(batch)
+        return batch, memory
+
+    for batch, memory in prefetch(partial(load, *pack) for pack in packs):
+        yield batch.to(device)
+        free.put(memory)
+
+
+def _copied(batches: Iterator[EncodedBatch], device: torch.device) -> Iterator[Batch]:
+    """Copy and decode one batch ahead of the one in use, on a stream of its own."""
+    stream = torch.cuda.Stream(device)
+    ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
+
+    def take() -> Batch:
+        batch, copied = ahead.popleft()
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        for tensor in batch.tensors().values():
+            tensor.record_stream(current)  # its memory is not given away while that stream still reads it
+        return batch
+
+    for encoded in batches:
+        with torch.cuda.stream(stream):
+            batch = encoded.to(device)
+            ahead.append((batch, stream.record_event()))
+        if len(ahead) > 1:
+            yield take()
+    while ahead:
+        yield take()

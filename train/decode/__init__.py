@@ -1,0 +1,1 @@
+"""Decode with a draft and its live target."""

@@ -1,0 +1,327 @@
+"""A draft at work beside its live target: `dspark speculate`.
+
+The one place in `train/` where a target is loaded. Speculation is compared with plain decoding by the same
+target in the same process, and with what the cache promised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import RunError, UsageError
+from pipeline.hooks import input_device, learned_positions
+from pipeline.target.load import Target
+from train.decode.speculative import CachedTarget, Decoded, decode_plain, decode_speculative
+from train.draft.dspark.decoder import DraftDecoder
+from train.draft.dspark.model import Qwen3DSparkModel
+from train.runs.checkpoint import load_draft, trained_for
+from train.runs.results import EVALUATION, read_figures, read_temperatures, table
+from train.runs.state import read_training
+
+# How far apart the target's two best logits may be where a forward over several tokens rounds to another text
+# than one over a single token does.
+ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 0.5, torch.bfloat16: 1.0}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A live target and a draft that shares its embedding and head."""
+
+    name: str
+    """The target's."""
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    draft: Qwen3DSparkModel
+    stop: frozenset[int]
+    """Token ids that end a text."""
+    step: int
+    """The draft's."""
+    warning: str | None
+    """What is odd about the two together."""
+
+
+def load_pair(target: Target, folder: Path) -> Pair:
+    """Load a target and the draft of a checkpoint, in the target's dtype.
+
+    Args:
+        folder: of `train.runs.checkpoint.find_checkpoint`.
+
+    Raises:
+        TargetError: the target can't be loaded.
+        RunError: the checkpoint is damaged, or the draft is for a target of another shape.
+    """
+    progress, page = read_training(folder)
+    wanted, identity = trained_for(folder, page), target.identity()
+    shape = ("hidden_size", "num_layers", "vocab_size")
+    differing = [
+        f"{name} {getattr(identity, name)}, the draft's is for {getattr(wanted, name)}"
+        for name in shape
+        if getattr(identity, name) != getattr(wanted, name)
+    ]
+    if differing:
+        raise RunError(
+            f"{target.name} is not the target that {folder} was trained for, {wanted.name} "
+            f"({'; '.join(differing)}): give that one as --target"
+        )
+    warning = None
+    if identity.weights != wanted.weights:
+        warning = (
+            f"the draft was trained for {wanted.name} and {target.name} has other weights: the text is "
+            "right all the same, but less will be accepted"
+        )
+    tokenizer, model = target.tokenizer(), target.model()
+    device = input_device(model)
+    draft = load_draft(folder)
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    for own, theirs in zip((draft.embed_tokens, draft.lm_head), parts, strict=True):
+        # The same memory, unless the target has it elsewhere: then `to` copies, and leaves the target be.
+        own.weight = nn.Parameter(theirs.weight.detach(), requires_grad=False)
+    draft = draft.to(device, target.dtype).eval().requires_grad_(False)
+    return Pair(target.name, model, tokenizer, draft, _stops(model, tokenizer), progress.step, warning)
+
+
+def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [own] if isinstance(own, int) else map(int, [] if own is None else own)
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def speculate_all(
+    pair: Pair,
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    threshold: float = 0.0,
+    seed: int = 0,
+    show: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Speculate at each temperature; confidences are calibrated if the checkpoint has temperatures for them.
+
+    Args:
+        folder: of the draft's checkpoint: what was measured offline and fitted is there.
+        show: called with every prompt and text.
+
+    Returns:
+        What goes into speculation.json.
+
+    Raises:
+        UsageError: a threshold for a draft without a confidence head.
+        RunError: see `speculate`.
+    """
+    if threshold > 0 and pair.draft.confidence_head is None:
+        raise UsageError("--threshold needs a confidence head, and this draft has none: leave it out")
+
+    scales = read_temperatures(folder, pair.draft.block_size) if threshold > 0 else None
+
+    def seen(prompt: list[int], tokens: list[int]) -> None:
+        if show is not None:
+            show(f"> {pair.tokenizer.decode(prompt)}\n{pair.tokenizer.decode(tokens)}\n")
+
+    runs = []
+    for temperature in dict.fromkeys(temperatures):
+        figures = speculate(
+            pair,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            threshold=threshold,
+            confidence_temperatures=scales,
+            seed=seed,
+            seen=seen,
+        )
+        # Of whole blocks only.
+        offline = None if threshold > 0 else offline_figures(folder, temperature, pair.draft.block_size)
+        runs.append({**figures, "offline": offline})
+    return {
+        "step": pair.step,
+        "target": pair.name,
+        "device": pair.draft.device.type,
+        "dtype": str(pair.draft.dtype).removeprefix("torch."),
+        "prompts": len(prompts),
+        "max_new_tokens": max_new_tokens,
+        "threshold": threshold,
+        "runs": runs,
+    }
+
+
+def speculate(
+    pair: Pair,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    threshold: float = 0.0,
+    confidence_temperatures: Sequence[float] | None = None,
+    seed: int = 0,
+    seen: Callable[[list[int], list[int]], None] = lambda _prompt, _tokens: None,
+) -> dict[str, Any]:
+    """Decode every prompt twice, plainly and speculatively, and add up.
+
+    Args:
+        prompts: token ids.
+        seen: called with each prompt and what was decoded.
+
+    Returns:
+        Plain numbers: see `format_speculation`.
+
+    Raises:
+        RunError: greedy texts differ by more than rounding explains, or the prompts do not fit the target.
+    """
+    limit, slots = learned_positions(pair.model), pair.draft.block_size
+    longest = max(map(len, prompts)) + max_new_tokens + slots  # the last block may stand behind the end
+    if limit is not None and longest > limit:
+        raise RunError(
+            f"the longest prompt, --max-new-tokens and a block make {longest:,} tokens, but the target "
+            f"learned {limit:,} positions: lower --max-new-tokens, or leave long prompts out"
+        )
+    plain: list[Decoded] = []
+    fast: list[Decoded] = []
+    partings: list[dict[str, Any]] = []
+    decoder = DraftDecoder(pair.draft)
+    options = {"temperature": temperature, "stop": pair.stop}
+    alone, watched = (CachedTarget(pair.model, ids) for ids in ((), pair.draft.config.target_layer_ids))
+    few = min(max_new_tokens, 4)
+    decode_plain(alone, prompts[0], few)  # what is slow the first time
+    with watched:
+        decode_speculative(watched, decoder, prompts[0], few)
+    for number, prompt in enumerate(prompts):
+        generators = [torch.Generator(alone.device).manual_seed(seed + number) for _ in range(2)]
+        own = decode_plain(alone, prompt, max_new_tokens, **options, generator=generators[0])
+        with watched:  # plain decoding has no hooks
+            result = decode_speculative(
+                watched,
+                decoder,
+                prompt,
+                max_new_tokens,
+                **options,
+                threshold=threshold,
+                confidence_temperatures=confidence_temperatures,
+                generator=generators[1],
+            )
+        plain.append(own)
+        fast.append(result)
+        seen(list(prompt), result.tokens)
+        if temperature == 0 and result.tokens != own.tokens:
+            partings.append(_parting(alone, number, prompt, own.tokens, result.tokens))
+    _check_partings(partings, pair.draft.dtype)
+    figures = _add_up(plain, fast)
+    return {
+        "temperature": temperature,
+        **figures,
+        "identical": len(prompts) - len(partings) if temperature == 0 else None,
+        "partings": partings,
+    }
+
+
+def _parting(
+    target: CachedTarget, number: int, prompt: Sequence[int], own: list[int], other: list[int]
+) -> dict[str, Any]:
+    """Where two greedy texts begin to differ, and by how much the target's best logit leads there."""
+    pairs = zip(own, other, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(own), len(other)))
+    target.reset()
+    logits, _ = target.forward(torch.tensor([*prompt, *own[:first]]), 1)
+    best, second = logits[0].topk(2).values.tolist()
+    return {"prompt": number, "token": first, "gap": best - second}
+
+
+def _check_partings(partings: Sequence[dict[str, Any]], dtype: torch.dtype) -> None:
+    worst = max(partings, key=lambda parting: parting["gap"], default=None)
+    if worst is not None and worst["gap"] > ROUNDING[dtype]:
+        raise RunError(
+            f"speculation changed the greedy text of prompt {worst['prompt'] + 1} at token "
+            f"{worst['token'] + 1}, where the target's two best logits are {worst['gap']:.3g} apart: more "
+            f"than {str(dtype).removeprefix('torch.')} rounding explains. This target's cache can't take "
+            "tokens back, or it is a bug: please report it"
+        )
+
+
+def _add_up(plain: Sequence[Decoded], fast: Sequence[Decoded]) -> dict[str, Any]:
+    """Means over all rounds and all tokens; the first token of each text, which no round makes, left out."""
+
+    def total(results: Sequence[Decoded], name: str) -> float:
+        return sum(getattr(result, name) for result in results)
+
+    tokens, own_tokens = total(fast, "emitted"), sum(len(result.tokens) - 1 for result in plain)
+    rounds = total(fast, "rounds")
+    tried = [sum(column) for column in zip(*(result.tried for result in fast), strict=True)]
+    accepted = [sum(column) for column in zip(*(result.accepted for result in fast), strict=True)]
+    plain_ms = 1000 * total(plain, "seconds") / max(own_tokens, 1)
+    speculative_ms = 1000 * total(fast, "seconds") / max(tokens, 1)
+    return {
+        "tokens": tokens,
+        "rounds": rounds,
+        "tokens_per_round": tokens / rounds if rounds else None,
+        "accept_given_prefix": [a / t if t else None for a, t in zip(accepted, tried, strict=True)],
+        "verified_per_round": total(fast, "verified") / rounds if rounds else None,
+        "draft_ms": 1000 * total(fast, "draft_seconds") / rounds if rounds else None,
+        "verify_ms": 1000 * total(fast, "verify_seconds") / rounds if rounds else None,
+        "plain_ms": plain_ms,
+        "speculative_ms": speculative_ms,
+        "speedup": plain_ms / speculative_ms if tokens and own_tokens else None,
+    }
+
+
+def offline_figures(folder: Path, temperature: float, slots: int) -> dict[str, Any] | None:
+    """What `dspark evaluate` expects of decoding at this temperature; None where it has not said.
+
+    It knows temperatures 0 and 1, and has to have seen every position.
+
+    Args:
+        slots: K.
+    """
+    kind = {0.0: "greedy", 1.0: "sampling"}.get(temperature)
+    try:
+        expected = (read_figures(folder, EVALUATION) or {})["decoding"][kind]
+        return expected if len(expected["accept_given_prefix"]) == slots else None
+    except (KeyError, TypeError):
+        return None
+
+
+def format_speculation(result: dict[str, Any]) -> str:
+    """The figures for a terminal: live beside offline."""
+    threshold = result["threshold"]
+    verifying = f"verifying while {threshold} sure" if threshold else "verifying whole blocks"
+    lines = [
+        f"step {result['step']} beside {result['target']} ({result['dtype']}, {result['device']}): "
+        f"{result['prompts']} prompts, up to {result['max_new_tokens']} new tokens, {verifying}"
+    ]
+    for run in result["runs"]:
+        offline = run["offline"] or {}
+        theirs = offline.get("accept_given_prefix") or [None] * len(run["accept_given_prefix"])
+        rows = [
+            (f"temperature {run['temperature']:g}", ["live", "offline"]),
+            ("tokens a round", [run["tokens_per_round"], offline.get("tokens_per_round")]),
+            *(
+                (f"accepted at {k + 1}, given the tokens before it", [live, expected])
+                for k, (live, expected) in enumerate(zip(run["accept_given_prefix"], theirs, strict=True))
+            ),
+        ]
+        lines += table(rows)
+        if run["speedup"] is not None:
+            lines += (
+                f"  {run['tokens']:,} tokens in {run['rounds']:,} rounds, each {run['draft_ms']:.1f} ms "
+                f"drafting and {run['verify_ms']:.1f} ms verifying",
+                f"  {run['speculative_ms']:.1f} ms a token; plain decoding {run['plain_ms']:.1f} ms: "
+                f"{run['speedup']:.2f} times as fast",
+            )
+        if run["identical"] is not None:
+            lines.append(
+                f"  the text is the target's own greedy text, token by token, for {run['identical']} of "
+                f"{result['prompts']} prompts"
+            )
+        lines += (
+            f"  prompt {parting['prompt'] + 1} parts at token {parting['token'] + 1}, where the target's two "
+            f"best logits are {parting['gap']:.2g} apart: rounding"
+            for parting in run["partings"]
+        )
+    return "\n".join(lines)

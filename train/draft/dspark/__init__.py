@@ -1,0 +1,1 @@
+"""The DSpark draft: a parallel block backbone, a Markov head and a confidence head."""

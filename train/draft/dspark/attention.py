@@ -1,0 +1,168 @@
+"""Attention from a block to its context and itself, and the rotary embedding it uses."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
+
+from pipeline.errors import ConfigError
+from train.draft.dspark.masks import flex_block_mask
+from train.runtime.compiled import compiled
+
+
+class DSparkRotaryEmbedding(Qwen3RotaryEmbedding):
+    """Qwen3's rotary embedding whose frequencies stay fp32 when the model is cast.
+
+    In bf16 they are off by up to 0.4%, which at position 4,000 is several radians.
+    """
+
+    def _apply(self, fn, recurse=True):
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        if not (exact.is_meta or self.inv_freq.is_meta):
+            self.inv_freq = exact.to(self.inv_freq.device)
+            self.original_inv_freq = self.inv_freq.clone()
+        return self
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embedding to `[B, heads, T, D]`; cos and sin `[B, 1, T, D]`."""
+    return states * cos + rotate_half(states) * sin
+
+
+def resolve_attention(name: str, config: Qwen3Config, device: torch.device) -> Literal["sdpa", "flex"]:
+    """`auto` is flex where a forward and backward of the draft's dimensions run on the device, else sdpa.
+
+    Its kernels don't fit every GPU's shared memory, and need a compiler.
+
+    Raises:
+        ConfigError: flex is asked for elsewhere than on CUDA, where it has no backward.
+    """
+    if name == "flex" and device.type != "cuda":
+        raise ConfigError(f'draft.attention = "flex" needs CUDA, the device is {device}: set it to "auto"')
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "sdpa"
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    anchors = torch.arange(1, 65, device=device)[None]
+    queries, size = anchors.shape[1] * config.block_size, 256
+    try:
+        mask = flex_block_mask(anchors, size, config.block_size)
+        shapes = ((heads, queries), (kv_heads, size + queries), (kv_heads, size + queries))
+        states = [torch.randn(1, h, n, dim, device=device, dtype=torch.bfloat16) for h, n in shapes]
+        attend(*(state.requires_grad_(True) for state in states), mask).sum().backward()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a compiler or a driver raises
+        reason = " ".join(str(error).split())[:150]
+        warnings.warn(f"flex_attention does not run here ({reason}): using sdpa", stacklevel=2)
+        return "sdpa"
+    return "flex"
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask) -> Tensor:
+    """Attention by the kernel that the mask is for.
+
+    Args:
+        query: `[B, heads, N*K, D]`.
+        keys: `[B, kv heads, S + N*K, D]`; heads are a multiple of kv heads.
+        values: likewise.
+        mask: of `masks`: a tensor for scaled_dot_product_attention, else for flex_attention.
+
+    Returns:
+        `[B, heads, N*K, D]`.
+    """
+    # Under autocast the weights of their norms have made these two fp32.
+    query, keys = query.to(values.dtype), keys.to(values.dtype)
+    if isinstance(mask, BlockMask):
+        # Uncompiled it is the plain formula, which holds all scores: right for tests on a CPU only.
+        alone = query.is_cuda and not torch.compiler.is_compiling()
+        flex = compiled(flex_attention) if alone else flex_attention
+        return flex(query, keys, values, block_mask=mask, enable_gqa=True)
+    # Repeated by hand: with enable_gqa and a mask, CUDA is left with the kernel that holds all scores.
+    repeats = query.shape[1] // keys.shape[1]
+    keys, values = (states.repeat_interleave(repeats, dim=1) for states in (keys, values))
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+
+
+class DSparkAttention(nn.Module):
+    """Queries from the block; keys and values from `[context ; block]`. Qwen3's projections and norms."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        query_width = config.num_attention_heads * self.head_dim
+        kv_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden, query_width, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_width, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_width, bias=False)
+        self.o_proj = nn.Linear(query_width, hidden, bias=False)
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def _heads(self, states: Tensor) -> Tensor:
+        """`[B, T, heads*D]` to `[B, T, heads, D]`."""
+        return states.unflatten(-1, (-1, self.head_dim))
+
+    def keys_values(self, states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, kv heads, T, D]` of states `[B, T, H]`, for a cache of them."""
+        cos, sin = (part[:, None] for part in rotary)
+        keys = rotate(self.k_norm(self._heads(self.k_proj(states))).transpose(1, 2), cos, sin)
+        return keys, self._heads(self.v_proj(states)).transpose(1, 2)
+
+    def decode(
+        self, block: Tensor, keys: Tensor, values: Tensor, length: int, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Attend from one block that stands behind all of its context, as `forward` would.
+
+        Args:
+            block: normed block states `[B, K, H]`.
+            keys: of the context `[B, kv heads, >= length + K, D]`; the block's are written behind them.
+            values: likewise.
+            length: S, the context positions that are there.
+            rotary: cos and sin of the block, `[B, K, D]`.
+
+        Returns:
+            `[B, K, H]`.
+        """
+        cos, sin = (part[:, None] for part in rotary)
+        query = rotate(self.q_norm(self._heads(self.q_proj(block))).transpose(1, 2), cos, sin)
+        end = length + block.shape[1]
+        keys[:, :, length:end], values[:, :, length:end] = self.keys_values(block, rotary)
+        attended = F.scaled_dot_product_attention(
+            query, keys[:, :, :end], values[:, :, :end], enable_gqa=True
+        )
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+    def forward(
+        self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            block: normed block states `[B, N*K, H]`.
+            context: normed context states `[B, S, H]`, the same for every layer.
+            rotary: cos and sin `[B, S + N*K, D]`, context positions first.
+            mask: what a slot sees of `[context ; block]`, from `train.draft.dspark.masks`.
+
+        Returns:
+            `[B, N*K, H]`.
+        """
+        seq_len = context.shape[1]
+        cos, sin = (part[:, None] for part in rotary)  # [B, 1, S + N*K, D]
+        query = self.q_norm(self._heads(self.q_proj(block))).transpose(1, 2)  # [B, heads, N*K, D]
+        query = rotate(query, cos[:, :, seq_len:], sin[:, :, seq_len:])
+        # Projected apart: the context is what is long, and joining it to the block first would copy it.
+        keys = torch.cat([self.k_proj(context), self.k_proj(block)], dim=1)
+        values = torch.cat([self.v_proj(context), self.v_proj(block)], dim=1)
+        keys = rotate(self.k_norm(self._heads(keys)).transpose(1, 2), cos, sin)  # [B, kv heads, S + N*K, D]
+        values = self._heads(values).transpose(1, 2)
+        attended = attend(query, keys, values, mask)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))

@@ -1,0 +1,35 @@
+"""A draft decoder layer: Qwen3's, with the context beside the block in its attention."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+
+from train.draft.dspark.attention import DSparkAttention
+
+
+class DSparkDecoderLayer(nn.Module):
+    """Pre-norm attention and SwiGLU on the block; the context, normed once before, is only read."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.self_attn = DSparkAttention(config)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask
+    ) -> Tensor:
+        """`[B, N*K, H]` to `[B, N*K, H]`; arguments as in `DSparkAttention.forward`, `block` not normed."""
+        block = block + self.self_attn(self.input_layernorm(block), context, rotary, mask)
+        return block + self.mlp(self.post_attention_layernorm(block))
+
+    def decode(
+        self, block: Tensor, keys: Tensor, values: Tensor, length: int, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """`[B, K, H]` to `[B, K, H]`; arguments as in `DSparkAttention.decode`, `block` not normed."""
+        block = block + self.self_attn.decode(self.input_layernorm(block), keys, values, length, rotary)
+        return block + self.mlp(self.post_attention_layernorm(block))

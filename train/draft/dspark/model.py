@@ -1,0 +1,309 @@
+"""The draft model: context in, K drafted tokens for every anchor out.
+
+Public names follow NVIDIA NeMo-Automodel's documented API (draft_qwen3.Qwen3DSparkModel,
+dspark.common.DSparkForwardOutput); parameter names are those that vLLM and SGLang load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from pipeline.features import at_least_fp32, head_logits
+from train.draft.dspark.anchors import (
+    build_eval_mask,
+    create_noise_embed,
+    create_position_ids,
+    label_positions,
+    restarting_positions,
+    sample_anchor_positions,
+)
+from train.draft.dspark.attention import DSparkRotaryEmbedding
+from train.draft.dspark.confidence import AcceptRatePredictor
+from train.draft.dspark.layers import DSparkDecoderLayer
+from train.draft.dspark.markov import MARKOV_HEADS
+from train.draft.dspark.masks import block_attention_mask, flex_block_mask
+
+
+@dataclass
+class DSparkForwardOutput:
+    """Outputs of one DSpark training forward. B rows, N anchors, K slots, V vocabulary.
+
+    Slots count where `eval_mask` is set: an unbroken supervised prefix of each block that is kept.
+    Dummy blocks stand in for missing anchors and are masked by both masks.
+    """
+
+    draft_logits: Tensor
+    """`[B, N, K, V]` fp32, Markov bias included."""
+    target_ids: Tensor
+    """Labels `[B, N, K]`; meaningless where `eval_mask` is False."""
+    eval_mask: Tensor
+    """`[B, N, K]` bool."""
+    block_keep_mask: Tensor
+    """`[B, N]` bool."""
+    confidence_pred: Tensor | None = None
+    """Confidence logits `[B, N, K]`."""
+    aligned_target_logits: Tensor | None = None
+    """The teacher's logits for the same labels, `[B, N, K, V]` fp32, detached."""
+
+
+@dataclass
+class DraftBlocks:
+    """The blocks of a training forward, before anything the size of the vocabulary is made."""
+
+    hidden: Tensor
+    """`[B, N, K, H]`, after the final norm."""
+    latent: Tensor | None
+    """What the Markov head's W2 is applied to, `[B, N, K, R]`."""
+    target_ids: Tensor
+    """Labels `[B, N, K]`."""
+    teacher_positions: Tensor
+    """Where each label's teacher is, `[B, N, K]`: the position before the label's."""
+    eval_mask: Tensor
+    """`[B, N, K]` bool."""
+    block_keep_mask: Tensor
+    """`[B, N]` bool."""
+    confidence_pred: Tensor | None
+    """Confidence logits `[B, N, K]`."""
+
+
+class Qwen3DSparkModel(PreTrainedModel):
+    """A DSpark draft with Qwen3's body, for a target of any family.
+
+    Args:
+        config: a `Qwen3Config` (or anything with its fields) that also has `block_size`,
+            `mask_token_id`, `target_layer_ids`, `num_target_layers`, `num_anchors`, `markov_rank`,
+            `markov_head_type`, `enable_confidence_head`, `confidence_head_with_markov`, and where the
+            target has them `embedding_scale`, `logit_scale` and `final_logit_softcapping`.
+    """
+
+    config_class = Qwen3Config
+    base_model_prefix = ""
+    _no_split_modules = ("DSparkDecoderLayer",)
+    _supports_sdpa = True
+    _tied_weights_keys = None
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        hidden = config.hidden_size
+        self.block_size = config.block_size
+        self.embedding_scale = getattr(config, "embedding_scale", None) or 1.0
+        self.logit_scale = getattr(config, "logit_scale", None) or 1.0
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        # How it is run, not what it is, so not in the config.
+        self.attention: Literal["sdpa", "flex"] = "sdpa"
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.fc = nn.Linear(len(config.target_layer_ids) * hidden, hidden, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(DSparkDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.rotary_emb = DSparkRotaryEmbedding(config)
+        self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
+        self.markov_head = None
+        if config.markov_rank > 0:
+            head = MARKOV_HEADS[config.markov_head_type]
+            self.markov_head = head(config.vocab_size, hidden, config.markov_rank)
+        self.confidence_head = None
+        if config.enable_confidence_head:
+            extra = config.markov_rank if config.confidence_head_with_markov else 0
+            self.confidence_head = AcceptRatePredictor(hidden + extra)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def initialize_embeddings_and_head(
+        self, embed_tokens: nn.Module | Tensor, lm_head: nn.Module | Tensor, freeze: bool = True
+    ) -> None:
+        """Copy the target's embedding and head in, and freeze them unless told otherwise.
+
+        Args:
+            embed_tokens: module with a `weight`, or the weight, `[V, H]`.
+            lm_head: likewise.
+            freeze: whether training leaves them as they are.
+        """
+        for module, source in ((self.embed_tokens, embed_tokens), (self.lm_head, lm_head)):
+            weight = source if isinstance(source, Tensor) else source.weight
+            with torch.no_grad():
+                module.weight.copy_(weight)
+            module.weight.requires_grad_(not freeze)
+
+    def hidden_states(
+        self,
+        noise: Tensor,
+        context_features: Tensor,
+        anchor_positions: Tensor,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The backbone: the blocks' final states.
+
+        Args:
+            noise: the blocks' input `[B, N*K, H]`, from `create_noise_embed`.
+            context_features: `[B, S, L*H]`, or `[B, S, L, H]` of any strides.
+            anchor_positions: `[B, N]`.
+            document_ids: `[B, S]`, where a row holds several documents.
+
+        Returns:
+            `[B, N, K, H]`, after the final norm.
+        """
+        rows, seq_len = context_features.shape[:2]
+        make_mask = flex_block_mask if self.attention == "flex" else block_attention_mask
+        mask = make_mask(anchor_positions, seq_len, self.block_size, document_ids)
+        if document_ids is None:
+            positions = torch.arange(seq_len, device=noise.device).expand(rows, -1)
+        else:
+            positions = restarting_positions(document_ids)
+        slots = create_position_ids(positions.gather(1, anchor_positions), self.block_size)
+        # Autocast would only cast them back. Layers are joined, where they are not yet, by the same copy.
+        keep = torch.is_autocast_enabled(noise.device.type)
+        dtype = context_features.dtype if keep else self.fc.weight.dtype
+        context_features = context_features.to(dtype, memory_format=torch.contiguous_format).flatten(2)
+        return self.backbone(noise, context_features, torch.cat([positions, slots], dim=1), mask)
+
+    def backbone(
+        self, noise: Tensor, context_features: Tensor, positions: Tensor, mask: Tensor | BlockMask
+    ) -> Tensor:
+        """Everything that has the blocks' width: what is compiled.
+
+        Args:
+            noise: `[B, N*K, H]`.
+            context_features: `[B, S, L*H]`.
+            positions: of context and slots, `[B, S + N*K]`.
+            mask: of `train.draft.dspark.masks`.
+
+        Returns:
+            `[B, N, K, H]`.
+        """
+        context = self.hidden_norm(self.fc(context_features))  # [B, S, H]
+        rotary = self.rotary_emb(noise, positions)  # 2 x [B, S + N*K, D]
+        block = noise
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                block = checkpoint(layer, block, context, rotary, mask, use_reentrant=False)
+            else:
+                block = layer(block, context, rotary, mask)
+        return self.norm(block).unflatten(1, (-1, self.block_size))
+
+    def draft_blocks(
+        self,
+        input_ids: Tensor,
+        target_hidden_states: Tensor,
+        loss_mask: Tensor,
+        anchor_positions: Tensor | None = None,
+        block_keep_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> DraftBlocks:
+        """Everything of a training forward but the vocabulary; arguments as in `forward`.
+
+        Raises:
+            ValueError: the context features' width does not fit the draft's layers.
+        """
+        width = target_hidden_states.shape[2:].numel()
+        if width != self.fc.in_features:
+            raise ValueError(
+                f"expected context features of width {self.fc.in_features} "
+                f"({len(self.config.target_layer_ids)} layers), got {width}"
+            )
+        seq_len = input_ids.shape[1]
+        input_ids = input_ids.long()
+        if (anchor_positions is None) != (block_keep_mask is None):
+            raise ValueError("anchor_positions and block_keep_mask go together: give both or neither")
+        if anchor_positions is None or block_keep_mask is None:
+            anchor_positions, block_keep_mask = sample_anchor_positions(
+                seq_len,
+                loss_mask,
+                self.config.num_anchors,
+                input_ids.device,
+                document_ids=document_ids,
+            )
+        labels, safe = label_positions(anchor_positions, self.block_size, seq_len)  # [B, N, K]
+        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
+        target_ids = input_ids[rows, safe]  # [B, N, K]
+        noise = create_noise_embed(
+            self.embed_tokens,
+            input_ids,
+            anchor_positions,
+            block_keep_mask,
+            self.config.mask_token_id,
+            self.block_size,
+        )
+        hidden = self.hidden_states(
+            noise * self.embedding_scale, target_hidden_states, anchor_positions, document_ids
+        )
+        embedded = latent = confidence = None
+        if self.markov_head is not None:
+            anchors = input_ids.gather(1, anchor_positions)[..., None]
+            previous = torch.cat([anchors, target_ids[..., :-1]], dim=-1)  # teacher-forced
+            embedded = self.markov_head.markov_w1(previous)  # [B, N, K, R]
+            latent = self.markov_head.latent(embedded, hidden)
+        if self.confidence_head is not None:
+            with_markov = self.config.confidence_head_with_markov
+            confidence = self.confidence_head(torch.cat([hidden, embedded], -1) if with_markov else hidden)
+        return DraftBlocks(
+            hidden=hidden,
+            latent=latent,
+            target_ids=target_ids,
+            teacher_positions=safe - 1,
+            eval_mask=build_eval_mask(seq_len, loss_mask, labels, safe, block_keep_mask, document_ids),
+            block_keep_mask=block_keep_mask,
+            confidence_pred=confidence,
+        )
+
+    def draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
+        """The draft's logits `[.., V]` in fp32, from block states `[.., H]` and Markov latents `[.., R]`."""
+        logits = head_logits(hidden, self.lm_head.weight, self.softcap, self.logit_scale)
+        return logits if latent is None else logits + at_least_fp32(self.markov_head(latent))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        target_hidden_states: Tensor,
+        loss_mask: Tensor,
+        target_last_hidden_states: Tensor | None = None,
+        anchor_positions: Tensor | None = None,
+        block_keep_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> DSparkForwardOutput:
+        """Draft a block at every anchor, teacher-forced.
+
+        Args:
+            input_ids: `[B, S]`, padded on the right.
+            target_hidden_states: context features `[B, S, L*H]`, or `[B, S, L, H]` of any strides.
+            loss_mask: `[B, S]`, 0 on padding.
+            target_last_hidden_states: the teacher's post-norm states `[B, S, H]`, or None for no teacher.
+            anchor_positions: `[B, N]`; drawn here (`config.num_anchors` of them) when None.
+            block_keep_mask: `[B, N]` bool; needed with `anchor_positions`.
+            document_ids: `[B, S]`, which position belongs to which document where a row holds several; those
+                of one are neighbours. Positions restart and nothing sees another document.
+
+        Raises:
+            ValueError: the context features' width does not fit the draft's layers.
+        """
+        blocks = self.draft_blocks(
+            input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask, document_ids
+        )
+        teacher = None
+        if target_last_hidden_states is not None:
+            rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
+            with torch.no_grad():
+                states = target_last_hidden_states[rows, blocks.teacher_positions]  # [B, N, K, H]
+                teacher = head_logits(states, self.lm_head.weight, self.softcap, self.logit_scale)
+        return DSparkForwardOutput(
+            draft_logits=self.draft_logits(blocks.hidden, blocks.latent),
+            target_ids=blocks.target_ids,
+            eval_mask=blocks.eval_mask,
+            block_keep_mask=blocks.block_keep_mask,
+            confidence_pred=blocks.confidence_pred,
+            aligned_target_logits=teacher,
+        )

@@ -1,0 +1,1 @@
+"""Measure a draft on a cache's held-out samples; no target."""

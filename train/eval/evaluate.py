@@ -1,0 +1,151 @@
+"""How good a draft is, from a cache's held-out samples alone: `dspark evaluate`.
+
+The result is plain JSON and lies beside the draft, in its checkpoint's folder: `dspark speculate` prints
+it beside what was accepted live, `dspark report` draws it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.cache import CacheReader
+from pipeline.errors import ConfigError
+from train.config import RunConfig
+from train.data.sampling import drawn_anchors
+from train.draft.dspark.model import Qwen3DSparkModel
+from train.draft.dspark.module import DSparkTrainerModule
+from train.eval import metrics as figures
+from train.eval.heldout import measure
+from train.eval.validate import validate
+from train.runs.results import table
+from train.runtime.distributed import Ranks
+from train.trainer.setup import prepare, trainer_module
+
+
+def evaluate(
+    module: DSparkTrainerModule,
+    reader: CacheReader,
+    samples: np.ndarray,
+    config: RunConfig,
+    ranks: Ranks,
+    *,
+    anchors: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything that the cache can tell of a draft; the same on every rank, and every time.
+
+    Args:
+        samples: sample numbers, of the held-out split.
+        anchors: of each sample, drawn by (seed, sample id); None is every candidate position.
+
+    Raises:
+        ConfigError: the samples have no anchors.
+    """
+    blocks = measure(module, reader, samples, config, ranks, drawn_anchors(anchors, seed))
+    with ranks.together():
+        if not len(blocks):
+            raise ConfigError(
+                f"the {len(samples)} held-out samples have no two supervised tokens in a row, so no anchors: "
+                "set train.held_out higher, or capture longer answers"
+            )
+    untrained = _untrained(module.draft_model, config, ranks)
+    before = validate(untrained, reader, samples, config, ranks) or {}
+    return {
+        "samples": len(samples),
+        "blocks": len(blocks),
+        "anchors": "all" if anchors is None else anchors,
+        **figures.loss_terms(blocks, config.loss),
+        **figures.acceptance(blocks),
+        "decoding": figures.decoding(blocks) if anchors is None else None,
+        "confidence": figures.calibration(blocks),
+        "thresholds": figures.threshold_sweep(blocks),
+        "by_source": figures.by_group(blocks, _sources(reader, samples), config.loss),
+        "by_length": figures.by_group(blocks, _lengths(reader, samples), config.loss),
+        "untrained": {key: before[key] for key in ("tau", "accept_by_position", "blocks")},
+        "cache": cache_facts(reader),
+    }
+
+
+def _untrained(model: Qwen3DSparkModel, config: RunConfig, ranks: Ranks) -> DSparkTrainerModule:
+    """The same draft with random weights, to compare with; embedding and head are the very same ones."""
+    torch.manual_seed(config.train.seed)
+    fresh = Qwen3DSparkModel(model.config).float()
+    fresh.embed_tokens, fresh.lm_head = model.embed_tokens, model.lm_head
+    module = trainer_module(fresh.to(ranks.device), config)
+    prepare(module, config, ranks.device)
+    return module
+
+
+def _sources(reader: CacheReader, samples: np.ndarray) -> dict[int, str]:
+    files = reader.manifest.identity.data.sources  # without their directories, so some may be the same
+    names = [name if files.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(files, 1)]
+    return {i: names[reader.sources[i]] for i in sorted(samples.tolist(), key=lambda i: reader.sources[i])}
+
+
+def _lengths(reader: CacheReader, samples: np.ndarray) -> dict[int, str]:
+    order = sorted(samples.tolist(), key=lambda i: reader.lengths[i])
+    return {i: figures.length_bucket(reader.lengths[i]) for i in order}
+
+
+def cache_facts(reader: CacheReader) -> dict[str, Any]:
+    """What a cache is and what it costs, for whoever reads figures that were taken from it."""
+    manifest = reader.manifest
+    features = manifest.identity.features
+    return {
+        "target": manifest.identity.target.name,
+        "target_weights": manifest.identity.target.weights,
+        "data_sha256": manifest.identity.data.sha256,
+        "sources": list(manifest.identity.data.sources),
+        "samples": manifest.num_samples,
+        "tokens": manifest.num_tokens,
+        "bytes": manifest.num_bytes,
+        "bytes_per_token": sum(manifest.shards.bytes) / manifest.num_tokens,
+        "layer_ids": list(features.layer_ids),
+        "context_codec": features.context_codec,
+        "last_codec": features.last_codec,
+        "fidelity": dict(manifest.fidelity),
+    }
+
+
+def format_evaluation(result: dict[str, Any]) -> str:
+    """The figures for a terminal."""
+    anchors = "every candidate an anchor" if result["anchors"] == "all" else f"{result['anchors']} each"
+    rows = [
+        ("position", [str(k + 1) for k in range(len(result["accept_by_position"]))]),
+        ("acceptance, sampling", result["accept_by_position"]),
+        ("  given the tokens before it", result["accept_given_prefix"]),
+        ("  of an untrained draft", result["untrained"]["accept_by_position"]),
+        ("acceptance, greedy", result["greedy_accept_by_position"]),
+        ("  given the tokens before it", result["greedy_accept_given_prefix"]),
+    ]
+    confidence = result["confidence"]
+    if confidence is not None:
+        rows += [
+            ("confidence, calibration error", confidence["slot"]["ece_by_position"]),
+            ("  area under the ROC curve", confidence["slot"]["auc_by_position"]),
+            ("  error up to here", confidence["prefix"]["ece_by_position"]),
+        ]
+    lines = [
+        f"held-out tau {result['tau']:.3f} sampling, {result['greedy_tau']:.3f} greedy, over "
+        f"{result['blocks']:,} blocks of {result['samples']:,} samples ({anchors})",
+        f"  loss {result['loss']:.4f}, cross entropy {result['ce_loss']:.4f}, L1 {result['l1_loss']:.4f}, "
+        f"confidence {result['confidence_loss']:.4f}",
+        *table(rows),
+    ]
+    decoding = result["decoding"]
+    if decoding is not None:
+        tokens = (decoding[kind]["tokens_per_round"] for kind in ("sampling", "greedy"))
+        lines.append(
+            "  decoding these texts: {:.3f} tokens a round sampling, {:.3f} greedy (a round begins where the "
+            "last one ended)".format(*tokens)
+        )
+    for title, key in (("source", "by_source"), ("tokens", "by_length")):
+        groups = [
+            (name, [row["samples"], row["blocks"], row["tau"], row["greedy_tau"]])
+            for name, row in result[key].items()
+        ]
+        lines += table([(title, ["samples", "blocks", "tau", "greedy"]), *groups])
+    return "\n".join(lines)

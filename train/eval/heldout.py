@@ -1,0 +1,127 @@
+"""What a draft does at held-out anchors, block by block, from the cache alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from pipeline.cache import CacheReader
+from pipeline.errors import RunError
+from train.config import RunConfig
+from train.data.sampling import AnchorChoice
+from train.draft.dspark.module import DSparkTrainerModule
+from train.eval.validate import held_out_batches
+from train.losses.slots import SlotFigures
+from train.runtime.distributed import Ranks
+from train.runtime.precision import autocast
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """n blocks of K slots. What stands in slots that are not `valid` means nothing."""
+
+    sample: np.ndarray
+    """The sample number of each block, `[n]` int64."""
+    position: np.ndarray
+    """Its anchor, counted from the sample's start, `[n]` int64."""
+    valid: np.ndarray
+    """Which slots are supervised, `[n, K]` bool: an unbroken prefix, of one slot at least."""
+    ce: np.ndarray
+    """Cross entropy with the data's token, `[n, K]` float64."""
+    accept: np.ndarray
+    """1 - L1/2: how likely the target accepts the slot's token at temperature 1, `[n, K]` float64."""
+    matches: np.ndarray
+    """Whether draft and target have the same most likely token, `[n, K]` bool."""
+    confidence: np.ndarray | None
+    """Confidence logits, `[n, K]` float64."""
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def select(self, which: np.ndarray) -> Blocks:
+        """Some of the blocks, by number or by a mask `[n]`."""
+        return Blocks(*(None if value is None else value[which] for value in self._values()))
+
+    def _values(self) -> list[np.ndarray | None]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+def join(parts: Sequence[Blocks]) -> Blocks:
+    """Several as one, by sample and position."""
+    columns = zip(*(part._values() for part in parts), strict=True)
+    blocks = Blocks(*(None if column[0] is None else np.concatenate(column) for column in columns))
+    return blocks.select(np.lexsort((blocks.position, blocks.sample)))
+
+
+@torch.no_grad()
+def measure(
+    module: DSparkTrainerModule,
+    reader: CacheReader,
+    samples: Sequence[int] | np.ndarray,
+    config: RunConfig,
+    ranks: Ranks,
+    choose: AnchorChoice,
+    title: str = "evaluate",
+) -> Blocks:
+    """Draft a block at each chosen anchor of `samples`; the same on every rank.
+
+    Blocks of a batch go through the draft `train.anchors_per_batch` at a time, as in training.
+
+    Args:
+        choose: the anchors of each sample.
+        ranks: share the samples.
+        title: of the bar.
+
+    Raises:
+        ConfigError: there are no samples.
+        RunError: a figure is not finite.
+    """
+    parts: list[Blocks] = []
+    module.eval()
+    with ranks.together():
+        packs, batches = held_out_batches(module, reader, samples, config, ranks, choose, title)
+        for batch, members in zip(batches, packs, strict=True):
+            starts = np.concatenate([[0], np.cumsum(reader.lengths[members])])
+            tensors = batch.tensors()
+            anchors, keep = tensors.pop("anchor_positions"), tensors.pop("block_keep_mask")
+            pieces = (part.split(config.train.anchors_per_batch, dim=1) for part in (anchors, keep))
+            for some, kept in zip(*pieces, strict=True):
+                with autocast(ranks.device, config.train.precision):
+                    metrics = module(**tensors, anchor_positions=some, block_keep_mask=kept, observe=True)
+                assert metrics.slots is not None
+                parts.append(_blocks(metrics.slots, some[0].cpu().numpy(), members, starts))
+    return join([part for rank in ranks.gather(parts) for part in rank])
+
+
+def _blocks(slots: SlotFigures, anchors: np.ndarray, members: np.ndarray, starts: np.ndarray) -> Blocks:
+    """The kept blocks of one forward over a pack.
+
+    Args:
+        anchors: positions in the pack, `[N]`.
+        members: sample numbers of the pack.
+        starts: where each begins in it, and where the last ends.
+    """
+    valid = slots.eval_mask[0].cpu().numpy()  # [N, K]
+
+    def laid_out(values: torch.Tensor) -> np.ndarray:
+        exact = values.cpu() if values.dtype == torch.bool else values.double().cpu()
+        if not torch.isfinite(exact).all():
+            raise RunError("the draft's figures are not finite: its weights are damaged, take another one")
+        out = np.zeros(valid.shape, exact.numpy().dtype)
+        out[valid] = exact.numpy()
+        return out[kept]
+
+    kept = valid[:, 0]
+    document = np.searchsorted(starts, anchors[kept], side="right") - 1
+    return Blocks(
+        sample=members[document],
+        position=anchors[kept] - starts[document],
+        valid=valid[kept],
+        ce=laid_out(slots.ce),
+        accept=np.clip(1 - laid_out(slots.l1) / 2, 0, 1),
+        matches=laid_out(slots.matches),
+        confidence=None if slots.confidence is None else laid_out(slots.confidence),
+    )

@@ -1,0 +1,119 @@
+"""Held-out figures while a draft trains: sums only, over a few anchors a sample, by all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.cache import CacheReader, held_out
+from pipeline.errors import ConfigError
+from train.config import RunConfig
+from train.data.loader import Batch, loaded
+from train.data.packing import sequential_packs, share
+from train.data.sampling import AnchorChoice, spread_anchors
+from train.draft.dspark.module import DSparkTrainerModule
+from train.losses.slots import LossSums, divide
+from train.runtime.console import bar
+from train.runtime.distributed import Ranks
+from train.runtime.precision import autocast
+
+
+def split(reader: CacheReader, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out sample numbers. Raises ConfigError when either side is empty."""
+    out = held_out(reader.sample_ids, fraction)
+    train, test = np.flatnonzero(~out), np.flatnonzero(out)
+    if not len(train) or (fraction > 0 and not len(test)):
+        side = "held out" if len(train) else "left to train on"
+        raise ConfigError(
+            f"train.held_out = {fraction} leaves no sample {side} of the cache's {len(reader)}: "
+            "choose another share, or capture more data"
+        )
+    return train, test
+
+
+def held_out_batches(
+    module: DSparkTrainerModule,
+    reader: CacheReader,
+    samples: Sequence[int] | np.ndarray,
+    config: RunConfig,
+    ranks: Ranks,
+    choose: AnchorChoice,
+    title: str,
+) -> tuple[list[np.ndarray], Iterable[Batch]]:
+    """A rank's share of held-out samples as packs of sample numbers, and as batches behind a bar.
+
+    Raises:
+        ConfigError: there are no samples.
+    """
+    samples = np.asarray(samples)
+    if not len(samples):
+        raise ConfigError("nothing was held out (train.held_out = 0), so there is nothing to evaluate on")
+    size = max(config.train.batch_tokens, int(reader.lengths[samples].max()))  # of a cache of longer samples
+    own = share(sequential_packs(reader.lengths[samples], size), ranks.rank, ranks.world)
+    packs = [samples[members] for members in own]
+    layer_ids = tuple(module.draft_model.config.target_layer_ids)
+    chosen = [(members.tolist(), choose) for members in packs]
+    batches = loaded(reader, chosen, layer_ids, size, ranks.device)
+    return packs, bar(batches, ranks, total=len(packs), unit="batch", desc=title, leave=False)
+
+
+@torch.no_grad()
+def validate(
+    module: DSparkTrainerModule,
+    reader: CacheReader,
+    samples: Sequence[int] | np.ndarray,
+    config: RunConfig,
+    ranks: Ranks,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Loss terms, acceptance by position and tau over `samples`, as plain numbers, the same on every rank.
+
+    Anchors are evenly spread over each sample's candidates, so the figures are the same every time.
+
+    Args:
+        ranks: share the samples.
+        interrupted: asked before every batch, by all ranks at once; None is returned when it says so.
+    """
+    spread = spread_anchors(config.train.eval_anchors)
+    _, batches = held_out_batches(module, reader, samples, config, ranks, spread, "evaluate")
+    was_training = module.training
+    module.eval()
+    total: LossSums | None = None
+    for batch in batches:
+        if interrupted():
+            module.train(was_training)
+            return None
+        with autocast(ranks.device, config.train.precision):
+            sums = module(**batch.tensors()).sums
+        total = sums if total is None else total + sums
+    module.train(was_training)
+    assert total is not None
+    total = LossSums(*ranks.total(list(total)))
+    loss = config.loss
+    metrics = divide(total, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
+    return {
+        "samples": len(samples),
+        "blocks": int(total.blocks),
+        "loss": metrics.loss.item(),
+        "ce_loss": metrics.ce_loss.item(),
+        "l1_loss": metrics.l1_loss.item(),
+        "confidence_loss": metrics.confidence_loss.item(),
+        "accept_rate": metrics.accept_rate.item(),
+        "accept_by_position": metrics.accept_by_position.tolist(),
+        "tau": metrics.tau.item(),
+    }
+
+
+def format_validation(result: dict[str, Any]) -> str:
+    """The figures for a terminal."""
+    positions = "  ".join(f"{k + 1}: {a:.3f}" for k, a in enumerate(result["accept_by_position"]))
+    return (
+        f"held-out tau {result['tau']:.3f} over {result['blocks']:,} blocks "
+        f"of {result['samples']:,} samples\n"
+        f"  acceptance by position   {positions}\n"
+        f"  loss {result['loss']:.4f}, cross entropy {result['ce_loss']:.4f}, L1 {result['l1_loss']:.4f}, "
+        f"confidence {result['confidence_loss']:.4f}"
+    )

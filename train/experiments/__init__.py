@@ -1,0 +1,1 @@
+"""Many runs over one cache: sweep, compare, report."""

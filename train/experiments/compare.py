@@ -1,0 +1,232 @@
+"""Runs side by side: the settings in which they differ, and what came of each."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RunError
+from pipeline.units import duration
+from train.runs.checkpoint import checkpoints
+from train.runs.directory import CONFIG, RUN, load_run_cache, load_run_config, read_progress
+
+_FIGURES = ("tau", "accept_by_position", "loss", "ce_loss", "l1_loss", "confidence_loss")
+
+
+def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """One row a run, in the order given, all with the same keys and raw numbers.
+
+    After `run` come the settings that are not the same everywhere, as they stand in config.toml, and the
+    fields of the cache's identity that are not, as `cache.features.context_codec`. What a run does not have
+    yet is None; so are `best_tau` and `best_step` where the best evaluation is the last one.
+
+    Args:
+        runs: directories of runs, or folders of such, which stand for these sorted by name.
+
+    Raises:
+        RunError: a directory that is neither, or a run that can't be read.
+    """
+    folders = run_folders(runs)
+    facts = [{**_settings(run), **_cache(run)} for run in folders]
+    keys = [key for key in dict.fromkeys(key for row in facts for key in row) if _differs(key, facts)]
+    return [
+        {"run": name, **{key: row.get(key) for key in keys}, **_figures(run)}
+        for name, row, run in zip(_names(folders), facts, folders, strict=True)
+    ]
+
+
+def run_folders(runs: Sequence[Path]) -> list[Path]:
+    """The directories of runs, each once."""
+    found: dict[Path, Path] = {}
+    for run in runs:
+        inside = (
+            [run] if (run / CONFIG).is_file() else sorted(path.parent for path in run.glob(f"*/{CONFIG}"))
+        )
+        if not inside:
+            raise RunError(
+                f"no run at {run}, and none in its folders: expected {run / CONFIG}; "
+                f"run `dspark train --run {run}` first"
+            )
+        for path in inside:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The end of each run's path, as long as it takes to tell it from the others."""
+    parts = [(run.absolute() if run.name != ".." else run.resolve()).parts for run in runs]
+
+    def shortest(own: tuple[str, ...]) -> str:
+        for length in range(1, len(own)):
+            if sum(other[-length:] == own[-length:] for other in parts) == 1:
+                return "/".join(own[-length:])
+        return str(Path(*own))
+
+    return [shortest(own) for own in parts]
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """Every setting by its dotted name, "none" where it is not set, as one writes it."""
+    return {
+        key: "none" if value is None else value
+        for key, value in _flat(dataclasses.asdict(load_run_config(run))).items()
+    }
+
+
+def _cache(run: Path) -> dict[str, Any]:
+    """Every field of the identity of the run's cache; empty where the run does not say."""
+    if not (run / RUN).exists():
+        return {}
+    return _flat({"cache": dataclasses.asdict(load_run_cache(run))})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one with dotted names, tuples as lists."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _differs(key: str, facts: Sequence[dict[str, Any]]) -> bool:
+    """Whether runs disagree about a field; those that don't say anything of its table have no opinion."""
+    table = key.partition(".")[0]
+    told = [row for row in facts if any(name.partition(".")[0] == table for name in row)]
+    return any(row.get(key) != told[0].get(key) for row in told)
+
+
+def _figures(run: Path) -> dict[str, Any]:
+    """How far a run is, and how good its last evaluation says it is."""
+    progress = read_progress(run).values() if checkpoints(run) else {}
+    evaluation, best = progress.get("evaluation") or {}, progress.get("best") or {}
+    if best.get("step") == evaluation.get("step"):
+        best = {}
+    seconds, tokens = progress.get("seconds"), progress.get("tokens")
+    return {
+        "step": progress.get("step"),
+        "total_steps": progress.get("total_steps"),
+        "complete": progress.get("complete", False),
+        **{key: evaluation.get(key) for key in _FIGURES},
+        "best_tau": best.get("tau"),
+        "best_step": best.get("step"),
+        "parameters": progress.get("parameters"),
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds if seconds else None,
+    }
+
+
+def format_json(rows: Sequence[dict[str, Any]]) -> str:
+    """A list of objects. What is no number in JSON, as the loss of a run that diverged may be, is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    clean = [{key: plain(value) for key, value in row.items()} for row in rows]
+    return json.dumps(clean, indent=1, ensure_ascii=False) + "\n"
+
+
+def format_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """A header and a line a run; `accept_1`, `accept_2`, ... are the acceptance by position."""
+    positions = max((len(row["accept_by_position"] or ()) for row in rows), default=0)
+    table = []
+    for row in rows:
+        line: dict[str, Any] = {}
+        for key, value in row.items():
+            if key == "accept_by_position":
+                rates = [*(value or ()), *[None] * positions][:positions]
+                line |= {f"accept_{k + 1}": rate for k, rate in enumerate(rates)}
+            else:
+                line[key] = json.dumps(value) if isinstance(value, list | bool) else value
+        table.append(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, table[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+def format_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Aligned columns for people; the best held-out tau of several is marked with a star."""
+    settings = [key for key in rows[0] if "." in key]
+    taus = [row["tau"] for row in rows if row["tau"] is not None and math.isfinite(row["tau"])]
+    top = max(taus) if len(taus) > 1 else None
+
+    def tau(row: dict[str, Any]) -> str:
+        star = "" if top is None else "*" if row["tau"] == top else " "
+        return _digits(row["tau"], 3) + star
+
+    def best(row: dict[str, Any]) -> str:
+        return "" if row["best_tau"] is None else f"{row['best_tau']:.3f} at {row['best_step']}"
+
+    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("run", lambda row: row["run"]),
+        *((key, lambda row, key=key: _setting(row[key])) for key in settings),
+        ("step", _step),
+        ("tau" if top is None else "tau ", tau),
+        ("best tau", best),
+        ("acceptance by position", lambda row: " ".join(f"{a:.2f}" for a in row["accept_by_position"] or ())),
+        ("loss", lambda row: _digits(row["loss"], 4)),
+        ("ce", lambda row: _digits(row["ce_loss"], 4)),
+        ("l1", lambda row: _digits(row["l1_loss"], 4)),
+        ("confidence", lambda row: _digits(row["confidence_loss"], 4)),
+        ("parameters", lambda row: parameter_count(row["parameters"])),
+        ("time", lambda row: "" if row["seconds"] is None else duration(row["seconds"])),
+        ("tokens/s", lambda row: "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
+    ]
+    if all(row["best_tau"] is None for row in rows):
+        columns = [column for column in columns if column[0] != "best tau"]
+    left = {"run", "acceptance by position"}  # and settings in words
+    left |= {key for key in settings if any(isinstance(row[key], str | list) for row in rows)}
+    padded = []
+    for title, cell in columns:
+        cells = [title, *map(cell, rows)]
+        width = max(map(len, cells))
+        padded.append([text.ljust(width) if title in left else text.rjust(width) for text in cells])
+    lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+    return "\n".join(lines) + "\n" + ("* the best held-out tau\n" if top is not None else "")
+
+
+FORMATS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+    "text": format_text,
+    "csv": format_csv,
+    "json": format_json,
+}
+
+
+def _step(row: dict[str, Any]) -> str:
+    if row["step"] is None:
+        return ""
+    return str(row["step"]) if row["complete"] else f"{row['step']}/{row['total_steps']}"
+
+
+def _setting(value: Any) -> str:
+    """A setting as one writes it, without quotes; of a hash its beginning."""
+    if isinstance(value, str):
+        return value[:12] if re.fullmatch(r"[0-9a-f]{64}", value) else value
+    return "" if value is None else json.dumps(value)
+
+
+def _digits(value: float | None, places: int) -> str:
+    return "" if value is None else f"{value:.{places}f}"
+
+
+def parameter_count(count: int | None) -> str:
+    """A number of parameters for people."""
+    if count is None:
+        return ""
+    for unit, one in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * one:  # which three digits round up to one
+            return f"{count / one:.3g}{unit}"
+    return str(count)

@@ -1,0 +1,1 @@
+"""Drafts as inference engines load them, and released drafts as runs."""

@@ -1,0 +1,375 @@
+"""Checkpoints of a run: the draft in Hugging Face layout, and what training needs to go on exactly.
+
+    RUN/checkpoints/step-000400/config.json           the draft's config
+                                model.safetensors     its weights, but the target's embedding and head
+                                training.safetensors  optimiser states and random generators
+                                training.json         progress, settings, cache identity, code version
+    RUN/latest -> checkpoints/step-000400             RUN/best: the one of the best held-out tau
+
+Tensors are whole, whatever they were sharded over, so any number of ranks can go on. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from pipeline import config as configuration
+from pipeline import files
+from pipeline.cache import CacheReader
+from pipeline.cache.manifest import Identity, TargetIdentity
+from pipeline.errors import ConfigError, RunError, WriteError
+from train.runtime.distributed import Ranks, whole
+from train.draft.dspark.model import Qwen3DSparkModel
+from train.runs.state import TRAINING, Progress, damaged, read_training
+
+LATEST, BEST, CHECKPOINTS = "latest", "best", "checkpoints"
+WEIGHTS = "model.safetensors"
+STATES = "training.safetensors"
+FROZEN = ("embed_tokens.weight", "lm_head.weight")
+# What an optimiser remembers of each parameter, once it took a step.
+STATE_NAMES = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's finished checkpoints, the oldest first."""
+    found = (path for path in (run / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal())
+    return sorted(
+        (path for path in found if (path / TRAINING).is_file()), key=lambda path: int(path.name[5:])
+    )
+
+
+def newest(run: Path) -> Path | None:
+    """The checkpoint that a run goes on from."""
+    return next(reversed(checkpoints(run)), None)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def save_checkpoint(
+    run: Path,
+    model: Qwen3DSparkModel,
+    optimizers: Sequence[Optimizer],
+    progress: Progress,
+    ranks: Ranks,
+    about: dict[str, Any],
+    *,
+    keep: int,
+) -> None:
+    """Write `RUN/checkpoints/step-N`, point `latest` and `best` at what they name, remove old ones.
+
+    All ranks call it; the first one writes. A checkpoint appears whole, under its name, or not at all.
+
+    Args:
+        about: what goes into `training.json` beside the progress.
+        keep: newest checkpoints that stay, beside the best.
+
+    Raises:
+        WriteError: the disk is full or the like; the last checkpoint is as it was.
+    """
+    weights = {n: _gathered(p, ranks) for n, p in model.state_dict().items() if _trained(model, n)}
+    states = _optimizer_tensors(model, optimizers, ranks)
+    for rank, generators in enumerate(ranks.gather(_random_states(ranks))):
+        states |= {f"random.{rank}.{name}": state for name, state in generators.items()}
+    with ranks.together():
+        if ranks.leads:
+            try:
+                _write(run, model, weights, states, {"progress": progress.values(), **about})
+                _point(run, progress)
+                _prune(run, progress, keep)
+            except OSError as error:
+                raise WriteError(
+                    f"{run}: no checkpoint can be written ({error.strerror or error}): mend that, then run "
+                    "the same command again; it continues from the last one"
+                ) from None
+
+
+def _trained(model: Qwen3DSparkModel, name: str) -> bool:
+    """Whether a weight belongs into a checkpoint: the target's own, as long as they are frozen, do not."""
+    return name not in FROZEN or model.get_parameter(name).requires_grad
+
+
+def _gathered(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """A tensor in one piece on the CPU; the other ranks help to gather it and keep nothing."""
+    tensor = whole(tensor.detach())
+    return tensor.cpu().contiguous() if ranks.leads else tensor.new_empty(0)
+
+
+def _optimizer_tensors(
+    model: Qwen3DSparkModel, optimizers: Sequence[Optimizer], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Optimiser states, named `optimizer.<parameter>.<state>`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"optimizer.{names[parameter]}.{key}": _gathered(value, ranks)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _random_states(ranks: Ranks) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return states
+
+
+def _write(
+    run: Path,
+    model: Qwen3DSparkModel,
+    weights: dict[str, Tensor],
+    states: dict[str, Tensor],
+    page: dict[str, Any],
+) -> None:
+    folder = run / CHECKPOINTS / _name(page["progress"]["step"])
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        model.config.dtype = next(iter(weights.values())).dtype
+        model.config.save_pretrained(partial)
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        save_file(states, partial / STATES, metadata={"format": "pt"})
+        (partial / TRAINING).write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+        mode = (partial / TRAINING).stat().st_mode
+        for path in partial.iterdir():
+            path.chmod(mode)  # as the user's umask has it; safetensors makes files that only they can read
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        files.sync_directory(partial)
+        if folder.exists():  # a run that was stopped within an evaluation comes by again
+            folder.rename(_aside(folder))
+        partial.rename(folder)
+        shutil.rmtree(_aside(folder), ignore_errors=True)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    files.sync_directory(folder.parent)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a checkpoint is while another of the same step takes its name."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; killed half way, it has no name of a checkpoint any more."""
+    partial = folder.with_name(f".{folder.name}.removed.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.rename(partial)
+    shutil.rmtree(partial)
+
+
+def _point(run: Path, progress: Progress) -> None:
+    """Let `latest` name the checkpoint of this progress, and `best` that of the best evaluation."""
+    steps = {LATEST: progress.step, BEST: progress.best.step if progress.best else None}
+    for name, step in steps.items():
+        link = run / name
+        if step is None or not (run / CHECKPOINTS / _name(step)).is_dir():
+            continue
+        if link.is_dir() and not link.is_symlink():  # a copy that knew no links
+            shutil.rmtree(link)
+        partial = run / f".{name}.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(Path(CHECKPOINTS) / _name(step))
+        partial.replace(link)
+    files.sync_directory(run)
+
+
+def _prune(run: Path, progress: Progress, keep: int) -> None:
+    """Remove all but the newest checkpoints and the best."""
+    best = _name(progress.best.step) if progress.best else None
+    for folder in checkpoints(run)[:-keep]:
+        if folder.name != best:
+            _remove(folder)
+
+
+def mend(run: Path, keep: int) -> None:
+    """Tidy up after a process that was killed while it saved: no checkpoint is lost, no link is behind.
+
+    Args:
+        keep: newest checkpoints that stay, beside the best.
+
+    Raises:
+        RunError: the newest checkpoint is damaged.
+    """
+    for old in (run / CHECKPOINTS).glob(".step-*.old"):
+        folder = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+    for left in (run / CHECKPOINTS).glob(".step-*.partial"):
+        shutil.rmtree(left)
+    folder = newest(run)
+    if folder is not None:
+        progress, _ = read_training(folder)
+        _point(run, progress)
+        _prune(run, progress, keep)
+
+
+def load_weights(model: Qwen3DSparkModel, folder: Path) -> None:
+    """Put a checkpoint's weights into a draft that has the target's embedding and head.
+
+    Raises:
+        RunError: they can't be read, or are those of another draft.
+    """
+    try:
+        weights = load_file(folder / WEIGHTS)
+        wanted = {name: p.shape for name, p in model.state_dict().items() if _trained(model, name)}
+        if {name: weight.shape for name, weight in weights.items()} != wanted:
+            raise ValueError(f"{WEIGHTS} has other tensors than its config says")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise damaged(folder, error) from None
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_parameter(name).copy_(weight)
+
+
+def load_states(
+    folder: Path,
+    model: Qwen3DSparkModel,
+    optimizers: Sequence[Optimizer],
+    progress: Progress,
+    ranks: Ranks,
+) -> None:
+    """Give optimisers and random generators the states that a checkpoint has.
+
+    Args:
+        progress: the checkpoint's.
+
+    Raises:
+        RunError: they can't be read, or do not fit.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    stepped = progress.step > progress.skipped_steps
+    try:
+        with safe_open(folder / STATES, "pt") as file:
+            keys = set(file.keys())
+            for optimizer in optimizers:
+                _load_optimizer(optimizer, names, file, stepped=stepped)
+            own = {name: f"random.{ranks.rank}.{name}" for name in ("cpu", ranks.device.type)}
+            if own["cpu"] in keys:
+                torch.set_rng_state(file.get_tensor(own["cpu"]))
+            if "cuda" in own and own["cuda"] in keys:
+                torch.cuda.set_rng_state(file.get_tensor(own["cuda"]), ranks.device)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, TypeError, SafetensorError, RuntimeError) as error:
+        raise damaged(folder, error) from None
+
+
+def _load_optimizer(optimizer: Optimizer, names: dict[Tensor, str], file: Any, *, stepped: bool) -> None:
+    page = optimizer.state_dict()  # parameters by number, as they stand in its groups
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    page["state"] = {}
+    for number, parameter in enumerate(parameters) if stepped else ():
+        page["state"][number] = state = {}
+        for key in STATE_NAMES[type(optimizer).__name__]:
+            value = file.get_tensor(f"optimizer.{names[parameter]}.{key}")
+            if value.shape != (() if key == "step" else parameter.shape) or not value.is_floating_point():
+                raise ValueError(f"{key} of {names[parameter]} is of shape {list(value.shape)}")
+            if isinstance(parameter, DTensor) and value.ndim:
+                value = value.to(parameter.device)
+                where = (parameter.device_mesh, parameter.placements)
+                value = distribute_tensor(value, *where, src_data_rank=None)  # all ranks read all of it
+            state[key] = value
+    optimizer.load_state_dict(page)
+
+
+def find_checkpoint(run: Path, which: str = BEST) -> Path:
+    """The folder of one of a run's checkpoints.
+
+    Args:
+        which: `latest`, `best` (the latest where nothing was held out) or a name, as `step-000400`.
+
+    Raises:
+        RunError: there is none.
+    """
+    folder = run / which if which in (LATEST, BEST) else run / CHECKPOINTS / which
+    if which == BEST and not folder.exists():
+        folder = run / LATEST
+    if not (folder / TRAINING).is_file():
+        names = ", ".join(path.name for path in checkpoints(run)) or "none"
+        raise RunError(
+            f"no finished checkpoint at {folder}: {run} has {names}; `dspark train --run {run}` makes them"
+        )
+    return folder.resolve()  # not by a link that training moves on
+
+
+def load_checkpoint(folder: Path, reader: CacheReader) -> tuple[Qwen3DSparkModel, dict[str, Any]]:
+    """Load a checkpoint and put the cache's embedding and head in.
+
+    Args:
+        folder: of `find_checkpoint`.
+
+    Returns:
+        The draft, and its `training.json`.
+
+    Raises:
+        RunError: a damaged checkpoint, or one trained for another target than the cache's.
+    """
+    _, page = read_training(folder)
+    check_cache(folder, page, reader)
+    model = load_draft(folder)
+    frozen = reader.frozen()
+    model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
+    return model, page
+
+
+def trained_for(folder: Path, page: dict[str, Any]) -> TargetIdentity:
+    """The target that a checkpoint's draft is for. Raises RunError when the checkpoint is damaged.
+
+    Args:
+        page: its training.json.
+    """
+    try:
+        return configuration.build(Identity, page["cache"], TRAINING).target
+    except (KeyError, ConfigError) as error:
+        raise damaged(folder, error) from None
+
+
+def check_cache(folder: Path, page: dict[str, Any], reader: CacheReader) -> None:
+    """Raise RunError where a checkpoint's draft is for another target than the cache's."""
+    ours, theirs = trained_for(folder, page), reader.manifest.identity.target
+    if ours.weights != theirs.weights:
+        raise RunError(
+            f"{folder} was trained for target {ours.name}, the cache {reader.path} holds {theirs.name} "
+            "with other weights: name a cache of its own target"
+        )
+
+
+def load_draft(folder: Path) -> Qwen3DSparkModel:
+    """A checkpoint's draft in fp32, its embedding and head still random and frozen: they are the target's.
+
+    Raises:
+        RunError: the checkpoint is damaged.
+    """
+    try:
+        config = Qwen3DSparkModel.config_class.from_pretrained(folder)
+        model = Qwen3DSparkModel(config).float()
+    except Exception as error:
+        raise damaged(folder, error) from None
+    for name in FROZEN:
+        model.get_parameter(name).requires_grad_(False)
+    load_weights(model, folder)
+    for name, weight in model.state_dict().items():
+        if name not in FROZEN and not torch.isfinite(weight).all():
+            raise RunError(f"{folder}: {name} is not finite, so the draft is worth nothing: take another one")
+    return model

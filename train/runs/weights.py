@@ -1,0 +1,142 @@
+"""First weights from a draft that is there: a run's, or a released one in DeepSpec's layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import Qwen3Config
+
+from pipeline.errors import RunError
+from train.runs.checkpoint import BEST, FROZEN, LATEST
+from train.draft.dspark.model import Qwen3DSparkModel
+
+# What weights mean depends on these, though their shapes may not. A file may leave out any but the layers and
+# the mask token.
+_SAME = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "target_layer_ids", "num_target_layers", "mask_token_id"),
+    *("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov"),
+)
+
+
+# Who asks, at the head of every message.
+_SETTING = "draft.init_from"
+
+
+def find_draft(source: Path, asker: str = _SETTING) -> Path:
+    """The folder with config.json: of a run its best checkpoint, or without one its latest.
+
+    Args:
+        asker: at the head of every message.
+
+    Raises:
+        RunError: there is none.
+    """
+    for folder in (source / BEST, source / LATEST, source):
+        if (folder / "config.json").is_file():
+            return folder
+    raise RunError(
+        f"{asker}: no draft at {source}: expected a run, or a directory with config.json and safetensors "
+        "weights"
+    )
+
+
+def check_warm_start(shape: Qwen3Config, source: Path) -> None:
+    """Whether a draft's weights mean in a run what they mean where they come from.
+
+    Args:
+        shape: of the run's draft.
+
+    Raises:
+        RunError: there is no draft, or its config differs, with the fields and what to do.
+    """
+    folder = find_draft(source)
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        theirs = {name: found[name] for name in _SAME if name in found}
+        rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta")}
+        if rope.get("rope_theta") is not None:
+            theirs["rope_theta"] = float(rope["rope_theta"])
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"draft.init_from: {folder / 'config.json'} can't be read ({error})") from None
+    ours = {name: getattr(shape, name) for name in _SAME}
+    ours["rope_theta"] = float(shape.rope_parameters["rope_theta"])
+    if not ours["markov_rank"]:
+        theirs["markov_head_type"] = ours["markov_head_type"]
+    differing = [f"{n}: {ours[n]} here, {theirs[n]} there" for n in theirs if theirs[n] != ours[n]]
+    missing = [name for name in ("target_layer_ids", "mask_token_id") if name not in theirs]
+    if missing:
+        raise RunError(f"draft.init_from: {folder} is no DSpark draft: its config.json has no {missing[0]}")
+    if differing:
+        raise RunError(
+            f"draft.init_from: {folder} is another draft ({'; '.join(differing)}): set [draft] as there, or "
+            "start from another one"
+        )
+
+
+def warm_start(model: Qwen3DSparkModel, source: Path) -> None:
+    """Copy a draft's weights; embedding and head stay the cache's, whatever comes with it.
+
+    Raises:
+        RunError: weights are missing, unknown, of another shape or unreadable.
+    """
+    folder = find_draft(source)
+    copy_weights(model, read_weights(folder), folder)
+
+
+def copy_weights(
+    model: Qwen3DSparkModel, found: dict[str, Tensor], folder: Path, asker: str = _SETTING
+) -> None:
+    """Copy all but embedding and head into a draft.
+
+    Args:
+        found: tensors by name.
+        folder: where they come from.
+        asker: at the head of every message.
+
+    Raises:
+        RunError: weights are missing, unknown or of another shape.
+    """
+    wanted = {n: p for n, p in model.state_dict(keep_vars=True).items() if n not in FROZEN}
+    names = {*wanted} ^ {n for n in found if n not in FROZEN}
+    if names:
+        lacks = sorted(names & {*wanted})
+        what = f"lacks {lacks[0]}" if lacks else f"has {min(names)}, which this one does not"
+        raise RunError(f"{asker}: {folder} {what}: it is another kind of draft")
+    for name, parameter in wanted.items():
+        if found[name].shape != parameter.shape:
+            raise RunError(
+                f"{asker}: {name} of {folder} is of shape {list(found[name].shape)}, here of "
+                f"{list(parameter.shape)}"
+            )
+        with torch.no_grad():
+            parameter.copy_(found[name])
+
+
+def read_weights(folder: Path, asker: str = _SETTING) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors files: one, or several with an index.
+
+    Args:
+        asker: at the head of every message.
+
+    Raises:
+        RunError: they can't be read.
+    """
+    weights: dict[str, Tensor] = {}
+    try:
+        index = folder / "model.safetensors.index.json"
+        names = {"model.safetensors"}
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in sorted(names):
+            if Path(name).name != name:
+                raise ValueError(f"{index.name} names {name!r}")
+            with safe_open(folder / name, "pt") as file:
+                weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        raise RunError(f"{asker}: the weights in {folder} can't be read ({error})") from None
+    return weights
