@@ -23,22 +23,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import record
-from capture.clock import Clock
-from capture.fill import ShardFiller, pad
 from capture.options import DataOptions
 from capture.plan import CaptureOptions, PreparedCapture, prepare
 from capture.run import capture, capture_shards
-from capture.statistics import measure_statistics
+from capture.shards.clock import Clock
+from capture.shards.fill import ShardFiller, pad
+from capture.shards.statistics import measure_statistics
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import CacheWriter
-from pipeline.cache.claims import Worker
+from pipeline.cache.progress.claims import Worker
 from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
 from pipeline.hooks import find_decoder, input_device
 from pipeline.process import WorkerPlace
 from pipeline.quiet import quiet_transformers
 from pipeline.signals import StopRequest
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.options import TargetOptions
 
 SMOLLM2 = {
     "hidden_size": 576,

@@ -54,9 +54,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import record
-from capture.fill import pad
 from capture.options import DataOptions
 from capture.plan import CaptureOptions, PreparedCapture, prepare
+from capture.shards.fill import pad
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity
 from pipeline.cache.codecs import CODECS, Codec, Statistics, bits_per_value
@@ -66,7 +66,7 @@ from pipeline.cache.statistics import StateStatistics
 from pipeline.device import reuse_freed_memory
 from pipeline.errors import CacheError
 from pipeline.quiet import quiet_transformers
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.options import TargetOptions
 
 STATISTICS_TOKENS, TRAIN_TOKENS, TEST_TOKENS = 5000, 30000, 4000
 LOSSLESS_ROWS = 128
@@ -80,7 +80,7 @@ LAST_CODECS = ("bf16", "fp16", "fp32", "fp8", "int8")
 def options(target: str | None, gguf_file: str | None, folder: Path) -> CaptureOptions:
     """The example's conversations, through the target's chat template; as plain text where it has none."""
     from capture.example import EXAMPLE_DATA
-    from pipeline.target.load import open_target
+    from pipeline.target_model.load import open_target
 
     chosen = TargetOptions(target=target, gguf_file=gguf_file)
     data = EXAMPLE_DATA

@@ -57,7 +57,7 @@ from pipeline.cache import (
     plan_shards,
     sample_id,
 )
-from pipeline.cache.convert import convert
+from pipeline.cache.tools.convert import convert
 from pipeline.device import reuse_freed_memory
 from pipeline.options import DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC
 from train.data.loader import loaded

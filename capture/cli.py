@@ -20,7 +20,7 @@ from pipeline.options import (
     LAST_CODECS,
     parse_layer_ids,
 )
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.options import TargetOptions
 
 if TYPE_CHECKING:  # so that --help imports no torch
     from capture.plan import CaptureOptions
@@ -180,7 +180,7 @@ def preview_command(target: TargetOptions, data: DataOptions, row: int | None, c
 
     Nothing is captured, and no weights are loaded.
     """
-    from capture.preview import preview
+    from capture.data.preview import preview
     from pipeline.quiet import quiet_transformers
 
     quiet_transformers()
@@ -189,7 +189,7 @@ def preview_command(target: TargetOptions, data: DataOptions, row: int | None, c
 
 
 def _report(manifest: Manifest, cache: Path, *, reused: bool) -> None:
-    from pipeline.cache.inspect import summary_lines
+    from pipeline.cache.tools.inspect import summary_lines
 
     state = "already complete, reused without running the target" if reused else "complete"
     click.echo(f"cache {cache}: {state}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.errors import TargetError
 from pipeline.files import partial_name
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.options import TargetOptions
 
 EXAMPLE_TARGET = Path(".cache") / "smollm2-135m-instruct"
 EXAMPLE_DATA = Path(__file__).parent / "data" / "example.jsonl"
@@ -38,7 +38,7 @@ def example_target() -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pipeline.target.load import gguf_options
+    from pipeline.target_model.load import gguf_options
 
     spec = importlib.util.find_spec(_PACKAGE)
     assert spec is not None

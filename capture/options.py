@@ -11,7 +11,7 @@ import click
 
 from pipeline.errors import UsageError
 from pipeline.options import gathered
-from pipeline.target.options import target_options
+from pipeline.target_model.options import target_options
 
 target_or_example_options = target_options(
     help="Hugging Face directory or Hub id. Default: the example's target."

@@ -14,13 +14,13 @@ import pyarrow as pa
 import torch
 
 from capture.batching import CapturePlan, plan_capture
+from capture.data.summary import data_lines
+from capture.data.tokens import TokenizedData
 from capture.example import with_example
-from capture.fill import pad
 from capture.options import DataOptions
-from capture.preparation import open_data, prepare_data, row_tokenizer
-from capture.summary import data_lines
+from capture.prepare import open_data, prepare_data, row_tokenizer
+from capture.shards.fill import pad
 from capture.target import HFDSparkTargetModel
-from capture.tokens import TokenizedData
 from pipeline.cache import (
     DataIdentity,
     FeatureIdentity,
@@ -37,10 +37,10 @@ from pipeline.errors import CacheError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
 from pipeline.hooks import input_device
 from pipeline.options import DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC
-from pipeline.target.identity import tokenizer_identity
-from pipeline.target.load import DTYPES, Target, open_target
-from pipeline.target.options import TargetOptions
-from pipeline.units import duration, size
+from pipeline.target_model.identity import tokenizer_identity
+from pipeline.target_model.load import DTYPES, Target, open_target
+from pipeline.target_model.options import TargetOptions
+from pipeline.text import duration, size
 
 PROBE_BATCHES = 6
 # Codecs for context and last hidden whose price is told.

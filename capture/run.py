@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from capture.batching import CapturePlan
-from capture.clock import Clock
-from capture.conversations import TokenizedSample
-from capture.disk import ShardDisk
-from capture.fill import FilledShard, ShardFiller
+from capture.data.conversations import TokenizedSample
+from capture.data.tokens import TokenizedData
 from capture.plan import CaptureOptions, PreparedCapture, check_disk, plan_lines, prepare, price
-from capture.proof import prove_target
-from capture.statistics import measure_statistics
+from capture.shards.clock import Clock
+from capture.shards.disk import ShardDisk
+from capture.shards.fill import FilledShard, ShardFiller
+from capture.shards.proof import prove_target
+from capture.shards.statistics import measure_statistics
 from capture.target import HFDSparkTargetModel
-from capture.tokens import TokenizedData
 from capture.workers import worker_place
 from pipeline.cache import CacheWriter, Manifest
-from pipeline.cache.claims import DEAD_AFTER_SECONDS, Worker, claim_name, take_shards
 from pipeline.cache.layout import LAST_HIDDEN
+from pipeline.cache.progress.claims import DEAD_AFTER_SECONDS, Worker, claim_name, take_shards
 from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
 from pipeline.process import WorkerPlace

@@ -1,7 +1,7 @@
 """Which of several capturing processes this one is.
 
 Nothing but speed depends on it: the plan says what every shard holds, and claims keep two processes from the
-same one (see `pipeline.cache.claims`).
+same one (see `pipeline.cache.progress.claims`).
 """
 
 from __future__ import annotations

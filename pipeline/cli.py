@@ -32,9 +32,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("train.cli.report:report_command", "Write a page about runs: curves, acceptance, costs."),
     "export": ("train.cli.export:export_command", "Write a draft as vLLM, SGLang or Hugging Face load it."),
     "import": ("train.cli.export:import_command", "Make a run of a released draft."),
-    "inspect": ("pipeline.cache.cli:inspect_command", "Show what a cache holds, or how far its capture is."),
-    "convert": ("pipeline.cache.cli:convert_command", "Re-encode a cache, or drop some of its layers."),
-    "verify": ("pipeline.cache.cli:verify_command", "Re-hash every file of a cache; set damaged ones aside."),
+    "inspect": (
+        "pipeline.cache.tools.cli:inspect_command",
+        "Show what a cache holds, or how far its capture is.",
+    ),
+    "convert": ("pipeline.cache.tools.cli:convert_command", "Re-encode a cache, or drop some of its layers."),
+    "verify": (
+        "pipeline.cache.tools.cli:verify_command",
+        "Re-hash every file of a cache; set damaged ones aside.",
+    ),
 }
 
 

@@ -153,7 +153,7 @@ def leftovers(cache: Path) -> list[str]:
 
 def count_tokenised_rows() -> None:
     """Let every row that is tokenised add a byte to the file $TOKENISED."""
-    from capture.conversations import RowTokenizer
+    from capture.data.conversations import RowTokenizer
 
     real = RowTokenizer.tokenize
 

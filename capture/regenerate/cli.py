@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from capture.options import DataOptions, target_or_example_options
 from pipeline.errors import DataError, DSparkError, UsageError
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.options import TargetOptions
 
 _AT_LEAST_0, _AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 

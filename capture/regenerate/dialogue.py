@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from capture.conversations import read_conversations, render
+from capture.data.conversations import read_conversations, render
 from pipeline.errors import DataError
 
 Message = dict[str, Any]

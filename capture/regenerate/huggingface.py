@@ -12,10 +12,10 @@ from capture.regenerate.dialogue import Dialogue
 from capture.regenerate.engine import Outcome, Report, Sampling, trim_unfinished
 from pipeline.errors import DataError, TargetError
 from pipeline.quiet import quiet_transformers
-from pipeline.target.find import weights_hash
-from pipeline.target.identity import tokenizer_identity
-from pipeline.target.load import open_target
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.find import weights_hash
+from pipeline.target_model.identity import tokenizer_identity
+from pipeline.target_model.load import open_target
+from pipeline.target_model.options import TargetOptions
 
 # Rows that are batched by length together: enough to fill batches evenly, few enough to hold their prompts.
 _WINDOW = 8192

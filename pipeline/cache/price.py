@@ -18,7 +18,7 @@ from pipeline.cache.shard import file_layout
 from pipeline.cache.statistics import standardised_states, statistics_bytes
 from pipeline.errors import CacheError
 from pipeline.files import plain_size
-from pipeline.units import size
+from pipeline.text import size
 
 # What is left free on a disk that a cache nearly fills, as a share of the cache: other files grow too.
 DISK_RESERVE = 0.01

@@ -98,7 +98,7 @@ def verify_cache(
     if manifest.status == "complete":
         records, shards = list(manifest.all_files()), len(manifest.plan)
     else:
-        from pipeline.cache.progress import finished_files  # which needs the writer, which few need
+        from pipeline.cache.progress.finished import finished_files  # which needs the writer, which few need
 
         finished = finished_files(cache, manifest)
         again = read_manifest(cache)

@@ -40,7 +40,7 @@ from pipeline.cache.manifest import (
     shard_file,
     write_manifest,
 )
-from pipeline.cache.records import (
+from pipeline.cache.progress.records import (
     KEPT,
     TARGET,
     Kept,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import capture.batching
 from capture.batching import WINDOW_SAMPLES, CapturePlan, plan_capture
 from capture.plan import CaptureOptions
-from pipeline.cache.claims import take_shards
+from pipeline.cache.progress.claims import take_shards
 
 BATCH_TOKENS, SHARD_TOKENS = CaptureOptions.batch_tokens, CaptureOptions.shard_tokens
 lists_of_lengths = st.lists(st.integers(1, 200), max_size=60)

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from capture.conversations import RowTokenizer, read_conversations
-from capture.rows import BadRowError, Conversation
-from capture.sources import open_sources
-from capture.template import ChatTemplate
-from capture.tokens import Selection, TokenizedData, load_data
+from capture.data.conversations import RowTokenizer, read_conversations
+from capture.data.sources import open_sources
+from capture.data.tokens import Selection, TokenizedData, load_data
+from pipeline.chat.rows import BadRowError, Conversation
+from pipeline.chat.template import ChatTemplate
 from pipeline.errors import DataError
 from tests.capture.templates import (
     COMMENTED_MARKS,

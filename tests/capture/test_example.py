@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from capture.conversations import read_conversations
+from capture.data.conversations import read_conversations
 from capture.example import EXAMPLE_DATA, example_target
 from pipeline.errors import TargetError
 

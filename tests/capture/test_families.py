@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from capture.target import HFDSparkTargetModel
 from pipeline.features import LayerIdWarning, head_logits
 from pipeline.hooks import embedding_scale, final_logit_softcapping, learned_positions, logit_scale
-from pipeline.target.load import auto_class
+from pipeline.target_model.load import auto_class
 
 H, V, LAYERS = 32, 97, 4
 COMMON: dict[str, Any] = {

@@ -266,7 +266,7 @@ def test_a_complete_manifest_that_cannot_be_written_costs_nothing_else(
         assert_refused(run_cli(*command), 1, str(cache / "manifest.json"), "No space left")
     assert read_manifest(cache).status == "incomplete"
     assert len(finished_shards(cache)) == len(read_manifest(cache_dir).plan)
-    monkeypatch.setattr("capture.fill.ShardFiller.fill", None)  # no target is needed any more
+    monkeypatch.setattr("capture.shards.fill.ShardFiller.fill", None)  # no target is needed any more
     run_ok(*command)
     assert tree(cache) == tree(cache_dir)
 

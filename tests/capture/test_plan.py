@@ -17,8 +17,8 @@ from capture.options import DataOptions
 from capture.plan import CaptureOptions, free_bytes, prepare, price
 from pipeline.cache import read_manifest
 from pipeline.cache.codecs import CODECS
-from pipeline.target.options import TargetOptions
-from pipeline.units import duration, size
+from pipeline.target_model.options import TargetOptions
+from pipeline.text import duration, size
 from tests.capture.conftest import arguments, tree
 from tests.conftest import LAYERS, assert_refused, run_cli, run_ok
 from tests.tiny import make_conversations, make_target

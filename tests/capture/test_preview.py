@@ -8,7 +8,7 @@ import click
 import numpy as np
 from click.testing import CliRunner
 
-from capture.summary import histogram
+from capture.data.summary import histogram
 from pipeline.cli import cli
 from tests.capture.test_tokens import talk, write
 from tests.conftest import assert_refused, run_cli, run_ok

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import pipeline.hooks
-from capture.conversations import TokenizedSample
-from capture.proof import PROOF_TOKENS
-from capture.proof import prove_target as prove_with_codec
+from capture.data.conversations import TokenizedSample
+from capture.shards.proof import PROOF_TOKENS
+from capture.shards.proof import prove_target as prove_with_codec
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity, read_manifest
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.statistics import state_codecs
 from pipeline.errors import TargetError
-from pipeline.target.load import open_target
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.load import open_target
+from pipeline.target_model.options import TargetOptions
 from tests.capture.conftest import arguments
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.pipeline.written import make_identity

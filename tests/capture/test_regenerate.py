@@ -282,7 +282,7 @@ def test_too_large_a_batch_is_one_line_and_a_smaller_one_continues(
 
     sizes: list[int] = []
     monkeypatch.setattr(model, "generate", generate)
-    monkeypatch.setattr("pipeline.target.load.load_target", lambda *_: model)
+    monkeypatch.setattr("pipeline.target_model.load.load_target", lambda *_: model)
     out = tmp_path / "out.jsonl"
     write_jsonl(data, CONVERSATIONS[:3] * 2)
     assert_refused(run_cli(*arguments(target, data, out)), 1, "4 prompts", "smaller --batch-size")

@@ -262,7 +262,7 @@ def test_an_output_that_would_be_its_own_data_is_refused(tmp_path, target):
 def test_an_interrupt_is_one_line(tmp_path, target, monkeypatch):
     data, out = make_conversations(tmp_path / "chats.jsonl", count=6), tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.target.load.load_target", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr("pipeline.target_model.load.load_target", lambda *_: signal.raise_signal(signal.SIGINT))
         assert_refused(run_cli(*command(target, data, out)), 1, "interrupted", "out.jsonl.progress")
     assert "6 conversations" in run_ok(*command(target, data, out))
 

@@ -16,15 +16,15 @@ import torch
 from click.testing import Result
 
 import capture.example
-from capture.conversations import TokenizedSample
+from capture.data.conversations import TokenizedSample
 from capture.options import DataOptions
 from capture.plan import CaptureOptions, prepare
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import CacheReader, Manifest, read_manifest
 from pipeline.cache.manifest import ShardFiles, write_manifest
 from pipeline.errors import CacheError
-from pipeline.target.load import open_target
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.load import open_target
+from pipeline.target_model.options import TargetOptions
 from tests.capture.conftest import arguments, tree
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.processes import Dspark, die_in_the_middle

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from capture.rows import BadRowError, Conversation, Text, Tokens, detect_form, parse_line, read_row
+from pipeline.chat.rows import BadRowError, Conversation, Text, Tokens, detect_form, parse_line, read_row
 
 USER, ANSWER = {"role": "user", "content": "why"}, {"role": "assistant", "content": "yes"}
 SYSTEM = {"role": "system", "content": "short"}

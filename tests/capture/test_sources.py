@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capture.sources import open_sources
+from capture.data.sources import open_sources
 from pipeline.cache import CacheReader
 from pipeline.errors import DataError, UsageError
 from tests.capture.conftest import in_data_order, places

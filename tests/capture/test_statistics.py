@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import capture.run
-from capture.conversations import TokenizedSample
+from capture.data.conversations import TokenizedSample
 from capture.options import DataOptions
 from capture.plan import CaptureOptions, prepare, price
-from capture.statistics import measure_statistics
+from capture.shards.statistics import measure_statistics
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import CacheReader, read_manifest
 from pipeline.cache.codecs import CODECS, Statistics
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.options import TargetOptions
 from tests.capture.conftest import arguments, tree
 from tests.capture.test_fill import after_each_forward, measured
 from tests.conftest import LAYERS, assert_refused, run_cli, run_ok

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import capture.tokens as tokens
-from capture.conversations import RowTokenizer
-from capture.sources import open_sources
-from capture.template import ChatTemplate
-from capture.tokens import Selection, TokenizedData, load_data
+import capture.data.tokens as tokens
+from capture.data.conversations import RowTokenizer
+from capture.data.sources import open_sources
+from capture.data.tokens import Selection, TokenizedData, load_data
+from pipeline.chat.template import ChatTemplate
 from pipeline.errors import DataError
 from tests.capture.templates import DATED
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
@@ -213,7 +213,7 @@ def test_a_capture_of_several_days_prints_one_date(tmp_path, target_dir, monkeyp
         def today(cls) -> datetime.date:
             return tomorrow
 
-    monkeypatch.setattr("capture.template.datetime.date", Tomorrow)
+    monkeypatch.setattr("pipeline.chat.template.datetime.date", Tomorrow)
     assert "already complete" in run_ok(*arguments)
 
 

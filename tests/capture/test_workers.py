@@ -15,7 +15,7 @@ import torch
 import capture.run
 from capture.workers import worker_place
 from pipeline.cache import CacheReader, read_manifest
-from pipeline.cache.claims import Worker
+from pipeline.cache.progress.claims import Worker
 from pipeline.errors import UsageError
 from pipeline.process import WorkerPlace
 from tests.capture.conftest import arguments, tree

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import process
-from pipeline.cache import claims
-from pipeline.cache.claims import DEAD_AFTER_SECONDS, Worker, live_workers
+from pipeline.cache.progress import claims
+from pipeline.cache.progress.claims import DEAD_AFTER_SECONDS, Worker, live_workers
 from pipeline.errors import WriteError
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ NAMES = [f"{i:05d}" for i in range(40)]
 OWNER = """
 import sys
 from pathlib import Path
-from pipeline.cache.claims import Worker
+from pipeline.cache.progress.claims import Worker
 with Worker(Path(sys.argv[1])) as worker:
     print("ready", flush=True)
     print(*[name for name in sys.stdin.readline().split() if worker.claim(name)], flush=True)

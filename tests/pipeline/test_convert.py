@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import capture.run
-import pipeline.cache.convert
+import pipeline.cache.tools.convert
 from pipeline.cache import CacheReader, read_manifest
 from pipeline.cache.codecs import CODECS, Statistics, get_codec
-from pipeline.cache.convert import PRECISION
 from pipeline.cache.statistics import read_statistics
+from pipeline.cache.tools.convert import PRECISION
 from pipeline.options import LAST_CODECS
 from tests.conftest import LAYERS, assert_refused, capture_arguments, run_cli, run_ok
 from tests.pipeline.handmade import HandCache
@@ -351,13 +351,13 @@ def test_killed_in_the_middle_of_a_shard_it_keeps_the_others(tmp_path, cache_dir
 
 def take_your_time() -> None:
     """Let every shard take a while."""
-    real = pipeline.cache.convert.Filler.fill
+    real = pipeline.cache.tools.convert.Filler.fill
 
     def fill(*given):
         time.sleep(0.3)
         return real(*given)
 
-    pipeline.cache.convert.Filler.fill = fill
+    pipeline.cache.tools.convert.Filler.fill = fill
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -387,23 +387,23 @@ def test_two_at_once_share_the_work(tmp_path, cache_dir, whole):
 
 def test_another_may_finish_it_at_any_moment(tmp_path, cache_dir, whole, monkeypatch):
     command = ("convert", cache_dir, tmp_path / "new", *SMALLER)
-    real = pipeline.cache.convert.Worker
+    real = pipeline.cache.tools.convert.Worker
 
     def overtaken(*given):
         assert Dspark(tmp_path / "other", *command).wait() == 0
         return real(*given)
 
-    monkeypatch.setattr(pipeline.cache.convert, "Worker", overtaken)
+    monkeypatch.setattr(pipeline.cache.tools.convert, "Worker", overtaken)
     assert ": complete" in run_ok(*command)
     assert every_byte(tmp_path / "new") == whole
 
 
 def begin(monkeypatch: pytest.MonkeyPatch, shards: int, *command: str | Path) -> None:
     """Convert only so many shards."""
-    real = pipeline.cache.convert.take_shards
+    real = pipeline.cache.tools.convert.take_shards
     with monkeypatch.context() as patch:
         cut = lambda *given: itertools.islice(real(*given), shards)  # noqa: E731
-        patch.setattr(pipeline.cache.convert, "take_shards", cut)
+        patch.setattr(pipeline.cache.tools.convert, "take_shards", cut)
         assert f"shards written by this process: {shards}; others are at work" in run_ok(*command)
 
 

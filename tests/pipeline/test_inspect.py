@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 
 from pipeline import process
 from pipeline.cache import read_manifest
-from pipeline.cache.claims import Worker, WorkerState
 from pipeline.cache.manifest import ShardFiles, write_manifest
+from pipeline.cache.progress.claims import Worker, WorkerState
 from pipeline.cli import cli
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.pipeline.written import MASKS, every_byte, make_writing
@@ -328,7 +328,7 @@ def test_a_capture_that_ends_meanwhile_is_shown_complete(tmp_path, monkeypatch):
     writing = make_writing(MASKS)
     cache = tmp_path / "cache"
     writer = writing.open(cache)
-    import pipeline.cache.inspect as module
+    import pipeline.cache.tools.inspect as module
 
     def ends(folder: Path) -> list[WorkerState]:
         writing.finish(writer)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.cache import CacheReader, read_manifest
 from pipeline.cache.codecs import CODECS, Statistics
 from pipeline.cache.manifest import FileRecord, write_manifest
-from pipeline.cache.progress import finished_files
+from pipeline.cache.progress.finished import finished_files
 from pipeline.cache.statistics import StateStatistics, read_statistics, standardised_states
 from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheError

@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from capture.dflash import HFDFlashTargetModel
 from capture.target import HFDSparkTargetModel
 from pipeline.errors import DSparkError, TargetError, UsageError
-from pipeline.target.find import resolve_directory, weights_hash
-from pipeline.target.load import Target, gguf_options, open_target, resolve_dtype
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.find import resolve_directory, weights_hash
+from pipeline.target_model.load import Target, gguf_options, open_target, resolve_dtype
+from pipeline.target_model.options import TargetOptions
 from tests.tiny import make_target, make_tokenizer
 
 IDS = torch.arange(3, 27).reshape(2, 12)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.units import duration, size
+from pipeline.text import duration, size
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.reports import (
     Page,

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pipeline.errors import UsageError
-from pipeline.target.options import TargetOptions, target_options
+from pipeline.target_model.options import TargetOptions, target_options
 
 run_option = click.option(
     *("--run", "--run-dir", "run"),  # torchrun takes --run for its own --run-path before Python 3.12.8
@@ -152,7 +152,7 @@ def speculate_command(
         raise UsageError("expected prompts from one place: give --prompts FILE or --cache CACHE")
     from pipeline.cache import CacheReader
     from pipeline.quiet import quiet_transformers
-    from pipeline.target.load import open_target
+    from pipeline.target_model.load import open_target
     from train.decode.benchmark import format_speculation, load_pair, speculate_all
     from train.decode.prompts import held_out_prompts, read_prompts
     from train.eval.validate import split

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import RunError, UsageError
 from pipeline.hooks import input_device, learned_positions
-from pipeline.target.load import Target
+from pipeline.target_model.load import Target
 from train.decode.speculative import CachedTarget, Decoded, decode_plain, decode_speculative
 from train.draft.dspark.decoder import DraftDecoder
 from train.draft.dspark.model import Qwen3DSparkModel

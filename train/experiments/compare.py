@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.units import duration
+from pipeline.text import duration
 from train.runs.checkpoint import checkpoints
 from train.runs.directory import CONFIG, RUN, load_run_cache, load_run_config, read_progress
 

@@ -24,7 +24,7 @@ from pipeline import files
 from pipeline.cache import CacheReader, Identity
 from pipeline.errors import ConfigError, DSparkError, RunError, UsageError
 from pipeline.signals import stop_on_signals
-from pipeline.units import duration
+from pipeline.text import duration
 from train.config import RunConfig
 from train.experiments.compare import compare, format_text
 from train.runs.directory import check_run, read_progress

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.units import duration, size
+from pipeline.text import duration, size
 from train.experiments.compare import parameter_count
 from train.experiments.report.data import (
     RunData,

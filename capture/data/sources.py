@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capture.rows import detect_form
 from pipeline import files
+from pipeline.chat.rows import detect_form
 from pipeline.errors import DataError, UsageError
 
 # A row as it was read: a line still to be parsed (so that workers share the parsing), or a dict.

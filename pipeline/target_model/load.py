@@ -23,9 +23,9 @@ from pipeline.cache.manifest import is_weights
 from pipeline.device import native_bf16, resolve_device
 from pipeline.errors import TargetError, UsageError
 from pipeline.hooks import find_final_norm, find_layers, learned_positions
-from pipeline.target.find import resolve_directory, weights_hash
-from pipeline.target.identity import target_identity
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.find import resolve_directory, weights_hash
+from pipeline.target_model.identity import target_identity
+from pipeline.target_model.options import TargetOptions
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What makes a target directory's config and tokenizer loadable again, without its weights.

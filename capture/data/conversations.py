@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from capture.rows import FORM_KEYS, BadRowError, Conversation, Text, Tokens, parse_line, read_row
-from capture.sources import RawRow, open_sources
-from capture.template import ChatTemplate
-from capture.turns import Rendered, Span, render_turns
+from capture.data.sources import RawRow, open_sources
+from capture.data.turns import Rendered, Span, render_turns
 from pipeline.cache.index import count_candidates, sample_id
+from pipeline.chat.rows import FORM_KEYS, BadRowError, Conversation, Text, Tokens, parse_line, read_row
+from pipeline.chat.template import ChatTemplate
 from pipeline.errors import DataError
 
 # Thoughts: those a turn starts with (it or the prompt opened them; closed or not), and closed ones later on.
@@ -66,7 +66,7 @@ class RowTokenizer:
         """A row's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8, ending supervised.
 
         Args:
-            form: a name in `capture.rows.FORMS`; None takes the row as what its keys say.
+            form: a name in `pipeline.chat.rows.FORMS`; None takes the row as what its keys say.
 
         Raises:
             BadRowError: the row can't be used, through a fault of its own.

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import click
 import numpy as np
 
-from capture.conversations import TokenizedSample
+from capture.data.conversations import TokenizedSample
+from capture.data.summary import accounts, data_lines
 from capture.example import with_example
 from capture.options import DataOptions
-from capture.preparation import open_data, prepare_data, row_tokenizer
-from capture.summary import accounts, data_lines
+from capture.prepare import open_data, prepare_data, row_tokenizer
 from pipeline.errors import UsageError
-from pipeline.marked import marked_text
-from pipeline.target.identity import tokenizer_identity
-from pipeline.target.load import open_target
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.identity import tokenizer_identity
+from pipeline.target_model.load import open_target
+from pipeline.target_model.options import TargetOptions
+from pipeline.text import marked_text
 
 
 def preview(target: TargetOptions, options: DataOptions, *, row: int | None, count: int) -> Iterator[str]:

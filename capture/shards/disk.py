@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from capture.clock import Clock
+from capture.shards.clock import Clock
 
 WRITING_THREADS = 3
 

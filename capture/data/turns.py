@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capture.rows import BadRowError, Conversation, Message
-from capture.template import ChatTemplate
+from pipeline.chat.rows import BadRowError, Conversation, Message
+from pipeline.chat.template import ChatTemplate
 
 _SENTINEL = "\u2063dspark\u2063"
 

@@ -11,16 +11,16 @@ from typing import Any
 import click
 import numpy as np
 
-from pipeline.cache.claims import WorkerState, live_workers
 from pipeline.cache.codecs import bits_per_value, get_codec
 from pipeline.cache.fidelity import TEACHER_TV
 from pipeline.cache.index import open_index, sample_ids
 from pipeline.cache.manifest import INDEX, MANIFEST, PROGRESS, Manifest, read_manifest
-from pipeline.cache.progress import finished_shards, listed_shards, target_written
+from pipeline.cache.progress.claims import WorkerState, live_workers
+from pipeline.cache.progress.finished import finished_shards, listed_shards, target_written
 from pipeline.cache.reader import held_out
 from pipeline.cache.verify import DAMAGED
 from pipeline.errors import CacheError
-from pipeline.units import duration, size
+from pipeline.text import duration, size
 
 Facts = dict[str, Any]
 # A rate over less than this says nothing.

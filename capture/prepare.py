@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from capture.conversations import RowTokenizer
+from capture.data.conversations import RowTokenizer
+from capture.data.sources import Source, open_sources
+from capture.data.tokens import MAX_PROBLEMS, Selection, TokenizedData, load_data
 from capture.options import DataOptions
-from capture.sources import Source, open_sources
-from capture.template import ChatTemplate
-from capture.tokens import MAX_PROBLEMS, Selection, TokenizedData, load_data
+from pipeline.chat.template import ChatTemplate
 from pipeline.errors import UsageError
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from capture.conversations import TokenizedSample
-from capture.fill import MAX_TEACHER_TV, check_peaks, pad, row_peaks, state_name
+from capture.data.conversations import TokenizedSample
+from capture.shards.fill import MAX_TEACHER_TV, check_peaks, pad, row_peaks, state_name
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity
 from pipeline.cache.layout import LAST_HIDDEN

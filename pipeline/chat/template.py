@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from capture.rows import BadRowError, Conversation, Message
+from pipeline.chat.rows import BadRowError, Conversation, Message
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

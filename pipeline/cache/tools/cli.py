@@ -74,14 +74,14 @@ def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: b
     With --sample: the sample's text, supervised tokens in green, and its states in figures, a line a layer.
     Reads only, from any machine that sees the directory.
     """
-    from pipeline.cache.inspect import cache_facts, fact_lines
+    from pipeline.cache.tools.inspect import cache_facts, fact_lines
 
     if sample is None:
         facts = cache_facts(cache, fraction=held_out)
         lines = fact_lines(facts)
     else:
         from pipeline.cache.reader import CacheReader
-        from pipeline.cache.sample import cached_decoder, find_sample, sample_facts, sample_lines
+        from pipeline.cache.tools.sample import cached_decoder, find_sample, sample_facts, sample_lines
 
         reader = CacheReader(cache)
         shown = sample_facts(reader, find_sample(reader, sample))
@@ -127,8 +127,8 @@ def convert_command(
     States whose codec stays are copied exactly. SRC is only read, and every file of it is hashed before it is
     used. Stopped at any moment, the same command continues; several of it at once share the work.
     """
-    from pipeline.cache.convert import convert
-    from pipeline.cache.inspect import summary_lines
+    from pipeline.cache.tools.convert import convert
+    from pipeline.cache.tools.inspect import summary_lines
 
     converted = convert(
         source,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import files
 from pipeline.errors import TargetError, UsageError
-from pipeline.target.options import TargetOptions
+from pipeline.target_model.options import TargetOptions
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 # Besides weights: what a Hub repository is asked for.

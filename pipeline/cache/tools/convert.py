@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.cache.claims import Worker, claim_name, take_shards
 from pipeline.cache.codecs import Statistics, get_codec
 from pipeline.cache.codecs.base import peaks
 from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, relative_error, spread
 from pipeline.cache.layout import LAST_HIDDEN, part_name, shard_specs
 from pipeline.cache.manifest import FROZEN, INDEX, FileRecord, Identity, Manifest, shard_file
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes
+from pipeline.cache.progress.claims import Worker, claim_name, take_shards
 from pipeline.cache.reader import MAX_SCALE, CacheReader, last_positions
 from pipeline.cache.shard import ShardBuffer, map_shard
 from pipeline.cache.statistics import (
@@ -39,7 +39,7 @@ from pipeline.cache.writer import CacheWriter
 from pipeline.errors import CacheError, UsageError
 from pipeline.features import validate_target_layer_ids
 from pipeline.signals import StopRequest, stop_on_signals
-from pipeline.units import size
+from pipeline.text import size
 
 # Rows decoded and encoded at a time.
 ROWS = 2048

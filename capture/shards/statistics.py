@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from capture.conversations import TokenizedSample
-from capture.fill import check_peaks, pad, row_peaks
+from capture.data.conversations import TokenizedSample
+from capture.data.tokens import TokenizedData
+from capture.shards.fill import check_peaks, pad, row_peaks
 from capture.target import HFDSparkTargetModel
-from capture.tokens import TokenizedData
 from pipeline.cache import Identity
 from pipeline.cache.codecs import Statistics
 from pipeline.cache.layout import LAST_HIDDEN, context_name

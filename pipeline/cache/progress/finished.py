@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline import files
 from pipeline.cache.manifest import PROGRESS, FileRecord, Manifest
-from pipeline.cache.records import read_kept, read_shard_record, read_target_record
+from pipeline.cache.progress.records import read_kept, read_shard_record, read_target_record
 
 
 @dataclass(frozen=True)

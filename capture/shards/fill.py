@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capture.clock import Clock
-from capture.conversations import TokenizedSample
+from capture.data.conversations import TokenizedSample
+from capture.shards.clock import Clock
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity, last_hidden_rows
 from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, spread

@@ -27,12 +27,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from capture import conversations, rows, sources, template, turns
-from capture.conversations import DroppedRowError, RowTokenizer, TokenizedSample
-from capture.rows import FORMS, BadRowError, detect_form, parse_line
-from capture.sources import RawRow, Source
+from capture.data import conversations, sources, turns
+from capture.data.conversations import DroppedRowError, RowTokenizer, TokenizedSample
+from capture.data.sources import RawRow, Source
 from pipeline import files
 from pipeline.cache.index import SampleFacts, count_candidates, last_hidden_rows, sample_id
+from pipeline.chat import rows, template
+from pipeline.chat.rows import FORMS, BadRowError, detect_form, parse_line
 from pipeline.errors import DataError
 
 # What decides tokens and masks; a change in it makes what was kept worthless.
@@ -69,7 +70,7 @@ class Selection:
     shuffle: bool = False
     seed: int = 0
     form: str | None = None
-    """What every source's rows hold, a name in `capture.rows.FORMS`; None: what its first row holds."""
+    """What every source's rows hold, a name in `pipeline.chat.rows.FORMS`; None: what its first row holds."""
     bad_rows: Literal["fail", "skip"] = "fail"
 
 
@@ -82,7 +83,7 @@ class TokenizedData:
     rows: Counter[str] = field(default_factory=Counter)
     """Rows read, captured, and dropped by reason: read = captured + everything dropped."""
     forms: list[str] = field(default_factory=list)
-    """What each source's rows hold, names in `capture.rows.FORMS`."""
+    """What each source's rows hold, names in `pipeline.chat.rows.FORMS`."""
     problems: list[str] = field(default_factory=list)
     """The first bad rows, each with its place."""
     _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)

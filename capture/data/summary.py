@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import click
 import numpy as np
 
-from capture.tokens import TokenizedData
+from capture.data.tokens import TokenizedData
 
 BAR_WIDTH = 40
 

@@ -1,6 +1,11 @@
-"""Sizes and spans of time for people."""
+"""Text for people: sizes, spans of time, samples with what the loss covers marked."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+import numpy as np
 
 
 def size(count: float) -> str:
@@ -20,3 +25,15 @@ def duration(seconds: float) -> str:
     if hours >= 1:
         return f"{int(hours)} h {int(minutes) % 60:02d} min"
     return f"{int(minutes)} min {int(seconds) % 60:02d} s" if minutes >= 1 else f"{seconds:.0f} s"
+
+
+def marked_text(input_ids: np.ndarray, loss_mask: np.ndarray, decode: Callable[[list[int]], str]) -> str:
+    """Text of `input_ids` `[S]`, supervised tokens (`loss_mask` `[S]`) in green.
+
+    Runs of one kind are decoded together: a character may be several tokens.
+    """
+    pieces = []
+    for run in np.split(np.arange(len(input_ids)), np.flatnonzero(np.diff(loss_mask)) + 1):
+        text = decode(input_ids[run].tolist())
+        pieces.append(click.style(text, fg="green") if loss_mask[run[0]] else text)
+    return "".join(pieces)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.cache.reader import CacheReader
 from pipeline.errors import UsageError
-from pipeline.marked import marked_text
+from pipeline.text import marked_text
 
 
 def find_sample(reader: CacheReader, text: str) -> int:

@@ -1,0 +1,1 @@
+"""From chat data to token ids and loss masks."""

@@ -1,0 +1,1 @@
+"""How far an unfinished cache is: claims of workers, records of what is done."""
