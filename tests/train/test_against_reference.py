@@ -10,7 +10,7 @@ import torch
 from tests import reference
 from tests.train.drafts import as_batch, random_samples, small_model, spec_of
 from train.draft.dspark.module import DSparkTrainerModule
-from train.losses.slots import compute_dspark_loss
+from train.losses import compute_dspark_loss
 
 # RoPE angles are fp32 in the draft by design, so float64 agreement ends here.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}

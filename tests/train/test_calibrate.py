@@ -11,10 +11,10 @@ import pytest
 from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.runs import train_arguments
+from train.data.split import split
 from train.eval.calibrate import GRID, fit_temperatures, halves
 from train.eval.heldout import Blocks
-from train.eval.validate import split
-from train.runs.checkpoint import find_checkpoint
+from train.runs.open import find_checkpoint
 from train.runs.results import CALIBRATION, read_temperatures
 
 K = 3

@@ -16,7 +16,7 @@ from train.draft.dspark.anchors import (
 )
 from train.draft.dspark.masks import block_attention_mask, flex_block_mask
 from train.draft.dspark.module import DSparkTrainerModule
-from train.losses.slots import compute_dspark_loss
+from train.losses import compute_dspark_loss
 
 # Documents that end in the middle of an answer, so that a block could run on into the next one.
 MASKS = [[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]]

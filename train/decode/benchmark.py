@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import RunError, UsageError
 from pipeline.hooks import input_device, learned_positions
 from pipeline.target_model.load import Target
 from train.decode.speculative import CachedTarget, Decoded, decode_plain, decode_speculative
-from train.draft.dspark.decoder import DraftDecoder
-from train.draft.dspark.model import Qwen3DSparkModel
-from train.runs.checkpoint import load_draft, trained_for
+from train.draft.kind import Decoder
+from train.runs.open import TrainedDraft
 from train.runs.results import EVALUATION, read_figures, read_temperatures, table
-from train.runs.state import read_training
 
 # How far apart the target's two best logits may be where a forward over several tokens rounds to another text
 # than one over a single token does.
@@ -38,7 +36,9 @@ class Pair:
     """The target's."""
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    draft: Qwen3DSparkModel
+    draft: PreTrainedModel
+    decoder: Decoder
+    """The draft at work."""
     stop: frozenset[int]
     """Token ids that end a text."""
     step: int
@@ -47,18 +47,14 @@ class Pair:
     """What is odd about the two together."""
 
 
-def load_pair(target: Target, folder: Path) -> Pair:
-    """Load a target and the draft of a checkpoint, in the target's dtype.
-
-    Args:
-        folder: of `train.runs.checkpoint.find_checkpoint`.
+def load_pair(target: Target, trained: TrainedDraft) -> Pair:
+    """Load a target beside a draft, in the target's dtype.
 
     Raises:
         TargetError: the target can't be loaded.
-        RunError: the checkpoint is damaged, or the draft is for a target of another shape.
+        RunError: the draft is for a target of another shape.
     """
-    progress, page = read_training(folder)
-    wanted, identity = trained_for(folder, page), target.identity()
+    wanted, identity = trained.target, target.identity()
     shape = ("hidden_size", "num_layers", "vocab_size")
     differing = [
         f"{name} {getattr(identity, name)}, the draft's is for {getattr(wanted, name)}"
@@ -67,7 +63,7 @@ def load_pair(target: Target, folder: Path) -> Pair:
     ]
     if differing:
         raise RunError(
-            f"{target.name} is not the target that {folder} was trained for, {wanted.name} "
+            f"{target.name} is not the target that {trained.folder} was trained for, {wanted.name} "
             f"({'; '.join(differing)}): give that one as --target"
         )
     warning = None
@@ -78,13 +74,22 @@ def load_pair(target: Target, folder: Path) -> Pair:
         )
     tokenizer, model = target.tokenizer(), target.model()
     device = input_device(model)
-    draft = load_draft(folder)
+    draft = trained.model()
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
     for own, theirs in zip((draft.embed_tokens, draft.lm_head), parts, strict=True):
         # The same memory, unless the target has it elsewhere: then `to` copies, and leaves the target be.
         own.weight = nn.Parameter(theirs.weight.detach(), requires_grad=False)
     draft = draft.to(device, target.dtype).eval().requires_grad_(False)
-    return Pair(target.name, model, tokenizer, draft, _stops(model, tokenizer), progress.step, warning)
+    return Pair(
+        name=target.name,
+        model=model,
+        tokenizer=tokenizer,
+        draft=draft,
+        decoder=trained.kind.decoder(draft),
+        stop=_stops(model, tokenizer),
+        step=trained.step,
+        warning=warning,
+    )
 
 
 def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -117,10 +122,10 @@ def speculate_all(
         UsageError: a threshold for a draft without a confidence head.
         RunError: see `speculate`.
     """
-    if threshold > 0 and pair.draft.confidence_head is None:
+    if threshold > 0 and not pair.decoder.has_confidence:
         raise UsageError("--threshold needs a confidence head, and this draft has none: leave it out")
 
-    scales = read_temperatures(folder, pair.draft.block_size) if threshold > 0 else None
+    scales = read_temperatures(folder, pair.decoder.block_size) if threshold > 0 else None
 
     def seen(prompt: list[int], tokens: list[int]) -> None:
         if show is not None:
@@ -139,7 +144,7 @@ def speculate_all(
             seen=seen,
         )
         # Of whole blocks only.
-        offline = None if threshold > 0 else offline_figures(folder, temperature, pair.draft.block_size)
+        offline = None if threshold > 0 else offline_figures(folder, temperature, pair.decoder.block_size)
         runs.append({**figures, "offline": offline})
     return {
         "step": pair.step,
@@ -176,7 +181,7 @@ def speculate(
     Raises:
         RunError: greedy texts differ by more than rounding explains, or the prompts do not fit the target.
     """
-    limit, slots = learned_positions(pair.model), pair.draft.block_size
+    limit, slots = learned_positions(pair.model), pair.decoder.block_size
     longest = max(map(len, prompts)) + max_new_tokens + slots  # the last block may stand behind the end
     if limit is not None and longest > limit:
         raise RunError(
@@ -186,20 +191,19 @@ def speculate(
     plain: list[Decoded] = []
     fast: list[Decoded] = []
     partings: list[dict[str, Any]] = []
-    decoder = DraftDecoder(pair.draft)
     options = {"temperature": temperature, "stop": pair.stop}
     alone, watched = (CachedTarget(pair.model, ids) for ids in ((), pair.draft.config.target_layer_ids))
     few = min(max_new_tokens, 4)
     decode_plain(alone, prompts[0], few)  # what is slow the first time
     with watched:
-        decode_speculative(watched, decoder, prompts[0], few)
+        decode_speculative(watched, pair.decoder, prompts[0], few)
     for number, prompt in enumerate(prompts):
         generators = [torch.Generator(alone.device).manual_seed(seed + number) for _ in range(2)]
         own = decode_plain(alone, prompt, max_new_tokens, **options, generator=generators[0])
         with watched:  # plain decoding has no hooks
             result = decode_speculative(
                 watched,
-                decoder,
+                pair.decoder,
                 prompt,
                 max_new_tokens,
                 **options,

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, RunError
 from train.data.sampling import drawn_anchors
 from train.eval import metrics as figures
 from train.eval.heldout import Blocks, measure
-from train.runs.open import OpenedDraft
+from train.runs.open import DraftOnCache
 from train.runs.results import table
 from train.runtime.distributed import Ranks
 
@@ -66,7 +66,7 @@ def halves(reader: CacheReader, samples: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def calibrate(
-    draft: OpenedDraft, ranks: Ranks, *, anchors: int | None = None, seed: int = 0
+    draft: DraftOnCache, ranks: Ranks, *, anchors: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Fit on one half of the held-out samples, report on the other, before and after.
 
@@ -78,9 +78,10 @@ def calibrate(
         ConfigError: too few samples are held out.
     """
     with ranks.together():
-        if draft.module.draft_model.confidence_head is None:
+        if not draft.config.draft.confidence_head:
             raise RunError(
-                f"{draft.folder} has no confidence head to calibrate: train with draft.confidence_head"
+                f"{draft.trained.folder} has no confidence head to calibrate: train with "
+                "draft.confidence_head"
             )
         parts = halves(draft.reader, draft.held_out)
     fitted, reported = (
@@ -111,7 +112,7 @@ def calibrate(
         # One a position, and no null among them, or SGLang would refuse the file.
         "ece_before": [error for error in before["prefix"]["ece_by_position"] if error is not None],
         "ece_after": [error for error in after["prefix"]["ece_by_position"] if error is not None],
-        "step": draft.step,
+        "step": draft.trained.step,
         "fit": {"samples": len(parts[0]), "blocks": len(fitted)},
         "report": {"samples": len(parts[1]), "blocks": len(reported), "before": before, "after": after},
         "thresholds": {

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import click
-
 from pipeline.errors import ConfigError, RunError, StoppedError
 from pipeline.files import publish_bytes
+from train.runtime.console import say, warn
 
 IDENTITY = "trackers.json"  # in the run's directory: which run of a tracker is this one, also when resumed
 PROJECT = "dspark"  # unless $WANDB_PROJECT or $TRACKIO_PROJECT says otherwise
@@ -166,10 +165,10 @@ class Trackers:
             except Exception as error:  # whatever a foreign library raises
                 self.close(failed=True)
                 raise RunError(
-                    f"train.report_to: {name} can't be opened ({_reason(error)}): mend that, "
+                    f"train.report_to: {name} can't be opened ({_reason(error)}): fix that, "
                     "or leave it out of train.report_to"
                 ) from error
-            click.echo(f"{name}: {tracker.where}", err=True)
+            say(f"{name}: {tracker.where}")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log a line of metrics.jsonl. Raises nothing: a tracker that fails is warned of and dropped."""
@@ -179,7 +178,7 @@ class Trackers:
                 tracker.log(step, scalars)
             except Exception as error:
                 del self._open[name]
-                _warn(
+                warn(
                     f"{name} failed at step {step} ({_reason(error)}) and is logged to no more; "
                     "metrics.jsonl has every figure"
                 )
@@ -193,7 +192,7 @@ class Trackers:
             try:
                 tracker.close(failed=failed)
             except Exception as error:
-                _warn(
+                warn(
                     f"{name} failed when it was closed ({_reason(error)}) and may lack figures; "
                     "metrics.jsonl has every one"
                 )
@@ -238,11 +237,6 @@ def _identity(run: Path) -> str:
             f'{path}: expected {{"id": "..."}} as a run writes it; remove it to be logged as a new run'
         )
     return identity
-
-
-def _warn(text: str) -> None:
-    with suppress(OSError):  # nobody listens any more
-        click.echo(f"warning: {text}", err=True)
 
 
 def _reason(error: Exception) -> str:

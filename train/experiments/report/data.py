@@ -17,8 +17,9 @@ from typing import Any
 from pipeline import files
 from pipeline.errors import RunError
 from train.experiments.compare import compare, run_folders
-from train.runs.checkpoint import checkpoints, find_checkpoint
+from train.runs.checkpoint import checkpoints
 from train.runs.directory import METRICS, RUN, flat_settings, load_run_cache, load_run_config, read_progress
+from train.runs.open import find_checkpoint
 from train.runs.results import CALIBRATION, EVALUATION, SPECULATION, read_figures
 from train.runs.state import TRAINING, read_training
 
@@ -133,8 +134,8 @@ def _run(index: int, path: Path, row: dict[str, Any]) -> RunData:
         row=row,
         settings=flat_settings(load_run_config(path)),
         identity=dataclasses.asdict(load_run_cache(path)) if (path / RUN).exists() else {},
-        training={} if folder is None else read_training(folder)[1],
-        progress={} if folder is None else read_progress(path).values(),
+        training={} if folder is None else read_training(folder).values(),
+        progress={} if folder is None else dataclasses.asdict(read_progress(path)),
         written=None if folder is None else _day(folder / TRAINING),
         log=[line for line in lines if "held_out" not in line],
         held_out=[line["held_out"] for line in lines if isinstance(line.get("held_out"), dict)],
