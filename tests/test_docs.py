@@ -295,6 +295,15 @@ def test_readme_lists_every_command():
     assert sorted(rows) == sorted(COMMANDS)
 
 
+def test_the_public_names_are_where_architecture_says():
+    section = PAGES["docs/architecture.md"].split("\n## Public names\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", section, flags=re.M)
+    assert len(rows) > 5
+    for module, names in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            assert hasattr(import_module(module), name), f"{module}.{name}"
+
+
 def test_the_table_of_costs_is_what_the_codecs_take():
     text = PAGES["docs/cache.md"].split("\n## What a cache costs\n")[1]
     header, _, *rows = [
