@@ -21,7 +21,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -133,22 +133,55 @@ lr = 1e-9
 held_out = 0.2
 precision = "fp32"
 """
+
+
+def train(run: str, *settings: str) -> list[str]:
+    """`dspark train` of a small draft."""
+    arguments = ["train", "--cache", "cache-nf4", "--config", "small.toml", "--run", run, "--device", "cpu"]
+    return [*arguments, *(part for setting in settings for part in ("--set", setting))]
+
+
+def speculate(run: str) -> list[str]:
+    """`dspark speculate` over the cache's held-out questions."""
+    arguments = ["speculate", "--target", "tiny-target", "--run", run, "--cache", "cache-nf4", *FP32]
+    return [*arguments, "--num-prompts", "4", "--max-new-tokens", "24", "--temperature", "0"]
+
+
 MUON = ("train.optimizer=muon", "draft.markov_head=rnn", "train.lr=1e-3", "train.checkpoint_every=0")
 LONGER = ("train.max_steps=400", "train.log_every=100", "train.eval_every=200", "train.lr=1e-2")
-SWEEP = (
-    *("sweep", "small.toml", "--cache", "cache-bf16", "--runs", "sweep", "--set", "draft.markov_head=none"),
-    *("--set", "draft.confidence_head=false", "--set", "train.max_steps=4", "--set", "train.lr=1e-3,2e-3"),
-)
+FINISHED = ("--run", "run-finished", "--cache", "cache-nf4", "--device", "cpu")
+IMPORTED = ("--run", "run-imported", "--cache", "cache-nf4")
+BF16 = ("--context-codec", "bf16", "--last-codec", "bf16")
+# By the name of what they make; the tests give some of them again, as a user does.
+COMMANDS: dict[str, list[str]] = {
+    "cache-nf4": [*CAPTURE, "--cache", "cache-nf4", *SHARDS],
+    "cache-bf16": [*CAPTURE, "--cache", "cache-bf16", *SHARDS, *BF16, "--num-samples", "16"],
+    "run-killed": train("run-killed"),
+    "run-stopped": train("run-stopped", *MUON),
+    "run-finished": train("run-finished", *LONGER),
+    "evaluation": ["evaluate", *FINISHED, "--json"],
+    "calibration": ["calibrate", *FINISHED, "--json"],
+    "speculation": [*speculate("run-finished"), "--show", "--json"],
+    "export-hf": [
+        *("export", "run-finished", "export-hf", "--to", "hf", "--dtype", "float32"),
+        *("--with-embeddings", "--cache", "cache-nf4"),
+    ],
+    "export-vllm": ["export", "run-finished", "export-vllm", "--to", "vllm"],
+    "run-imported": [
+        *("import", "export-vllm", *IMPORTED),
+        *("--set", "train.held_out=0.2", "--set", "train.precision=fp32"),
+    ],
+    "imported-evaluation": ["evaluate", *IMPORTED, "--device", "cpu", "--json"],
+    "sweep": [
+        *("sweep", "small.toml", "--cache", "cache-bf16", "--runs", "sweep", "--device", "cpu"),
+        *("--set", "draft.markov_head=none", "--set", "draft.confidence_head=false"),
+        *("--set", "train.max_steps=4", "--set", "train.lr=1e-3,2e-3"),
+    ],
+}
 
 
 class Killed(BaseException):
     """Ends a run as a killed process ends: nothing more is written."""
-
-
-def train(config: str, run: str, *settings: str, cache: str = "cache-nf4") -> list[str]:
-    """`dspark train` as the tests repeat it."""
-    arguments = ["train", "--cache", cache, "--config", config, "--run", run, "--device", "cpu"]
-    return [*arguments, *(part for setting in settings for part in ("--set", setting))]
 
 
 @contextmanager
@@ -178,7 +211,7 @@ def kill() -> None:
 
 
 def make_inputs() -> None:
-    """The target, its conversations, and the configs."""
+    """The target, its conversations, the configs, and the commands."""
     make_target(
         Path("tiny-target"),
         dtype=torch.float32,
@@ -193,57 +226,33 @@ def make_inputs() -> None:
     Path("small.toml").write_text(SMALL)
     Path("every-key.toml").write_text(EVERY_KEY)
     Path("from-run.toml").write_text(FROM_RUN)
+    Path("commands.json").write_text(json.dumps(COMMANDS, indent=1) + "\n")
     shutil.copy(ROOT / "configs" / "example.toml", "example.toml")
     shutil.copy(ROOT / "configs" / "qwen3-4b.toml", "qwen3-4b.toml")
 
 
-def make_caches() -> None:
-    """One in the default codecs, and a smaller one in bf16."""
-    run_ok(*CAPTURE, "--cache", "cache-nf4", *SHARDS)
-    exact = ("--context-codec", "bf16", "--last-codec", "bf16")
-    run_ok(*CAPTURE, "--cache", "cache-bf16", *SHARDS, *exact, "--num-samples", "16")
-
-
-def make_unfinished_runs() -> None:
-    """One killed some steps behind its checkpoint, one asked to stop; and what both would have become."""
-    killed, stopped = train("small.toml", "run-killed"), train("small.toml", "run-stopped", *MUON)
-    for arguments, name in ((killed, "killed"), (stopped, "stopped")):
-        whole = [f"whole-{name}" if a == f"run-{name}" else a for a in arguments]
-        run_ok(*whole)
-        uninterrupted = Path("uninterrupted") / name
-        uninterrupted.mkdir(parents=True)
-        for file in ("latest/model.safetensors", "metrics.jsonl"):
-            shutil.copy(Path(f"whole-{name}") / file, uninterrupted)
-        shutil.rmtree(f"whole-{name}")
-    with at_step(15, kill):
-        try:
-            run_cli(*killed)
-        except Killed:
-            pass
-        else:
-            raise AssertionError("it was not killed")
-    with at_step(18, lambda: signal.raise_signal(signal.SIGTERM)):
-        assert run_cli(*stopped).exit_code == 128 + signal.SIGTERM
+def make_unfinished_run(name: str, step: int, happen: Callable[[], None]) -> None:
+    """A run that ends at the beginning of a step, and what it would have become."""
+    arguments = COMMANDS[f"run-{name}"]
+    run_ok(*("whole" if argument == f"run-{name}" else argument for argument in arguments))
+    kept = Path("uninterrupted") / name
+    kept.mkdir(parents=True)
+    for file in ("latest/model.safetensors", "metrics.jsonl"):
+        shutil.copy(Path("whole") / file, kept)
+    shutil.rmtree("whole")
+    with at_step(step, happen), suppress(Killed):
+        assert run_cli(*arguments).exit_code == 128 + signal.SIGTERM
 
 
 def make_finished_runs() -> None:
     """One with all figures beside its draft, its exports, one of these imported, and a sweep."""
-    run = ("--run", "run-finished", "--cache", "cache-nf4")
-    run_ok(*train("small.toml", "run-finished", *LONGER))
-    cpu = ("--device", "cpu")
-    run_ok("evaluate", *run, *cpu)
-    run_ok("calibrate", *run, *cpu)
-    asked = ("--target", "tiny-target", *run, *FP32, "--num-prompts", "4", "--max-new-tokens", "24")
-    result = run_cli("speculate", *asked, "--show", "--json", "--temperature", "0")
+    for name in ("run-finished", "evaluation", "calibration"):
+        run_ok(*COMMANDS[name])
+    result = run_cli(*COMMANDS["speculation"])
     assert result.exit_code == 0, result.output
-    Path("speculated.txt").write_text(result.stderr)
-    whole = ("--dtype", "float32", "--with-embeddings", "--cache", "cache-nf4")
-    run_ok("export", "run-finished", "export-hf", "--to", "hf", *whole)
-    run_ok("export", "run-finished", "export-vllm", "--to", "vllm")
-    imported = ("--run", "run-imported", "--cache", "cache-nf4")
-    run_ok("import", "export-vllm", *imported, "--set", "train.held_out=0.2", "--set", "train.precision=fp32")
-    run_ok("evaluate", *imported, *cpu)
-    run_ok(*SWEEP, *cpu)
+    Path("speculated.txt").write_text(result.stderr, encoding="utf-8")
+    for name in ("export-hf", "export-vllm", "run-imported", "imported-evaluation", "sweep"):
+        run_ok(*COMMANDS[name])
     for log in Path("sweep").glob("*.log"):  # they name this machine's interpreter
         log.unlink()
 
@@ -277,8 +286,10 @@ def main() -> None:
         before.mkdir()
         with chdir(before):
             make_inputs()
-            make_caches()
-            make_unfinished_runs()
+            run_ok(*COMMANDS["cache-nf4"])
+            run_ok(*COMMANDS["cache-bf16"])
+            make_unfinished_run("killed", 15, kill)  # a step behind a checkpoint, a log line between them
+            make_unfinished_run("stopped", 18, lambda: signal.raise_signal(signal.SIGTERM))
             make_finished_runs()
         shutil.rmtree(BEFORE, ignore_errors=True)
         shutil.copytree(before, BEFORE, symlinks=True)
