@@ -128,22 +128,19 @@ def _config(path: str) -> dict[str, Any]:
     return tomllib.loads(Path(path).read_text())
 
 
-@pytest.mark.parametrize(
-    ("name", "step", "tolerance"),
-    [
-        ("killed", 14, {"rtol": 1e-4, "atol": 1e-5}),
-        ("stopped", 19, {"rtol": 1e-4, "atol": 1e-5}),
-    ],
-)
-def test_an_unfinished_run_becomes_what_it_would_have_been(
-    name: str, step: int, tolerance: dict[str, float]
-) -> None:
+@pytest.mark.parametrize(("name", "step"), [("killed", 14), ("stopped", 19)])
+def test_an_unfinished_run_becomes_what_it_would_have_been(name: str, step: int) -> None:
+    """One was killed a step behind its checkpoint and has AdamW, one was asked to stop and has Muon.
+
+    Without any one of the optimiser's states the weights are 25 tolerances off and more; with other vector
+    instructions, a fortieth of one.
+    """
     run, uninterrupted = f"run-{name}", Path("uninterrupted") / name
     result = run_cli(*COMMANDS[run])
     assert result.exit_code == 0, result.output
     assert f"continuing from step {step} of 24" in result.stderr
     found, wanted = (load_file(f / "model.safetensors") for f in (Path(run) / "latest", uninterrupted))
-    torch.testing.assert_close(found, wanted, **tolerance)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     metrics, figures = lines(f"{run}/metrics.jsonl"), lines(uninterrupted / "metrics.jsonl")
     assert [(line["step"], "held_out" in line) for line in metrics] == [
         (line["step"], "held_out" in line) for line in figures
@@ -308,11 +305,17 @@ def test_old_runs_are_reported() -> None:
     assert f"{evaluation['tau']:.3f}" in page
     assert f"{calibration['report']['after']['prefix']['ece']:.3f}" in page
     assert f"{speculation['runs'][0]['tokens_per_round']:.3f}" in page
-    assert "dspark evaluate" not in page  # what is missing is named with the command that makes it
+    for command in (
+        "evaluate",
+        "calibrate",
+        "speculate",
+    ):  # what is missing is named with the one that makes it
+        assert f"dspark {command}" not in page
     page = _text("all.html")
     for run in ("run-finished", "run-killed", "lr=1e-3", "lr=2e-3"):
         assert run in page
-    assert "dspark evaluate" in page
+    for command in ("evaluate", "calibrate", "speculate"):
+        assert f"dspark {command}" in page
 
 
 def _text(page: str) -> str:
