@@ -14,8 +14,9 @@ from tests.train.runs import train_arguments
 from train.data.split import split
 from train.eval.calibrate import GRID, fit_temperatures, halves
 from train.eval.heldout import Blocks
+from train.runs.names import CALIBRATION
 from train.runs.open import find_checkpoint
-from train.runs.results import CALIBRATION, read_temperatures
+from train.runs.results import read_temperatures
 
 K = 3
 WRONG = ('{"temperatures": [1, 2]}', '{"temperatures": [1, Infinity, 1]}', '{"temperatures": [1, true, 1]}')

@@ -19,8 +19,8 @@ from train.data.split import split
 from train.decode.benchmark import _add_up, _check_partings, _parting
 from train.decode.prompts import held_out_prompts, read_prompts
 from train.decode.speculative import CachedTarget, Decoded
+from train.runs.names import EVALUATION, SPECULATION
 from train.runs.open import find_checkpoint
-from train.runs.results import EVALUATION, SPECULATION
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import click
 
 from pipeline.errors import UsageError
 from pipeline.target_model.options import TargetOptions, target_options
+from train.runs.names import BEST, CALIBRATION, EVALUATION, SPECULATION
 
 run_option = click.option(
     *("--run", "--run-dir", "run"),  # torchrun takes --run for its own --run-path before Python 3.12.8
@@ -23,7 +24,7 @@ cache_option = click.option(
 )
 checkpoint_option = click.option(
     "--checkpoint",
-    default="best",
+    default=BEST,
     show_default=True,
     help="Which one: best (the latest where nothing was held out), latest, or as step-000400.",
 )
@@ -58,7 +59,7 @@ def evaluate_command(
     """
     from train.eval.evaluate import evaluate, format_evaluation
     from train.runs.open import open_on_cache
-    from train.runs.results import EVALUATION, save_figures
+    from train.runs.results import save_figures
     from train.runtime.distributed import open_ranks
 
     with open_ranks(device) as ranks:
@@ -158,7 +159,7 @@ def speculate_command(
     from train.decode.prompts import held_out_prompts, read_prompts
     from train.runs.directory import load_run_config
     from train.runs.open import open_draft
-    from train.runs.results import SPECULATION, save_figures
+    from train.runs.results import save_figures
 
     quiet_transformers()
     draft = open_draft(run, checkpoint)
@@ -206,7 +207,7 @@ def calibrate_command(
     """
     from train.eval.calibrate import calibrate, format_calibration
     from train.runs.open import open_on_cache
-    from train.runs.results import CALIBRATION, save_figures
+    from train.runs.results import save_figures
     from train.runtime.distributed import open_ranks
 
     with open_ranks(device) as ranks:

@@ -20,8 +20,9 @@ from pipeline.hooks import input_device, learned_positions
 from pipeline.target_model.load import Target
 from train.decode.speculative import CachedTarget, Decoded, decode_plain, decode_speculative
 from train.draft.kind import Decoder
+from train.runs.names import EVALUATION
 from train.runs.open import TrainedDraft
-from train.runs.results import EVALUATION, read_figures, read_temperatures, table
+from train.runs.results import read_figures, read_temperatures, table
 
 # How far apart the target's two best logits may be where a forward over several tokens rounds to another text
 # than one over a single token does.

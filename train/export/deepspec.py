@@ -25,9 +25,11 @@ from train.draft import DRAFTS
 from train.draft.shape import draft_shape, resolved
 from train.new_folder import check_new, new_folder
 from train.runs.checkpoint import FROZEN, save_checkpoint
-from train.runs.directory import CONFIG, begin
+from train.runs.directory import begin
+from train.runs.names import CONFIG
+from train.runs.page import Origin, TrainingPage
 from train.runs.provenance import code_version
-from train.runs.state import Origin, Progress, TrainingPage
+from train.runs.state import Progress
 from train.runs.weights import copy_weights, find_draft, read_weights
 from train.runtime.console import warn
 from train.runtime.distributed import Ranks

@@ -26,16 +26,10 @@ from train.draft.serving import scale_of
 from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
 from train.export.model_card import model_card
 from train.new_folder import check_new, new_folder
-from train.runs.checkpoint import BEST, FROZEN, WEIGHTS
+from train.runs.checkpoint import FROZEN
+from train.runs.names import BEST, CALIBRATION, EVALUATION, SPECULATION, WEIGHTS
 from train.runs.open import TrainedDraft, open_draft
-from train.runs.results import (
-    CALIBRATION,
-    EVALUATION,
-    SPECULATION,
-    all_numbers,
-    read_figures,
-    read_temperatures,
-)
+from train.runs.results import all_numbers, read_figures, read_temperatures
 from train.runtime.console import warn
 
 CARD = "README.md"

@@ -29,11 +29,10 @@ from transformers import PreTrainedModel
 from pipeline import files
 from pipeline.errors import RunError, WriteError
 from train.runtime.distributed import Ranks, whole
-from train.runs.state import TRAINING, Progress, TrainingPage, damaged, read_training
+from train.runs.names import BEST, CHECKPOINTS, LATEST, STATES, TRAINING, WEIGHTS
+from train.runs.page import TrainingPage, damaged, read_training
+from train.runs.state import Progress
 
-LATEST, BEST, CHECKPOINTS = "latest", "best", "checkpoints"
-WEIGHTS = "model.safetensors"
-STATES = "training.safetensors"
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 # What an optimiser remembers of each parameter, once it took a step.
 STATE_NAMES = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}

@@ -17,20 +17,27 @@ from pipeline import config as configuration
 from pipeline import files
 from pipeline.cache.manifest import Identity, differing_fields
 from pipeline.errors import ConfigError, RunError, WriteError
-from train.runs.checkpoint import BEST, CHECKPOINTS, LATEST, newest, repair
+from train.runs.checkpoint import newest, repair
+from train.runs.names import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    LATEST,
+    METRICS,
+    RUN,
+    TRACE,
+    TRACKER_FOLDERS,
+    TRACKERS,
+)
 from train.config import RunConfig
-from train.runs.state import Progress, read_training
+from train.runs.page import read_training
+from train.runs.state import Progress
 from train.runtime.console import warn
 from train.runs.provenance import code_version
 
-CONFIG = "config.toml"
-RUN = "run.json"
-METRICS = "metrics.jsonl"
-TRACE = "trace.json"
-TRACKERS = ("trackers.json", "tensorboard", "wandb")
 _LOCK = ".lock"
 # What is cleared, in this order; config and identity are written over.
-_OURS = (CHECKPOINTS, LATEST, BEST, TRACE, METRICS, *TRACKERS)
+_OURS = (CHECKPOINTS, LATEST, BEST, TRACE, METRICS, TRACKERS, *TRACKER_FOLDERS)
 _LIMIT = 16 * 2**20
 
 

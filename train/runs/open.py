@@ -17,18 +17,10 @@ from train.config import RunConfig
 from train.data.split import split
 from train.draft import DRAFTS
 from train.draft.kind import DraftKind, TrainerModule
-from train.runs.checkpoint import (
-    BEST,
-    CHECKPOINTS,
-    FROZEN,
-    LATEST,
-    WEIGHTS,
-    check_shapes,
-    checkpoints,
-    copy_tensors,
-)
+from train.runs.checkpoint import FROZEN, check_shapes, checkpoints, copy_tensors
 from train.runs.directory import load_run_config
-from train.runs.state import TRAINING, TrainingPage, damaged, read_training
+from train.runs.names import BEST, CHECKPOINTS, LATEST, TRAINING, WEIGHTS
+from train.runs.page import TrainingPage, damaged, read_training
 from train.runtime.distributed import Ranks
 
 

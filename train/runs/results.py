@@ -10,10 +10,8 @@ from typing import Any
 
 from pipeline import files
 from pipeline.errors import RunError
+from train.runs.names import CALIBRATION
 
-EVALUATION = "evaluation.json"
-SPECULATION = "speculation.json"
-CALIBRATION = "calibration.json"
 _LIMIT = 16 * 2**20
 
 

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.errors import RunError
 from train.draft.kind import DraftKind
-from train.runs.checkpoint import BEST, FROZEN, LATEST
+from train.runs.checkpoint import FROZEN
+from train.runs.names import BEST, LATEST, WEIGHTS
 
 # Who asks, at the head of every message.
 _SETTING = "draft.init_from"
@@ -122,7 +123,7 @@ def read_weights(folder: Path, asker: str = _SETTING) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     try:
         index = folder / "model.safetensors.index.json"
-        names = {"model.safetensors"}
+        names = {WEIGHTS}
         if index.is_file():
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         for name in sorted(names):

@@ -21,7 +21,6 @@ from pipeline.errors import ConfigError, RunError, StoppedError
 from pipeline.files import publish_bytes
 from train.runtime.console import say, warn
 
-IDENTITY = "trackers.json"  # in the run's directory: which run of a tracker is this one, also when resumed
 PROJECT = "dspark"  # unless $WANDB_PROJECT or $TRACKIO_PROJECT says otherwise
 FINISH_SECONDS = 300.0  # wandb would wait for ever for a network that is gone; `wandb sync` sends the rest
 
@@ -149,6 +148,7 @@ class Trackers:
     Args:
         names: of TRACKERS, their packages checked by `check_trackers`.
         run: the run's directory, which exists.
+        identity_file: keeps the id that trackers know the run by.
         config: flat settings, `table.key` -> value.
         step: optimiser steps done before, 0 for a new run.
 
@@ -156,10 +156,12 @@ class Trackers:
         RunError: one of them can't be opened.
     """
 
-    def __init__(self, names: Iterable[str], *, run: Path, config: dict[str, Any], step: int):
+    def __init__(
+        self, names: Iterable[str], *, run: Path, identity_file: Path, config: dict[str, Any], step: int
+    ):
         self._open: dict[str, Tracker] = {}
         for name in names:
-            start = Start(run=run, id=_identity(run), config=config, step=step)
+            start = Start(run=run, id=_identity(identity_file), config=config, step=step)
             try:
                 tracker = self._open[name] = TRACKERS[name](start)
             except Exception as error:  # whatever a foreign library raises
@@ -221,9 +223,8 @@ def flat_scalars(values: dict[str, Any], prefix: str = "train/") -> dict[str, fl
     return found
 
 
-def _identity(run: Path) -> str:
-    """The id trackers know a run by: made at its first start, read ever after."""
-    path = run / IDENTITY
+def _identity(path: Path) -> str:
+    """Return the id that trackers know a run by: made at its first start, read ever after."""
     if not path.exists():
         identity = uuid.uuid4().hex[:12]
         publish_bytes(path, json.dumps({"id": identity}).encode() + b"\n")

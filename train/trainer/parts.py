@@ -13,8 +13,9 @@ from train.draft.kind import TrainerModule
 from train.losses.slots import Objective
 from train.runs.checkpoint import load_states, load_weights
 from train.runs.directory import MetricsFile
+from train.runs.page import TrainingPage, damaged
 from train.runs.provenance import code_version, machine_facts
-from train.runs.state import Progress, TrainingPage, damaged
+from train.runs.state import Progress
 from train.runtime.distributed import Ranks, SpreadModule
 from train.runtime.precision import resolve_precision
 from train.trainer.metrics import Window, peak_flops

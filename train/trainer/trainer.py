@@ -25,9 +25,11 @@ from train.data.packing import Step, steps_from
 from train.data.sampling import random_anchors
 from train.eval.validate import validate
 from train.losses.slots import LossSums
-from train.runs.checkpoint import CHECKPOINTS, newest, save_checkpoint
-from train.runs.directory import TRACE, begin, check_run, flat_settings, locked
-from train.runs.state import Best, Progress, TrainingPage, read_training
+from train.runs.checkpoint import newest, save_checkpoint
+from train.runs.directory import begin, check_run, flat_settings, locked
+from train.runs.names import CHECKPOINTS, TRACE, TRACKERS
+from train.runs.page import TrainingPage, read_training
+from train.runs.state import Best, Progress
 from train.runtime.console import Display, say
 from train.runtime.distributed import Ranks, open_ranks
 from train.runtime.precision import autocast
@@ -171,7 +173,13 @@ class Training:
         with self.ranks.together():
             names = train.report_to if self.ranks.leads else ()
             settings = flat_settings(self.config)
-            self.trackers = Trackers(names, run=self.path, config=settings, step=progress.step)
+            self.trackers = Trackers(
+                names,
+                run=self.path,
+                identity_file=self.path / TRACKERS,
+                config=settings,
+                step=progress.step,
+            )
         with self.trackers, closing(self.display):
             if self._evaluation_due() and progress.evaluated < progress.step:  # it was interrupted
                 self._between_steps(checkpoint_due=False)

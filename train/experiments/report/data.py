@@ -18,10 +18,11 @@ from pipeline import files
 from pipeline.errors import RunError
 from train.experiments.compare import compare, run_folders
 from train.runs.checkpoint import checkpoints
-from train.runs.directory import METRICS, RUN, flat_settings, load_run_cache, load_run_config, read_progress
+from train.runs.directory import flat_settings, load_run_cache, load_run_config, read_progress
+from train.runs.names import CALIBRATION, EVALUATION, METRICS, RUN, SPECULATION, TRAINING
 from train.runs.open import find_checkpoint
-from train.runs.results import CALIBRATION, EVALUATION, SPECULATION, read_figures
-from train.runs.state import TRAINING, read_training
+from train.runs.page import read_training
+from train.runs.results import read_figures
 
 _METRICS_LIMIT = 2**30
 _LARGEST = 1e100
