@@ -11,7 +11,7 @@ from tests.train.drafts import HIDDEN, LAYERS, VOCAB, small_model
 from train.draft.dspark.decoder import DraftDecoder
 from train.draft.dspark.model import Qwen3DSparkModel
 
-HEADS = ["vanilla", "gated", "rnn", "none"]
+HEADS = [*MARKOV_HEADS, "none"]
 S = 23
 
 

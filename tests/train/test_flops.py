@@ -17,7 +17,7 @@ ANCHORS = [[1, 3, 4], [0, 1, 4], [0, 2, 5, 7]]
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.addmm_)
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", None])
+@pytest.mark.parametrize("head", [*MARKOV_HEADS, None])
 def test_products_are_those_that_run(head: str | None) -> None:
     """All but attention, whose hidden scores a dense kernel computes too. No dummies, no padding here."""
     settings = (
