@@ -5,9 +5,9 @@ from pipeline.lazy import lazy_exports
 __getattr__, __all__ = lazy_exports(
     __name__,
     {
-        "DFlashTargetBatch": "capture.dflash",
+        "DFlashTargetBatch": "capture.target",
         "DSparkTargetBatch": "capture.target",
-        "HFDFlashTargetModel": "capture.dflash",
+        "HFDFlashTargetModel": "capture.target",
         "HFDSparkTargetModel": "capture.target",
     },
 )
