@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import click
 import numpy as np
 import torch
 from torch import Tensor
 
+from capture.console import note
 from capture.data.conversations import TokenizedSample
 from capture.shards.clock import Clock
 from capture.target import HFDSparkTargetModel
@@ -226,10 +226,9 @@ class ShardFiller:
         torch.cuda.empty_cache()
         half = (len(batch) + 1) // 2
         if self._limit == sys.maxsize:
-            click.echo(
+            note(
                 f"warning: {len(batch)} rows of {longest(batch):,} tokens do not fit the memory of "
-                f"{self.device}: such batches are split from now on",
-                err=True,
+                f"{self.device}: such batches are split from now on"
             )
         self._limit = min(self._limit, half * longest(batch))
         self._run(shard, batch[:half])
