@@ -1,0 +1,99 @@
+"""Prepare a capture: target, tokens, batches and shards, without loading any weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from capture.batching import CapturePlan, plan_capture
+from capture.data.preparation import prepare_data
+from capture.data.tokens import TokenizedData
+from capture.example import with_example
+from capture.options import CaptureOptions
+from pipeline.cache import DataIdentity, FeatureIdentity, Identity, build_index, read_manifest
+from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
+from pipeline.features import default_layer_ids, validate_target_layer_ids
+from pipeline.target_model.load import DTYPES, Target, open_target
+from pipeline.target_model.options import TargetOptions
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCapture:
+    """Everything that a capture needs except the target's weights."""
+
+    options: CaptureOptions
+    target: Target
+    identity: Identity
+    """Identity of the cache, without the hash of the target's weights."""
+    found: Identity | None
+    """Identity of the cache that the directory already holds, if any."""
+    data: TokenizedData
+    batching: CapturePlan
+    index: pa.Table
+    plan: Plan
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        return self.identity.features.layer_ids
+
+    def check_directory(self) -> None:
+        """Refuse a directory that holds another capture. The target's weights are not compared.
+
+        Raises:
+            CacheError: naming the fields that differ.
+        """
+        if self.found is not None:
+            target = replace(self.identity.target, weights=self.found.target.weights)
+            refuse_another(self.options.cache, self.found, replace(self.identity, target=target))
+
+    def full_identity(self) -> Identity:
+        """Return the identity with the hash of the target's weights, which reads all of them.
+
+        Raises:
+            TargetError: there are no weights.
+        """
+        return replace(self.identity, target=self.target.identity())
+
+
+def prepare(options: CaptureOptions) -> PreparedCapture:
+    """Read the target's config, tokenise the data, and plan batches and shards.
+
+    Raises:
+        DSparkError: see `pipeline.errors`.
+    """
+    found = read_manifest(options.cache).identity if (options.cache / MANIFEST).is_file() else None
+    target = open_target(_with_dtype_of(found, with_example(options.target)))
+    shape = target.identity(hash_weights=False)
+    layer_ids = options.layer_ids or default_layer_ids(shape.num_layers)
+    layer_ids = tuple(validate_target_layer_ids(layer_ids, shape.num_layers))
+    # A template that prints the date prints the day on which the capture began.
+    prepared = prepare_data(options.data, target, found.data.settings.get("today") if found else None)
+    data, template = prepared.samples, prepared.template
+    target.check_length(int(data.facts.lengths.max()))
+    batching = plan_capture(data.facts.lengths, options.batch_tokens, options.shard_tokens)
+    facts = data.facts.take(batching.order)
+    index, plan = build_index(facts, batching.shards)
+    date = {"today": template.today} if template.prints_the_date else {}
+    identity = Identity(
+        target=shape,
+        tokenizer=prepared.tokenizer,
+        data=DataIdentity(
+            sources=tuple(source.name for source in prepared.sources),
+            sha256=facts.content_hash(),
+            settings=options.data.settings() | date,
+        ),
+        features=FeatureIdentity(
+            layer_ids=layer_ids, context_codec=options.context_codec, last_codec=options.last_codec
+        ),
+        shard_tokens=options.shard_tokens,
+        batch_tokens=options.batch_tokens,
+    )
+    return PreparedCapture(options, target, identity, found, data, batching, index, plan)
+
+
+def _with_dtype_of(found: Identity | None, options: TargetOptions) -> TargetOptions:
+    """Replace `--dtype auto` by the dtype of the existing cache, which another machine may have captured."""
+    if found is not None and options.dtype == "auto" and found.target.dtype in DTYPES:
+        return replace(options, dtype=found.target.dtype)
+    return options
