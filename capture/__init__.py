@@ -1,4 +1,4 @@
-"""Stage 1: run the frozen target once and write what a draft needs to disk."""
+"""Stage 1: run the frozen target once and write a cache of what drafts need."""
 
 from pipeline.lazy import lazy_exports
 

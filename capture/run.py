@@ -123,7 +123,7 @@ def _check_stop(writer: CacheWriter, stop: StopRequest) -> None:
 
 
 def _waiting(writer: CacheWriter, stop: StopRequest) -> Callable[[int], None]:
-    """Return what a wait for other processes calls every second: it checks for a stop, and notes once why."""
+    """Return a function that a wait calls every second: it checks for a stop, and notes the reason once."""
     said = False
 
     def wait(processes: int) -> None:

@@ -1,4 +1,4 @@
-"""Tokenise the data that the options name, for capture, plan and preview alike."""
+"""Tokenise the data that the options name, for capture, plan and preview."""
 
 from __future__ import annotations
 
