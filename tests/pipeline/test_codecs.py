@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pipeline.cache
-from capture.cli import CONTEXT_CODECS, LAST_CODECS
 from pipeline.cache import CacheReader
 from pipeline.cache.codecs import CODECS, Statistics, bits_per_value, get_codec
 from pipeline.cache.index import index_bytes
 from pipeline.cache.layout import shard_specs
 from pipeline.cache.manifest import ShardPlan
 from pipeline.errors import CacheError
+from pipeline.options import CONTEXT_CODECS, LAST_CODECS
 from tests.pipeline.hostile import assert_refuses
 from tests.pipeline.stored import stored_cache, stored_identity
 from tests.pipeline.written import make_writing, read_all
