@@ -9,6 +9,7 @@ import torch
 
 from tests.train.drafts import HIDDEN, LAYERS, VOCAB, small_model
 from train.draft.dspark.decoder import DraftDecoder
+from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.model import Qwen3DSparkModel
 
 HEADS = [*MARKOV_HEADS, "none"]

@@ -60,7 +60,7 @@ def test_there_and_back(tmp_path: Path, cache_dir: Path, run_dir: Path, released
     assert "An imported draft may have learned from these samples." in card
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])
+@pytest.mark.parametrize("head", [*MARKOV_HEADS, "none"])
 def test_every_head_comes_back(tmp_path: Path, cache_dir: Path, head: str) -> None:
     """In bf16, rounded once: what is exported of the import is the first export."""
     settings = {"draft__markov_head": head, "draft__num_layers": 2, "draft__target_layer_ids": "[0,4]"}

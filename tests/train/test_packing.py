@@ -14,6 +14,7 @@ from train.draft.dspark.anchors import (
     restarting_positions,
     sample_anchor_positions,
 )
+from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.masks import block_attention_mask, flex_block_mask
 from train.draft.dspark.module import DSparkTrainerModule
 from train.losses import compute_dspark_loss

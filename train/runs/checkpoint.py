@@ -27,11 +27,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from pipeline import files
-from pipeline.errors import RunError, WriteError
-from train.runtime.distributed import Ranks, whole
+from pipeline.errors import WriteError
 from train.runs.names import BEST, CHECKPOINTS, LATEST, STATES, TRAINING, WEIGHTS
 from train.runs.page import TrainingPage, damaged, read_training
 from train.runs.state import Progress
+from train.runtime.distributed import Ranks, whole
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 # What an optimiser remembers of each parameter, once it took a step.

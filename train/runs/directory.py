@@ -17,6 +17,7 @@ from pipeline import config as configuration
 from pipeline import files
 from pipeline.cache.manifest import Identity, differing_fields
 from pipeline.errors import ConfigError, RunError, WriteError
+from train.config import RunConfig
 from train.runs.checkpoint import newest, repair
 from train.runs.names import (
     BEST,
@@ -29,11 +30,10 @@ from train.runs.names import (
     TRACKER_FOLDERS,
     TRACKERS,
 )
-from train.config import RunConfig
 from train.runs.page import read_training
+from train.runs.provenance import code_version
 from train.runs.state import Progress
 from train.runtime.console import warn
-from train.runs.provenance import code_version
 
 _LOCK = ".lock"
 # What is cleared, in this order; config and identity are written over.

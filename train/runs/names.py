@@ -1,13 +1,13 @@
 """The files of a run directory, and of the checkpoints in it.
 
-    RUN/config.toml           its settings, resolved
-        run.json              the cache's identity, the code's version
-        metrics.jsonl         an object per logged step
-        trace.json            of --profile
-        trackers.json         which run of a tracker this is
-        tensorboard/, wandb/  what these trackers write
-        checkpoints/step-N/   config.json and the files below
-        latest, best          links to checkpoints
+RUN/config.toml           its settings, resolved
+    run.json              the cache's identity, the code's version
+    metrics.jsonl         an object per logged step
+    trace.json            of --profile
+    trackers.json         which run of a tracker this is
+    tensorboard/, wandb/  what these trackers write
+    checkpoints/step-N/   config.json and the files below
+    latest, best          links to checkpoints
 """
 
 from __future__ import annotations
