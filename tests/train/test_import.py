@@ -14,6 +14,7 @@ from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target
 from tests.train.exports import change_json, contents
 from tests.train.runs import progress_of, train_arguments, weights_of
+from train.draft.dspark.markov import MARKOV_HEADS
 
 # As the run that was exported is measured.
 SETTINGS = {"train.held_out": 0.2, "train.precision": "fp32", "train.batch_tokens": 256}
