@@ -12,10 +12,9 @@ import click
 
 from pipeline.errors import UsageError
 from pipeline.options import (
-    CONTEXT_CODECS,
     DEFAULT_CONTEXT_CODEC,
     DEFAULT_LAST_CODEC,
-    LAST_CODECS,
+    CodecChoice,
     Command,
     gathered,
     parse_layer_ids,
@@ -211,14 +210,14 @@ _own_options = gathered(
         ),
         click.option(
             "--context-codec",
-            type=click.Choice(CONTEXT_CODECS),
+            type=CodecChoice(),
             default=DEFAULT_CONTEXT_CODEC,
             show_default=True,
             help="Codec of context features; `dspark plan` prints the size of each.",
         ),
         click.option(
             "--last-codec",
-            type=click.Choice(LAST_CODECS),
+            type=CodecChoice(for_last=True),
             default=DEFAULT_LAST_CODEC,
             show_default=True,
             help="Codec of the teacher's last hidden states.",
