@@ -12,9 +12,10 @@ import click
 
 from pipeline.errors import UsageError
 from pipeline.options import (
+    CONTEXT_CODECS,
     DEFAULT_CONTEXT_CODEC,
     DEFAULT_LAST_CODEC,
-    CodecChoice,
+    LAST_CODECS,
     Command,
     gathered,
     parse_layer_ids,
@@ -210,14 +211,14 @@ _own_options = gathered(
         ),
         click.option(
             "--context-codec",
-            type=CodecChoice(),
+            type=click.Choice(CONTEXT_CODECS),
             default=DEFAULT_CONTEXT_CODEC,
             show_default=True,
             help="Codec of context features; `dspark plan` prints the size of each.",
         ),
         click.option(
             "--last-codec",
-            type=CodecChoice(for_last=True),
+            type=click.Choice(LAST_CODECS),
             default=DEFAULT_LAST_CODEC,
             show_default=True,
             help="Codec of the teacher's last hidden states.",

@@ -13,26 +13,11 @@ from pipeline.errors import UsageError
 
 Command = Callable[..., Any]
 
+# The names in `pipeline.cache.codecs`, which `--help` must not import. Fewer bits spoil a teacher.
+CONTEXT_CODECS = ("bf16", "fp16", "fp32", "fp8", "int8", "nf4", "lm3")
+LAST_CODECS = CONTEXT_CODECS[:5]
 # A third of the bytes of bf16; what that does to drafts is in benchmarks/quality.py.
 DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC = "nf4", "int8"
-
-
-class CodecChoice(click.Choice):
-    """The name of a codec. The table, and torch with it, is imported when a command is parsed or explained.
-
-    Args:
-        for_last: of those for last hidden states only.
-    """
-
-    def __init__(self, *, for_last: bool = False):
-        self.case_sensitive, self._for_last = True, for_last
-
-    @property
-    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The names, in the order of the table."""
-        from pipeline.cache.codecs import CODECS
-
-        return tuple(name for name, codec in CODECS.items() if codec.for_last or not self._for_last)
 
 
 def parse_layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[int, ...] | None:

@@ -31,10 +31,6 @@ class Codec(Protocol):
     """How rows of one state are stored."""
 
     name: str
-    order: int
-    """Place among the codecs by how much of a state they keep; the one that loses most comes first."""
-    for_last: bool
-    """Whether last hidden states may be stored so: with fewer bits the teacher suffers."""
     standardised: bool
     """Whether it needs the state's statistics."""
 

@@ -114,8 +114,6 @@ class NF4:
     """16 levels, scaled so that a group's largest value is the outermost; two values a byte."""
 
     name: str = "nf4"
-    order: int = 20
-    for_last: bool = False
     standardised: bool = True
 
     def specs(self, rows: int, width: int) -> dict[str, TensorSpec]:
@@ -152,8 +150,6 @@ class LM3:
     """
 
     name: str = "lm3"
-    order: int = 10
-    for_last: bool = False
     standardised: bool = True
 
     def specs(self, rows: int, width: int) -> dict[str, TensorSpec]:

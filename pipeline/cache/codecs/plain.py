@@ -33,8 +33,6 @@ class BFloat16(_Plain):
     """Exact for a bf16 target, and read without a copy."""
 
     name: str = "bf16"
-    order: int = 50
-    for_last: bool = True
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -43,8 +41,6 @@ class Float32(_Plain):
     """Exact for any target; training reads it as bf16."""
 
     name: str = "fp32"
-    order: int = 70
-    for_last: bool = True
     dtype: torch.dtype = torch.float32
 
 
@@ -53,8 +49,6 @@ class Float16(_Plain):
     """Exact for an fp16 target. Holds no value above 65504, which some targets' activations exceed."""
 
     name: str = "fp16"
-    order: int = 60
-    for_last: bool = True
     dtype: torch.dtype = torch.float16
 
     def encode(self, rows: Tensor, statistics: Statistics | None = None) -> dict[str, Tensor]:

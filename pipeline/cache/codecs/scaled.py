@@ -16,8 +16,6 @@ class Int8:
     """Standardised values, symmetric, rounded to even: `z = scale * q`, q from -127 to 127."""
 
     name: str = "int8"
-    order: int = 40
-    for_last: bool = True
     standardised: bool = True
 
     def specs(self, rows: int, width: int) -> dict[str, TensorSpec]:
@@ -58,8 +56,6 @@ class FP8:
     """The rows in float8 e4m3, scaled so that a token's largest value is the format's, 448."""
 
     name: str = "fp8"
-    order: int = 30
-    for_last: bool = True
     standardised: bool = False
 
     def specs(self, rows: int, width: int) -> dict[str, TensorSpec]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from pipeline.errors import CacheError
-from pipeline.options import CodecChoice, parse_layer_ids
+from pipeline.options import CONTEXT_CODECS, LAST_CODECS, parse_layer_ids
 
 _CACHE = click.argument("cache", type=click.Path(path_type=Path))
 
@@ -102,12 +102,12 @@ def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: b
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option(
     "--context-codec",
-    type=CodecChoice(),
+    type=click.Choice(CONTEXT_CODECS),
     help="How context features are stored. Default: as in SRC.",
 )
 @click.option(
     "--last-codec",
-    type=CodecChoice(for_last=True),
+    type=click.Choice(LAST_CODECS),
     help="How the teacher's states are stored. Default: as in SRC.",
 )
 @click.option(
