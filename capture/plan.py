@@ -31,6 +31,7 @@ from pipeline.cache import (
     read_manifest,
 )
 from pipeline.cache import price as disk
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
 from pipeline.cache.price import Price, cache_price, free_bytes, written_bytes
 from pipeline.errors import CacheError
@@ -44,10 +45,7 @@ from pipeline.text import duration, size
 
 PROBE_BATCHES = 6
 # Codecs for context and last hidden whose price is told.
-PRICED = (
-    *((name, name) for name in ("bf16", "fp16", "fp32", "fp8", "int8")),
-    *((name, "int8") for name in ("nf4", "lm3")),
-)
+PRICED = tuple((name, name if codec.for_last else DEFAULT_LAST_CODEC) for name, codec in CODECS.items())
 
 
 @dataclass(frozen=True, kw_only=True)
