@@ -74,7 +74,6 @@ LOSSLESS_ROWS = 128
 MAX_LOGITS = 2**28
 # Shares of the mean diagonal.
 RIDGES = {"ridge probe TV": 0.3, "light ridge probe TV": 1e-3}
-LAST_CODECS = ("bf16", "fp16", "fp32", "fp8", "int8")
 
 
 def options(target: str | None, gguf_file: str | None, folder: Path) -> CaptureOptions:
@@ -270,7 +269,7 @@ def quality_rows(prepared: PreparedCapture) -> list[tuple[str, str, float, str]]
         results += [(case, "relative error, context", float(np.mean(errors)), "")]
         for name, weights in fit(learning.inputs(stored), outputs).items():
             results += [(case, name, vary(judged @ weights, own), "")]
-        if codec.name in LAST_CODECS:
+        if codec.for_last:
             rows = test.last_hidden.bfloat16()
             decoded = through(codec, rows, last_scale)
             results += [(case, "relative error, last", relative_error(decoded, rows), "")]

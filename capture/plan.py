@@ -13,22 +13,16 @@ from capture.data.summary import data_lines
 from capture.prepare import PreparedCapture
 from capture.shards.fill import pad
 from capture.target import HFDSparkTargetModel
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes, written_bytes
 from pipeline.hooks import input_device
+from pipeline.options import DEFAULT_LAST_CODEC
 from pipeline.target_model.load import Target
 from pipeline.text import duration, size
 
 PROBE_BATCHES = 6
 # Codecs for context and last hidden that the plan prices.
-PRICED = [
-    ("bf16", "bf16"),
-    ("fp16", "fp16"),
-    ("fp32", "fp32"),
-    ("fp8", "fp8"),
-    ("int8", "int8"),
-    ("nf4", "int8"),
-    ("lm3", "int8"),
-]
+PRICED = [(name, name if codec.for_last else DEFAULT_LAST_CODEC) for name, codec in CODECS.items()]
 
 
 def price(prepared: PreparedCapture, context_codec: str, last_codec: str) -> Price:

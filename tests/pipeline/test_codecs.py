@@ -578,6 +578,12 @@ def test_the_command_line_offers_every_codec():
     assert set(LAST_CODECS) == set(CODECS) - {"nf4", "lm3"}
 
 
+def test_codecs_of_eight_bits_and_more_are_for_last_hidden_states():
+    for codec in CODECS.values():
+        assert codec.for_last == (codec.bits(2560) >= 8), codec.name
+        assert codec.bits(2560) == bits_per_value(codec, 2560) == 8 * codec.row_bytes(2560) / 2560
+
+
 def test_an_unknown_codec_is_refused_by_name():
     with pytest.raises(CacheError, match=r"unknown codec 'zip': this version knows bf16, .*lm3"):
         get_codec("zip")

@@ -25,6 +25,7 @@ from train.data import sampling
 from train.data.loader import Batch, Collate, load_batch, load_encoded_batch, loaded, prefetch
 from train.data.sampling import anchor_quotas, spread_anchors
 from train.draft.dspark.collate import collate_anchors
+from train.draft.dspark.kind import DSPARK
 from train.trainer.optimizer import build_optimizers, learning_rate, normalise_gradients
 
 
@@ -236,7 +237,7 @@ def test_every_trained_weight_is_optimised_once_and_the_markov_head_at_its_own_r
     model = small_model(markov_head_type="gated")
     model.embed_tokens.requires_grad_(False)
     config = TrainConfig(lr=0.1, markov_lr_scale=3.0, weight_decay=0.2)
-    (optimizer,) = build_optimizers(model, config)
+    (optimizer,) = build_optimizers(model, config, DSPARK.lr_scales(config))
     groups = optimizer.param_groups
     found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found)

@@ -28,7 +28,7 @@ from train.eval.validate import validate
 from train.runs.directory import load_run_config
 from train.runs.open import open_draft
 from train.runtime.distributed import Ranks, SpreadModule
-from train.trainer import trainer as loop
+from train.trainer import parts
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 # Seven micro-batches a step, which neither two nor three ranks can share evenly.
@@ -193,13 +193,13 @@ def test_a_rank_that_dies_ends_the_job(tmp_path: Path, cache_dir: Path, monkeypa
     if said:  # unless torchrun was quicker
         assert "rank 0 lost the others" in said[0]
     # And the same command continues it: one process here, stopped at once.
-    real = loop.machine_facts
+    real = parts.machine_facts
 
     def stopped(*given):
         signal.raise_signal(signal.SIGTERM)
         return real(*given)
 
-    monkeypatch.setattr(loop, "machine_facts", stopped)
+    monkeypatch.setattr(parts, "machine_facts", stopped)
     step = progress_of(run)["step"]
     again = run_cli(*train_arguments(cache_dir, run, **settings))
     assert_refused(again, 143, f"saved at step {step + 1}")

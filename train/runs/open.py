@@ -111,6 +111,9 @@ def open_draft(run: Path, which: str = BEST) -> TrainedDraft:
     kind = DRAFTS[page.config.draft.kind]
     try:
         shape = kind.config_class.from_pretrained(folder)
+        missing = [name for name in kind.config_fields if not hasattr(shape, name)]
+        if missing:
+            raise ValueError(f"its config.json has no {missing[0]}")
         weights = load_file(folder / WEIGHTS)
         with torch.device("meta"):
             model = kind.build(shape)
