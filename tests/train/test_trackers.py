@@ -208,7 +208,7 @@ def test_one_that_can_not_be_opened_ends_the_run_in_one_line(run: Path, wandb, t
     with pytest.raises(RunError) as caught:
         opened(run, "trackio", "wandb")
     assert str(caught.value) == (
-        "train.report_to: wandb can't be opened (init failed: no network): mend that, "
+        "train.report_to: wandb can't be opened (init failed: no network): fix that, "
         "or leave it out of train.report_to"
     )
     assert len(trackio.of("finish")) == 1  # the one that was open already
