@@ -33,7 +33,15 @@ from tests.processes import Dspark, die_at, die_in_the_middle, finished_shards, 
 CODEC_NAMES = tuple(CODECS)
 SMALLER = ("--context-codec", "nf4", "--last-codec", "int8")
 # Relative error of a row that was encoded once more; random states of 32 channels fill one group by half.
-ERRORS = {"bf16": 0.0, "fp32": 0.0, "fp16": 1e-3, "fp8": 0.04, "int8": 0.012, "nf4": 0.2, "lm3": 0.4}
+ERRORS = {
+    "bf16": 0.0,
+    "fp32": 0.0,
+    "fp16": 1e-3,
+    "fp8": 0.04,
+    "int8": 0.012,
+    "nf4": 0.2,
+    "lm3": 0.4,
+}
 Usage = namedtuple("Usage", "total used free")
 
 

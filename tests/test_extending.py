@@ -1,0 +1,71 @@
+"""docs/extending.md: its diffs apply to this tree, and what they add works. So the page can't go stale."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/extending.md"
+SECTIONS = ["Add a codec", "Add a head"]
+# What a copy needs to run its tests.
+COPIED = ["capture", "pipeline", "tests", "train", "pyproject.toml"]
+
+
+def section(title: str) -> str:
+    return PAGE.read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def blocks(title: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", section(title), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Return a copy of what the diffs change."""
+    skipped = shutil.ignore_patterns("__pycache__", "data")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=None if name != "tests" else skipped)
+        else:
+            shutil.copy(source, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_the_diffs_apply_and_the_commands_pass(tree: Path, title: str) -> None:
+    diffs = blocks(title, "diff")
+    assert diffs
+    for diff in diffs:
+        command = ["git", "apply", "--whitespace=error", "-"]
+        done = subprocess.run(command, cwd=tree, input=diff, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    commands = [line for block in blocks(title, "sh") for line in block.splitlines()]
+    assert commands
+    for line in commands:
+        program, *arguments = shlex.split(line)
+        assert program == "python"
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tree, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        tests = sum(map(int, re.findall(r"(\d+) passed", done.stdout)))
+        assert tests >= 10, done.stdout
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_the_commands_pass_for_what_the_diffs_add_alone(title: str) -> None:
+    """Without the diffs they select nothing: what passes above is the new thing's tests."""
+    for block in blocks(title, "sh"):
+        for line in block.splitlines():
+            _, *arguments = shlex.split(line)
+            command = [sys.executable, *arguments, "--collect-only"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+            assert done.returncode == 5, done.stdout[-2000:]
