@@ -322,11 +322,22 @@ def test_the_model_card(tmp_path: Path, run_dir: Path, cache_dir: Path) -> None:
     }
 
 
+DECODED = {
+    "tokens": 100,
+    "rounds": 50,
+    "verified_per_round": 2.0,
+    "draft_ms": 1.0,
+    "verify_ms": 2.0,
+    "plain_ms": 3.0,
+    "speculative_ms": 1.5,
+    "identical": None,
+}
+GREEDY = {"temperature": 0.0, "tokens_per_round": 2.3456, "speedup": 1.75, "accept_given_prefix": [0.5, None]}
+SAMPLED = {"temperature": 1.0, "tokens_per_round": 2.1, "speedup": None, "accept_given_prefix": []}
 LIVE = {
-    "runs": [
-        {"temperature": 0.0, "tokens_per_round": 2.3456, "speedup": 1.75, "accept_given_prefix": [0.5, None]},
-        {"temperature": 1.0, "tokens_per_round": 2.1, "speedup": None, "accept_given_prefix": []},
-    ],
+    "step": 3,
+    "target": "tiny-llama",
+    "runs": [{**DECODED, **GREEDY}, {**DECODED, **SAMPLED}],
     "prompts": 12,
     "device": "a|GPU",
     "dtype": "bfloat16",

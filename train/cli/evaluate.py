@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,21 +59,27 @@ def evaluate_command(
     """
     from train.eval.evaluate import evaluate, format_evaluation
     from train.runs.open import open_draft
-    from train.runs.results import EVALUATION, save_figures
+    from train.runs.results import save_figures
     from train.runtime.distributed import open_ranks
 
     with open_ranks(device) as ranks:
         with ranks.together():
             draft = open_draft(cache, run, ranks, checkpoint)
-        result = {"step": draft.step}
-        result |= evaluate(
-            draft.module, draft.reader, draft.held_out, draft.config, ranks, anchors=anchors, seed=seed
+        result = evaluate(
+            draft.module,
+            draft.reader,
+            draft.held_out,
+            draft.config,
+            ranks,
+            step=draft.step,
+            anchors=anchors,
+            seed=seed,
         )
         if ranks.leads:
-            click.echo(json.dumps(result) if as_json else format_evaluation(result))
+            click.echo(json.dumps(asdict(result)) if as_json else format_evaluation(result))
         with ranks.together():
             if ranks.leads:
-                save_figures(draft.folder, EVALUATION, result)
+                save_figures(draft.folder, result)
 
 
 def _check_temperatures(_ctx: click.Context, _param: click.Parameter, values: tuple[float, ...]) -> Any:
@@ -158,7 +165,7 @@ def speculate_command(
     from train.eval.validate import split
     from train.runs.checkpoint import check_cache, find_checkpoint, trained_for
     from train.runs.directory import load_run_config
-    from train.runs.results import SPECULATION, save_figures
+    from train.runs.results import save_figures
     from train.runs.state import read_training
 
     quiet_transformers()
@@ -186,8 +193,8 @@ def speculate_command(
         seed=seed,
         show=partial(click.echo, err=as_json) if show else None,
     )
-    click.echo(json.dumps(result) if as_json else format_speculation(result))
-    save_figures(folder, SPECULATION, result)
+    click.echo(json.dumps(asdict(result)) if as_json else format_speculation(result))
+    save_figures(folder, result)
 
 
 @click.command("calibrate")
@@ -209,7 +216,7 @@ def calibrate_command(
     """
     from train.eval.calibrate import calibrate, format_calibration
     from train.runs.open import open_draft
-    from train.runs.results import CALIBRATION, save_figures
+    from train.runs.results import save_figures
     from train.runtime.distributed import open_ranks
 
     with open_ranks(device) as ranks:
@@ -217,7 +224,7 @@ def calibrate_command(
             draft = open_draft(cache, run, ranks, checkpoint)
         result = calibrate(draft, ranks, anchors=anchors, seed=seed)
         if ranks.leads:
-            click.echo(json.dumps(result) if as_json else format_calibration(result))
+            click.echo(json.dumps(asdict(result)) if as_json else format_calibration(result))
         with ranks.together():
             if ranks.leads:
-                save_figures(draft.folder, CALIBRATION, result)
+                save_figures(draft.folder, result)

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import click
 import torch
-from jinja2 import TemplateError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3Config
@@ -34,10 +33,10 @@ from train.new_folder import check_new, new_folder
 from train.runs.checkpoint import BEST, FROZEN, WEIGHTS, find_checkpoint
 from train.runs.results import (
     CALIBRATION,
-    EVALUATION,
-    SPECULATION,
-    all_numbers,
-    read_figures,
+    as_evaluation,
+    read_calibration,
+    read_evaluation,
+    read_speculation,
     read_temperatures,
 )
 from train.runs.state import Progress, damaged, read_training
@@ -182,12 +181,12 @@ def export(
 
 
 def _card(draft: Draft, values: dict[str, Any], **parts: bool) -> str:
-    """The model card, with whatever was measured of this checkpoint."""
+    """Write the model card, with whatever was measured of this checkpoint."""
     architecture = draft.trained_on.target.architecture
+    evaluation, speculation = read_evaluation(draft.folder), read_speculation(draft.folder)
     last = draft.progress.evaluation  # of the run; a checkpoint between two evaluations has an older one's
-    measured = last if last and last.get("step") == draft.progress.step else None
-    evaluation = read_figures(draft.folder, EVALUATION) or measured
-    speculation = read_figures(draft.folder, SPECULATION)
+    if evaluation is None and last and last.get("step") == draft.progress.step:
+        evaluation = as_evaluation(last)
     try:
         return model_card(
             values,
@@ -199,15 +198,12 @@ def _card(draft: Draft, values: dict[str, Any], **parts: bool) -> str:
             speculation=speculation,
             **parts,
         )
-    except (TypeError, ValueError, KeyError, AttributeError, TemplateError) as error:
-        raise RunError(
-            f"the figures in {draft.folder} can't be read ({error}): remove {EVALUATION} and {SPECULATION} "
-            "there, and measure again"
-        ) from None
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # of an odd training.json
+        raise damaged(draft.folder, error) from None
 
 
 def _embeddings(draft: Draft, reader: CacheReader) -> dict[str, Tensor]:
-    """The target's embedding and head, two tensors of their own even where it ties them."""
+    """Return the target's embedding and head, as two tensors even where it ties them."""
     ours, theirs = draft.trained_on.target, reader.manifest.identity.target
     if ours.weights != theirs.weights:
         raise RunError(
@@ -230,15 +226,15 @@ def _cast(weight: Tensor, name: str, dtype: str) -> Tensor:
 
 
 def _calibration(draft: Draft) -> dict[str, Any] | None:
-    """The confidence head's temperatures as SGLang reads them (DSparkStsCalibration in dspark_sts.py).
+    """Return the confidence head's temperatures as SGLang reads them (DSparkStsCalibration in dspark_sts.py).
 
-    One positive number a slot; of the rest only what has its types, or the server would not start.
+    One positive number per position. Other fields come along only if they have SGLang's types: with a wrong
+    one the server would not start.
     """
-    found = read_figures(draft.folder, CALIBRATION)
-    if found is None:
-        return None
     temperatures = read_temperatures(draft.folder, draft.config.block_size)
-    kinds = {"dataset": str, "num_samples": int}
-    values = {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
-    values |= {name: found[name] for name in ("ece_before", "ece_after") if all_numbers(found.get(name))}
-    return {"temperatures": temperatures, **values}
+    if temperatures is None:
+        return None
+    found = read_calibration(draft.folder, skip_misfits=True)
+    names = ("dataset", "num_samples", "ece_before", "ece_after")
+    values = {name: getattr(found, name) for name in names}
+    return {"temperatures": temperatures, **{k: v for k, v in values.items() if v is not None}}

@@ -115,9 +115,9 @@ def differing_settings(ours: RunConfig, theirs: RunConfig) -> list[str]:
     return [f"{key}: {v} against {others[key]}" for key, v in flat_settings(ours).items() if v != others[key]]
 
 
-def flat_settings(config: RunConfig) -> dict[str, Any]:
+def flat_settings(config: RunConfig | dict[str, Any]) -> dict[str, Any]:
     """Settings by their dotted names, as `--set` takes them."""
-    tables = dataclasses.asdict(config).items()
+    tables = (config if isinstance(config, dict) else dataclasses.asdict(config)).items()
     return {f"{table}.{key}": value for table, values in tables for key, value in values.items()}
 
 
