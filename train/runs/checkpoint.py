@@ -30,9 +30,9 @@ from pipeline import files
 from pipeline.cache import CacheReader
 from pipeline.cache.manifest import Identity, TargetIdentity
 from pipeline.errors import ConfigError, RunError, WriteError
-from train.runtime.distributed import Ranks, whole
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.runs.state import TRAINING, Progress, damaged, read_training
+from train.runtime.distributed import Ranks, whole
 
 LATEST, BEST, CHECKPOINTS = "latest", "best", "checkpoints"
 WEIGHTS = "model.safetensors"

@@ -19,10 +19,10 @@ from pipeline import config as configuration
 from pipeline import files
 from pipeline.cache.manifest import Identity, differing_fields
 from pipeline.errors import ConfigError, RunError, WriteError
-from train.runs.checkpoint import BEST, CHECKPOINTS, LATEST, mend, newest
 from train.config import RunConfig
-from train.runs.state import Progress, read_training
+from train.runs.checkpoint import BEST, CHECKPOINTS, LATEST, mend, newest
 from train.runs.provenance import code_version
+from train.runs.state import Progress, read_training
 
 CONFIG = "config.toml"
 RUN = "run.json"

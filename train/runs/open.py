@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import CacheReader
-from train.runs.checkpoint import BEST, find_checkpoint, load_checkpoint
 from train.config import RunConfig
-from train.runtime.distributed import Ranks
 from train.draft.dspark.module import DSparkTrainerModule
-from train.runs.directory import load_run_config
-from train.trainer.setup import prepare, trainer_module
 from train.eval.validate import split
+from train.runs.checkpoint import BEST, find_checkpoint, load_checkpoint
+from train.runs.directory import load_run_config
+from train.runtime.distributed import Ranks
+from train.trainer.setup import prepare, trainer_module
 
 
 @dataclass(frozen=True)

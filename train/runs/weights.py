@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from pipeline.errors import RunError
-from train.runs.checkpoint import BEST, FROZEN, LATEST
 from train.draft.dspark.model import Qwen3DSparkModel
+from train.runs.checkpoint import BEST, FROZEN, LATEST
 
 # What weights mean depends on these, though their shapes may not. A file may leave out any but the layers and
 # the mask token.
