@@ -17,20 +17,23 @@ class Counts:
     """Size of the sample that figures are means over."""
 
     samples: int
+    """Samples with at least one block."""
     blocks: int
+    """Blocks with at least one supervised slot."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The loss and its terms, in nats but for L1, by the definition of `train.losses.slots`."""
+    """The loss and its terms: weighted means over supervised slots, as `train.losses.slots` defines them."""
 
     loss: float
-    """The weighted sum of the three terms."""
+    """Weighted sum of the three terms."""
     ce_loss: float
+    """Cross entropy with the data's tokens, in nats."""
     l1_loss: float
-    """From 0 to 2."""
+    """L1 distance to the target's distribution, from 0 to 2."""
     confidence_loss: float
-    """0 without a confidence head."""
+    """Binary cross entropy of the confidence head, in nats; 0 without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +52,11 @@ class Acceptance:
     tau: float
     """Expected tokens per round, the target's own included."""
     greedy_accept_by_position: tuple[float | None, ...] | None = None
+    """Share of the supervised slots of each position in which both choose the same token, `[K]`."""
     greedy_accept_given_prefix: tuple[float | None, ...] | None = None
+    """The same given that all earlier tokens of the block are accepted, `[K]`."""
     greedy_tau: float | None = None
+    """Expected tokens per round, the target's own included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +64,9 @@ class Rounds:
     """Expected yield of decoding. A round begins where the last one ended, so it is below tau."""
 
     tokens_per_round: float
+    """The target's own included."""
     accept_given_prefix: tuple[float | None, ...]
-    """`[K]`."""
+    """Accepted share of the tokens at each position whose earlier ones are accepted, `[K]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +76,7 @@ class Decoding:
     sampling: Rounds
     """At temperature 1."""
     greedy: Rounds
+    """At temperature 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +86,7 @@ class Bin:
     low: float
     """The confidence at its left edge."""
     high: float
+    """The confidence at its right edge."""
     count: int
     """Slots in it."""
     predicted: float | None
@@ -93,12 +102,13 @@ class Reliability:
     ece: float
     """Expected calibration error."""
     ece_by_position: tuple[float | None, ...]
-    """`[K]`."""
+    """The same by position, `[K]`."""
     auc: float | None
     """Probability that an accepted slot has a higher confidence than a rejected one; None without either."""
     auc_by_position: tuple[float | None, ...]
-    """`[K]`."""
+    """The same by position, `[K]`."""
     bins: tuple[Bin, ...]
+    """Equal parts of the range from 0 to 1, from left to right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,26 +137,32 @@ class ThresholdRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Group(Acceptance, Losses, Counts):
-    """Figures of held-out samples with something in common; files of the first version have fewer."""
+    """Figures of held-out samples with something in common."""
 
     loss: float | None = None
+    """None, as the five fields after it, in files of the first version."""
     ce_loss: float | None = None
+    """As in `Losses`."""
     l1_loss: float | None = None
+    """As in `Losses`."""
     confidence_loss: float | None = None
+    """As in `Losses`."""
     accept_by_position: tuple[float | None, ...] | None = None
+    """As in `Acceptance`."""
     confidence: Confidence | None = None
-    """None without a confidence head."""
+    """None without a confidence head, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Untrained:
-    """The same draft with random weights."""
+    """The same draft with random weights, at training's own held-out anchors."""
 
     tau: float
+    """Expected tokens per round, the target's own included."""
     accept_by_position: tuple[float | None, ...]
-    """`[K]`."""
+    """Mean acceptance of each position, `[K]`."""
     blocks: int | None = None
-    """None in files of the first version."""
+    """Blocks measured; None in files of the first version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,21 +170,27 @@ class CacheFacts:
     """The cache that figures were taken from, and what it costs."""
 
     target: str
+    """Directory name or Hub id of the target."""
     target_weights: str | None = None
     """SHA-256 over the target's weight files; None in files of the first version."""
     data_sha256: str | None = None
     """Over every sample id; None in files of the first version."""
     sources: tuple[str, ...]
+    """File names without their directories, and Hub ids."""
     samples: int
-    """Held-out ones and others."""
+    """All of the cache's, held-out or not."""
     tokens: int
+    """All of the cache's."""
     bytes: int
-    """On disk."""
+    """Size on disk."""
     bytes_per_token: float
-    """Of the shards alone."""
+    """Size of the shards alone."""
     layer_ids: tuple[int, ...]
+    """Captured target layers, counted from 0."""
     context_codec: str
+    """Name of the codec of the context features."""
     last_codec: str
+    """Name of the codec of the last hidden states."""
     fidelity: dict[str, float]
     """Errors of the stored states against the target's, by what was compared."""
 
@@ -180,7 +202,9 @@ class Measured:
     step: int
     """Optimiser step of the checkpoint."""
     samples: int
+    """Held-out samples."""
     blocks: int
+    """Blocks drafted in them, one per anchor."""
     anchors: int | Literal["all"] | None = None
     """Per sample; "all" are all candidates; None for training's own evaluation."""
 
@@ -203,7 +227,9 @@ class Evaluation(Acceptance, Losses, Measured):
     by_length: dict[str, Group] | None = None
     """By a range of tokens, as "128-255"."""
     untrained: Untrained | None = None
+    """A draft to compare with."""
     cache: CacheFacts | None = None
+    """Where the samples are from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,15 +237,19 @@ class CalibrationReport(Counts):
     """Reliability on the samples that the temperatures were not fitted on."""
 
     before: Confidence
+    """With the logits as they are."""
     after: Confidence
+    """With the logits divided by the temperatures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweeps:
-    """Thresholds on the same samples."""
+    """Threshold sweeps over the samples of `CalibrationReport`."""
 
     before: tuple[ThresholdRow, ...] | None
+    """With the logits as they are."""
     after: tuple[ThresholdRow, ...] | None
+    """With the logits divided by the temperatures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +274,9 @@ class Calibration:
     fit: Counts | None = None
     """Size of the half that temperatures were fitted on."""
     report: CalibrationReport | None = None
+    """Confidences of the other half."""
     thresholds: Sweeps | None = None
+    """What thresholds yield on the other half."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,27 +293,30 @@ class Parting:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculationRun:
-    """Live decoding of all prompts at one temperature; None where no round was needed."""
+    """Live decoding of all prompts at one temperature; means per round are None where there was none."""
 
     temperature: float
     """0 is greedy."""
     tokens: int
     """Decoded; the first one of each text, which no round makes, is left out."""
     rounds: int
+    """Forwards of the target that verified a block."""
     tokens_per_round: float | None
+    """The target's own included."""
     accept_given_prefix: tuple[float | None, ...]
     """Accepted share of the tokens that were verified at each position, `[K]`; None where none was."""
     verified_per_round: float | None
+    """Drafted tokens that the target looked at."""
     draft_ms: float | None
-    """Per round."""
+    """Milliseconds of drafting per round."""
     verify_ms: float | None
-    """Per round."""
+    """Milliseconds of verifying per round."""
     plain_ms: float
-    """Per token that the target decodes alone."""
+    """Milliseconds per token that the target decodes alone."""
     speculative_ms: float
-    """Per token."""
+    """Milliseconds per token of speculation."""
     speedup: float | None
-    """Over plain decoding of the same prompts in the same process."""
+    """Over plain decoding of the same prompts in the same process; None where either made no token."""
     identical: int | None
     """Prompts whose greedy text is the target's own; None when sampling."""
     partings: tuple[Parting, ...] = ()
@@ -297,11 +332,15 @@ class Speculation:
     step: int
     """Optimiser step of the checkpoint."""
     target: str
+    """Directory name or Hub id of the target."""
     device: str
+    """Kind of device, as "cpu" or "cuda"."""
     dtype: str
+    """Name of the dtype that both compute in, as "bfloat16"."""
     prompts: int
+    """Number of prompts."""
     max_new_tokens: int
-    """Of each text."""
+    """Most tokens decoded per prompt."""
     threshold: float
     """A token is verified while the block up to it is accepted with this probability; 0: always."""
     runs: tuple[SpeculationRun, ...]
