@@ -14,7 +14,9 @@ from pipeline.errors import UsageError
 from pipeline.target_model.options import TargetOptions, target_options
 
 run_option = click.option(
-    *("--run", "--run-dir", "run"),  # torchrun takes --run for its own --run-path before Python 3.12.8
+    "--run",
+    "--run-dir",  # torchrun takes --run for its own --run-path before Python 3.12.8
+    "run",
     type=click.Path(path_type=Path),
     required=True,
     help="A run with a checkpoint.",
