@@ -5,8 +5,8 @@
         README.md           the model card
         calibration.json    temperatures of the confidence head, where `dspark calibrate` found some
 
-What an engine can't serve is refused before anything is written: engines load much of it without a word and
-then accept hardly any token.
+What an engine can't serve is refused before anything is written: engines load much of it without an error,
+and then accept hardly any token.
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ def export(
 ) -> Draft:
     """Write one of a run's drafts as `to` loads it, with a model card. It appears whole or not at all.
 
-    Says so on stderr if the engine serves no draft for the target, as far as is known.
+    Warns on stderr if the engine is not known to serve drafts for the target.
 
     Args:
-        folder: to be made; an empty one may be there.
+        folder: created; may exist if it is empty.
         to: `hf` takes every draft; an engine refuses what it can't serve.
         checkpoint: as `train.runs.checkpoint.find_checkpoint` takes it.
         dtype: of the weights, a key of `DTYPES`.

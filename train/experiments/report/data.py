@@ -36,44 +36,47 @@ _METRICS_LIMIT = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """Everything that is known of a run."""
+    """Everything known about a run."""
 
     index: int
-    """Which of the page's runs: decides its colour."""
+    """Place among the page's runs; decides its colour."""
     path: Path
     row: dict[str, Any]
-    """Of `compare`: name, settings that differ, how far the newest checkpoint is."""
+    """Row of `compare`: name, settings that differ, how far the newest checkpoint is."""
     settings: dict[str, Any]
-    """By dotted name."""
+    """Settings by dotted name."""
     identity: dict[str, Any]
-    """Of the cache it was trained on; empty where the run does not say."""
+    """Identity of the cache it was trained on; empty where the run does not say."""
     training: dict[str, Any]
     """training.json of the best checkpoint; empty without any."""
     progress: dict[str, Any]
-    """Of the newest checkpoint: what training took so far."""
+    """Progress of the newest checkpoint: what training took so far."""
     written: str | None
-    """The day of the best checkpoint, in UTC."""
+    """Day of the best checkpoint, in UTC."""
     log: list[dict[str, Any]]
     """Lines of metrics.jsonl about optimiser steps."""
     held_out: list[dict[str, Any]]
-    """And about evaluations during training."""
+    """Lines of metrics.jsonl about evaluations during training."""
     evaluation: Evaluation | None
+    """Of the best checkpoint, as the two after it; None where nobody measured it."""
     calibration: Calibration | None
+    """Of the best checkpoint."""
     speculation: Speculation | None
+    """Of the best checkpoint."""
 
     @property
     def name(self) -> str:
-        """The end of its path, as long as it takes to tell it from the others."""
+        """End of its path, as long as it takes to tell it from the others."""
         return self.row["run"]
 
     @property
     def measured_step(self) -> int | None:
-        """The optimiser step of the checkpoint that was measured: the best, which may not be the newest."""
+        """Optimiser step of the measured checkpoint: the best, which may not be the newest."""
         return dig(self.training, "progress", "step")
 
     @property
     def imported(self) -> bool:
-        """Whether it was trained elsewhere, nobody knows on what."""
+        """Whether it was trained elsewhere, on unknown data."""
         return dig(self.training, "imported") is not None
 
     @property
@@ -88,7 +91,7 @@ class RunData:
 
     @property
     def last_live(self) -> SpeculationRun | None:
-        """The row that is closest to how held-out figures are taken: sampling, where it was tried."""
+        """Row that is closest to how held-out figures are taken: sampling, where it was tried."""
         return max(self.live, key=lambda row: row.temperature, default=None)
 
 

@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 STEP = "optimiser step"
 MOST_POINTS = 500
-"""Of a curve; of more, the lowest and the highest of each stretch are drawn."""
+"""Of a curve; of a longer one, the lowest and the highest of each stretch are drawn."""
 MOST_MARKS = 40
-"""Of a curve of held-out figures; more are a thin line."""
+"""Of a curve of held-out figures; a longer one is a thin line."""
 MOST_TEMPERATURES = 4
 """In a panel of live decoding."""
 LABELLED = (0.0, 0.2, 0.4, 0.6, 0.8)
-"""Thresholds that are written beside their points."""
+"""Thresholds written beside their points."""
 GIVEN = "accept_given_prefix"
 ROUND = [1, 2, 2.5, 5, 10]
-"""What ticks are multiples of."""
+"""Ticks are multiples of these, by powers of ten."""
 WHEN = {
     "as trained": {"color": COLOURS[0], "marker": "o", "linestyle": "-"},
     "before": {"color": COLOURS[1], "marker": "s", "linestyle": (0, (4, 1.5))},
     "after": {"color": COLOURS[0], "marker": "o", "linestyle": "-"},
 }
-"""How a state of the confidence head is drawn, whichever run's it is."""
+"""Look of a state of the confidence head, the same for every run."""
 
 
 def digits(value: float | None, places: int = 3) -> str:
