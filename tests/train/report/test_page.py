@@ -106,7 +106,7 @@ def test_calibration_before_and_after(one: Page, runs: list[Path]) -> None:
             told = calibration["report"][when][kind]
             bins = [row for row in told["bins"] if row["count"]]
             pairs = ", ".join(f"{row['predicted']:.2f} to {row['actual']:.2f}" for row in bins)
-            assert f"{when}: calibration error {told['ece']:.3f}, said to happened {pairs}." in label
+            assert f"{when}: calibration error {told['ece']:.3f}, predicted to observed {pairs}." in label
             assert f"{when}, ECE {told['ece']:.3f}" in one.html
     header, before, after = one.tables["Confidence"]
     assert header[-1] == "temperatures"

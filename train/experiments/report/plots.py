@@ -249,7 +249,7 @@ def reliability_diagram(run: RunData, kind: str, title: str, caption: str) -> Pa
     def words(when: str) -> str:
         told = states[when]
         pairs = ", ".join(f"{row.predicted:.2f} to {row.actual:.2f}" for row in filled(told))
-        return f"{when}: calibration error {digits(told.ece)}, said to happened {pairs}"
+        return f"{when}: calibration error {digits(told.ece)}, predicted to observed {pairs}"
 
     alt = f"{title}, {run.name}. " + ". ".join(map(words, states)) + "."
     key = f"reliability-{kind}-{run.index}"
