@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.reports import (
+    Page,
     change_figures,
     check_whole,
     copy_run,
@@ -22,6 +23,7 @@ from tests.train.reports import (
     write_figures,
     write_log,
 )
+from tests.train.runs import progress_of
 from train.experiments.report.plots import MOST_POINTS
 
 
@@ -185,6 +187,38 @@ def test_figures_may_all_be_odd(runs: list[Path], tmp_path: Path, value) -> None
     for name in ("evaluation.json", "calibration.json", "speculation.json"):
         write_figures(run, name, dict.fromkeys(figures_of(run, name), value))
     check_whole(report(run, out=tmp_path / "report.html"))
+
+
+def test_what_does_not_fit_is_told_and_left_out(runs: list[Path], tmp_path: Path) -> None:
+    run, out = copy_run(runs[0], tmp_path / "odd"), tmp_path / "report.html"
+    evaluation = figures_of(run, "evaluation.json")
+
+    def shown(where: str, value: Any) -> tuple[str, Page]:
+        write_figures(run, "evaluation.json", {**evaluation, where: value})
+        result = run_cli("report", run, "--out", out)
+        assert result.exit_code == 0, result.output
+        page = Page(out.read_text())
+        check_whole(page)
+        return result.stderr, page
+
+    said, page = shown("greedy_tau", "high")
+    path = (run / "best").resolve() / "evaluation.json"
+    told = "(evaluation.greedy_tau: expected float, got 'high'): remove it, and measure again\n"
+    assert said == f"warning: {path} can't be read {told}"
+    assert "greedy tau" not in [
+        title.replace("\N{NO-BREAK SPACE}", " ") for title in page.tables["Main figures"][0]
+    ]
+    assert page.column("Main figures", "tau") == [f"{evaluation['tau']:.3f}"]
+    said, page = shown("accept_by_position", [0.5, float("nan"), 0.25])
+    assert "evaluation.accept_by_position: expected float, got 'NaN'" in said
+    assert "sampling: 0.500, \N{EN DASH}, 0.250." in page.labels()["acceptance-accept_by_position"]
+    said, page = shown("tau", None)
+    assert "evaluation.tau: expected float, got None" in said
+    assert page.column("Main figures", "tau") == [f"{progress_of(run)['evaluation']['tau']:.3f}*"]
+    assert f"dspark evaluate --cache CACHE --run {run}" in page.text
+    said, page = shown("tau", evaluation["tau"])
+    assert said == ""
+    assert page.column("Main figures", "tau") == [f"{evaluation['tau']:.3f}"]
 
 
 def test_mistakes_are_one_line(runs: list[Path], tmp_path: Path) -> None:

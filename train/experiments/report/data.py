@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import click
 
 from pipeline import files
 from pipeline.errors import RunError
@@ -32,6 +34,7 @@ from train.runs.results import LARGEST, read_calibration, read_evaluation, read_
 from train.runs.state import TRAINING, read_training
 
 _METRICS_LIMIT = 2**30
+_Figures = TypeVar("_Figures", Evaluation, Calibration, Speculation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +154,20 @@ def _run(index: int, path: Path, row: dict[str, Any]) -> RunData:
         written=None if folder is None else _day(folder / TRAINING),
         log=[line for line in lines if "held_out" not in line],
         held_out=[line["held_out"] for line in lines if isinstance(line.get("held_out"), dict)],
-        evaluation=None if folder is None else read_evaluation(folder, skip_misfits=True),
-        calibration=None if folder is None else read_calibration(folder, skip_misfits=True),
-        speculation=None if folder is None else read_speculation(folder, skip_misfits=True),
+        evaluation=None if folder is None else _fitting(read_evaluation, folder),
+        calibration=None if folder is None else _fitting(read_calibration, folder),
+        speculation=None if folder is None else _fitting(read_speculation, folder),
     )
+
+
+def _fitting(read: Callable[..., _Figures | None], folder: Path) -> _Figures | None:
+    """Read figures without what does not fit, and warn of that."""
+    try:
+        return read(folder)
+    except RunError as error:
+        found = read(folder, skip_misfits=True)  # raises it again where nothing can be read
+        click.echo(f"warning: {error}", err=True)
+        return found
 
 
 def _day(path: Path) -> str:
