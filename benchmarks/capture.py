@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import record
-from capture.options import DataOptions
-from capture.plan import CaptureOptions, PreparedCapture, prepare
+from capture.options import CaptureOptions, DataOptions
+from capture.prepare import PreparedCapture, prepare
 from capture.run import capture, capture_shards
 from capture.shards.clock import Clock
 from capture.shards.fill import ShardFiller, pad
@@ -115,7 +115,7 @@ def capture_seconds(
     target: HFDSparkTargetModel, prepared: PreparedCapture, cache: Path
 ) -> tuple[float, dict[str, float]]:
     """Every shard from tokens to disk, and the complete manifest; and where the time went."""
-    identity, clock = prepared.identity(prepared.target.identity()), Clock()
+    identity, clock = prepared.full_identity(), Clock()
     writer = CacheWriter(cache, identity, prepared.plan, prepared.index, dict(prepared.data.rows))
     writer.write_target({}, {"embed_tokens.weight": target.get_input_embeddings().weight.cpu()})
     statistics = writer.statistics(
@@ -126,7 +126,7 @@ def capture_seconds(
     with Worker(writer.progress) as worker:
         synchronise(filler.device)
         began = time.perf_counter()
-        capture_shards(writer, worker, place, filler, prepared.batching, prepared.data, StopRequest())
+        capture_shards(writer, worker, place, filler, prepared, StopRequest())
         assert writer.finalise() is not None
         return time.perf_counter() - began, clock.seconds()
 

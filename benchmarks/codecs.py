@@ -54,8 +54,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import record
-from capture.options import DataOptions
-from capture.plan import CaptureOptions, PreparedCapture, prepare
+from capture.options import CaptureOptions, DataOptions
+from capture.prepare import PreparedCapture, prepare
 from capture.shards.fill import pad
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity
@@ -74,7 +74,6 @@ LOSSLESS_ROWS = 128
 MAX_LOGITS = 2**28
 # Shares of the mean diagonal.
 RIDGES = {"ridge probe TV": 0.3, "light ridge probe TV": 1e-3}
-LAST_CODECS = ("bf16", "fp16", "fp32", "fp8", "int8")
 
 
 def options(target: str | None, gguf_file: str | None, folder: Path) -> CaptureOptions:
@@ -249,14 +248,15 @@ def quality_rows(prepared: PreparedCapture) -> list[tuple[str, str, float, str]]
     # What bf16 stores is what every codec is compared with.
     raw, raw_test = ([rows.bfloat16() for rows in each.context] for each in (train, test))
     head = target.get_output_embeddings().weight.float().cpu()
-    vary = partial(variation, head, prepared.identity(prepared.shape))
+    vary = partial(variation, head, prepared.identity)
     learning, judging = Probe(train, scale), Probe(test, scale)
     some = slice(None, None, -(-TEST_TOKENS * len(head) // MAX_LOGITS))
     own, judged = judging.targets(test.last_hidden)[some], judging.inputs(raw_test)[some]
     outputs = learning.targets(train.last_hidden)
-    results, width = lossless_rows(raw_test, f"planes {prepared.shape.name}"), prepared.shape.hidden_size
+    facts = prepared.identity.target
+    results, width = lossless_rows(raw_test, f"planes {facts.name}"), facts.hidden_size
     for codec in CODECS.values():
-        case = f"{codec.name} {prepared.shape.name}"
+        case = f"{codec.name} {facts.name}"
         try:
             stored = [through(codec, rows, s) for rows, s in zip(raw, scale, strict=True)]
         except CacheError as error:  # fp16, of a target with large states
@@ -269,7 +269,7 @@ def quality_rows(prepared: PreparedCapture) -> list[tuple[str, str, float, str]]
         results += [(case, "relative error, context", float(np.mean(errors)), "")]
         for name, weights in fit(learning.inputs(stored), outputs).items():
             results += [(case, name, vary(judged @ weights, own), "")]
-        if codec.name in LAST_CODECS:
+        if codec.for_last:
             rows = test.last_hidden.bfloat16()
             decoded = through(codec, rows, last_scale)
             results += [(case, "relative error, last", relative_error(decoded, rows), "")]

@@ -63,6 +63,7 @@ from pipeline.options import DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC
 from train.data.loader import loaded
 from train.data.packing import epoch_packs
 from train.data.sampling import random_anchors
+from train.draft.dspark.collate import collate_anchors
 
 HIDDEN, VOCAB, SHARD_TOKENS, CACHE_BYTES = 1024, 4096, 32768, 22 * 10**8
 BATCH_TOKENS, ANCHORS, MAX_LENGTH = 4096, 512, 4096
@@ -170,9 +171,9 @@ def one_pass(
     order = [
         pack for e in range(epochs) for pack in epoch_packs(reader.lengths[:samples], BATCH_TOKENS, 0, e)
     ]
-    choose = random_anchors(ANCHORS, 0, 0)
+    collate = collate_anchors(random_anchors(ANCHORS, 0, 0))
     start = time.perf_counter()
-    for _batch in loaded(reader, ((pack, choose) for pack in order), layers, BATCH_TOKENS, CPU):
+    for _batch in loaded(reader, ((pack, collate) for pack in order), layers, BATCH_TOKENS, CPU):
         time.sleep(wait)
     return (time.perf_counter() - start) / epochs
 

@@ -33,10 +33,11 @@ from benchmarks.record import record
 from pipeline.device import resolve_device, reuse_freed_memory
 from pipeline.features import at_least_fp32, head_logits
 from train.draft.dspark.anchors import label_positions, sample_anchor_positions
-from train.losses.fused import vocabulary_loss
-from train.losses.slots import divide, slot_losses, slot_weights, sum_slots
+from train.losses.fused import LowRankBias, SlotOperands, vocabulary_loss
+from train.losses.slots import Objective, SlotFigures, divide, slot_losses, sum_slots, supervised_weights
 
 GAMMA, CE_ALPHA, L1_ALPHA = 4.0, 0.1, 0.9
+OBJECTIVE = Objective({"ce": CE_ALPHA, "l1": L1_ALPHA}, GAMMA)
 INSTALL = "pip install --no-deps nemo-automodel==0.7.0"
 
 
@@ -120,24 +121,29 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def definition(x: Inputs) -> Tensor:
-    """`losses.py`, on logits as `Qwen3DSparkModel.forward` makes them."""
+    """`losses/slots.py`, on logits as `Qwen3DSparkModel.forward` makes them."""
     logits = head_logits(x.hidden, x.head) + at_least_fp32(F.linear(x.latent[x.which], x.w2))
     with torch.no_grad():
         teacher = head_logits(x.teacher[x.which], x.head)
     ce, l1 = slot_losses(logits, x.labels, teacher)
-    return divide(sum_slots(x.mask, ce, l1, None, GAMMA), CE_ALPHA, L1_ALPHA, 0.0).loss
+    return divide(sum_slots(SlotFigures(x.mask, ce, l1, None), OBJECTIVE), OBJECTIVE).loss
 
 
 def ours(x: Inputs) -> Tensor:
-    """`fused_loss.py`, as `DSparkTrainerModule` calls it."""
-    weights = slot_weights(x.mask.shape[-1], GAMMA, x.mask.device).expand(x.mask.shape)[x.mask]
-    objective, ce, l1 = vocabulary_loss(
-        *(x.hidden, x.latent, x.head, x.w2, x.labels, x.teacher, x.which),
-        *(CE_ALPHA * weights, L1_ALPHA * weights),
-        latent_by_position=True,
-        compile_passes=x.hidden.is_cuda,
+    """`losses/fused.py`, as `DSparkTrainerModule` calls it."""
+    weights = supervised_weights(x.mask, GAMMA)
+    operands = SlotOperands(
+        hidden=x.hidden,
+        head=x.head,
+        labels=x.labels,
+        positions=x.which,
+        ce_weights=CE_ALPHA * weights,
+        l1_weights=L1_ALPHA * weights,
+        teacher_hidden=x.teacher,
+        bias=LowRankBias(latent=x.latent, weight=x.w2, by_position=True),
     )
-    return objective / sum_slots(x.mask, ce, l1, None, GAMMA).weight
+    total, ce, l1 = vocabulary_loss(operands, compile_passes=x.hidden.is_cuda)
+    return total / sum_slots(SlotFigures(x.mask, ce, l1, None), OBJECTIVE).weight
 
 
 def load_nvidia() -> Callable[[Inputs], Tensor] | None:

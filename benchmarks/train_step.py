@@ -37,14 +37,15 @@ from train.config import RunConfig
 from train.data.loader import Batch, load_pack
 from train.data.packing import epoch_packs
 from train.data.sampling import random_anchors
+from train.draft.dspark.collate import collate_anchors
 from train.draft.dspark.config import draft_config
-from train.draft.dspark.flops import peak_flops, training_flops
+from train.draft.dspark.flops import training_flops
+from train.draft.dspark.kind import DSPARK
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkStepMetrics
 from train.runtime.precision import autocast, resolve_precision
-from train.trainer.metrics import peak_memory
+from train.trainer.metrics import peak_flops, peak_memory
 from train.trainer.optimizer import build_optimizers, normalise_gradients
-from train.trainer.setup import prepare, trainer_module
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Name, config, the target's shape, mean of the logarithm of documents' lengths, timed steps.
@@ -75,11 +76,12 @@ def make_batch(config: RunConfig, draft: Qwen3Config, mean_log: float, device: t
     size, seed, rng = config.train.batch_tokens, config.train.seed, np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(mean_log, 0.8, DOCUMENTS), 16, size).astype(np.int64)
     members = epoch_packs(lengths, size, seed, 0)[0].tolist()
-    choose = random_anchors(config.train.anchors_per_batch, seed, 0)
-    pack = load_pack(Documents(lengths, draft.vocab_size), members, size, choose)
+    collate = collate_anchors(random_anchors(config.train.anchors_per_batch, seed, 0))
+    pack = load_pack(Documents(lengths, draft.vocab_size), members, size, collate)
     states = torch.randn(1, size, draft.hidden_size, dtype=torch.bfloat16, device=device)
     return Batch(
-        **{name: tensor.to(device) for name, tensor in pack.tensors().items()},
+        **{name: tensor.to(device) for name, tensor in pack.fields().items()},
+        collated={name: tensor.to(device) for name, tensor in pack.collated.items()},
         num_tokens=pack.num_tokens,
         flops=training_flops(draft, pack),
         target_hidden_states=states.repeat(1, 1, len(draft.target_layer_ids)),
@@ -138,9 +140,8 @@ class Stopwatch:
 def measure(config: RunConfig, model: Qwen3DSparkModel, batch: Batch, steps: int) -> dict[str, float]:
     """Median seconds of the parts of a step of one micro-batch, and of the step."""
     device, watch = batch.input_ids.device, Stopwatch(batch.input_ids.device)
-    module = trainer_module(model, config)
-    prepare(module, config, device)
-    optimizer = build_optimizers(model, config.train)
+    module = DSPARK.on(model, config, device)
+    optimizers = build_optimizers(model, config.train, DSPARK.lr_scales(config.train))
     one = torch.ones((), device=device)
     # Where the step itself calls them, so that what is timed is what training runs.
     model.hidden_states = watch.timed(BACKBONE, model.hidden_states)
@@ -152,8 +153,9 @@ def measure(config: RunConfig, model: Qwen3DSparkModel, batch: Batch, steps: int
 
     def update(weight: Tensor) -> None:
         normalise_gradients(model, weight, config.train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
 
     def step() -> None:
         metrics = watch.timed(FORWARD, forward)()

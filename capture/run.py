@@ -1,4 +1,4 @@
-"""The capture loop: the hooked target runs once over the data, shard by shard of a fixed plan."""
+"""The capture loop: run the hooked target once over the data, shard by shard of a fixed plan."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import click
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from capture.batching import CapturePlan
+from capture.console import note, say
 from capture.data.conversations import TokenizedSample
-from capture.data.tokens import TokenizedData
-from capture.plan import CaptureOptions, PreparedCapture, check_disk, plan_lines, prepare, price
+from capture.options import CaptureOptions
+from capture.plan import check_room, plan_lines
+from capture.prepare import PreparedCapture, prepare
 from capture.shards.clock import Clock
 from capture.shards.disk import ShardDisk
 from capture.shards.fill import FilledShard, ShardFiller
@@ -30,88 +30,109 @@ from pipeline.device import reuse_freed_memory
 from pipeline.process import WorkerPlace
 from pipeline.signals import StopRequest, stop_on_signals
 
-# What the writing of `target/` is called among claims.
+# Name of the claim to write `target/`.
 _TARGET = "target"
 
 
 @dataclass(frozen=True)
 class Captured:
-    """How a capture ended."""
+    """Result of a capture."""
 
     manifest: Manifest
     complete: bool
     """False when other processes still hold shards."""
     reused: bool
-    """Whether the cache was there already, and no target was loaded."""
+    """True when the cache was complete before, and no target was loaded."""
     shards: int
-    """Written by this process."""
+    """Shards written by this process."""
 
 
-def capture(options: CaptureOptions) -> Captured:
-    """Capture what `options` names into its cache, or continue where earlier captures stopped.
+def capture(options: CaptureOptions, place: WorkerPlace | None = None) -> Captured:
+    """Capture what `options` names into its cache, or continue an interrupted capture.
+
+    Args:
+        place: number of this process among those that fill the cache; None reads torchrun's environment.
 
     Raises:
-        DSparkError: see `pipeline.errors`; nothing finished is ever lost.
+        DSparkError: see `pipeline.errors`; finished shards are kept.
     """
-    place = worker_place(options.worker)
-    if options.target.device_map is None:
-        device = place.device(options.target.device)
-        options = dataclasses.replace(options, target=dataclasses.replace(options.target, device=device))
-    prepared = prepare(options)
+    place = worker_place(None) if place is None else place
+    prepared = prepare(_on_device_of(place, options))
     if place.rank == 0:
         for line in plan_lines(prepared):
-            click.echo(line)
+            say(line)
     prepared.check_directory()
-    identity = prepared.identity(prepared.target.identity())
-    if not options.force:
-        features = identity.features
-        check_disk(prepared, price(prepared, features.context_codec, features.last_codec))
+    check_room(prepared)
+    identity = prepared.full_identity()
     writer = CacheWriter(options.cache, identity, prepared.plan, prepared.index, dict(prepared.data.rows))
     if writer.complete:
         return Captured(writer.manifest, complete=True, reused=True, shards=0)
-    written = 0
+    shards = 0
     if writer.pending() or not writer.target_written() or not writer.statistics_written():
-        if prepared.target.device.type == "cpu":
-            reuse_freed_memory()
-        elif prepared.target.device.type == "cuda":
-            torch.cuda.set_device(prepared.target.device)
-        target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
-        statistics = writer.statistics(
-            lambda: measure_statistics(target, identity, prepared.data, prepared.batching.order)
-        )
-        codecs = state_codecs(identity, statistics)
-        proof = prove_target(target, identity, _proof_samples(prepared), codecs[LAST_HIDDEN])
-        try:
-            with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:
-                filler = ShardFiller(target, identity, codecs, Clock())
-                while True:
-                    if not writer.target_written() and worker.claim(_TARGET):
-                        _write_target(writer, prepared, target.model, proof)
-                    written += capture_shards(
-                        writer, worker, place, filler, prepared.batching, prepared.data, stop
-                    )
-                    done = writer.target_written() and not writer.pending()
-                    if done or not worker.others_died(_waiting(writer, stop)):
-                        break
-        except FileNotFoundError:  # no progress/ any more
-            if not writer.completed_by_another():
-                raise
+        shards = _capture_pending(writer, prepared, place)
     manifest = writer.finalise()
-    return Captured(manifest or writer.manifest, complete=manifest is not None, reused=False, shards=written)
+    return Captured(manifest or writer.manifest, complete=manifest is not None, reused=False, shards=shards)
+
+
+def _on_device_of(place: WorkerPlace, options: CaptureOptions) -> CaptureOptions:
+    """Choose this process's device, unless `--device-map` spreads the target."""
+    target = options.target
+    if target.device_map is not None:
+        return options
+    return dataclasses.replace(
+        options, target=dataclasses.replace(target, device=place.device(target.device))
+    )
+
+
+def _capture_pending(writer: CacheWriter, prepared: PreparedCapture, place: WorkerPlace) -> int:
+    """Load the target and capture until nothing is missing but what live processes hold.
+
+    Returns:
+        Shards written by this process.
+    """
+    device = prepared.target.device
+    if device.type == "cpu":
+        reuse_freed_memory()
+    elif device.type == "cuda":
+        torch.cuda.set_device(device)
+    identity, data, order = writer.manifest.identity, prepared.data, prepared.batching.order
+    target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
+    statistics = writer.statistics(lambda: measure_statistics(target, identity, data, order))
+    codecs = state_codecs(identity, statistics)
+    proof = prove_target(target, identity, _proof_samples(prepared), codecs[LAST_HIDDEN])
+    written = 0
+    try:
+        with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:
+            filler = ShardFiller(target, identity, codecs, Clock())
+            while True:
+                if not writer.target_written() and worker.claim(_TARGET):
+                    _write_target(writer, prepared, target.model, proof)
+                written += capture_shards(writer, worker, place, filler, prepared, stop)
+                done = writer.target_written() and not writer.pending()
+                if done or not worker.others_died(_waiting(writer, stop)):
+                    break
+    except FileNotFoundError:  # another process completed the cache and removed progress/
+        if not writer.completed_by_another():
+            raise
+    return written
+
+
+def _check_stop(writer: CacheWriter, stop: StopRequest) -> None:
+    """Raise StoppedError if a signal asked to stop."""
+    stop.check(f"{writer.path} keeps every finished shard, the same command continues")
 
 
 def _waiting(writer: CacheWriter, stop: StopRequest) -> Callable[[int], None]:
-    """What to do every second of a wait for signs of life: say so, once, and stop when asked to."""
+    """Return a function that a wait calls every second: it checks for a stop, and notes the reason once."""
     said = False
 
     def wait(processes: int) -> None:
         nonlocal said
-        stop.check(f"{writer.path} keeps every finished shard, the same command continues")
+        _check_stop(writer, stop)
         if not said:
-            click.echo(
-                f"what is left belongs to processes elsewhere ({processes}): waiting for a sign of life, "
-                f"at most {DEAD_AFTER_SECONDS:.0f} seconds",
-                err=True,
+            note(
+                f"the remaining shards belong to processes elsewhere ({processes}): waiting for a sign of "
+                f"life, at most {DEAD_AFTER_SECONDS:.0f} seconds"
             )
         said = True
 
@@ -119,7 +140,7 @@ def _waiting(writer: CacheWriter, stop: StopRequest) -> Callable[[int], None]:
 
 
 def _proof_samples(prepared: PreparedCapture) -> list[TokenizedSample]:
-    """Two samples that will share a batch, of different lengths if any two do; else the first alone."""
+    """Return two samples of one batch, of different lengths if possible; without such a batch, the first."""
     lengths, order = prepared.data.facts.lengths, prepared.batching.order
     batches = [batch for batch in prepared.batching.batches if len(batch) > 1]
     uneven = (b for b in batches if lengths[order[b[0]]] != lengths[order[b[-1]]])
@@ -130,16 +151,16 @@ def _proof_samples(prepared: PreparedCapture) -> list[TokenizedSample]:
 def _write_target(
     writer: CacheWriter, prepared: PreparedCapture, model: nn.Module, proof: dict[str, float]
 ) -> None:
-    """Keep what training needs of the target: config, tokenizer, embedding and head."""
+    """Write the parts of the target that training needs: config, tokenizer, embedding and head."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     frozen = {"embed_tokens.weight": _compact(embedding)}
-    if not prepared.shape.tied_embeddings:
+    if not prepared.identity.target.tied_embeddings:
         frozen["lm_head.weight"] = _compact(head)
     writer.write_target(prepared.target.files(), frozen, proof)
 
 
 def _compact(weight: Tensor) -> Tensor:
-    """A weight in bf16 where that loses nothing (a bf16 checkpoint run in fp32), else as it is."""
+    """Return a weight in bf16 if that is lossless (a bf16 checkpoint run in fp32), else unchanged."""
     weight = weight.detach().cpu()
     half = weight.to(torch.bfloat16)
     return half if torch.equal(half.to(weight.dtype), weight) else weight.contiguous()
@@ -150,14 +171,14 @@ def capture_shards(
     worker: Worker,
     place: WorkerPlace,
     filler: ShardFiller,
-    batching: CapturePlan,
-    data: TokenizedData,
+    prepared: PreparedCapture,
     stop: StopRequest,
 ) -> int:
-    """Capture every shard that nobody else holds; return how many.
+    """Capture every shard that no other process holds. Return their number.
 
-    The target works on one shard while those before it are hashed and written by threads.
+    The target works on one shard while threads hash and write the shards before it.
     """
+    batching, data = prepared.batching, prepared.data
     plan, pending, clock = writer.manifest.plan, writer.pending(), filler.clock
     total = writer.manifest.num_tokens
     done = total - sum(plan.tokens[shard] for shard in pending)
@@ -175,7 +196,7 @@ def capture_shards(
             worker.captured(tokens)
             bar.update(tokens)
             disk.check()
-            stop.check(f"{writer.path} keeps every finished shard, the same command continues")
+            _check_stop(writer, stop)
 
         for shard in take_shards(writer, worker, place.rank, place.world):
             memory = disk.buffer()
@@ -189,7 +210,7 @@ def capture_shards(
 def _finish(
     writer: CacheWriter, worker: Worker, shard: int, filled: FilledShard, clock: Clock
 ) -> Callable[[], None]:
-    """What is left to do for a shard, in a thread: wait for its copies, check it, hash it, write it."""
+    """Return a shard's last step, for a thread: wait for its copies, check it, hash it, write it."""
 
     def finish() -> None:
         measured = filled.finish()

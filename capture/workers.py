@@ -1,7 +1,7 @@
-"""Which of several capturing processes this one is.
+"""Number of this process among those that capture together.
 
-Nothing but speed depends on it: the plan says what every shard holds, and claims keep two processes from the
-same one (see `pipeline.cache.progress.claims`).
+Only speed depends on it: the plan says what every shard holds, and claims keep two processes from capturing
+the same shard (see `pipeline.cache.progress.claims`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pipeline.process import WorkerPlace, torchrun_place
 
 
 def worker_place(text: str | None) -> WorkerPlace:
-    """From `--worker I/N`, else from torchrun's environment.
+    """Return the place from `--worker I/N`, else from torchrun's environment.
 
     Raises:
-        UsageError: not of that form, or I is not below N.
+        UsageError: the text has another form, or I is not below N.
     """
     if text is None:
         return torchrun_place()

@@ -1,4 +1,4 @@
-"""Re-export names from a package without importing their modules, and torch with them, at once."""
+"""Postpone imports that take seconds, such as torch's, until something needs them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazy_exports(package: str, table: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
-    """A module-level `__getattr__` (PEP 562) and `__all__` for `{name: module}`."""
+    """Return a package's `__getattr__` (PEP 562) and `__all__` that import `{name: module}` on first use."""
 
     def __getattr__(name: str) -> Any:  # noqa: N807
         if name not in table:
@@ -16,3 +16,13 @@ def lazy_exports(package: str, table: dict[str, str]) -> tuple[Callable[[str], A
         return getattr(import_module(table[name]), name)
 
     return __getattr__, sorted(table)
+
+
+class LazyModule:
+    """A stand-in for a module, which it imports when one of its attributes is first read."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(import_module(self._name), attribute)

@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
+from pipeline.cache.codecs import CODECS
 from pipeline.errors import UsageError
 
 Command = Callable[..., Any]
 
-# The names in `pipeline.cache.codecs`, which `--help` must not import. Fewer bits spoil a teacher.
-CONTEXT_CODECS = ("bf16", "fp16", "fp32", "fp8", "int8", "nf4", "lm3")
-LAST_CODECS = CONTEXT_CODECS[:5]
-# A third of the bytes of bf16; what that does to drafts is in benchmarks/quality.py.
+CONTEXT_CODECS = tuple(CODECS)
+LAST_CODECS = tuple(name for name, codec in CODECS.items() if codec.for_last)
+# A third of the bytes of bf16. Its effect on drafts is measured in benchmarks/quality.py.
 DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC = "nf4", "int8"
 
 

@@ -31,6 +31,8 @@ def _check_numbers(table: object) -> None:
 class DraftConfig:
     """`[draft]`: the model."""
 
+    kind: Literal["dspark"] = "dspark"
+    """Kind of draft."""
     num_layers: int = 5
     """Draft decoder layers."""
     block_size: int = 7

@@ -1,8 +1,8 @@
-"""Rows to token ids and loss mask.
+"""From rows to token ids and loss mask.
 
-A conversation is rendered by the chat template, so that the draft sees exactly what the served model
-will see; the loss mask is 1 on what the assistant itself would generate: its content, its tool calls and
-its end-of-turn token.
+A conversation is rendered by the chat template, so that the draft sees exactly what the served model sees.
+The loss mask is 1 on the tokens that the assistant generates: its content, its tool calls and its
+end-of-turn token.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from pipeline.chat.rows import FORM_KEYS, BadRowError, Conversation, Text, Token
 from pipeline.chat.template import ChatTemplate
 from pipeline.errors import DataError
 
-# Thoughts: those a turn starts with (it or the prompt opened them; closed or not), and closed ones later on.
-_THOUGHT = r"(?:(?!<think>).)*?</think>\s*"
-_REASONING = re.compile(rf"\A\s*(?:<think>)?{_THOUGHT}|\A\s*<think>.*\Z|<think>{_THOUGHT}", re.DOTALL)
+# Reasoning at the start of a turn (opened by the turn or the prompt, closed or not), and closed reasoning
+# later in it.
+_TO_CLOSE = r"(?:(?!<think>).)*?</think>\s*"
+_REASONING = re.compile(rf"\A\s*(?:<think>)?{_TO_CLOSE}|\A\s*<think>.*\Z|<think>{_TO_CLOSE}", re.DOTALL)
 
 NO_CANDIDATE = "no two supervised tokens in a row"
 TOO_LONG = "longer than --max-length"
@@ -32,7 +33,7 @@ TOO_LONG = "longer than --max-length"
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """A conversation, cut after its last supervised token: nothing after it is ever used."""
+    """Token ids and loss mask of a row, cut after its last supervised token: no later token is used."""
 
     source_row: int
     input_ids: np.ndarray  # [S] int32
@@ -40,37 +41,37 @@ class TokenizedSample:
 
     @property
     def sample_id(self) -> bytes:
-        """The content hash that names this sample in every cache."""
+        """Content hash that names this sample in every cache."""
         return sample_id(self.input_ids, self.loss_mask)
 
 
 class DroppedRowError(Exception):
-    """A good row that training can't use, or that the options leave out; `str()` is why."""
+    """A valid row that training can't use, or that the options exclude; `str()` is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowTokenizer:
-    """Turns a row into token ids and loss mask. Holds no open files, so that worker processes can have it."""
+    """Turn a row into token ids and loss mask. It can be pickled for worker processes."""
 
     template: ChatTemplate
     vocab_size: int
-    """Ids of rows that come tokenised must lie below."""
+    """Upper bound of the ids in tokenised rows."""
     supervise: Literal["all", "last"] = "all"
-    """Every assistant turn, or the last one only."""
+    """Supervise every assistant turn, or only the last one."""
     mask_reasoning: bool = False
-    """Whether <think>...</think> is left out of the loss."""
+    """Exclude <think>...</think> from the loss."""
     max_length: int = 4096
     too_long: Literal["cut", "drop"] = "cut"
 
     def __call__(self, row: RawRow, form: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """A row's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8, ending supervised.
+        """Return a row's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8, of which the last is 1.
 
         Args:
-            form: a name in `pipeline.chat.rows.FORMS`; None takes the row as what its keys say.
+            form: a name in `pipeline.chat.rows.FORMS`; None detects it from the row's keys.
 
         Raises:
-            BadRowError: the row can't be used, through a fault of its own.
-            DroppedRowError: it can't be used as the options stand.
+            BadRowError: the row is invalid.
+            DroppedRowError: the row is valid, but training can't use it, or the options exclude it.
         """
         ids, mask = self.tokenize(read_row(parse_line(row) if isinstance(row, bytes) else row, form))
         ids, mask = _without_tail(ids, mask)
@@ -82,11 +83,14 @@ class RowTokenizer:
         return ids, mask
 
     def tokenize(self, content: Conversation | Text | Tokens) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids `[S]` int32 and loss mask `[S]` uint8 of the whole row, uncut."""
+        """Return token ids `[S]` int32 and loss mask `[S]` uint8 of the whole row, uncut."""
         if isinstance(content, Tokens):
-            if any(not 0 <= token < self.vocab_size for token in content.input_ids):
+            outside = [token for token in content.input_ids if not 0 <= token < self.vocab_size]
+            if outside:
                 raise BadRowError(
-                    "tokens outside the vocabulary", f"a token id outside [0, {self.vocab_size})"
+                    "tokens outside the vocabulary",
+                    f"token id {outside[0]} is outside the target's vocabulary [0, {self.vocab_size}): "
+                    "tokenise the row with the target's own tokenizer",
                 )
             return np.array(content.input_ids, np.int32), np.array(content.loss_mask, np.uint8)
         tokenizer = self.template.tokenizer
@@ -96,7 +100,8 @@ class RowTokenizer:
         rendered = render_turns(self.template, content)
         if not rendered.text.isascii() and any("\ud800" <= c <= "\udfff" for c in rendered.text):
             raise BadRowError(
-                "not text", "half of a surrogate pair, which is no text, is rendered: fix the row"
+                "not text",
+                "the chat template renders half of a surrogate pair, which is no text: fix the row",
             )
         encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"], np.int32)
@@ -108,7 +113,7 @@ class RowTokenizer:
         return ids, mask
 
     def _last_turn(self, conversation: Conversation, rendered: Rendered) -> list[Span]:
-        """The spans of the last assistant turn, which generation marks may have split."""
+        """Return the spans of the last assistant turn, which generation marks may have split."""
         last = max((i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"), default=0)
         if not last:
             return rendered.spans[-1:]
@@ -120,7 +125,7 @@ class RowTokenizer:
 
 
 def _without_tail(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut behind the last supervised token: nothing after it is ever used."""
+    """Cut after the last supervised token: no later token is used."""
     supervised = np.flatnonzero(mask)
     end = int(supervised[-1]) + 1 if len(supervised) else 0
     return ids[:end], mask[:end]
@@ -129,13 +134,14 @@ def _without_tail(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.nda
 def mask_spans(
     spans: Sequence[Span], ids: np.ndarray, offsets: np.ndarray, special: Sequence[int]
 ) -> np.ndarray:
-    """Supervise each span from its first token through its end-of-turn token, if it has one: `[S]` uint8.
+    """Return the loss mask `[S]` uint8 of spans: each from its first token through its end-of-turn token.
 
-    What a template adds behind that token (a line feed, mostly) is the template's, not the model's.
+    A span without an end-of-turn token is supervised through its content. Text that a template adds after
+    the end-of-turn token (usually a line feed) is not generated by the model.
 
     Args:
         ids: `[S]`.
-        offsets: first character and the one behind the last, of each token, `[S, 2]`.
+        offsets: start and end (exclusive) of each token in characters, `[S, 2]`.
         special: ids of special tokens.
     """
     starts, stops = offsets.T
@@ -156,7 +162,7 @@ def mask_spans(
 
 
 def _reasoning_tokens(text: str, spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:
-    """Which tokens lie within an assistant's thoughts: `[S]` bool."""
+    """Return the mask `[S]` bool of tokens inside an assistant's reasoning."""
     starts, stops = offsets.T
     inside = np.zeros(len(offsets), dtype=bool)
     for span in spans:
@@ -166,12 +172,12 @@ def _reasoning_tokens(text: str, spans: Sequence[Span], offsets: np.ndarray) -> 
 
 
 def read_conversations(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """The conversations of a source, each with its place; keys beside the messages are kept.
+    """Return the conversations of a source, each with its place. Keys other than the messages are kept.
 
-    Rows with `messages` are given as they are, those of another form as `messages`.
+    Rows with `messages` are returned unchanged; the turns of other forms are converted to `messages`.
 
     Raises:
-        DataError: a row that is no conversation, by its place; or no row at all.
+        DataError: a row is no conversation, naming its place; or there are no rows.
     """
     rows = []
     for source in open_sources((str(path),)):
@@ -188,16 +194,5 @@ def read_conversations(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
                 row |= {"messages": content.messages} | ({"tools": content.tools} if content.tools else {})
             rows.append((source.at(number), row))
     if not rows:
-        raise DataError(f"{path}: no rows: expected one conversation a line")
+        raise DataError(f"{path}: no rows: expected one conversation per line")
     return rows
-
-
-def render(
-    tokenizer: Any, messages: list[dict[str, Any]], where: str, *, prompt: bool = False, **kwargs: Any
-) -> Any:
-    """Apply the tokenizer's chat template. Raises DataError, saying where, when the template refuses."""
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, **kwargs)
-    except Exception as error:  # templates raise what they like: jinja errors, KeyError, ...
-        reason = " ".join(str(error).split())
-        raise DataError(f"{where}: the chat template refuses this conversation: {reason}") from None

@@ -1,6 +1,6 @@
-"""Where rows come from: local files, folders saved by `datasets`, and Hub datasets.
+"""Sources of rows: local files, folders saved by `datasets`, and Hub datasets.
 
-To add a file type: write a function from a path to its rows and put it in `READERS`.
+To add a file type, write a function from a path to its rows and put it in `READERS`.
 """
 
 from __future__ import annotations
@@ -19,44 +19,45 @@ from pipeline import files
 from pipeline.chat.rows import detect_form
 from pipeline.errors import DataError, UsageError
 
-# A row as it was read: a line still to be parsed (so that workers share the parsing), or a dict.
+# A row as read: an unparsed line (so that workers share the parsing), or a dict.
 RawRow = bytes | dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One place that rows come from."""
+    """A file or dataset with rows."""
 
     name: str
-    """What the manifest calls it: a file name without its directory, or a Hub id."""
+    """Name in the manifest: a file name without its directory, or a Hub id."""
     place: str
-    """What errors call it: the path or id as it was given."""
+    """Name in messages: the path or id as given."""
     fingerprint: str
-    """Hash of its content."""
+    """Hash of the content."""
     rows: Callable[[], Iterator[tuple[int, RawRow]]]
-    """Yields row numbers from 0 (a line file's count empty lines, which are left out) and rows."""
+    """Yields row numbers from 0 and rows. Numbers in a line file count empty lines, which are not yielded."""
     counts_lines: bool = False
+    """Row numbers are line numbers."""
     unchanged: Callable[[], bool] = lambda: True
-    """Whether it still is what the fingerprint was taken of."""
+    """Returns False if the content may differ from the fingerprint's."""
 
     def at(self, number: int) -> str:
-        """Where a row is, for a reader with an editor: `file:line`, or `place row N`, from 1."""
+        """Return a row's place for people: `file:line`, or `place row N`, counted from 1."""
         return f"{self.place}:{number + 1}" if self.counts_lines else f"{self.place} row {number + 1}"
 
 
 def open_sources(
     specs: list[str] | tuple[str, ...], *, split: str | None = None, subset: str | None = None
 ) -> list[Source]:
-    """Find every source named, in order; nothing is read but what identifies it.
+    """Find and fingerprint every source, in the order given.
 
     Args:
-        specs: each a data file, a folder of data files, a folder saved by `datasets`, or a Hub id.
+        specs: data files, folders of data files, folders saved by `datasets`, or Hub ids.
         split: of a Hub dataset or a saved DatasetDict.
         subset: of a Hub dataset.
 
     Raises:
         DataError: no such file, dataset or split, or a file of an unknown type.
-        UsageError: a split or subset where no source has any.
+        UsageError: a split or subset, but no dataset.
     """
     sources: list[Source] = []
     datasets_seen = False
@@ -72,9 +73,7 @@ def open_sources(
             sources.append(_dataset_source(spec, split, subset))
             datasets_seen = True
     if (split or subset) and not datasets_seen:
-        raise UsageError(
-            "--split and --subset choose within datasets, and --data names files only: drop them"
-        )
+        raise UsageError("--split and --subset need a dataset, but --data names only files: drop them")
     return sources
 
 
@@ -109,7 +108,7 @@ def _folder_sources(path: Path) -> list[Source]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a JSONL file that hold something, unparsed."""
+    """Yield the non-empty lines of a JSONL file, unparsed."""
     with path.open("rb") as file:
         for number, line in enumerate(file):
             if line.strip():
@@ -117,7 +116,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_json(path: Path) -> Iterator[tuple[int, RawRow]]:
-    """A JSON file: a list of rows, an object that holds one such list, or JSONL by another name."""
+    """Yield the rows of a JSON file: a list of rows, an object with one such list, or JSONL."""
     try:
         whole = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -126,7 +125,7 @@ def read_json(path: Path) -> Iterator[tuple[int, RawRow]]:
             yield from lines
             return
         raise DataError(
-            f"{path}: not JSON ({error}); expected a list of rows, or one JSON object a line"
+            f"{path}: not JSON ({error}); expected a list of rows, or one JSON object per line"
         ) from None
     if isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list)]
@@ -145,7 +144,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, RawRow]]:
-    """The rows of a Parquet file, a batch of them in memory at a time."""
+    """Yield the rows of a Parquet file, with one batch in memory at a time."""
     try:
         batches = pq.ParquetFile(path).iter_batches(batch_size=256)
         yield from _rows_of(batches)
@@ -154,7 +153,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, RawRow]]:
 
 
 def read_arrow(path: Path) -> Iterator[tuple[int, RawRow]]:
-    """The rows of an Arrow IPC file or stream, through the memory map."""
+    """Yield the rows of an Arrow IPC file or stream, through the memory map."""
     try:
         with pa.memory_map(str(path)) as mapped:
             try:
@@ -177,10 +176,10 @@ def _rows_of(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, RawRow]]:
 
 
 def without_nulls(value: Any) -> Any:
-    """A columnar row without the nulls that stand for keys it does not have.
+    """Return a columnar row without null values.
 
-    Columns give every row every key: a message without tool calls has `tool_calls: None`, which some
-    chat templates take for tool calls.
+    Columnar files give every row every key: a message without tool calls has `tool_calls: None`, which some
+    chat templates render as tool calls.
     """
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
@@ -203,7 +202,7 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _dataset_source(spec: str, split: str | None, subset: str | None) -> Source:
-    """A folder saved by `datasets`, or a Hub dataset."""
+    """Open a folder saved by `datasets`, or a Hub dataset."""
     path = Path(spec)
     if not path.is_dir() and (path.suffix.lower() in READERS or spec.count("/") > 1 or spec[:1] in "/.~"):
         raise DataError(
@@ -222,9 +221,9 @@ def _dataset_source(spec: str, split: str | None, subset: str | None) -> Source:
             found = datasets.load_dataset(spec, subset, split=split or "train")
     except DataError:
         raise
-    except Exception as error:  # offline, gated, no such split, ...: the libraries' own trees of errors
+    except Exception as error:  # offline, gated, no such split, ...: the libraries raise many types
         raise DataError(
-            f"no such data: {spec} is no file, and not a dataset either ({_first_line(error)})"
+            f"no such data: {spec} is neither a file nor a dataset ({_first_line(error)})"
         ) from None
     content = f"{found._fingerprint}:{len(found)}"
     return Source(

@@ -1,24 +1,23 @@
-"""What tokenised data amounts to, in lines for the terminal."""
+"""Summary of tokenised data, in lines for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import click
 import numpy as np
 
+from capture.console import bold
 from capture.data.tokens import TokenizedData
 
 BAR_WIDTH = 40
 
 
 def data_lines(data: TokenizedData) -> Iterator[str]:
-    """Samples, tokens, labels, lengths with a histogram, and where every row went."""
+    """Yield samples, tokens, labels, lengths with a histogram, and the counts of rows."""
     lengths = data.facts.lengths
     tokens, labels = int(lengths.sum(dtype=np.int64)), int(data.facts.last_rows.sum(dtype=np.int64))
-    yield click.style(
-        f"{len(data):,} samples, {tokens:,} tokens, {labels:,} of them supervised ({labels / tokens:.0%})",
-        bold=True,
+    yield bold(
+        f"{len(data):,} samples, {tokens:,} tokens, {labels:,} of them supervised ({labels / tokens:.0%})"
     )
     middle, late = np.percentile(lengths, [50, 95])
     yield (
@@ -30,12 +29,12 @@ def data_lines(data: TokenizedData) -> Iterator[str]:
 
 
 def accounts(rows: Mapping[str, int]) -> str:
-    """Where every row went, by name."""
+    """Return the counts of rows read, captured and dropped, in one line."""
     return ", ".join(f"{name} {count:,}" for name, count in sorted(rows.items()))
 
 
 def histogram(lengths: np.ndarray) -> Iterator[str]:
-    """Lengths in bins that double, a line a bin."""
+    """Yield one line per bin of lengths; each bin is twice as wide as the one before."""
     low = 2 ** int(np.log2(lengths.min()))
     while low <= lengths.max():
         inside = int(((lengths >= low) & (lengths < 2 * low)).sum())

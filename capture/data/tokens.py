@@ -1,7 +1,8 @@
-"""Every row of the data, tokenised once: in parallel, kept on disk, each accounted for.
+"""Tokenise every row of the data once, in parallel, and keep the result on disk.
 
-The result is an Arrow file named after everything that decides it (the data's content, tokenizer,
-template, options), so that planning, previewing and capturing the same data tokenise it once.
+The result is an Arrow file named by a hash of everything that decides it (the data's content, tokenizer,
+template, options), so that planning, previewing and capturing the same data tokenise it once. Every row is
+counted as captured or dropped.
 """
 
 from __future__ import annotations
@@ -36,20 +37,22 @@ from pipeline.chat import rows, template
 from pipeline.chat.rows import FORMS, BadRowError, detect_form, parse_line
 from pipeline.errors import DataError
 
-# What decides tokens and masks; a change in it makes what was kept worthless.
+# Modules that decide tokens and masks; a change to one of them invalidates kept tokens.
 _CODE = (conversations, rows, sources, template, turns)
 DUPLICATE = "a duplicate"
 BEYOND = "beyond --num-samples"
-# Rows a worker takes at a time; and how many of the first rows it is not worth starting workers for.
-CHUNK_ROWS, FEW_ROWS = 64, 2048
+# Rows per task of a worker.
+CHUNK_ROWS = 64
+# Rows that are tokenised in this process before workers are started.
+FEW_ROWS = 2048
 MAX_PROBLEMS = 5
 
 _SCHEMA = pa.schema(
     [
         pa.field("source", pa.int32()),
         pa.field("source_row", pa.int64()),
-        pa.field("dropped", pa.string()),  # why, or "" for a sample
-        pa.field("problem", pa.string()),  # the whole story of a bad row, or ""
+        pa.field("dropped", pa.string()),  # the reason, or "" for a sample
+        pa.field("problem", pa.string()),  # the full message of a bad row, or ""
         pa.field("sample_id", pa.binary(16)),
         pa.field("last_rows", pa.int32()),
         pa.field("candidates", pa.int32()),
@@ -61,31 +64,31 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which of the good rows are wanted."""
+    """Selection of samples among the valid rows."""
 
     min_supervised: int = 0
-    """Supervised tokens a sample must have."""
+    """Minimum supervised tokens per sample."""
     num_samples: int | None = None
-    """How many samples at most; the first ones, or after shuffling."""
+    """Maximum number of samples: the first ones, or the first ones after shuffling."""
     shuffle: bool = False
     seed: int = 0
     form: str | None = None
-    """What every source's rows hold, a name in `pipeline.chat.rows.FORMS`; None: what its first row holds."""
+    """Form of every source's rows, a name in `pipeline.chat.rows.FORMS`; None: its first row's."""
     bad_rows: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """Every usable sample, memory-mapped, and where every row went. `data[i]` is sample i."""
+    """Samples, memory-mapped, and the counts of rows. `data[i]` is sample i."""
 
     facts: SampleFacts
-    """In the order of the data, or shuffled."""
+    """Of the samples, in the order of the data, or shuffled."""
     rows: Counter[str] = field(default_factory=Counter)
-    """Rows read, captured, and dropped by reason: read = captured + everything dropped."""
+    """Rows read, captured, and dropped by reason: read = captured + all dropped."""
     forms: list[str] = field(default_factory=list)
-    """What each source's rows hold, names in `pipeline.chat.rows.FORMS`."""
+    """Form of each source's rows, names in `pipeline.chat.rows.FORMS`."""
     problems: list[str] = field(default_factory=list)
-    """The first bad rows, each with its place."""
+    """Messages of the first bad rows, each with its place."""
     _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     _table: Any = field(default=None, repr=False)
     _path: Path = field(default=Path(), repr=False)
@@ -95,17 +98,19 @@ class TokenizedData:
 
     def __getitem__(self, i: int) -> TokenizedSample:
         row = int(self._order[i])
-        # Copies: torch has no tensors that can't be written to, and the map can't.
+        # Copies: torch tensors must be writable, and the memory map is not.
         ids, mask = (self._table[name][row].values.to_numpy().copy() for name in ("input_ids", "loss_mask"))
         sample = TokenizedSample(int(self.facts.source_rows[i]), ids, mask)
         if sample.sample_id != self.facts.sample_ids[i].tobytes():
             self._path.unlink(missing_ok=True)
-            raise DataError(f"{self._path} was damaged and is removed: run this again to tokenise anew")
+            raise DataError(
+                f"{self._path} was damaged and is removed: run this again to tokenise the data again"
+            )
         return sample
 
 
 def token_cache() -> Path:
-    """Where tokenised data is kept: $DSPARK_TOKENS, or dspark/tokens in the user's cache folder."""
+    """Return the folder of tokenised data: $DSPARK_TOKENS, or dspark/tokens in the user's cache folder."""
     folder = os.environ.get("DSPARK_TOKENS")
     if folder:
         return Path(folder)
@@ -120,12 +125,12 @@ def load_data(
     *,
     workers: int | None = None,
 ) -> TokenizedData:
-    """Tokenise all rows of all sources, or reuse what an earlier call kept.
+    """Tokenise all rows of all sources, or reuse the result of an earlier call.
 
     Args:
-        tokenizer_sha256: says which tokenizer `tokenize` holds.
-        selection: which good rows are wanted, and whether a bad one is an error.
-        workers: processes; by default one a core, and none for little data.
+        tokenizer_sha256: hash of the tokenizer that `tokenize` holds.
+        selection: samples to select, and whether a bad row is an error.
+        workers: processes. None: one per core, 16 at most. They are started only after `FEW_ROWS` rows.
 
     Raises:
         DataError: a bad row (unless they are skipped), or no usable row at all.
@@ -137,7 +142,7 @@ def load_data(
     if table is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(path.with_suffix(".lock")):
-            table = _open(path)  # what another process did while this one waited
+            table = _open(path)  # another process may have written it during the wait
             if table is None:
                 files.remove_partials(path.parent)
                 records = _select(_records(sources, forms, tokenize, selection, workers), selection)
@@ -149,16 +154,16 @@ def load_data(
         places = ", ".join(source.place for source in sources)
         why = "".join(f"; {n:,} {reason}" for reason, n in sorted(data.rows.items()) if reason[:4] == "drop")
         raise DataError(
-            f"{places}: no row has an assistant turn to learn from ({data.rows['read']:,} rows read{why})"
+            f"{places}: no row has an assistant turn to train on ({data.rows['read']:,} rows read{why})"
         )
     return data
 
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Let one process in at a time: the workers of a capture need the same tokens at the same moment.
+    """Let one process in at a time: the processes of a capture need the same tokens at the same moment.
 
-    The kernel gives the lock back when its owner dies. Where the file system knows no locks, all go in, and
+    The kernel releases the lock when its owner dies. On a file system without locks, all processes go in and
     each does the same work.
     """
     with path.open("w") as file:
@@ -173,22 +178,22 @@ def _only_one(path: Path) -> Iterator[None]:
 
 
 def _form_of(source: Source) -> str:
-    """What the first row of a known form holds; rows that hold something else are bad ones."""
+    """Return the form of the first row that has a known one; rows of another form will be bad rows."""
     for _, row in source.rows():
         with contextlib.suppress(BadRowError):
             form = detect_form(parse_line(row) if isinstance(row, bytes) else row)
             if form:
                 return form
-    return next(iter(FORMS))  # whatever is expected, every row will say what it is instead
+    return next(iter(FORMS))  # no row has a known form, so every row will be a bad row
 
 
 def _key(
     sources: Sequence[Source], tokenize: RowTokenizer, tokenizer_sha256: str, selection: Selection
 ) -> str:
-    """Names everything that decides the file's content."""
+    """Return the hash of everything that decides the file's content."""
     chat = tokenize.template
     settings = {name: value for name, value in vars(tokenize).items() if name != "template"}
-    # A shuffled choice is made over all rows, after they were tokenised.
+    # A shuffled selection is made from all rows, after they are tokenised.
     limit = None if selection.shuffle else selection.num_samples
     what = [
         [files.sha256_file(Path(module.__file__)) for module in _CODE],
@@ -205,7 +210,7 @@ def _key(
 
 
 def _open(path: Path) -> pa.Table | None:
-    """The table kept at `path`, through the memory map; None when there is none, or none that is whole."""
+    """Return the table kept at `path`, memory-mapped; None if there is none, or it is damaged."""
     try:
         with pa.memory_map(str(path)) as mapped:
             table = pa.ipc.open_file(mapped).read_all()
@@ -219,7 +224,7 @@ def _write(path: Path, records: Iterator[dict[str, Any]], sources: Sequence[Sour
         while batch := list(itertools.islice(records, 1024)):
             columns = [pa.array([record[f.name] for record in batch], type=f.type) for f in _SCHEMA]
             writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-    for source in sources:  # what is kept under the hash of one content must not come from another
+    for source in sources:  # the file's name holds the hash of the content that was read
         if not source.unchanged():
             raise DataError(f"{source.place} changed while it was read: run this again")
 
@@ -253,7 +258,7 @@ def _arrange(
 
 
 def _select(records: Iterator[dict[str, Any]], selection: Selection) -> Iterator[dict[str, Any]]:
-    """Mark the samples that are not wanted, and stop when there are enough."""
+    """Mark the samples that the selection drops, and stop when there are enough."""
     seen: set[bytes] = set()
     kept = 0
     for record in records:
@@ -269,7 +274,7 @@ def _select(records: Iterator[dict[str, Any]], selection: Selection) -> Iterator
             record |= {"input_ids": None, "loss_mask": None}
         yield record
         if kept == selection.num_samples and not selection.shuffle:
-            return  # the rows behind are not even read
+            return  # later rows are not read
 
 
 def _records(
@@ -279,7 +284,7 @@ def _records(
     selection: Selection,
     workers: int | None,
 ) -> Iterator[dict[str, Any]]:
-    """A record a row, in order."""
+    """Yield one record per row, in order."""
     every = ((i, forms[i], number, row) for i, source in enumerate(sources) for number, row in source.rows())
     bar = tqdm(unit="row", desc="tokenise", mininterval=1.0)
     with bar:
@@ -293,7 +298,7 @@ def _records(
 
 
 def _num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -308,7 +313,7 @@ def _chunks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
 def _map(
     tokenize: RowTokenizer, chunks: Iterator[list[_Row]], workers: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Tokenise chunks in order: the first few here, the rest by workers a bounded distance ahead."""
+    """Tokenise chunks in order: the first few in this process, the rest by workers with a bounded queue."""
     for chunk in itertools.islice(chunks, FEW_ROWS // CHUNK_ROWS):
         yield _tokenize_chunk(tokenize, chunk)
     first = next(chunks, None)
@@ -319,7 +324,7 @@ def _map(
         for chunk in chunks:
             yield _tokenize_chunk(tokenize, chunk)
         return
-    # Processes that start from nothing: a fork would copy the tokenizer's threads in an unknown state.
+    # Spawned processes: a fork would copy the tokenizer's threads in an unknown state.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenize,))
     try:
         ahead = deque(pool.submit(_work, chunk) for chunk in itertools.islice(chunks, 4 * workers))
@@ -329,7 +334,7 @@ def _map(
                 ahead.append(pool.submit(_work, chunk))
     except BrokenProcessPool:
         raise DataError(
-            "a tokenising process died, for want of memory perhaps: try fewer with --tokenize-workers"
+            "a tokenising process died, perhaps out of memory: use fewer with --tokenize-workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -346,7 +351,7 @@ def _start_worker(tokenize: RowTokenizer) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker of a killed process would wait for work for ever."""
+    """End this worker when its parent ends; otherwise it would wait for work for ever."""
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,8 +1,8 @@
-"""Where the assistant's turns stand in a rendered conversation: which characters it writes itself.
+"""Find the characters that the assistant writes itself in a rendered conversation.
 
-With generation marks in the template, they say it. Without, a turn's content is found by what changes in
-the text when the content is another one, its start by the prompt that asks for it, and its end by what the
-template puts behind it when nothing follows. A turn that can't be proved is refused, never guessed.
+Generation marks in the template mark them. Without marks, the content of a turn is found by replacing it and
+comparing the texts, its start by rendering the prompt before it, and its end by rendering the conversation
+that ends with it. A turn whose position can't be proved is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _SENTINEL = "\u2063dspark\u2063"
 
 @dataclass(frozen=True)
 class Span:
-    """What an assistant writes in one turn, in characters of the rendered text."""
+    """Text of an assistant in one turn, as character positions in the rendered conversation."""
 
     start: int
-    """Where generation starts."""
+    """Start of the generated text."""
     content_end: int
-    """Behind the content, where the template's end of turn may follow."""
+    """End of the content. The template's end of turn may follow."""
     end: int
-    """Behind everything that the template adds to the turn, outer spaces left out."""
+    """End of everything that the template adds to the turn, without outer spaces."""
     whole: bool = False
-    """Whether all of it is the assistant's; else it ends with the first special token behind the content."""
+    """True: all of it is the assistant's. False: that ends with the first special token after the content."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Rendered:
 
 
 def render_turns(template: ChatTemplate, conversation: Conversation) -> Rendered:
-    """The conversation as text, and what the assistant writes in it.
+    """Render the conversation and find the spans that the assistant writes.
 
     Raises:
-        BadRowError: the template refuses the conversation, or its turns can't be told apart.
+        BadRowError: the template refuses the conversation, or the position of a turn can't be proved.
     """
     finder = _Finder(template, conversation)
     if template.has_marks(conversation.tools):
@@ -55,7 +55,7 @@ def render_turns(template: ChatTemplate, conversation: Conversation) -> Rendered
 
 
 class _Finder:
-    """One conversation; its beginnings are rendered once each."""
+    """Find turns in one conversation. Each prefix of its messages is rendered once."""
 
     def __init__(self, template: ChatTemplate, conversation: Conversation):
         self._template = template
@@ -64,7 +64,7 @@ class _Finder:
         self.text = self._beginning(len(self._messages))
 
     def _beginning(self, count: int, *, prompt: bool = False) -> str:
-        """The first `count` messages, rendered."""
+        """Render the first `count` messages, with the prompt for the next answer if asked."""
         key = (count, prompt)
         if key not in self._beginnings:
             messages = self._messages[:count]
@@ -72,9 +72,9 @@ class _Finder:
         return self._beginnings[key]
 
     def marked(self, start: int, end: int) -> Span:
-        """A mark's range, without a header at its start and line feeds behind its end of turn.
+        """Return a mark's span, without the turn's header and the spaces after its end of turn.
 
-        Some templates (SmolLM3's) mark the whole message; the model is given its header.
+        Some templates (SmolLM3's) mark the whole message, but the header is part of the prompt.
         """
         asked, prompted = self._beginning(1), self._beginning(1, prompt=True)
         header = prompted[len(asked) :] if prompted.startswith(asked) else ""
@@ -86,7 +86,11 @@ class _Finder:
         return Span(start, end, end, whole=True)
 
     def find(self, number: int, floor: int) -> Span:
-        """Where assistant turn `number` stands; nothing of it lies before `floor`."""
+        """Return the span of assistant turn `number`, which starts at `floor` or later.
+
+        Raises:
+            BadRowError: its position can't be proved.
+        """
         message = self._messages[number]
         visible = _visible(message)
         span = None
@@ -96,25 +100,26 @@ class _Finder:
             span = self._by_beginnings(number, floor, visible)
         if span is None and visible and visible not in self._beginning(number + 1):
             raise BadRowError(
-                "template rewrites", f"the chat template drops or rewrites the content of message {number}"
+                "template rewrites",
+                f"the chat template drops or rewrites the content of message {number}: use another template",
             )
         if span is None:
             raise BadRowError(
                 "template rewrites",
-                f"the chat template renders message {number} differently once more messages follow, "
-                "so its tokens can't be told from the text; use a template with {% generation %} marks",
+                f"the chat template renders message {number} differently when more messages follow, so its "
+                "tokens can't be found in the text: use a template with {% generation %} marks",
             )
         return span
 
     def _content(self, number: int, count: int, visible: str) -> tuple[int, int] | None:
-        """Where the content of message `number` stands in the first `count` messages as text."""
+        """Find the content of message `number` in the rendered first `count` messages: start and end."""
         rendered = self._beginning(count)
         sentinel = _SENTINEL
         while sentinel in rendered:
             sentinel += _SENTINEL
-        before, _, behind = self._messages[number]["content"].rpartition(visible)
+        before, _, after = self._messages[number]["content"].rpartition(visible)
         messages = list(self._messages[:count])
-        messages[number] = {**messages[number], "content": before + sentinel + behind}
+        messages[number] = {**messages[number], "content": before + sentinel + after}
         other = self._template.render_marked(messages, self._tools, prompt=False)[0]
         head, found, tail = other.partition(sentinel)
         start, end = len(head), len(rendered) - len(tail)
@@ -122,7 +127,7 @@ class _Finder:
         return (start, end) if proved and rendered[start:end] == visible else None
 
     def _by_replacing(self, number: int, floor: int, visible: str) -> Span | None:
-        """A turn whose content the template shows as it is."""
+        """Find a turn whose content the template renders unchanged."""
         here = self._content(number, len(self._messages), visible)
         alone = self._content(number, number + 1, visible)
         if here is None or alone is None:
@@ -134,7 +139,7 @@ class _Finder:
             return None
         closing = self._through(number, alone[1])[alone[1] :].rstrip()
         if not self.text.startswith(closing, end):
-            # Another end of turn where more follows (gpt-oss): the special token right behind the content.
+            # Another end of turn if messages follow (gpt-oss): the special token right after the content.
             here_too = (t for t in self._template.special_texts if self.text.startswith(t, end))
             closing = next(here_too, "") if closing.startswith(tuple(self._template.special_texts)) else ""
             if not closing:
@@ -142,55 +147,55 @@ class _Finder:
         return Span(start, end, end + len(closing))
 
     def _start(self, number: int, content: int) -> int:
-        """Where the generation of a turn starts whose content starts at `content`."""
+        """Return the start of generation of the turn whose content starts at `content`."""
         before = self._beginning(number, prompt=True)
         if self.text.startswith(before) and len(before) <= content:
             return len(before)
-        # The prompt opens what this answer does not have (thoughts, mostly), or is rewritten later. Only
-        # spaces in front of the content can be told to be the answer's.
+        # The prompt opens text that this answer lacks (usually reasoning), or the template rewrites it later.
+        # Only spaces before the content are provably the answer's.
         fork = min(_shared(before, self.text), content)
         bare = self._beginning(number)
         between = self.text[fork:content]
         return fork if self.text.startswith(bare) and fork > len(bare) and between.isspace() else content
 
     def _by_beginnings(self, number: int, floor: int, visible: str) -> Span | None:
-        """A turn that is more, or less, than its content: tool calls, or no words at all."""
+        """Find a turn that has more than its content, such as tool calls, or no visible content."""
         if not number:
             return None
         bare, before = self._beginning(number), self._beginning(number, prompt=True)
         through = self._through(number, len(before))
-        thoughts = before.find("<think>", len(bare))
+        reasoning = before.find("<think>", len(bare))
 
         def answer_start(text: str) -> int:
-            """Behind the prompt, or where the two part: a prompt may open thoughts that an answer has not."""
+            """Return the prompt's end, or where the text departs from it: a prompt may open reasoning."""
             if text.startswith(before):
                 return len(before)
-            return min(_shared(before, text), thoughts if thoughts >= 0 else len(before))
+            return min(_shared(before, text), reasoning if reasoning >= 0 else len(before))
 
         start, own = answer_start(self.text), through[answer_start(through) :]
         parted = start < len(before)
         if start < floor or (parted and not (self.text.startswith(bare) and start > len(bare))):
             return None
         if not self.text.startswith(own, start):
-            # Thoughts in front that some templates show in the last turn only.
+            # Some templates show the reasoning before an answer in the last turn only.
             own = _longest_prefix_that_ends(self.text[start : start + len(own)], own)
         if not own.strip() or visible not in own:
             return None
         calls = bool(self._messages[number].get("tool_calls"))
-        # Thoughts and nothing else are content too, where the template shows them.
+        # Reasoning alone is content too, if the template shows it.
         shown = visible or self._messages[number]["content"].strip()
         content_end = start + (own.rfind(shown) + len(shown) if shown and shown in own else 0)
         return Span(start, content_end, start + len(own.rstrip()), whole=calls)
 
     def _through(self, number: int, content_end: int) -> str:
-        """The text up to message `number`, without what the template closes a conversation with.
+        """Render through message `number`, without the template's end of the conversation.
 
-        Nothing before `content_end` is taken for such a closing.
+        Text before `content_end` is never taken for that end.
         """
         through = self._beginning(number + 1)
         try:
             agreed = _shared(through, self._beginning(number + 1, prompt=True))
-        except BadRowError:  # no template has to take a prompt after an answer
+        except BadRowError:  # a template may refuse a prompt after an answer
             return through
         if agreed == len(through):
             return through
@@ -207,21 +212,21 @@ def _says_something(message: Message) -> bool:
 
 
 def _visible(message: Message) -> str:
-    """What every template shows of a message's content: thoughts and outer spaces may be left out."""
+    """Return the content that every template renders: without reasoning and outer spaces."""
     return message["content"].rpartition("</think>")[2].strip()
 
 
 def _shared(a: str, b: str) -> int:
-    """How many characters two texts have in common at their start."""
+    """Return the length of the common prefix of two texts."""
     low, high = 0, min(len(a), len(b))
-    while low < high:  # by halving: slices compare at memory speed, characters one by one do not
+    while low < high:  # bisection: comparing slices is faster than comparing single characters
         middle = (low + high + 1) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
     return low
 
 
 def _longest_prefix_that_ends(text: str, ending: str) -> str:
-    """The longest prefix of `text` that `ending` ends with (Knuth, Morris and Pratt's failure function)."""
+    """Return the longest prefix of `text` that `ending` ends with (Knuth-Morris-Pratt failure function)."""
     joined = [*text, None, *ending]
     borders = [0] * len(joined)
     for i in range(1, len(joined)):

@@ -14,7 +14,7 @@ from pipeline.target_model.options import TargetOptions
 
 _AT_LEAST_0, _AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 
-# Options that one engine has and the other has not; --target names the model of either.
+# Options of one engine only; --target names the model of either.
 _IN_PROCESS = (
     "batch_size",
     "revision",
@@ -31,10 +31,10 @@ _ENDPOINT = ("model", "concurrency", "retries", "timeout")
 @click.command("regenerate")
 @target_or_example_options
 @click.option(
-    "--data", required=True, help="Rows with messages: a file, a folder or a dataset's id, as for capture."
+    "--data", required=True, help="Rows with messages: a file, a folder or a dataset id, as for capture."
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSONL to write, in input order.")
-@click.option("--fresh", is_flag=True, help="Start over: forget this output's progress, replace the output.")
+@click.option("--fresh", is_flag=True, help="Start over: discard the progress, replace the output.")
 @click.option(
     "--template-arg",
     multiple=True,
@@ -42,56 +42,60 @@ _ENDPOINT = ("model", "concurrency", "retries", "timeout")
     help="Extra template variable, such as enable_thinking=false. May be given several times.",
 )
 @click.option(
-    "--max-new-tokens", type=_AT_LEAST_1, default=512, show_default=True, help="Tokens of an answer at most."
+    "--max-new-tokens", type=_AT_LEAST_1, default=512, show_default=True, help="Maximum tokens per answer."
 )
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 is greedy."
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.7,
+    show_default=True,
+    help="Sampling temperature; 0 is greedy.",
 )
 @click.option(
     "--top-k",
     type=_AT_LEAST_0,
     default=50,
     show_default=True,
-    help="Sample from the k likeliest tokens. 0: from all; an endpoint isn't told then.",
+    help="Sample from the k likeliest tokens. 0: no limit, and not sent to an endpoint.",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Sample from the likeliest tokens that make up this share.",
+    help="Sample from the likeliest tokens whose probabilities sum to p.",
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @click.option(
-    "--batch-size", type=_AT_LEAST_1, default=64, show_default=True, help="Conversations of one batch."
+    "--batch-size", type=_AT_LEAST_1, default=64, show_default=True, help="Conversations per batch."
 )
 @click.option(
     "--endpoint",
     metavar="URL",
-    help="Ask a server that speaks OpenAI's chat completions (vllm serve, SGLang, ...) instead of loading "
-    "the target. Its key, if it wants one, is read from OPENAI_API_KEY.",
+    help="Send requests to a server with OpenAI's chat completions API (vllm serve, SGLang, ...) instead of "
+    "loading the target. Its key, if needed, is read from OPENAI_API_KEY.",
 )
-@click.option("--model", help="The target's name as served.  [default: --target, or the only one served]")
+@click.option("--model", help="Served name of the target.  [default: --target, or the only model served]")
 @click.option(
     "--concurrency",
     type=click.IntRange(1, 1000),
     default=32,
     show_default=True,
-    help="Requests to the endpoint at once.",
+    help="Concurrent requests to the endpoint.",
 )
 @click.option(
     "--retries",
     type=_AT_LEAST_0,
     default=6,
     show_default=True,
-    help="Further tries after a 429 or 5xx, a time-out or a dropped connection.",
+    help="Retries after a 429 or 5xx, a timeout or a dropped connection.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=600.0,
     show_default=True,
-    help="Seconds that the endpoint has for an answer.",
+    help="Maximum seconds per answer of the endpoint.",
 )
 @click.pass_context
 def regenerate_command(
@@ -111,16 +115,16 @@ def regenerate_command(
 ) -> None:
     """Replace every assistant turn by the target's own answer, turn by turn.
 
-    Each answer is conditioned on the answers regenerated before it. System prompts, tools, tool messages
-    and turns that call tools stay as they are, and so do a row's other keys. An answer that runs into
-    --max-new-tokens is cut back to its last sentence.
+    Each answer is conditioned on the regenerated answers before it. System prompts, tools, tool messages,
+    turns that call tools, and a row's other keys stay unchanged. An answer that reaches --max-new-tokens is
+    cut after its last sentence.
 
-    Stopped at any moment, the same command (without --fresh) continues: answers are kept in OUT.progress
-    until all are there. Endpoint, batch size and concurrency may differ then; another target, sampling
-    or data is refused.
+    If the command is stopped, run it again (without --fresh) to continue: OUT.progress keeps the answers
+    until all rows are answered. Endpoint, batch size and concurrency may then differ; another target,
+    sampling or data is refused.
 
-    Rows that can't be answered are listed with the reason in OUT.failed.jsonl, all others are written,
-    and the command fails. The same command then asks for the failed rows again, and only for them.
+    Rows that can't be answered are listed with the reason in OUT.failed.jsonl, all others are written, and
+    the command fails. The same command then retries only the failed rows.
     """
     _check_engine_options(ctx, endpoint)
     from capture.regenerate.dialogue import read_dialogues, rows_hash
@@ -166,7 +170,7 @@ def regenerate_command(
             "(without --fresh) to continue"
         ) from None
     written = len(dialogues) - len(failures)
-    click.echo(f"{out}: {written:,} conversations in the target's own words")
+    click.echo(f"{out}: {written:,} conversations with the target's own answers")
     if failures:
         first = failures[0]
         raise DataError(
@@ -176,11 +180,11 @@ def regenerate_command(
 
 
 def _check_engine_options(ctx: click.Context, endpoint: str | None) -> None:
-    """Raises UsageError for an option that would do nothing."""
+    """Raise UsageError for an option that would have no effect."""
     given = [name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
     for name in given:
         option = "--" + name.replace("_", "-")
         if endpoint is None and name in _ENDPOINT:
-            raise UsageError(f"{option} is about an endpoint: give --endpoint with it, or drop it")
+            raise UsageError(f"{option} needs --endpoint: give both, or drop it")
         if endpoint is not None and name in _IN_PROCESS:
-            raise UsageError(f"{option} has no effect on an endpoint: set it where the server is started")
+            raise UsageError(f"{option} has no effect on an endpoint: set it when starting the server")

@@ -1,4 +1,4 @@
-"""One conversation on its way to the target's own words."""
+"""A conversation whose assistant turns are being answered by the target."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from capture.data.conversations import read_conversations, render
+from capture.data.conversations import read_conversations
 from pipeline.errors import DataError
 
 Message = dict[str, Any]
 
-# The fields of a message that replace an assistant's turn: `content`, and where an endpoint tells them
-# apart from it `reasoning_content` and `tool_calls`.
+# Fields of a message that replace an assistant's turn: `content`, and `reasoning_content` and `tool_calls` if
+# an endpoint returns them separately.
 Answer = dict[str, Any]
 
-# What another model thought or called is not the target's: it goes with the answer that it led to.
+# Fields of the old answer. Another model's reasoning and calls are removed with its content.
 _OF_THE_OLD_ANSWER = ("content", "reasoning_content", "reasoning", "thinking", "refusal", "tool_calls")
 
 
 @dataclass
 class Dialogue:
-    """A row, which of its messages are to be answered anew, and the answers so far."""
+    """A row, the assistant turns to regenerate, and the answers so far."""
 
     number: int
-    """Of the row, from 0."""
+    """Number of the row, from 0."""
     where: str
     """The row's place, for errors."""
     row: dict[str, Any]
     answers: list[Answer] = field(default_factory=list)
-    """Of the first turns, in order."""
+    """Answers to the first turns, in order."""
     turns: list[int] = field(init=False)
     """Positions in `messages` of the turns to answer.
 
-    Turns that call tools stay as they are: the tool messages behind them are answers to those calls.
+    Turns that call tools stay unchanged: the tool messages after them answer those calls.
     """
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Dialogue:
         return len(self.answers) == len(self.turns)
 
     def messages(self) -> list[Message]:
-        """The messages, with the answers so far in place."""
+        """Return the messages with the answers so far inserted."""
         messages = [dict(message) for message in self.row["messages"]]
         for position, answer in zip(self.turns, self.answers, strict=False):
             old = {k: v for k, v in messages[position].items() if k in answer or k not in _OF_THE_OLD_ANSWER}
@@ -58,7 +58,7 @@ class Dialogue:
         return messages
 
     def prompt(self) -> list[Message]:
-        """What the next answer is conditioned on: the messages before it, answers in place.
+        """Return the messages before the next answer, with the answers so far inserted.
 
         Raises:
             DataError: there are none.
@@ -68,11 +68,15 @@ class Dialogue:
         return self.messages()[: self.turns[len(self.answers)]]
 
     def result(self) -> dict[str, Any]:
-        """The row, with the answers so far in place and everything else as it was."""
+        """Return the row with the answers so far inserted, otherwise unchanged."""
         return {**self.row, "messages": self.messages()}
 
     def tools(self) -> list[dict[str, Any]] | None:
-        """The schemas of the tools that the target may call, which columnar data keeps as JSON text."""
+        """Return the schemas of the tools that the target may call. Columnar data stores them as JSON text.
+
+        Raises:
+            DataError: they are text that is not JSON.
+        """
         tools = self.row.get("tools") or None
         if isinstance(tools, str):
             try:
@@ -82,19 +86,23 @@ class Dialogue:
         return tools
 
     def prompt_ids(self, tokenizer: Any, template_arguments: dict[str, Any]) -> list[int]:
-        """The next prompt's tokens. Raises DataError when the chat template refuses it."""
+        """Return the next prompt's tokens. Raises DataError if the chat template refuses it."""
         messages = with_arguments(self.prompt(), _parsed)
-        options: dict[str, Any] = {**template_arguments, "tools": self.tools(), "return_dict": True}
+        tools = self.tools()
         try:
-            return list(render(tokenizer, messages, self.where, prompt=True, **options)["input_ids"])
-        except DataError as error:
-            raise DataError(str(error).removeprefix(f"{self.where}: ")) from None
+            encoded = tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, return_dict=True, **template_arguments
+            )
+        except Exception as error:  # templates raise anything: jinja errors, KeyError, ...
+            reason = " ".join(str(error).split())
+            raise DataError(f"the chat template refuses this conversation: {reason}") from None
+        return list(encoded["input_ids"])
 
 
 def with_arguments(messages: list[Message], change: Callable[[Any], Any]) -> list[Message]:
-    """The messages, with `change` applied to the arguments of every tool call.
+    """Return the messages with `change` applied to the arguments of every tool call.
 
-    Chat templates expect them as an object, OpenAI's interface as JSON text; data has either.
+    Chat templates expect arguments as an object, OpenAI's API as JSON text; data has either.
     """
 
     def changed(call: Any) -> Any:
@@ -116,28 +124,28 @@ def _parsed(arguments: Any) -> Any:
         return arguments
     try:
         return json.loads(arguments)
-    except ValueError:  # a model's own slip is rendered as the text it is
+    except ValueError:  # invalid JSON is the model's own error and is rendered as text
         return arguments
 
 
 def read_dialogues(data: str) -> list[Dialogue]:
-    """The rows of `data` as dialogues without answers. Raises DataError for one that is no conversation."""
+    """Read the rows of `data` as dialogues without answers. Raises DataError if one is no conversation."""
     rows = read_conversations(data)
     return [Dialogue(number, where, row) for number, (where, row) in enumerate(rows)]
 
 
 def to_json(row: dict[str, Any]) -> str:
-    """A row as one line; dates and the like, which Parquet has and JSON has not, as text."""
+    """Return a row as one line of JSON. Types that only columnar data has, such as dates, become text."""
     line = json.dumps(row, ensure_ascii=False, default=str)
     try:
         line.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
+    except UnicodeEncodeError:  # half of a surrogate pair, which needs an escape
         return json.dumps(row, default=str)
     return line
 
 
 def rows_hash(dialogues: Iterable[Dialogue]) -> str:
-    """Hash of the rows, whatever file they came from."""
+    """Return the hash of the rows, independent of their file."""
     digest = hashlib.sha256()
     for dialogue in dialogues:
         digest.update(to_json(dialogue.row).encode() + b"\n")

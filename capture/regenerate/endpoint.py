@@ -1,4 +1,4 @@
-"""Answers by any server that speaks OpenAI's chat completions: `vllm serve`, SGLang, llama.cpp, ..."""
+"""Engine for servers with OpenAI's chat completions API: `vllm serve`, SGLang, llama.cpp, ..."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from capture.regenerate.dialogue import Answer, Dialogue, with_arguments
 from capture.regenerate.engine import Outcome, Report, Sampling, trim_unfinished
 from pipeline.errors import DataError, TargetError, UsageError
 
-# Waits between tries double from the first to the longest, each halved or less by jitter.
+# Waits between tries double from the first to the longest. Jitter reduces each by up to half.
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 30.0
 _CHECK_TIMEOUT_S = 15.0
 
-# Statuses that speak about the endpoint, the key or the model, and would be the same for every row.
+# Statuses that concern the endpoint, the key or the model, so that every row would fail.
 _FATAL = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY", 404: "check --endpoint and --model"}
 _BUSY = {408, 409, 425, 429}
-# Ends of an answer that is none.
+# Finish reasons of an incomplete answer.
 _BROKEN_OFF = {"abort", "content_filter", "error"}
 
 
 class _TryAgainError(Exception):
-    """A try that failed through no fault of the row."""
+    """A failed try that may succeed later."""
 
     def __init__(self, reason: str, wait_s: float | None = None):
         super().__init__(reason)
         self.wait_s = wait_s
-        """How long the server asks us to wait."""
+        """Seconds that the server asks to wait."""
 
 
 class EndpointEngine:
-    """Converses with an endpoint, up to `concurrency` dialogues at once."""
+    """Answer dialogues through an endpoint, up to `concurrency` at once."""
 
     def __init__(
         self,
@@ -53,12 +53,12 @@ class EndpointEngine:
         """Find the endpoint and the model.
 
         Args:
-            endpoint: with or without the path that OpenAI's clients expect (`/v1`).
-            model: as served; may be left out where the endpoint serves one model only.
+            endpoint: URL, with or without the path that OpenAI's clients expect (`/v1`).
+            model: its served name; optional if the endpoint serves only one model.
 
         Raises:
-            UsageError: not a URL, or which of several models is meant.
-            TargetError: the `openai` package is missing, or nothing answers there.
+            UsageError: not a URL, or no model is given and the endpoint does not serve exactly one.
+            TargetError: the `openai` package is missing, or the endpoint does not answer.
         """
         try:
             import openai
@@ -74,21 +74,21 @@ class EndpointEngine:
         self._timeout_s = timeout_s
         self._template_arguments = template_arguments or {}
         self.model = asyncio.run(self._find_model(model))
-        """Its name, as served."""
+        """Served name of the model."""
 
     def answer(self, dialogues: Sequence[Dialogue], report: Report) -> None:
-        """See `Engine.answer`. Raises TargetError when the endpoint as a whole stops answering."""
+        """See `Engine.answer`. Raises TargetError if the endpoint stops answering."""
         try:
             asyncio.run(self._converse_with_all(dialogues, report))
-        except BaseExceptionGroup as group:  # the first says it; the others were cancelled or say the same
+        except BaseExceptionGroup as group:  # the first is enough; the others were cancelled or are the same
             raise group.exceptions[0] from None
 
     def _client(self, timeout_s: float) -> Any:
         return self._openai.AsyncOpenAI(
             base_url=self._url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",  # servers of one's own ask for none
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",  # local servers need none
             timeout=timeout_s,
-            max_retries=0,  # ours also cover bodies that are cut short, and the time a whole answer takes
+            max_retries=0,  # our retries also cover truncated bodies and the time of a whole answer
         )
 
     async def _find_model(self, model: str | None) -> str:
@@ -103,18 +103,18 @@ class EndpointEngine:
         if model is not None:
             return model
         if len(served) != 1:
-            names = ", ".join(served) or "nothing that it lists"
-            raise UsageError(f"{self._url} serves {names}: say with --model which to ask")
+            names = ", ".join(served) or "no model that it lists"
+            raise UsageError(f"{self._url} serves {names}: choose a model with --model")
         return served[0]
 
     async def _served(self, client: Any, timeout_s: float) -> list[str]:
-        """The models that the endpoint lists; it may list none. Raises _TryAgainError unless it's alive."""
+        """Return the models that the endpoint lists, if any. Raises _TryAgainError if it does not answer."""
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await client.models.with_raw_response.list()
             return [str(model["id"]) for model in json.loads(reply.http_response.content)["data"]]
         except (ValueError, KeyError, TypeError):
-            return []  # something answers, though not with a list
+            return []  # it answers, but not with a list
         except TimeoutError:
             raise _TryAgainError(f"timed out after {timeout_s:g} s") from None
         except self._openai.APIConnectionError as error:
@@ -124,7 +124,7 @@ class EndpointEngine:
                 raise self._fatal(error) from None
             if error.status_code >= 500:
                 raise _TryAgainError(_reason(error)) from None
-            return []  # alive, though it lists nothing
+            return []  # it answers, but lists nothing
 
     async def _converse_with_all(self, dialogues: Sequence[Dialogue], report: Report) -> None:
         waiting = iter([dialogue for dialogue in dialogues if not dialogue.finished])
@@ -138,7 +138,7 @@ class EndpointEngine:
                 group.create_task(work(client))
 
     async def _converse(self, client: Any, dialogue: Dialogue, report: Report) -> None:
-        """Answer what is left of a dialogue, turn by turn."""
+        """Answer the remaining turns of a dialogue."""
         while not dialogue.finished:
             try:
                 answer = await self._ask_with_retries(client, dialogue)
@@ -162,20 +162,20 @@ class EndpointEngine:
                 await asyncio.sleep(max(wait_s, min(error.wait_s or 0.0, _LONGEST_WAIT_S)))
 
     async def _check_alive(self, client: Any, last: _TryAgainError) -> None:
-        """Tell a row that fails from an endpoint that is gone, which would fail every row left."""
+        """Raise TargetError if the endpoint no longer answers, so that every other row would fail too."""
         try:
             await self._served(client, min(self._timeout_s, _CHECK_TIMEOUT_S))
         except _TryAgainError:
             raise TargetError(
-                f"{self._url} stopped answering ({last}): once it is back, run this again (without --fresh) "
-                "to continue"
+                f"{self._url} stopped answering ({last}): restart the server, then run this again (without "
+                "--fresh) to continue"
             ) from None
 
     def _request(self, dialogue: Dialogue) -> dict[str, Any]:
         sampling = self._sampling
         extra: dict[str, Any] = {}
         if sampling.temperature > 0 and sampling.top_k:
-            extra["top_k"] = sampling.top_k  # no parameter of OpenAI's, but of every open server
+            extra["top_k"] = sampling.top_k  # not in OpenAI's API, but in that of every open server
         if self._template_arguments:
             extra["chat_template_kwargs"] = self._template_arguments
         tools = dialogue.tools()
@@ -191,7 +191,7 @@ class EndpointEngine:
         }
 
     async def _ask(self, client: Any, request: dict[str, Any]) -> bytes:
-        """One try. Raises _TryAgainError, DataError (the row's fault) or TargetError (nobody's row's)."""
+        """Try once. Raises _TryAgainError, DataError (this row fails) or TargetError (every row fails)."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 reply = await client.chat.completions.with_raw_response.create(**request)
@@ -211,32 +211,39 @@ class EndpointEngine:
         return TargetError(f"{self._url} refuses: {_reason(error)}; {_FATAL[error.status_code]}")
 
     def _read(self, body: bytes, dialogue: Dialogue) -> Answer:
-        """The answer in a completion. Raises _TryAgainError for what is no completion."""
+        """Return the answer in a completion.
+
+        Raises:
+            _TryAgainError: the body is not a completion.
+            DataError: the answer was broken off, is empty, or calls a tool in mid-conversation.
+        """
         try:
             choice = json.loads(body)["choices"][0]
             message, reason = choice["message"], choice.get("finish_reason")
             text, calls = (message.get("content") or "").strip(), message.get("tool_calls")
-            thoughts = message.get("reasoning_content") or message.get("reasoning")
+            reasoning = message.get("reasoning_content") or message.get("reasoning")
         except (ValueError, LookupError, TypeError, AttributeError):
             raise _TryAgainError(f"not a chat completion: {body[:80]!r}") from None
         if reason in _BROKEN_OFF:
-            raise DataError(f"the endpoint broke the answer off ({reason})")
+            raise DataError(f"the endpoint broke off the answer ({reason})")
         if reason == "length":
             if not text:
-                raise DataError("the answer ran into --max-new-tokens before it said anything")
+                raise DataError(
+                    "the answer reached --max-new-tokens without any content: raise --max-new-tokens"
+                )
             text = trim_unfinished(text)
         answer: Answer = {"content": text}
-        if isinstance(thoughts, str) and thoughts.strip():
-            answer["reasoning_content"] = thoughts.strip()
+        if isinstance(reasoning, str) and reasoning.strip():
+            answer["reasoning_content"] = reasoning.strip()
         if calls:
             if dialogue.turns[len(dialogue.answers)] + 1 < len(dialogue.row["messages"]):
-                raise DataError("the target calls a tool where the conversation goes on without its result")
+                raise DataError("the target calls a tool, but the conversation continues without its result")
             answer["tool_calls"] = calls
         return answer
 
 
 def _base_url(endpoint: str) -> str:
-    """The URL that OpenAI's clients expect. Raises UsageError for what is none."""
+    """Return the URL that OpenAI's clients expect. Raises UsageError if the text is not a URL."""
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UsageError(f"--endpoint expects a URL such as http://localhost:8000/v1, got {endpoint!r}")
@@ -244,7 +251,7 @@ def _base_url(endpoint: str) -> str:
 
 
 def _turn_seed(seed: int, dialogue: Dialogue) -> int:
-    """Its own for every turn of every row, and the same after a resume; 31 bits, which all servers take."""
+    """Return a seed per turn and row that a resume does not change, of 31 bits, which all servers accept."""
     text = f"{seed}:{dialogue.number}:{len(dialogue.answers)}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
 
@@ -256,12 +263,12 @@ def _as_text(arguments: Any) -> str:
 def _retry_after_s(error: Any) -> float | None:
     try:
         return float(error.response.headers.get("retry-after"))
-    except (TypeError, ValueError):  # none, or a date
+    except (TypeError, ValueError):  # no header, or a date
         return None
 
 
 def _reason(error: Any) -> str:
-    """An `openai` error in one line: the server's own words where it has some, else the cause."""
+    """Return an `openai` error in one line: the server's message if there is one, else the cause."""
     status = getattr(error, "status_code", None)
     body = getattr(error, "body", None)
     if isinstance(body, dict):

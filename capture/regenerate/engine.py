@@ -1,6 +1,6 @@
-"""What the two engines share: what they are asked, and how they report.
+"""Interface of the two engines: sampling settings, outcomes, reports.
 
-An engine gets every dialogue, those that an earlier run has answered included, and reports each turn as
+An engine gets every dialogue, including those that an earlier run has answered, and reports each turn when
 it is answered. It may be stopped after any report.
 """
 
@@ -16,7 +16,7 @@ from capture.regenerate.dialogue import Answer, Dialogue
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How answers are drawn."""
+    """Settings of the sampling."""
 
     max_new_tokens: int = 512
     temperature: float = 0.7
@@ -29,37 +29,37 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a dialogue's next turn."""
+    """Answer to a dialogue's next turn, or its failure."""
 
     dialogue: Dialogue
     answer: Answer | None = None
     failure: str | None = None
-    """Why the row fails, where there is no answer: none of its later turns is asked then."""
+    """Reason if there is no answer. The row fails, and its later turns are not asked."""
 
 
 Report = Callable[[Sequence[Outcome]], None]
-"""Takes answers into their dialogues, or marks these as failed; returns when that is on disk."""
+"""Adds answers to their dialogues, or marks dialogues as failed. Returns when the answers are on disk."""
 
 
 class Engine(Protocol):
-    """Answers dialogues turn by turn, each answer conditioned on the answers before it."""
+    """Answers dialogues turn by turn, each answer conditioned on those before it."""
 
     def answer(self, dialogues: Sequence[Dialogue], report: Report) -> None:
         """Answer every turn that has no answer yet.
 
-        What it answers depends on the dialogues alone, not on which answers they have already.
+        The answers depend on the dialogues alone, not on which turns have been answered.
         """
         ...
 
 
-# The last place where a reader would accept a stop: the end of a sentence or of a line.
+# End of a sentence or of a line.
 _STOP = re.compile(r"[.!?:;](?=[\s\"')\]]|$)|\n")
 
 
 def trim_unfinished(text: str) -> str:
-    """Cut an answer that ran into the token limit back to its last sentence or line end.
+    """Cut an answer that reached the token limit after its last complete sentence or line.
 
-    An answer with no such place in its second half is returned whole: better a ragged end than none.
+    An answer with no such place in its second half is returned whole.
     """
     stops = [match.end() for match in _STOP.finditer(text)]
     cut = stops[-1] if stops and stops[-1] * 2 >= len(text) else len(text)

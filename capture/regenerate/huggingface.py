@@ -1,4 +1,4 @@
-"""Answers by transformers' `generate`, in this process."""
+"""Engine for transformers' `generate`, in this process."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pipeline.target_model.identity import tokenizer_identity
 from pipeline.target_model.load import open_target
 from pipeline.target_model.options import TargetOptions
 
-# Rows that are batched by length together: enough to fill batches evenly, few enough to hold their prompts.
+# Rows sorted by length together: enough to fill batches evenly, few enough to keep their prompts in memory.
 _WINDOW = 8192
 
 
 class HuggingFaceEngine:
-    """Batches prompts of like length; seeds every batch on its own.
+    """Batch prompts of similar length, with a seed per batch.
 
-    Which prompts share a batch, and its seed, follow from the dialogues and the answers before, so that
-    a run that was stopped draws the same text as one that was not.
+    Batches and seeds depend only on the dialogues and the answers before, so that an interrupted run
+    generates the same text as an uninterrupted one.
     """
 
     def __init__(
@@ -38,10 +38,11 @@ class HuggingFaceEngine:
         context_length: int | None = None,
         template_arguments: dict[str, Any] | None = None,
     ):
-        """
+        """Keep the settings; the weights are loaded later.
+
         Args:
-            load_model: called when the first batch needs it.
-            context_length: tokens of prompt and answer together at most, if there is a limit.
+            load_model: called when the first batch needs the model.
+            context_length: maximum tokens of prompt and answer together; None is no limit.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise DataError("the target's tokenizer has no chat template: use a chat model as the target")
@@ -54,7 +55,7 @@ class HuggingFaceEngine:
         self._template_arguments = template_arguments or {}
 
     def answer(self, dialogues: Sequence[Dialogue], report: Report) -> None:
-        """See `Engine.answer`. Raises TargetError when a batch needs more memory than there is."""
+        """See `Engine.answer`. Raises TargetError if a batch does not fit the memory."""
         for start in range(0, len(dialogues), _WINDOW):
             window = dialogues[start : start + _WINDOW]
             failed: set[int] = set()
@@ -64,11 +65,11 @@ class HuggingFaceEngine:
     def _answer_depth(
         self, window: Sequence[Dialogue], depth: int, first_batch: int, failed: set[int], report: Report
     ) -> None:
-        """Answer turn `depth` of every dialogue that has one; `failed` are rows that are given up."""
+        """Answer turn `depth` of every dialogue that has one, except those in `failed`, which it extends."""
         prompts: dict[int, list[int]] = {}
         asked = {d.number: d for d in window if depth < len(d.turns) and d.number not in failed}
         for number, dialogue in asked.items():
-            # An answered turn is rendered too: its prompt has its place in a batch.
+            # Render answered turns too, so that batches stay the same.
             before = Dialogue(number, dialogue.where, dialogue.row, dialogue.answers[:depth])
             try:
                 prompts[number] = self._prompt(before)
@@ -90,13 +91,13 @@ class HuggingFaceEngine:
             )
 
     def _prompt(self, dialogue: Dialogue) -> list[int]:
-        """Raises DataError where the template refuses it, or no answer would fit behind it."""
+        """Return the next prompt's tokens. Raises DataError if the template refuses it, or it is too long."""
         ids = dialogue.prompt_ids(self._tokenizer, self._template_arguments)
         limit, new = self._context_length, self._sampling.max_new_tokens
         if limit is not None and len(ids) + new > limit:
             raise DataError(
                 f"a prompt of {len(ids)} tokens and --max-new-tokens {new} exceed the {limit} positions "
-                "of the target"
+                "of the target: lower --max-new-tokens, or drop the row"
             )
         return ids
 
@@ -107,7 +108,7 @@ class HuggingFaceEngine:
         model, sampling = self._model, self._sampling
         pad, stops = _padding_id(model, self._tokenizer), _stop_ids(model)
         width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), pad)  # [B, S], prompts to the right
+        ids = torch.full((len(prompts), width), pad)  # [B, S], left-padded
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
@@ -141,7 +142,7 @@ class HuggingFaceEngine:
 
 
 def context_length(config: Any) -> int | None:
-    """How many positions a target was made for, by its Hugging Face config; None where it doesn't say."""
+    """Return the number of positions in a target's Hugging Face config; None if it names none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -151,13 +152,13 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _stop_ids(model: torch.nn.Module) -> set[int]:
-    """Every token that ends an answer, by the model's generation config: one id, several or none."""
+    """Return the tokens that end an answer, from the model's generation config: one id, several or none."""
     stops = model.generation_config.eos_token_id
     return set(stops) if isinstance(stops, list) else {stops} - {None}
 
 
 def _padding_id(model: torch.nn.Module, tokenizer: Any) -> int:
-    """What fills a short prompt on the left. It is masked out, so any id of the vocabulary will do."""
+    """Return the id that pads short prompts on the left. It is masked out, so any valid id will do."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, *_stop_ids(model)):
         if candidate is not None:
             return candidate
@@ -171,7 +172,9 @@ def load_engine(
     batch_size: int,
     template_arguments: dict[str, Any],
 ) -> tuple[HuggingFaceEngine, dict[str, Any]]:
-    """The engine for a target (its weights are loaded when needed), and what of the target decides answers.
+    """Return the engine for a target, and the target's properties that decide answers.
+
+    The weights are loaded when the first batch needs them.
 
     Raises:
         TargetError: no such target, or transformers can't read it.

@@ -1,7 +1,7 @@
-"""The progress file: answers as they come, so that a killed run continues where it stopped.
+"""The progress file: answers so far, from which a killed run continues.
 
-Append-only JSON lines beside the output. The first says which run it belongs to; each further one is
-the answer to one turn. It is there exactly as long as rows are still to be answered.
+Append-only JSON lines next to the output. The first line identifies the run; each further line is the
+answer to one turn. The file exists until all rows are answered.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _VERSION = 1
 
 
 def progress_path(out: Path) -> Path:
-    """Where the progress of a run that writes `out` is kept; no name that a folder of data would pick up."""
+    """Return the progress file of `out`. A folder of data does not pick up its name."""
     return out.with_name(f"{out.name}.progress")
 
 
 class Progress:
-    """An open progress file, which one process holds at a time."""
+    """An open progress file, locked by one process at a time."""
 
     def __init__(
         self, path: Path, run: dict[str, Any], dialogues: Sequence[Dialogue], *, fresh: bool = False
     ):
-        """Open or start the file, and put the answers that it holds into the dialogues.
+        """Open or create the file, and add its answers to the dialogues.
 
         Args:
-            run: what decides the answers; a file of a run that differs in any of it is refused.
-            fresh: forget what the file holds.
+            run: settings that decide the answers. A file of a run with other settings is refused.
+            fresh: discard the file's answers.
 
         Raises:
             UsageError: the file belongs to another run.
@@ -54,10 +54,12 @@ class Progress:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DSparkError(f"{self._path}: another process is at work on this output") from None
+            raise DSparkError(
+                f"{self._path}: another process writes this output: choose another --out"
+            ) from None
 
     def _load(self, run: dict[str, Any], dialogues: Sequence[Dialogue]) -> None:
-        """Read as far as the lines are whole; what a kill tore off behind is cut away and asked again."""
+        """Read the complete lines. Cut off what follows a torn or wrong line: its turns are asked again."""
         self._file.seek(0)
         header, whole = None, 0
         for line in self._file:
@@ -77,7 +79,7 @@ class Progress:
     def _check(self, header: dict[str, Any], run: dict[str, Any]) -> None:
         theirs = header.get("run")
         if header.get("version") != _VERSION or not isinstance(theirs, dict):
-            raise UsageError(f"{self._path}: not a progress file of this version; --fresh starts over")
+            raise UsageError(f"{self._path}: not a progress file of this version: start over with --fresh")
         differing = [name for name in {**theirs, **run} if theirs.get(name) != run.get(name)]
         if differing:
             words = "; ".join(f"{name} {_short(theirs, name)}, not {_short(run, name)}" for name in differing)
@@ -87,7 +89,7 @@ class Progress:
             )
 
     def record(self, answers: Sequence[tuple[Dialogue, Answer]]) -> None:
-        """Keep the answers to these dialogues' next turns. Once it returns, a kill doesn't lose them."""
+        """Write the answers to these dialogues' next turns. After it returns, a kill does not lose them."""
         self._append(
             [
                 {"row": dialogue.number, "turn": len(dialogue.answers), "answer": answer}
@@ -101,16 +103,16 @@ class Progress:
         self._file.flush()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file and release its lock."""
         self._file.close()
 
     def remove(self) -> None:
-        """Remove the file: nothing is left to answer."""
+        """Remove the file, after all rows are answered."""
         self._path.unlink()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A whole line's record; None for a torn one."""
+    """Return a line's record; None for a torn line."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -119,7 +121,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _restore(record: dict[str, Any], dialogues: Sequence[Dialogue]) -> bool:
-    """Put a recorded answer into its dialogue; False where it doesn't fit, as in a damaged file."""
+    """Add a recorded answer to its dialogue. Return False if it does not fit, as in a damaged file."""
     number, turn, answer = record.get("row"), record.get("turn"), record.get("answer")
     if type(number) is not int or not 0 <= number < len(dialogues) or not isinstance(answer, dict):
         return False

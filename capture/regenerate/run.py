@@ -1,4 +1,4 @@
-"""A whole run: dialogues through an engine into a file, over as many starts as it takes."""
+"""Answer dialogues through an engine and write a file, resuming interrupted runs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 def failed_path(out: Path) -> Path:
-    """Where the rows that failed are listed."""
+    """Return the file that lists the failed rows."""
     return out.with_name(f"{out.name}.failed.jsonl")
 
 
 def check_output(out: Path, data: str, *, fresh: bool) -> None:
-    """Raises UsageError where `out` can't be written, or would replace what this run didn't write."""
+    """Raise UsageError if `out` can't be written, or would replace a file of another origin."""
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: no such directory {out.parent}; make it first")
     if out.is_dir():
         raise UsageError(f"--out {out} is a directory: expected a file to write")
     if Path(data).resolve() in (out.resolve(), out.resolve().parent):
-        raise UsageError(f"--out {out} would be part of the data that it is made from: write it elsewhere")
+        raise UsageError(f"--out {out} would be part of --data: write it elsewhere")
     if out.exists() and not fresh and not progress_path(out).exists():
         raise UsageError(f"--out {out} exists already: name another file, or replace it with --fresh")
 
@@ -41,19 +41,19 @@ def regenerate_file(
 ) -> list[Outcome]:
     """Answer every dialogue and write `out`, in input order, without the rows that fail.
 
-    Killed at any moment and called again with the same arguments, it continues: answers are kept in
-    `OUT.progress` until every row is answered. Failed rows are listed in `OUT.failed.jsonl`; as the
-    progress is kept then, the next call asks only for them.
+    A killed call continues when it is repeated with the same arguments: `OUT.progress` keeps the answers
+    until every row is answered. Failed rows are listed in `OUT.failed.jsonl`; the progress is then kept, so
+    that the next call asks only for them.
 
     Args:
-        run: what decides the answers, by name.
-        fresh: forget the progress that is there.
+        run: settings that decide the answers, by name.
+        fresh: discard existing progress.
 
     Returns:
         The failures, in input order.
 
     Raises:
-        UsageError: the progress that is there belongs to another run.
+        UsageError: the existing progress belongs to another run.
     """
     progress = Progress(progress_path(out), run, dialogues, fresh=fresh)
     try:
@@ -90,13 +90,14 @@ def regenerate(
     """Replace every assistant turn by the target's own answer, turn by turn, in memory.
 
     Args:
-        where: names each conversation in errors; their numbers from 1 when not given.
+        where: name of each conversation in errors. None: `conversation N`, counted from 1.
 
     Returns:
-        New conversations in input order; the input is left as it was.
+        New conversations in input order; the input is unchanged.
 
     Raises:
-        DataError: the chat template refuses a conversation, or the assistant opens it.
+        DataError: the chat template refuses a conversation, it exceeds the target's positions, or the
+            assistant opens it.
     """
     from capture.regenerate.huggingface import HuggingFaceEngine, context_length
 
@@ -128,7 +129,7 @@ def regenerate(
 def _drive(
     dialogues: Sequence[Dialogue], engine: Engine, keep: Callable[[Sequence[Outcome]], None]
 ) -> list[Outcome]:
-    """Let the engine answer, behind a bar of turns; returns the failures. `keep` sees each report first."""
+    """Run the engine under a progress bar of turns. Return the failures. `keep` gets each report first."""
     failures: list[Outcome] = []
     total = sum(len(dialogue.turns) for dialogue in dialogues)
     answered = sum(len(dialogue.answers) for dialogue in dialogues)
@@ -160,7 +161,7 @@ def _failed_row(failure: Outcome) -> dict[str, Any]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, through a temporary name, so that a reader never sees half a file."""
+    """Write one JSON object per line under a temporary name, so that a reader never sees half a file."""
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as file:

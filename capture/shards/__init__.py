@@ -1,1 +1,1 @@
-"""From batches of tokens to shards on disk, proved before the first one."""
+"""From batches of tokens to shards on disk, after a proof that the states are the target's."""

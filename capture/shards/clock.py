@@ -1,4 +1,4 @@
-"""Where a capture's time goes: seconds by step, on the device and in the threads beside it."""
+"""Time of a capture: seconds by step, on the device and in the writing threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class Clock:
-    """Adds up the seconds of named steps. Work on a GPU is timed there, by events, without waiting for it."""
+    """Sum the seconds of named steps. Work on a GPU is timed by CUDA events, without waiting for it."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -21,7 +21,7 @@ class Clock:
 
     @contextmanager
     def step(self, name: str, device: torch.device | None = None) -> Iterator[None]:
-        """Time a block, or with a CUDA `device` what it puts on that device's current stream."""
+        """Time a block; with a CUDA `device`, time the work that it puts on that device's current stream."""
         if device is None or device.type != "cuda":
             began = time.perf_counter()
             try:
@@ -38,7 +38,7 @@ class Clock:
         self._collect(wait=False)
 
     def seconds(self) -> dict[str, float]:
-        """Everything so far, by name; waits for the device."""
+        """Return the sums by name. Waits for the device."""
         self._collect(wait=True)
         return dict(self._seconds)
 

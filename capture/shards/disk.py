@@ -1,7 +1,7 @@
-"""Shards on their way to disk, in threads beside the target's forward.
+"""Write shards in threads while the target computes the next one.
 
-A few buffers, each as large as the largest shard, go round: one is being filled, the others are being hashed
-and written. When the disk is slower than the target, the loop waits for a buffer, so memory stays bounded.
+A few buffers, each as large as the largest shard, are reused: one is filled while the others are hashed and
+written. If the disk is slower than the target, the loop waits for a buffer, so memory stays bounded.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ WRITING_THREADS = 3
 
 
 class ShardDisk:
-    """Runs the last step of shards in threads. Leaving the context waits for what was put; errors are raised.
+    """Run the last step of shards in threads. Leaving the context waits for them and raises their errors.
 
     Args:
-        shard_bytes: the size of the largest shard.
-        pinned: whether buffers are page-locked, as copies from a GPU want them.
+        shard_bytes: size of the largest shard.
+        pinned: use page-locked buffers, for asynchronous copies from a GPU.
     """
 
     def __init__(self, shard_bytes: int, clock: Clock, *, pinned: bool = False):
         self._shard_bytes, self._clock, self._pinned = shard_bytes, clock, pinned
         self._threads = ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="shard")
-        # Last in, first out: a second buffer is made only when the first is still being written.
+        # Last in, first out: a second buffer is allocated only if the first is still being written.
         self._free: queue.LifoQueue[Tensor | None] = queue.LifoQueue()
         for _ in range(WRITING_THREADS + 1):
-            self._free.put(None)  # a buffer that nobody has needed yet
+            self._free.put(None)  # a buffer that is not allocated yet
         self._jobs: list[Future[None]] = []
 
     def __enter__(self) -> ShardDisk:
@@ -47,7 +47,7 @@ class ShardDisk:
             self.check()
 
     def buffer(self) -> Tensor:
-        """A free buffer, `[shard_bytes]` uint8; waits for one. Raises what a write raised."""
+        """Wait for a free buffer, `[shard_bytes]` uint8. Raises the error of a failed write."""
         with self._clock.step("waiting"):
             memory = self._free.get()
         self.check()
@@ -56,7 +56,7 @@ class ShardDisk:
         return memory
 
     def put(self, memory: Tensor, finish: Callable[[], None]) -> None:
-        """Run `finish` in a thread, then let `memory` be used again."""
+        """Run `finish` in a thread, then return `memory` to the free buffers."""
 
         def job() -> None:
             try:
@@ -67,7 +67,7 @@ class ShardDisk:
         self._jobs.append(self._threads.submit(job))
 
     def check(self) -> None:
-        """Raise what a write raised, if one did."""
+        """Raise the error of a failed write, if there is one."""
         for job in [job for job in self._jobs if job.done()]:
             self._jobs.remove(job)
             job.result()

@@ -1,7 +1,7 @@
-"""One shard of a cache, from the target's forward to the bytes in a buffer.
+"""Fill the buffer of one shard: the target's forward, encoding, copies, checks.
 
-On a GPU nothing here waits for it: forward and encoding run on its main stream, copies to page-locked memory
-on a second one, and what checks the states is computed there too and looked at when the copies are done.
+On a GPU nothing here blocks: forward and encoding run on its main stream, copies to page-locked memory on a
+second one. The values that check the states are computed on the GPU, and looked at after the copies.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import click
 import numpy as np
 import torch
 from torch import Tensor
 
+from capture.console import note
 from capture.data.conversations import TokenizedSample
 from capture.shards.clock import Clock
 from capture.target import HFDSparkTargetModel
@@ -27,24 +27,24 @@ from pipeline.cache.statistics import StateCodec
 from pipeline.errors import TargetError
 from pipeline.hooks import input_device
 
-# Mean total variation above which the stored teacher is not the target's. bf16 rounding of the logits alone
+# Maximum mean total variation between the stored teacher and the target. bf16 rounding of the logits alone
 # costs about 0.01; a teacher from before the final norm costs 0.3 or more.
 MAX_TEACHER_TV = 0.05
-# The same over the few rows that are checked in a shard, among which one may be an odd one.
+# The same over the few rows that are checked per shard, which allows for an outlier among them.
 MAX_SHARD_TEACHER_TV = 0.25
-# Batches that may be under way on a GPU while the next one is prepared.
+# Batches in flight on a GPU while the next one is prepared.
 BATCHES_AHEAD = 2
 
 
 class Copier:
-    """Copies to the CPU: beside the computation from a GPU, at once from anywhere else."""
+    """Copy to the CPU: asynchronously from a GPU, immediately from any other device."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, source: Tensor, out: Tensor) -> None:
-        """Copy `source` into `out` on the CPU; done once `mark()`'s wait is over."""
+        """Copy `source` into `out` on the CPU. The copy is complete after the wait that `mark` returns."""
         if source.device.type != "cuda":
             with self._clock.step("copy"):
                 out.copy_(source)
@@ -58,7 +58,7 @@ class Copier:
         source.record_stream(stream)
 
     def to_cpu(self, source: Tensor) -> Tensor:
-        """`source` on the CPU; its values are there once `mark()`'s wait is over."""
+        """Return `source` on the CPU. Its values are valid after the wait that `mark` returns."""
         if source.device.type != "cuda":
             return source.cpu()
         out = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
@@ -66,7 +66,7 @@ class Copier:
         return out
 
     def mark(self) -> Callable[[], None]:
-        """A function that waits for every copy asked for so far."""
+        """Return a function that waits for every copy started so far."""
         events = []
         for device, stream in self._streams.items():
             with torch.cuda.device(device):
@@ -82,31 +82,32 @@ class Copier:
 
 @dataclass
 class FilledShard:
-    """A shard whose copies may still be under way. Call `finish` before its bytes are used."""
+    """A shard whose copies may be incomplete. Call `finish` before its bytes are used."""
 
     buffer: ShardBuffer
     samples: list[TokenizedSample]
     checked: list[int]
-    """Label rows that are compared with the target's."""
+    """Label rows to compare with the target's."""
     _filled: tuple[int, int, int] = (0, 0, 0)
-    """Samples, tokens and label rows that are in so far."""
+    """Samples, tokens and label rows filled so far."""
     _wait: Callable[[], None] = lambda: None
     _peaks: list[tuple[int | str, int, Tensor]] = field(default_factory=list)
-    """Of each state of each batch: its key, its first sample, and the largest value of each row."""
+    """For each state of each batch: its key, its first sample, and the largest absolute value of each row."""
     _measured: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, peaks: list[tuple[int | str, int, Tensor]], measured: list[dict[str, Tensor]]) -> None:
-        """Keep what is to be looked at once the copies are done."""
+        """Keep values that `finish` will check after the copies."""
         self._peaks += peaks
         for values in measured:
             for name, value in values.items():
                 self._measured.setdefault(name, []).append(value)
 
     def finish(self) -> Measured:
-        """Wait for the copies, check every state, and return what was measured.
+        """Wait for the copies, check every state, and return the measured errors.
 
         Raises:
-            TargetError: NaN, infinity or zeros, or a teacher that is not the target's; naming the sample.
+            TargetError: a state with NaN, infinity or only zeros, or a teacher that differs from the
+                target's; naming the sample.
         """
         self._wait()
         for key, first, peaks in self._peaks:
@@ -122,7 +123,7 @@ class FilledShard:
         return measured
 
     def _check_peaks(self, key: int | str, first: int, peaks: np.ndarray) -> None:
-        """`peaks` are the largest values of the rows of consecutive samples, from the shard's `first` on."""
+        """Check the row peaks of consecutive samples, the first of which is the shard's sample `first`."""
         start, i = 0, first
         while start < len(peaks):
             sample = self.samples[i]
@@ -132,12 +133,16 @@ class FilledShard:
 
 
 def state_name(key: int | str) -> str:
-    """What messages call a state."""
+    """Return the name of a state in messages."""
     return "the last hidden state" if key == LAST_HIDDEN else f"layer {key}"
 
 
 def check_peaks(peaks: np.ndarray, key: int | str, sample: TokenizedSample) -> None:
-    """Refuse states that no draft should learn from, given the largest absolute value of each row."""
+    """Refuse a sample's states, given the largest absolute value of each row.
+
+    Raises:
+        TargetError: they hold NaN or infinity, or only zeros.
+    """
     if not np.isfinite(peaks).all():
         problem = "holds NaN or infinity"
     elif not peaks.any():
@@ -151,12 +156,12 @@ def check_peaks(peaks: np.ndarray, key: int | str, sample: TokenizedSample) -> N
 
 
 def row_peaks(rows: Tensor) -> Tensor:
-    """The largest absolute value of each row `[n, H]`: `[n]` fp32, NaN where there is one."""
+    """Return the largest absolute value of each row `[n, H]`: `[n]` fp32, NaN for a row that holds one."""
     return rows.abs().amax(dim=1).float()
 
 
 class ShardFiller:
-    """Runs the target over the batches of a shard and lays the encoded rows into its buffer."""
+    """Run the target over the batches of a shard and write the encoded rows into its buffer."""
 
     def __init__(
         self,
@@ -170,7 +175,7 @@ class ShardFiller:
         self._codecs = codecs
         self._copier = Copier(clock)
         self._limit = sys.maxsize
-        """Padded tokens of a forward that fit the device, as far as is known."""
+        """Maximum padded tokens per forward, lowered when the device runs out of memory."""
 
     @torch.no_grad()
     def fill(
@@ -182,7 +187,7 @@ class ShardFiller:
         """Run `batches`, the samples of one shard in order.
 
         Args:
-            between: called after each batch with its number of tokens; may raise to stop.
+            between: called after each batch with its number of tokens; raises to stop.
 
         Raises:
             TargetError: a sample does not fit the device's memory, or a layer did not run.
@@ -206,13 +211,13 @@ class ShardFiller:
         return shard
 
     def _fitting(self, batch: list[TokenizedSample]) -> Iterator[list[TokenizedSample]]:
-        """The batch in parts of at most as many padded tokens as were seen to fit."""
+        """Yield the batch in parts within the limit of padded tokens, one sample at least."""
         rows = max(1, min(len(batch), self._limit // longest(batch)))
         for start in range(0, len(batch), rows):
             yield batch[start : start + rows]
 
     def _run(self, shard: FilledShard, batch: list[TokenizedSample]) -> None:
-        """Forward, encode and copy the next batch; in halves where it does not fit the device's memory."""
+        """Forward, encode and copy the next batch, in halves if it does not fit the device's memory."""
         try:
             return self._run_whole(shard, batch)
         except torch.OutOfMemoryError as error:
@@ -226,17 +231,16 @@ class ShardFiller:
         torch.cuda.empty_cache()
         half = (len(batch) + 1) // 2
         if self._limit == sys.maxsize:
-            click.echo(
+            note(
                 f"warning: {len(batch)} rows of {longest(batch):,} tokens do not fit the memory of "
-                f"{self.device}: such batches are split from now on",
-                err=True,
+                f"{self.device}: such batches are split from now on"
             )
         self._limit = min(self._limit, half * longest(batch))
         self._run(shard, batch[:half])
         self._run(shard, batch[half:])
 
     def _run_whole(self, shard: FilledShard, batch: list[TokenizedSample]) -> None:
-        """Forward, encode and copy the next batch. Nothing is counted as filled unless all of it is."""
+        """Forward, encode and copy the next batch. It counts as filled only when all of it succeeded."""
         with self.clock.step("forward", self.device):
             states = self.target.states(pad(batch, self.device))
         first, token, last = shard._filled
@@ -245,7 +249,7 @@ class ShardFiller:
         token_rows = np.concatenate([row * width + np.arange(n) for row, n in enumerate(lengths)])
         labels = [last_hidden_rows(sample.loss_mask) for sample in batch]
         label_rows = np.concatenate([row * width + rows for row, rows in enumerate(labels)])
-        # Which of the shard's checked label rows are here, and where they lie among this batch's rows.
+        # Positions of the shard's checked label rows among this batch's label rows and token rows.
         checked = np.array([i - last for i in shard.checked if last <= i < last + len(label_rows)], np.int64)
         checked_tokens = np.searchsorted(token_rows, label_rows[checked])
         token_index, label_index = self._index(token_rows), self._index(label_rows)
@@ -276,7 +280,7 @@ class ShardFiller:
             return self._copier.to_cpu(row_peaks(rows))
 
     def _store(self, shard: FilledShard, name: str, parts: dict[str, Tensor], start: int) -> None:
-        """Copy the encoded parts of a state to its tensors, from row `start` on."""
+        """Copy the encoded parts of a state to its tensors, starting at row `start`."""
         for suffix, encoded in parts.items():
             out = shard.buffer.tensors[part_name(name, suffix)][start : start + len(encoded)]
             self._copier.copy(encoded, out)
@@ -284,7 +288,7 @@ class ShardFiller:
     def _compare(
         self, name: str, rows: Tensor, parts: dict[str, Tensor], checked: np.ndarray
     ) -> dict[str, Tensor]:
-        """What storing does to some of a state's rows `[n, H]`: their relative error, and the teacher's."""
+        """Measure the error of storing the checked rows of a state, `[n, H]`: relative, and the teacher's."""
         if not len(checked):
             return {}
         with self.clock.step("check", rows.device):
@@ -295,13 +299,13 @@ class ShardFiller:
             return {what: self._copier.to_cpu(value) for what, value in values.items()}
 
     def _index(self, rows: np.ndarray) -> Tensor:
-        """Row numbers on the device."""
+        """Return row numbers as a tensor on the device."""
         index = torch.from_numpy(rows.astype(np.int64))
         return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
 
 
 def longest(samples: Sequence[TokenizedSample]) -> int:
-    """Tokens of the longest sample."""
+    """Return the tokens of the longest sample."""
     return max(len(sample.input_ids) for sample in samples)
 
 

@@ -1,7 +1,7 @@
-"""Before the first shard: show that what will be captured is the target's own.
+"""Prove, before the first shard, that the captured states are the target's own.
 
-Three things go wrong without an error: hooks on the wrong modules, states that padding leaks into, and a
-teacher from before the final norm. Each is measured on a few samples of the data, and refused by name.
+Three mistakes raise no error: hooks on the wrong modules, states that padding leaks into, and a teacher from
+before the final norm. Each is measured on a few samples of the data; a wrong one is refused by name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pipeline.errors import TargetError
 from pipeline.features import head_logits
 from pipeline.hooks import input_device, tap_states
 
-# Tokens of each sample that the proof looks at; longer ones are cut.
+# Tokens of each sample that the proof uses; longer samples are cut.
 PROOF_TOKENS = 256
-# Relative error of a row, mean over a sample, by what the target computes in. The same module in the same
-# forward gives the same numbers; another batch sums in another order, layer after layer.
+# Maximum relative error of a row, mean over a sample, by the target's dtype. The same module in the same
+# forward gives the same numbers; another batch sums in another order in every layer.
 SAME_FORWARD = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 OWN_TEACHER = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # total variation, mean
 OTHER_BATCH = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -40,12 +40,12 @@ def prove_target(
     """Prove hooks, padding and teacher on `samples`, run as one padded batch and one of them alone.
 
     Returns:
-        What was measured: the total variation between the target's own next-token distribution and the
-        one from the stored last hidden states (mean and maximum over rows), and the relative error of a
-        padded row.
+        The total variation between the target's own next-token distribution and the one from the stored
+        last hidden states (mean and maximum over rows), the number of these rows, and the relative error of
+        a padded row.
 
     Raises:
-        TargetError: one of them is off by more than rounding.
+        TargetError: an error is larger than rounding explains.
     """
     samples = sorted(samples, key=lambda s: -len(s.input_ids))
     width = min(PROOF_TOKENS, len(samples[0].input_ids))
@@ -68,39 +68,43 @@ def prove_target(
 
 
 def _prove_hooks(target: HFDSparkTargetModel, tapped: dict[int | str, Tensor], output: object) -> None:
-    """Hooked states are those that Hugging Face itself returns, in the convention of `pipeline.features`."""
+    """Prove that hooked states are Hugging Face's own, in the convention of `pipeline.features`."""
     returned = getattr(output, "hidden_states", None)
     if returned is None or len(returned) != target._num_layers + 1:
-        return  # a model of somebody's own that returns none: the teacher is proved all the same
+        return  # a custom model that returns none; its teacher is still proved
     expected = {i: returned[i + 1] for i in target.target_layer_ids} | {LAST_HIDDEN: returned[-1]}
     for key, rows in expected.items():
-        error = _relative_error(tapped[key][0], rows[0])
-        limit = SAME_FORWARD.get(rows.dtype, 1e-2)
-        if not error <= limit:
-            raise TargetError(
-                f"{state_name(key)} as hooked is not the hidden state that {type(target.model).__name__} "
-                f"returns: relative error {error:.2g}, expected at most {limit:g}; its layers or its final "
-                "norm were mistaken for others, mend the tables of pipeline/hooks.py"
-            )
+        _require_same(
+            tapped[key][0],
+            rows[0],
+            SAME_FORWARD.get(rows.dtype, 1e-2),
+            f"{state_name(key)} as hooked is not the hidden state that {type(target.model).__name__} returns",
+            "pipeline/hooks.py found other modules than its layers and final norm: correct its tables",
+        )
 
 
 def _prove_teacher(
     target: HFDSparkTargetModel, identity: Identity, codec: StateCodec, last_hidden: Tensor, logits: Tensor
 ) -> dict[str, float]:
-    """head(decoded last hidden) is the target's own next-token distribution. Rows `[S, H]` and `[S, V]`."""
+    """Prove that head(last hidden), as hooked and as stored, is the target's next-token distribution.
+
+    Args:
+        last_hidden: as hooked, `[S, H]`.
+        logits: the target's own, `[S, V]`.
+    """
     decoded = torch.empty(last_hidden.shape, dtype=torch.bfloat16, device=last_hidden.device)
     codec.decode(codec.encode(last_hidden), decoded)
     head, facts = target.get_output_embeddings().weight, identity.target
 
     def variation(rows: Tensor) -> Tensor:
-        """`[S]`: between the target's own distribution and the one from last hidden `rows`."""
+        """Return the total variation `[S]` between the target's distribution and that of `rows`."""
         found = head_logits(rows.to(head.device), head, facts.final_logit_softcapping, facts.logit_scale)
         if found.shape != logits.shape:
             return torch.ones(len(rows))
         expected = logits.to(head.device).float().softmax(-1)
         return (found.softmax(-1) - expected).abs().sum(-1) / 2
 
-    # First as hooked, which only rounding may part from the target's; then as stored by the codec.
+    # First as hooked, where only rounding differs; then as stored by the codec.
     stored = variation(decoded)
     for rows, limit in (
         (variation(last_hidden), OWN_TEACHER.get(last_hidden.dtype, MAX_TEACHER_TV)),
@@ -111,7 +115,7 @@ def _prove_teacher(
             raise TargetError(
                 f"the captured teacher is not the target's: mean total variation {mean:.3f}, expected at "
                 f"most {limit}; {type(target.model).__name__} changes its logits after lm_head in a way that "
-                "this version does not record"
+                "this version does not record: use another target"
             )
     return {
         "proof.teacher_tv_mean": mean,
@@ -127,25 +131,32 @@ def _prove_padding(
     shortest: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """A row's states in a padded batch, by the forward that capture uses, are those of the row alone."""
+    """Prove that a row has the same states alone and in a padded batch through capture's forward."""
     length = len(samples[shortest].input_ids)
     states = target.states(pad(samples, device))
     worst = 0.0
     for key, rows in alone.items():
-        error = _relative_error(states[key][shortest, :length], rows[0])
-        limit = OTHER_BATCH.get(rows.dtype, 1e-1)
-        if not error <= limit:
-            raise TargetError(
-                f"{state_name(key)} of a row of {length} tokens changes when the row is padded in a batch: "
-                f"relative error {error:.2g}, expected at most {limit:g}; {type(target.model).__name__} lets "
-                "padding into its states, capture with --batch-tokens 2 (one row at a time)"
-            )
+        error = _require_same(
+            states[key][shortest, :length],
+            rows[0],
+            OTHER_BATCH.get(rows.dtype, 1e-1),
+            f"{state_name(key)} of a row of {length} tokens changes when the row is padded in a batch",
+            f"{type(target.model).__name__} lets padding into its states: capture with --batch-tokens 2 "
+            "(one row at a time)",
+        )
         worst = max(worst, error)
     return {"proof.padding_error": worst}
 
 
-def _relative_error(got: Tensor, want: Tensor) -> float:
-    """Mean over rows `[S, H]` of |got - want| / |want|."""
+def _require_same(got: Tensor, want: Tensor, limit: float, problem: str, remedy: str) -> float:
+    """Return the relative error: the mean over rows `[S, H]` of |got - want| / |want|.
+
+    Raises:
+        TargetError: it is above `limit`, or NaN.
+    """
     got, want = got.float(), want.to(got.device).float()
     floor = torch.finfo(torch.float32).tiny
-    return ((got - want).norm(dim=1) / want.norm(dim=1).clamp_min(floor)).mean().item()
+    error = ((got - want).norm(dim=1) / want.norm(dim=1).clamp_min(floor)).mean().item()
+    if not error <= limit:
+        raise TargetError(f"{problem}: relative error {error:.2g}, expected at most {limit:g}; {remedy}")
+    return error

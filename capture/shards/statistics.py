@@ -20,16 +20,16 @@ from pipeline.hooks import input_device
 def measure_statistics(
     target: HFDSparkTargetModel, identity: Identity, data: TokenizedData, order: np.ndarray
 ) -> dict[str, Statistics]:
-    """Mean and deviation of each state that needs them, position 0 left out.
+    """Measure mean and deviation of each state that is standardised, without position 0.
 
-    The first token of a row often has states hundreds of times larger than any other's, in a few channels;
-    one of them would decide a channel's deviation.
+    The first token of a row often has states hundreds of times larger than any other token's, in a few
+    channels. One such token would decide a channel's deviation.
 
     Args:
-        order: which sample of the data is the cache's i-th; the samples measured are a function of it alone.
+        order: the data's number of the cache's i-th sample. It alone decides which samples are measured.
 
     Raises:
-        TargetError: a state that no draft should learn from.
+        TargetError: a state holds NaN or infinity, or only zeros.
     """
     wanted = standardised_states(identity)
     if not wanted:
@@ -38,7 +38,7 @@ def measure_statistics(
     samples = [TokenizedSample(s.source_row, s.input_ids[:TOKENS], s.loss_mask[:TOKENS]) for s in samples]
     sums = {name: StateStatistics() for name in wanted}
     device = input_device(target.model)
-    for sample in samples:  # one at a time, which fits whatever --batch-tokens does
+    for sample in samples:  # one at a time: it fits the memory if --batch-tokens fits
         for key, values in target.states(pad([sample], device)).items():
             name = LAST_HIDDEN if key == LAST_HIDDEN else context_name(key)
             if name in sums:

@@ -1,42 +1,27 @@
-"""The cache on disk: see FORMAT.md for the bytes."""
+"""The cache on disk. FORMAT.md specifies its bytes."""
 
-from pipeline.cache.index import (
-    SampleFacts,
-    build_index,
-    count_candidates,
-    last_hidden_rows,
-    plan_shards,
-    sample_id,
-)
-from pipeline.cache.manifest import (
-    DataIdentity,
-    FeatureIdentity,
-    Identity,
-    Manifest,
-    TargetIdentity,
-    TokenizerIdentity,
-    read_manifest,
-)
-from pipeline.cache.reader import CachedSample, CacheReader, held_out, last_positions
-from pipeline.cache.writer import CacheWriter
+from pipeline.lazy import lazy_exports
 
-__all__ = [
-    "CacheReader",
-    "CacheWriter",
-    "CachedSample",
-    "DataIdentity",
-    "FeatureIdentity",
-    "Identity",
-    "Manifest",
-    "SampleFacts",
-    "TargetIdentity",
-    "TokenizerIdentity",
-    "build_index",
-    "count_candidates",
-    "held_out",
-    "last_hidden_rows",
-    "last_positions",
-    "plan_shards",
-    "read_manifest",
-    "sample_id",
-]
+__getattr__, __all__ = lazy_exports(
+    __name__,
+    {
+        "CacheReader": "pipeline.cache.reader",
+        "CacheWriter": "pipeline.cache.writer",
+        "CachedSample": "pipeline.cache.reader",
+        "DataIdentity": "pipeline.cache.manifest",
+        "FeatureIdentity": "pipeline.cache.manifest",
+        "Identity": "pipeline.cache.manifest",
+        "Manifest": "pipeline.cache.manifest",
+        "SampleFacts": "pipeline.cache.index",
+        "TargetIdentity": "pipeline.cache.manifest",
+        "TokenizerIdentity": "pipeline.cache.manifest",
+        "build_index": "pipeline.cache.index",
+        "count_candidates": "pipeline.cache.index",
+        "held_out": "pipeline.cache.reader",
+        "last_hidden_rows": "pipeline.cache.index",
+        "last_positions": "pipeline.cache.reader",
+        "plan_shards": "pipeline.cache.index",
+        "read_manifest": "pipeline.cache.manifest",
+        "sample_id": "pipeline.cache.index",
+    },
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,15 +52,11 @@ def cache_price(
         target_bytes: what the files of `target/` take.
     """
     features, width = identity.features, identity.target.hidden_size
-
-    def row_bytes(codec: str) -> int:
-        specs = get_codec(codec).specs(1, width)
-        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
-
+    context, last = get_codec(features.context_codec), get_codec(features.last_codec)
     tokens, last_rows = sum(plan.tokens), sum(plan.last_rows)
     header = len(file_layout(shard_specs(identity, plan[0])).header)
-    token_bytes = 4 + 1 + len(features.layer_ids) * row_bytes(features.context_codec)
-    shards = tokens * token_bytes + last_rows * row_bytes(features.last_codec) + len(plan) * header
+    token_bytes = 4 + 1 + len(features.layer_ids) * context.row_bytes(width)
+    shards = tokens * token_bytes + last_rows * last.row_bytes(width) + len(plan) * header
     digest = "0" * 64
     manifest = Manifest(created_by="", identity=identity, rows=rows, plan=plan, fidelity={})
     table = len(plan) * len(f'{shards // len(plan)}, "{digest}", ')

@@ -1,4 +1,4 @@
-"""The chat template: a conversation as the served model will see it, as text."""
+"""Render a conversation to the text that the served model will see."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template, or one from a file, with the arguments it is called with."""
+    """A tokenizer's chat template, or one from a file, with its arguments."""
 
     tokenizer: Any
     template: str | None = None
-    """Used instead of the tokenizer's own."""
+    """Replaces the tokenizer's own template; None keeps that."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Extra template variables, such as `enable_thinking`."""
     today: str = field(default_factory=lambda: datetime.date.today().isoformat())
-    """What templates that print the date print, so that a capture of several days has one."""
+    """Date that templates print, fixed so that a capture over several days uses one date."""
 
     @property
     def own(self) -> Any:
-        """The template as it was given: text, texts by name, or None."""
+        """Template as given: text, texts by name, or None."""
         return self.template if self.template is not None else self.tokenizer.chat_template
 
     @property
@@ -38,17 +38,17 @@ class ChatTemplate:
 
     @cached_property
     def special_ids(self) -> list[int]:
-        """Ids of the tokens that stand for no text of their own, such as the end of a turn."""
+        """Ids of special tokens, such as the end of a turn."""
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return sorted(special | set(self.tokenizer.all_special_ids))
 
     @cached_property
     def special_texts(self) -> list[str]:
-        """The same tokens' texts."""
+        """Texts of special tokens."""
         return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def source(self, tools: Any = None) -> str:
-        """The Jinja text in use. Raises BadRowError when there is none."""
+        """Return the Jinja text in use, with the date filled in. Raises BadRowError if there is none."""
         if not self.own:
             raise BadRowError(
                 "no chat template",
@@ -62,22 +62,22 @@ class ChatTemplate:
         return _TODAY.sub(lambda match: repr(date.strftime(match[2])), source)
 
     def has_marks(self, tools: Any = None) -> bool:
-        """Whether the template says with generation marks what the assistant writes."""
+        """Return True if the template marks the assistant's text with generation marks."""
         return _GENERATION_MARK.search(_COMMENT.sub("", self.source(tools))) is not None
 
     def render(self, conversation: Conversation, *, prompt: bool = False) -> str:
-        """The conversation as text, with the prompt for the next answer if asked."""
+        """Render a conversation to text, with the prompt for the next answer if asked."""
         return self.render_marked(conversation.messages, conversation.tools, prompt=prompt)[0]
 
     def render_marked(
         self, messages: list[Message], tools: Any, *, prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the character ranges of its generation marks (none where the template has none).
+        """Render messages to text. Return it with the character ranges of its generation marks, if any.
 
         Raises:
             BadRowError: the template refuses the conversation.
         """
-        # What tokenizer.apply_chat_template calls; that would not hand out the marks' characters.
+        # tokenizer.apply_chat_template calls this too, but does not return the marks' characters.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         source = self.source(tools)
@@ -90,7 +90,7 @@ class ChatTemplate:
                 return_assistant_tokens_mask=self.has_marks(tools),
                 **{**self.tokenizer.special_tokens_map, **self.arguments},
             )
-        except Exception as error:  # templates raise what they like: jinja errors, KeyError, ...
+        except Exception as error:  # templates raise anything: jinja errors, KeyError, ...
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadRowError(
                 "template refuses", f"the chat template refuses this conversation: {reason}"

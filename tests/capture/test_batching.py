@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import capture.batching
 from capture.batching import WINDOW_SAMPLES, CapturePlan, plan_capture
-from capture.plan import CaptureOptions
+from capture.options import CaptureOptions
 from pipeline.cache.progress.claims import take_shards
 
 BATCH_TOKENS, SHARD_TOKENS = CaptureOptions.batch_tokens, CaptureOptions.shard_tokens

@@ -306,7 +306,7 @@ def test_unfinished_answers_are_trimmed(server, tmp_path):
     server.say = lambda request: {"content": None, "reasoning": "hm, "}
     server.faults = {"b": ["length"]}
     result = run_cli(*arguments(server, tmp_path, [chat("b")], "--fresh"))
-    assert_refused(result, 1, "before it said anything")
+    assert_refused(result, 1, "reached --max-new-tokens without any content")
 
 
 @pytest.mark.parametrize("option", [("--batch-size", "2"), ("--dtype", "float32"), ("--device", "cpu")])

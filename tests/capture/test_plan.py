@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from capture.options import DataOptions
-from capture.plan import CaptureOptions, free_bytes, prepare, price
+from capture.options import CaptureOptions, DataOptions
+from capture.plan import free_bytes, price
+from capture.prepare import prepare
 from pipeline.cache import read_manifest
 from pipeline.cache.codecs import CODECS
 from pipeline.target_model.options import TargetOptions
@@ -196,7 +197,7 @@ def test_what_is_captured_already_needs_no_room(tmp_path, target_dir, data_file,
     assert "reused" in run_ok(*arguments(target_dir, data_file, cache))
     said = run_ok(*plan_arguments(target_dir, data_file, cache))
     there = real_size(cache) - (cache / "manifest.json").stat().st_size  # which is written anew
-    assert f"{size(there)} of the cache there already" in said
+    assert f"{size(there)} of the cache already written" in said
 
 
 def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path, monkeypatch):

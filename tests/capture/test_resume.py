@@ -17,8 +17,8 @@ from click.testing import Result
 
 import capture.example
 from capture.data.conversations import TokenizedSample
-from capture.options import DataOptions
-from capture.plan import CaptureOptions, prepare
+from capture.options import CaptureOptions, DataOptions
+from capture.prepare import prepare
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import CacheReader, Manifest, read_manifest
 from pipeline.cache.manifest import ShardFiles, write_manifest

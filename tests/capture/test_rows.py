@@ -133,7 +133,7 @@ BAD: dict[str, tuple[Any, str | None, str, str]] = {
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         None,
         "malformed message",
-        "message 0 is no text",
+        "message 0 is not text",
     ),
     "a role nobody knows": (
         {"conversations": [{"from": "narrator", "value": "x"}]},
@@ -170,15 +170,20 @@ BAD: dict[str, tuple[Any, str | None, str, str]] = {
         "malformed message",
         "the response",
     ),
-    "text that is a list": ({"text": ["x"]}, None, "malformed message", '"text" of this row is no text'),
+    "text that is a list": ({"text": ["x"]}, None, "malformed message", '"text" of this row is not text'),
     "half a pair": ({"text": "\ud83d"}, None, "not text", "surrogate"),
     "ids of another length": (
         {"input_ids": [1], "loss_mask": []},
         None,
         "malformed tokens",
-        "1 input_ids but 0",
+        "input_ids and loss_mask of equal length, got 1 and 0",
     ),
-    "ids that are text": ({"input_ids": ["1"], "loss_mask": [1]}, None, "malformed tokens", "whole numbers"),
+    "ids that are text": (
+        {"input_ids": ["1"], "loss_mask": [1]},
+        None,
+        "malformed tokens",
+        "integers in input_ids",
+    ),
     "a mask of twos": ({"input_ids": [1], "loss_mask": [2]}, None, "malformed tokens", "0 or 1"),
     "a mask that is text": ({"input_ids": [1], "loss_mask": "1"}, None, "malformed tokens", "lists"),
 }

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import capture.run
 from capture.data.conversations import TokenizedSample
-from capture.options import DataOptions
-from capture.plan import CaptureOptions, prepare, price
+from capture.options import CaptureOptions, DataOptions
+from capture.plan import price
+from capture.prepare import prepare
 from capture.shards.statistics import measure_statistics
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import CacheReader, read_manifest
@@ -108,7 +109,7 @@ def test_of_many_samples_48_are_measured_and_of_a_long_one_512_tokens(tmp_path, 
     data = make_conversations(tmp_path / "many.jsonl", count=120, seed=4)
     prepared = prepared_for(fp32_target, data, tmp_path / "cache", **DEFAULT)
     target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
-    identity = prepared.identity(prepared.target.identity())
+    identity = prepared.full_identity()
 
     class Long:
         """Every sample said again and again."""
@@ -137,7 +138,7 @@ def test_the_first_token_changes_nothing(tmp_path, fp32_target, data, whole, mon
     after_each_forward(monkeypatch, poison)
     prepared = prepared_for(fp32_target, data, tmp_path / "cache", **DEFAULT, **SMALL)
     target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
-    identity = prepared.identity(prepared.target.identity())
+    identity = prepared.full_identity()
     found = measure_statistics(target, identity, prepared.data, prepared.batching.order)
     expected = load_file(whole / FILE)
     for state, values in found.items():

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pipeline.cache
-from capture.cli import CONTEXT_CODECS, LAST_CODECS
 from pipeline.cache import CacheReader
 from pipeline.cache.codecs import CODECS, Statistics, bits_per_value, get_codec
 from pipeline.cache.index import index_bytes
 from pipeline.cache.layout import shard_specs
 from pipeline.cache.manifest import ShardPlan
 from pipeline.errors import CacheError
+from pipeline.options import CONTEXT_CODECS, LAST_CODECS
 from tests.pipeline.hostile import assert_refuses
 from tests.pipeline.stored import stored_cache, stored_identity
 from tests.pipeline.written import make_writing, read_all
@@ -576,6 +576,12 @@ def test_a_default_token_of_a_4b_model_takes_at_most_9450_bytes():
 def test_the_command_line_offers_every_codec():
     assert list(CODECS) == list(CONTEXT_CODECS)
     assert set(LAST_CODECS) == set(CODECS) - {"nf4", "lm3"}
+
+
+def test_codecs_of_eight_bits_and_more_are_for_last_hidden_states():
+    for codec in CODECS.values():
+        assert codec.for_last == (codec.bits(2560) >= 8), codec.name
+        assert codec.bits(2560) == bits_per_value(codec, 2560) == 8 * codec.row_bytes(2560) / 2560
 
 
 def test_an_unknown_codec_is_refused_by_name():

@@ -9,8 +9,9 @@ import torch
 
 from tests import reference
 from tests.train.drafts import as_batch, random_samples, small_model, spec_of
+from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.module import DSparkTrainerModule
-from train.losses.slots import compute_dspark_loss
+from train.losses import compute_dspark_loss
 
 # RoPE angles are fp32 in the draft by design, so float64 agreement ends here.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
@@ -18,9 +19,7 @@ MASKS = [[0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [0, 0, 1, 1]]
 ANCHORS = [[1, 2, 6, 9], [0, 1, 4], [2]]
 
 CASES = {
-    "vanilla": {},
-    "gated": {"markov_head_type": "gated"},
-    "rnn": {"markov_head_type": "rnn"},
+    **{name: {"markov_head_type": name} for name in MARKOV_HEADS},
     "no markov": {"markov_rank": 0, "markov_head_type": "none", "confidence_head_with_markov": False},
     "confidence without markov": {"confidence_head_with_markov": False},
     "no confidence": {"enable_confidence_head": False},

@@ -13,13 +13,13 @@ from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.train.runs import train_arguments
 from train.data.sampling import drawn_anchors
+from train.data.split import split
 from train.eval.calibrate import GRID, cut_unreached, fit_temperatures, halves
 from train.eval.heldout import Blocks, measure
 from train.eval.metrics import calibration
-from train.eval.validate import split
-from train.runs.checkpoint import find_checkpoint
-from train.runs.open import open_draft
-from train.runs.results import CALIBRATION, read_calibration, read_temperatures
+from train.runs.names import CALIBRATION
+from train.runs.open import find_checkpoint, open_on_cache
+from train.runs.results import read_calibration, read_temperatures
 from train.runtime.distributed import open_ranks
 
 K = 3
@@ -165,7 +165,7 @@ def test_positions_that_no_block_reaches_are_the_last_ones() -> None:
 def test_the_blocks_of_a_draft_are_prefixes(run_dir: Path, cache_dir: Path) -> None:
     """What the two tests above rest on, of what is measured."""
     with open_ranks("cpu") as ranks:
-        draft = open_draft(cache_dir, run_dir, ranks)
+        draft = open_on_cache(cache_dir, run_dir, ranks)
         every = drawn_anchors(None, 0)
         blocks = measure(draft.module, draft.reader, draft.held_out, draft.config, ranks, every)
     assert blocks.valid[:, 0].all()

@@ -70,8 +70,9 @@ def make_run(run: Path, config: str, cache: Identity | None = NF4, **progress) -
         folder = run / "checkpoints" / f"step-{progress['step']:06d}"
         folder.mkdir(parents=True)
         values = {"total_steps": 700, "parameters": 1_234_567, "complete": True, **progress}
-        about = {"config": {}, "cache": {}, "version": {}, "machine": {}}
-        page = {"progress": Progress(**values).values(), **about}
+        identity = dataclasses.asdict(cache or NF4)
+        about = {"config": {}, "cache": identity, "version": {}, "machine": {}}
+        page = {"progress": dataclasses.asdict(Progress(**values)), **about}
         (folder / "training.json").write_text(json.dumps(page))
         (run / "latest").symlink_to(folder.relative_to(run))
     return run

@@ -16,9 +16,9 @@ from tests.train.runs import lines_of, progress_of, train_arguments, weights_of
 from train.config import RunConfig, TrainConfig
 from train.data.loader import load_batch, loaded
 from train.data.sampling import random_anchors
+from train.draft.dspark.collate import collate_anchors
 from train.draft.dspark.module import DSparkTrainerModule
 from train.losses.fused import _product
-from train.trainer.setup import prepare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,7 +78,7 @@ def test_nothing_is_compiled_again_after_the_first_steps() -> None:
 
     model = small_model(head_dim=16).float().cuda()
     module = DSparkTrainerModule(model, 4.0)
-    prepare(module, RunConfig(train=TrainConfig(compile="on")), torch.device("cuda"))
+    module.prepare(RunConfig(train=TrainConfig(compile="on")), torch.device("cuda"))
     compiled = []
     for step in range(8):
         batch = packed("cuda", torch.float32, repeats=1 + step % 3)
@@ -95,10 +95,11 @@ def test_a_batch_decoded_on_the_gpu_is_the_cpus(cache_dir: Path, tmp_path: Path,
 
     run_ok("convert", cache_dir, tmp_path / "c", "--context-codec", codecs[0], "--last-codec", codecs[1])
     reader = CacheReader(tmp_path / "c")
-    packs = [([i, i + 1, i + 2], random_anchors(20, 0, 0)) for i in range(0, 12, 3)]
+    collate = collate_anchors(random_anchors(20, 0, 0))
+    packs = [([i, i + 1, i + 2], collate) for i in range(0, 12, 3)]
     batches = loaded(reader, packs, (0, 4), 512, torch.device("cuda"))
-    for (samples, choose), batch in zip(packs, batches, strict=True):
-        wanted = load_batch(reader, samples, (0, 4), 512, choose)
+    for (samples, _), batch in zip(packs, batches, strict=True):
+        wanted = load_batch(reader, samples, (0, 4), 512, collate)
         for name, tensor in wanted.tensors().items():
             assert torch.equal(batch.tensors()[name].cpu(), tensor), name
 

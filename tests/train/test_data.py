@@ -21,8 +21,11 @@ from pipeline.errors import CacheError
 from tests.conftest import run_ok
 from tests.train.drafts import small_model
 from train.config import TrainConfig
-from train.data.loader import Batch, load_batch, load_encoded_batch, loaded, prefetch
-from train.data.sampling import anchor_quotas, random_anchors, spread_anchors
+from train.data import sampling
+from train.data.loader import Batch, Collate, load_batch, load_encoded_batch, loaded, prefetch
+from train.data.sampling import anchor_quotas, spread_anchors
+from train.draft.dspark.collate import collate_anchors
+from train.draft.dspark.kind import DSPARK
 from train.trainer.optimizer import build_optimizers, learning_rate, normalise_gradients
 
 
@@ -32,6 +35,10 @@ def reader(cache_dir: Path) -> CacheReader:
 
 
 SAMPLES, LAYERS, TOKENS = [7, 0, 21], (4, 0), 512
+
+
+def random_anchors(total: int, seed: int, epoch: int) -> Collate:
+    return collate_anchors(sampling.random_anchors(total, seed, epoch))
 
 
 def test_a_batch_holds_exactly_the_samples(reader: CacheReader) -> None:
@@ -78,7 +85,7 @@ def test_a_batch_of_nothing(reader: CacheReader) -> None:
     for load in (load_batch, partial(load_encoded_batch, pin=False)):
         batch = load(reader, [], LAYERS, 32, random_anchors(6, 0, 0))
         assert batch.num_tokens == 0
-        assert not batch.block_keep_mask.any()
+        assert not batch.collated["block_keep_mask"].any()
         batch = batch if isinstance(batch, Batch) else batch.to(torch.device("cpu"))
         assert batch.target_hidden_states.shape == (1, 32, 2, reader.hidden_size)
         assert not batch.target_hidden_states.any()
@@ -104,9 +111,9 @@ def test_quotas_are_in_proportion(counts: list[int], total: int) -> None:
 
 def test_anchors_are_each_inside_their_sample(reader: CacheReader) -> None:
     batch = load_batch(reader, SAMPLES, (0,), TOKENS, random_anchors(13, seed=5, epoch=2))
-    kept = batch.anchor_positions[batch.block_keep_mask].tolist()
+    kept = batch.collated["anchor_positions"][batch.collated["block_keep_mask"]].tolist()
     assert len(kept) == 13
-    assert batch.anchor_positions.shape[1] == 16  # a multiple of 16, the last three dummies
+    assert batch.collated["anchor_positions"].shape[1] == 16  # a multiple of 16, the last three dummies
     assert kept == sorted(set(kept))
     mask, documents = batch.loss_mask[0].tolist(), batch.document_ids[0].tolist()
     assert all(mask[p] and mask[p + 1] and documents[p] == documents[p + 1] for p in kept)
@@ -117,7 +124,7 @@ def test_anchors_are_each_inside_their_sample(reader: CacheReader) -> None:
 def test_anchors_depend_on_the_sample_and_its_quota_alone(reader: CacheReader) -> None:
     def drawn(samples: list[int], total: int, seed: int = 5, epoch: int = 2) -> list[list[int]]:
         batch = load_batch(reader, samples, (0,), TOKENS, random_anchors(total, seed, epoch))
-        kept = batch.anchor_positions[batch.block_keep_mask].tolist()
+        kept = batch.collated["anchor_positions"][batch.collated["block_keep_mask"]].tolist()
         ends = np.cumsum(reader.lengths[samples]).tolist()
         starts = [0, *ends[:-1]]
         return [[p - a for p in kept if a <= p < b] for a, b in zip(starts, ends, strict=True)]
@@ -230,7 +237,7 @@ def test_every_trained_weight_is_optimised_once_and_the_markov_head_at_its_own_r
     model = small_model(markov_head_type="gated")
     model.embed_tokens.requires_grad_(False)
     config = TrainConfig(lr=0.1, markov_lr_scale=3.0, weight_decay=0.2)
-    (optimizer,) = build_optimizers(model, config)
+    (optimizer,) = build_optimizers(model, config, DSPARK.lr_scales(config))
     groups = optimizer.param_groups
     found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found)

@@ -9,9 +9,10 @@ import torch
 
 from tests.train.drafts import HIDDEN, LAYERS, VOCAB, small_model
 from train.draft.dspark.decoder import DraftDecoder
+from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.model import Qwen3DSparkModel
 
-HEADS = ["vanilla", "gated", "rnn", "none"]
+HEADS = [*MARKOV_HEADS, "none"]
 S = 23
 
 

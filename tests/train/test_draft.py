@@ -13,8 +13,9 @@ from pipeline.cache import CacheReader
 from pipeline.errors import CacheError
 from tests.train.drafts import as_batch, random_samples, small_config, small_model
 from train.config import DraftConfig
-from train.draft.dspark.config import draft_config, read_target_config
+from train.draft.dspark.config import draft_config
 from train.draft.dspark.model import Qwen3DSparkModel
+from train.draft.shape import read_target_config
 
 LAYER = [
     "self_attn.q_proj",

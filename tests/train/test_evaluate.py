@@ -18,9 +18,9 @@ from tests.tiny import make_conversations
 from tests.train.drafts import spec_of
 from tests.train.runs import train_arguments
 from train.data.sampling import drawn_anchors
-from train.eval.validate import split
-from train.runs.checkpoint import find_checkpoint, load_checkpoint
+from train.data.split import split
 from train.runs.directory import load_run_config
+from train.runs.open import find_checkpoint, open_draft
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def evaluated(cache: Path, run: Path, *options: str) -> dict:
 def expected_blocks(cache: Path, run: Path, anchors: int | None, seed: int) -> list[dict]:
     """Each block's sample, acceptances and greedy matches by the naive loop, and the naive loss of all."""
     reader, config = CacheReader(cache), load_run_config(run)
-    model, _ = load_checkpoint(find_checkpoint(run), reader)
+    model = open_draft(run).model(reader)
     weights = {name: weight.double() for name, weight in model.state_dict().items()}
     spec = spec_of(model)
     _, held_out = split(reader, config.train.held_out)

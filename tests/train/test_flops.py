@@ -8,15 +8,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.train.drafts import as_pack, random_samples, small_model
 from train.data.loader import Pack
-from train.draft.dspark.flops import peak_flops, training_flops
+from train.draft.dspark.flops import training_flops
+from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.module import DSparkTrainerModule
+from train.trainer.metrics import peak_flops
 
 MASKS = [[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [1] * 9]
 ANCHORS = [[1, 3, 4], [0, 1, 4], [0, 2, 5, 7]]
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.addmm_)
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", None])
+@pytest.mark.parametrize("head", [*MARKOV_HEADS, None])
 def test_products_are_those_that_run(head: str | None) -> None:
     """All but attention, whose hidden scores a dense kernel computes too. No dummies, no padding here."""
     settings = (
@@ -32,9 +34,10 @@ def test_products_are_those_that_run(head: str | None) -> None:
         DSparkTrainerModule(model, 4.0)(**batch).loss.backward()
     counts = counter.get_flop_counts()["Global"]
     ran = sum(counts.get(product, 0) for product in PRODUCTS)
-    states = ("target_hidden_states", "target_last_hidden_states")
     tokens = batch["input_ids"].shape[1]
-    pack = Pack(**{k: v for k, v in batch.items() if k not in states}, num_tokens=tokens)
+    collated = {name: batch[name] for name in ("anchor_positions", "block_keep_mask")}
+    own = {name: batch[name] for name in ("input_ids", "loss_mask", "document_ids")}
+    pack = Pack(**own, collated=collated, num_tokens=tokens)
     blocks, config = batch["anchor_positions"].shape[1], model.config
     pairs = sum(anchor + config.block_size for own in ANCHORS for anchor in own) * config.block_size
     attention = 12 * config.num_attention_heads * config.head_dim * pairs * config.num_hidden_layers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train.losses import fused as fused_loss
-from train.losses.fused import vocabulary_loss
+from train.losses.fused import LowRankBias, SlotOperands
 from train.losses.slots import slot_losses
 
 SLOTS, POSITIONS, HIDDEN, RANK, VOCAB = 23, 9, 12, 5, 37
@@ -43,16 +43,26 @@ def operands(case: dict, dtype: torch.dtype, slots: int = SLOTS) -> dict[str, to
     }
 
 
-def options(case: dict) -> dict:
-    return {
-        "softcap": case.get("softcap"),
-        "logit_scale": case.get("scale", 1.0),
-        "latent_by_position": bool(case.get("by_position")),
-    }
+def vocabulary_loss(x: dict, case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The chunked loss of a case's operands."""
+    bias = None
+    if x["latent"] is not None:
+        by_position = bool(case.get("by_position"))
+        bias = LowRankBias(latent=x["latent"], weight=x["markov_w2"], by_position=by_position)
+    names = ("hidden", "head", "labels", "teacher_hidden", "ce_weights", "l1_weights")
+    return fused_loss.vocabulary_loss(
+        SlotOperands(
+            **{name: x[name] for name in names},
+            positions=x["which"],
+            bias=bias,
+            softcap=case.get("softcap"),
+            logit_scale=case.get("scale", 1.0),
+        )
+    )
 
 
 def plainly(x: dict, case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """By the definition in losses.py, with everything of size [M, V] at once."""
+    """By the definition in train/losses/slots.py, with everything of size [M, V] at once."""
 
     def capped(states: torch.Tensor) -> torch.Tensor:
         logits = states @ x["head"].T * case.get("scale", 1.0)
@@ -83,7 +93,7 @@ def test_values_and_gradients(case: str, rows: int, few: int, dtype: torch.dtype
     settings = CASES[case]
     x = operands(settings, dtype, slots=47)
     trained = [x[name].requires_grad_(True) for name in TRAINED if x[name] is not None]
-    total, ce, l1 = vocabulary_loss(**x, **options(settings))
+    total, ce, l1 = vocabulary_loss(x, settings)
     got = torch.autograd.grad(3 * total, trained)
     wanted_total, wanted_ce, wanted_l1 = plainly(x, settings)
     wanted = torch.autograd.grad(3 * wanted_total, trained)
@@ -105,7 +115,7 @@ def test_gradcheck(case: str) -> None:
     names = [name for name in TRAINED if x[name] is not None and name not in constant]
 
     def total(*trained: torch.Tensor) -> torch.Tensor:
-        return vocabulary_loss(**x | dict(zip(names, trained, strict=True)), **options(settings))[0]
+        return vocabulary_loss(x | dict(zip(names, trained, strict=True)), settings)[0]
 
     assert torch.autograd.gradcheck(total, [x[name].requires_grad_(True) for name in names], eps=1e-7)
 
@@ -124,7 +134,7 @@ def test_frozen_weights_cost_no_products(monkeypatch) -> None:
         products.clear()
         for name in TRAINED:
             x[name].requires_grad_(name in trained)
-        vocabulary_loss(**x)
+        vocabulary_loss(x, {})
         return len(products)
 
     forward = counted()  # draft, teacher and bias
@@ -140,7 +150,7 @@ def test_frozen_weights_cost_no_products(monkeypatch) -> None:
 def test_no_slots_at_all(by_position: bool) -> None:
     x = operands({"by_position": by_position}, torch.float32, slots=0)
     trained = [x[name].requires_grad_(True) for name in TRAINED]
-    total, ce, l1 = vocabulary_loss(**x, latent_by_position=by_position)
+    total, ce, l1 = vocabulary_loss(x, {"by_position": by_position})
     assert total.item() == 0
     assert len(ce) == len(l1) == 0
     assert all(not gradient.any() for gradient in torch.autograd.grad(total, trained))
@@ -156,7 +166,7 @@ def test_bf16_autocast_rounds_products_only() -> None:
     rounded |= {name: x[name].double() for name in ("ce_weights", "l1_weights")}
     wanted, wanted_ce, wanted_l1 = plainly(rounded, {"by_position": True})
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, ce, l1 = vocabulary_loss(**x, latent_by_position=True)
+        total, ce, l1 = vocabulary_loss(x, {"by_position": True})
     assert total.dtype == ce.dtype == l1.dtype == torch.float32
     assert abs(total.item() / wanted.item() - 1) < 2e-3
     torch.testing.assert_close(ce.double(), wanted_ce, rtol=0, atol=0.1)
@@ -167,7 +177,7 @@ def test_bf16_weights_match_the_definition_in_float64() -> None:
     x = operands({}, torch.float32)
     x |= {name: x[name].bfloat16() for name in TRAINED}
     trained = [x[name].requires_grad_(True) for name in TRAINED]
-    total, _, _ = vocabulary_loss(**x)
+    total, _, _ = vocabulary_loss(x, {})
     got = torch.autograd.grad(total, trained)
     exact = {n: v.double() if v is not None and v.is_floating_point() else v for n, v in x.items()}
     exact |= {name: x[name].detach().double().requires_grad_(True) for name in TRAINED}

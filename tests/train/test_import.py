@@ -14,6 +14,7 @@ from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target
 from tests.train.exports import change_json, contents
 from tests.train.runs import progress_of, train_arguments, weights_of
+from train.draft.dspark.markov import MARKOV_HEADS
 
 # As the run that was exported is measured.
 SETTINGS = {"train.held_out": 0.2, "train.precision": "fp32", "train.batch_tokens": 256}
@@ -60,7 +61,7 @@ def test_there_and_back(tmp_path: Path, cache_dir: Path, run_dir: Path, released
     assert "An imported draft may have learned from these samples." in card
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])
+@pytest.mark.parametrize("head", [*MARKOV_HEADS, "none"])
 def test_every_head_comes_back(tmp_path: Path, cache_dir: Path, head: str) -> None:
     """In bf16, rounded once: what is exported of the import is the first export."""
     settings = {"draft__markov_head": head, "draft__num_layers": 2, "draft__target_layer_ids": "[0,4]"}

@@ -10,7 +10,8 @@ import torch
 from tests.train.drafts import as_batch, random_samples, small_model
 from train.draft.dspark.model import DSparkForwardOutput
 from train.draft.dspark.module import DSparkTrainerModule
-from train.losses.slots import compute_dspark_loss, slot_weights
+from train.losses import compute_dspark_loss
+from train.losses.slots import slot_weights
 
 
 def logits_of(*rows: list[float]) -> torch.Tensor:

@@ -14,14 +14,15 @@ from train.draft.dspark.anchors import (
     restarting_positions,
     sample_anchor_positions,
 )
+from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.masks import block_attention_mask, flex_block_mask
 from train.draft.dspark.module import DSparkTrainerModule
-from train.losses.slots import compute_dspark_loss
+from train.losses import compute_dspark_loss
 
 # Documents that end in the middle of an answer, so that a block could run on into the next one.
 MASKS = [[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]]
 ANCHORS = [[1, 3, 4], [0, 1, 4], [2], [0, 2, 5]]
-HEADS = {"vanilla": {}, "gated": {"markov_head_type": "gated"}, "rnn": {"markov_head_type": "rnn"}}
+HEADS = {name: {"markov_head_type": name} for name in MARKOV_HEADS}
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -23,12 +23,12 @@ from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import start_ranks
 from tests.train.runs import figures_of, progress_of, train_arguments, weights_of
 from train.data.packing import epoch_packs
-from train.eval.validate import split, validate
-from train.runs.checkpoint import find_checkpoint, load_checkpoint
+from train.data.split import split
+from train.eval.validate import validate
 from train.runs.directory import load_run_config
+from train.runs.open import open_draft
 from train.runtime.distributed import Ranks, SpreadModule
-from train.trainer import trainer as loop
-from train.trainer.setup import trainer_module
+from train.trainer import parts
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 # Seven micro-batches a step, which neither two nor three ranks can share evenly.
@@ -193,13 +193,13 @@ def test_a_rank_that_dies_ends_the_job(tmp_path: Path, cache_dir: Path, monkeypa
     if said:  # unless torchrun was quicker
         assert "rank 0 lost the others" in said[0]
     # And the same command continues it: one process here, stopped at once.
-    real = loop.machine_facts
+    real = parts.machine_facts
 
     def stopped(*given):
         signal.raise_signal(signal.SIGTERM)
         return real(*given)
 
-    monkeypatch.setattr(loop, "machine_facts", stopped)
+    monkeypatch.setattr(parts, "machine_facts", stopped)
     step = progress_of(run)["step"]
     again = run_cli(*train_arguments(cache_dir, run, **settings))
     assert_refused(again, 143, f"saved at step {step + 1}")
@@ -231,8 +231,8 @@ def _child_of(parent: int, **variables: str) -> int:
 def test_an_evaluation_is_shared(cache_dir: Path, alone: Path) -> None:
     """Each of five ranks measures its part, more than there are packs; together they are one's figures."""
     config, reader = load_run_config(alone), CacheReader(cache_dir)
-    model, _ = load_checkpoint(find_checkpoint(alone), reader)
-    module, (_, samples) = trainer_module(model, config), split(reader, config.train.held_out)
+    draft, (_, samples) = open_draft(alone), split(reader, config.train.held_out)
+    module = draft.kind.on(draft.model(reader), config, torch.device("cpu"))
 
     class Pretended(Ranks):
         """One of five; sums are noted, not exchanged."""

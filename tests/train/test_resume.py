@@ -22,7 +22,7 @@ from tests.train.runs import (
     train_arguments,
     weights_of,
 )
-from train.runs.checkpoint import BEST, LATEST
+from train.runs.names import BEST, LATEST
 from train.trainer import trainer as loop
 
 OFTEN = {

@@ -21,7 +21,7 @@ from tests.processes import Dspark
 from tests.train.runs import checkpoint_names, lines_of, progress_of, train_arguments, weights_of
 from tests.train.test_resume import assert_same_run, one_thread_until_death
 from train.config import LossConfig, RunConfig, TrainConfig
-from train.runs.checkpoint import BEST, LATEST
+from train.runs.names import BEST, LATEST
 from train.trainer import trainer as loop
 
 SHORT = {

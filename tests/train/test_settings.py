@@ -16,6 +16,7 @@ from pipeline import config as configuration
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.runs import train_arguments
 from train.config import PAPER, LossConfig, RunConfig
+from train.draft.dspark.markov import MARKOV_HEADS
 from train.runs.directory import flat_settings, load_run_config
 from train.trainer.setup import most_candidates
 
@@ -27,7 +28,7 @@ from train.trainer.setup import most_candidates
         ("drafts.num_layers=3", 2, ["drafts", "did you mean draft?"]),
         ("draft.num_layers=two", 2, ["draft.num_layers", "expected int", "'two'"]),
         ("draft.block_size=0", 2, ["block_size must be at least 1, got 0"]),
-        ("draft.markov_head=fancy", 2, ["vanilla, gated, rnn, none", "'fancy'"]),
+        ("draft.markov_head=fancy", 2, [f"{', '.join(MARKOV_HEADS)}, none", "'fancy'"]),
         ("draft.markov_rank=0", 2, ["markov_rank", "none"]),
         ("draft.markov_head=none", 2, ["confidence_with_markov", "set it to false"]),
         ("draft.mask_token_id=999", 2, ["mask_token_id 999", "325"]),
@@ -126,7 +127,7 @@ def test_every_setting_is_explained() -> None:
         assert list(docs) == [field.name for field in dataclasses.fields(getattr(RunConfig(), table.name))]
     assert lines["draft.block_size"].split()[:3] == ["draft.block_size", "7", "7"]
     assert lines["train.lr"].split()[:3] == ["train.lr", "0.0006", "6e-4"]
-    assert "vanilla, gated, rnn, none" in " ".join(shown.split())
+    assert f"{', '.join(MARKOV_HEADS)}, none" in " ".join(shown.split())
     assert "Any of tensorboard, wandb, trackio." in " ".join(shown.split())
 
 

@@ -14,7 +14,7 @@ from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import start_ranks
 from tests.train.runs import figures_of, lines_of, progress_of, train_arguments, weights_of
 from train.data.packing import epoch_packs
-from train.eval.validate import split
+from train.data.split import split
 from train.trainer import trainer as loop
 
 
@@ -35,7 +35,7 @@ def poisoned(monkeypatch):
                         metrics = real(**batch)
                         if number in steps and part == "loss":
                             metrics.loss = metrics.loss * float("nan")
-                            metrics.sums.ce = metrics.sums.ce * float("nan")
+                            metrics.sums.terms["ce"] = metrics.sums.terms["ce"] * float("nan")
                         elif number in steps:  # the loss is fine, its gradient is not
                             metrics.loss.register_hook(lambda gradient: gradient * float("inf"))
                         return metrics

@@ -16,13 +16,14 @@ from pipeline.errors import ConfigError, DataError, RunError
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target, make_tokenizer
 from tests.train.runs import train_arguments
+from train.data.split import split
 from train.decode.benchmark import _add_up, _check_partings, _parting, offline_figures
 from train.decode.prompts import held_out_prompts, read_prompts
 from train.decode.speculative import CachedTarget, Decoded
-from train.eval.validate import split
-from train.runs.checkpoint import find_checkpoint
 from train.runs.figures import Parting
-from train.runs.results import EVALUATION, SPECULATION, read_evaluation, read_speculation
+from train.runs.names import EVALUATION, SPECULATION
+from train.runs.open import find_checkpoint
+from train.runs.results import read_evaluation, read_speculation
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ lr = 3e-3
 
 # What `dspark train` leaves behind, without torch. plan.json beside it says what happens in a run of a name.
 STAND_IN = """\
-import json, os, signal, sys, time
+import dataclasses, json, os, signal, sys, time
 from pathlib import Path
 
 from pipeline import config
@@ -89,8 +89,8 @@ def save(step):
     names = ("loss", "ce_loss", "l1_loss", "confidence_loss")
     figures = {"step": step, "tau": tau, "accept_by_position": [0.5], **dict.fromkeys(names, 1.0)}
     progress = Progress(total_steps=4, parameters=9, step=step, evaluation=figures, complete=step == 4)
-    about = {"config": {}, "cache": {}, "version": {}, "machine": {}}
-    (folder / "training.json").write_text(json.dumps({"progress": progress.values(), **about}))
+    about = {"config": {}, "cache": identity, "version": {}, "machine": {}}
+    (folder / "training.json").write_text(json.dumps({"progress": dataclasses.asdict(progress), **about}))
 
 
 def meet():

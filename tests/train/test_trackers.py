@@ -77,7 +77,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def opened(run: Path, *names: str, step: int = 0) -> Trackers:
-    return Trackers(names, run=run, config=CONFIG, step=step)
+    return Trackers(names, run=run, identity_file=run / "trackers.json", config=CONFIG, step=step)
 
 
 def events(run: Path) -> Any:

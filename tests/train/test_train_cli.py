@@ -17,10 +17,9 @@ from tests.processes import Dspark, one_thread
 from tests.tiny import make_target
 from tests.train.runs import SMALL, figures_of, lines_of, progress_of, train_arguments
 from train.config import TrainConfig
-from train.data.packing import epoch_packs
-from train.data.sampling import count_steps, steps_from
-from train.eval.validate import split
-from train.runs.checkpoint import find_checkpoint
+from train.data.packing import count_steps, epoch_packs, steps_from
+from train.data.split import split
+from train.runs.open import find_checkpoint
 from train.trainer.setup import most_candidates
 
 
@@ -177,7 +176,7 @@ def test_an_epoch_visits_every_sample(tmp_path: Path, cache_dir: Path) -> None:
     first = len(epoch_packs(lengths, 256, 0, 0))
     assert len(logged) == first + len(epoch_packs(lengths, 256, 0, 1))
     steps = itertools.islice(steps_from(lengths, samples, config), first)
-    packs = [members for step in steps for members, _ in step.packs]
+    packs = [members for step in steps for members in step.packs]
     assert sorted(i for members in packs for i in members) == samples.tolist()
 
 

@@ -12,6 +12,7 @@ import click
 
 from pipeline.errors import UsageError
 from pipeline.target_model.options import TargetOptions, target_options
+from train.runs.names import BEST
 
 run_option = click.option(
     "--run",
@@ -26,7 +27,7 @@ cache_option = click.option(
 )
 checkpoint_option = click.option(
     "--checkpoint",
-    default="best",
+    default=BEST,
     show_default=True,
     help="best (the latest where nothing was held out), latest, or a name as step-000400.",
 )
@@ -60,20 +61,20 @@ def evaluate_command(
     evaluation.json in the checkpoint's folder. Under torchrun processes share the samples.
     """
     from train.eval.evaluate import evaluate, format_evaluation
-    from train.runs.open import open_draft
+    from train.runs.open import open_on_cache
     from train.runs.results import save_figures
     from train.runtime.distributed import open_ranks
 
     with open_ranks(device) as ranks:
         with ranks.together():
-            draft = open_draft(cache, run, ranks, checkpoint)
+            draft = open_on_cache(cache, run, ranks, checkpoint)
         result = evaluate(
             draft.module,
             draft.reader,
             draft.held_out,
             draft.config,
             ranks,
-            step=draft.step,
+            step=draft.trained.step,
             anchors=anchors,
             seed=seed,
         )
@@ -81,7 +82,7 @@ def evaluate_command(
             click.echo(json.dumps(asdict(result)) if as_json else format_evaluation(result))
         with ranks.together():
             if ranks.leads:
-                save_figures(draft.folder, result)
+                save_figures(draft.trained.folder, result)
 
 
 def _check_temperatures(_ctx: click.Context, _param: click.Parameter, values: tuple[float, ...]) -> Any:
@@ -166,32 +167,29 @@ def speculate_command(
     from pipeline.cache import CacheReader
     from pipeline.quiet import quiet_transformers
     from pipeline.target_model.load import open_target
+    from train.data.split import split
     from train.decode.benchmark import format_speculation, load_pair, speculate_all
     from train.decode.prompts import held_out_prompts, read_prompts
-    from train.eval.validate import split
-    from train.runs.checkpoint import check_cache, find_checkpoint, trained_for
     from train.runs.directory import load_run_config
+    from train.runs.open import open_draft
     from train.runs.results import save_figures
-    from train.runs.state import read_training
 
     quiet_transformers()
-    folder = find_checkpoint(run, checkpoint)
-    _, page = read_training(folder)
+    draft = open_draft(run, checkpoint)
     found = open_target(target)
     if prompts is not None:
-        vocab_size = trained_for(folder, page).vocab_size
-        asked = read_prompts(prompts, found.tokenizer(), vocab_size, num_prompts)
+        asked = read_prompts(prompts, found.tokenizer(), draft.target.vocab_size, num_prompts)
     else:
         reader = CacheReader(cache)
-        check_cache(folder, page, reader)
+        draft.require_target_of(reader)
         _, held_out = split(reader, load_run_config(run).train.held_out)
         asked = held_out_prompts(reader, held_out, num_prompts)
-    pair = load_pair(found, folder)
+    pair = load_pair(found, draft)
     if pair.warning:
         click.echo(f"warning: {pair.warning}", err=True)
     result = speculate_all(
         pair,
-        folder,
+        draft.folder,
         asked,
         temperatures=temperatures,
         max_new_tokens=max_new_tokens,
@@ -200,7 +198,7 @@ def speculate_command(
         show=partial(click.echo, err=as_json) if show else None,
     )
     click.echo(json.dumps(asdict(result)) if as_json else format_speculation(result))
-    save_figures(folder, result)
+    save_figures(draft.folder, result)
 
 
 @click.command("calibrate")
@@ -221,16 +219,16 @@ def calibrate_command(
     them from there, and SGLang by --speculative-dspark-confidence-sts-path.
     """
     from train.eval.calibrate import calibrate, format_calibration
-    from train.runs.open import open_draft
+    from train.runs.open import open_on_cache
     from train.runs.results import save_figures
     from train.runtime.distributed import open_ranks
 
     with open_ranks(device) as ranks:
         with ranks.together():
-            draft = open_draft(cache, run, ranks, checkpoint)
+            draft = open_on_cache(cache, run, ranks, checkpoint)
         result = calibrate(draft, ranks, anchors=anchors, seed=seed)
         if ranks.leads:
             click.echo(json.dumps(asdict(result)) if as_json else format_calibration(result))
         with ranks.together():
             if ranks.leads:
-                save_figures(draft.folder, result)
+                save_figures(draft.trained.folder, result)

@@ -60,8 +60,8 @@ def export_command(
     quiet_transformers()
     draft = export(run, folder, to, checkpoint=checkpoint, dtype=dtype, cache=cache)
     click.echo(
-        f"{format_filename(folder)}: the draft of {format_filename(run)} at step {draft.progress.step:,} for "
-        f"{draft.trained_on.target.name}, {dtype}; {format_filename(folder / 'README.md')} says how to serve "
+        f"{format_filename(folder)}: the draft of {format_filename(run)} at step {draft.step:,} for "
+        f"{draft.target.name}, {dtype}; {format_filename(folder / 'README.md')} says how to serve "
         "it"
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.process import torchrun_place
+from train.runs.names import LATEST
 
 
 def _explain(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
@@ -76,4 +77,4 @@ def train_command(
     if torchrun_place().rank == 0:
         if result:
             click.echo(format_validation(result))
-        click.echo(f"draft: {run / 'latest'}")
+        click.echo(f"draft: {run / LATEST}")

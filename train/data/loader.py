@@ -1,4 +1,4 @@
-"""From the cache to packed device batches, with their anchors.
+"""From the cache to packed device batches.
 
 A batch is one row of `P = batch_tokens` positions: samples end to end, then padding (document -1). Features
 go from the page cache straight to where the device takes them from: on a CPU decoded into the batch, for a
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
@@ -21,50 +21,65 @@ from torch import Tensor
 
 from pipeline.cache import CacheReader, last_positions
 from pipeline.cache.layout import LAST_HIDDEN, context_name
-from train.data.sampling import AnchorChoice
 
 Loaded = TypeVar("Loaded")
 
-# Blocks of a batch are a multiple of it, so that a GPU meets few shapes; the last few may be dummies.
-ANCHOR_MULTIPLE = 16
 # Tokens of a batch after which the pages that they were read from leave this process's memory.
 RELEASE_TOKENS = 2048
 # Batches read ahead, and threads that read them.
 DEPTH, THREADS = 2, 2
 
 
+@dataclass(frozen=True)
+class PackedSample:
+    """A sample's place in a pack."""
+
+    id: bytes
+    start: int
+    loss_mask: np.ndarray
+    """`[S]` uint8."""
+
+
+Collate = Callable[[Sequence[PackedSample]], dict[str, Tensor]]
+"""From the samples of a pack to what a kind of draft adds, `[1, ..]`, named as its module's arguments."""
+
+
 @dataclass(kw_only=True)
 class Pack:
-    """Samples in one row, and where their blocks start. P tokens, N anchors."""
+    """Samples in one row of P tokens."""
 
     input_ids: Tensor  # [1, P] int64
     loss_mask: Tensor  # [1, P] uint8
-    document_ids: Tensor  # [1, P] int32, -1 behind the last sample
-    anchor_positions: Tensor  # [1, N] int64
-    block_keep_mask: Tensor  # [1, N] bool
+    document_ids: Tensor  # [1, P] int32, -1 after the last sample
+    collated: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that only this kind of draft has."""
     num_tokens: int
     flops: float = 0.0
-    """What a training step computes for it, where whoever loaded it counted."""
+    """Operations of a training step, where whoever loaded the pack counted them."""
+
+    def fields(self) -> dict[str, Tensor]:
+        """Return the fields that are tensors."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are tensors, named as the module's arguments."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """Return all tensors, named as the module's arguments."""
+        return self.fields() | self.collated
 
 
 @dataclass(kw_only=True)
 class Batch(Pack):
-    """A pack with the target's states: what `DSparkTrainerModule.forward` takes."""
+    """A pack with the target's states: what a draft's module takes."""
 
-    target_hidden_states: Tensor  # [1, P, L, H] bfloat16, of any strides, zero behind the last sample
+    target_hidden_states: Tensor  # [1, P, L, H] bfloat16, of any strides, zero after the last sample
     target_last_hidden_states: Tensor  # [1, P, H] bfloat16, zero where no loss can use it
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device, or itself."""
-        return (
-            self
-            if device.type == "cpu"
-            else replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
-        )
+        """Copy the batch to a device; return it as it is where that is the CPU."""
+        if device.type == "cpu":
+            return self
+        collated = {name: tensor.to(device) for name, tensor in self.collated.items()}
+        fields = {name: tensor.to(device) for name, tensor in self.fields().items()}
+        return replace(self, **fields, collated=collated)
 
 
 @dataclass(kw_only=True)
@@ -85,7 +100,7 @@ class EncodedBatch(Pack):
         def there(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
-        tokens = there(self.tensors())
+        tokens, collated = there(self.fields()), there(self.collated)
         positions = tokens.pop("last_positions")
         hidden, width = self.reader.hidden_size, self.input_ids.shape[1]
         context = torch.empty(width, len(self.context), hidden, dtype=torch.bfloat16, device=device)
@@ -97,45 +112,35 @@ class EncodedBatch(Pack):
         self.reader.codec(LAST_HIDDEN).decode(there(self.last_hidden), states)
         last_hidden = context.new_zeros(width, hidden).index_copy_(0, positions, states)
         counts = {"num_tokens": self.num_tokens, "flops": self.flops}
-        return Batch(**tokens, **counts, **_states(context, last_hidden))
+        return Batch(**tokens, **counts, **_states(context, last_hidden), collated=collated)
 
 
 def _states(context: Tensor, last_hidden: Tensor) -> dict[str, Tensor]:
     return {"target_hidden_states": context[None], "target_last_hidden_states": last_hidden[None]}
 
 
-def load_pack(reader: CacheReader, samples: Sequence[int], batch_tokens: int, choose: AnchorChoice) -> Pack:
-    """Lay samples' tokens into one row and choose their anchors. No features are touched.
+def load_pack(reader: CacheReader, samples: Sequence[int], batch_tokens: int, collate: Collate) -> Pack:
+    """Lay samples' tokens into one row. No features are touched.
 
     Args:
         samples: sample numbers, `batch_tokens` tokens at most; none at all makes a pack of padding.
+        collate: adds what the kind of draft needs.
     """
     input_ids = torch.zeros(batch_tokens, dtype=torch.int64)
     loss_mask = torch.zeros(batch_tokens, dtype=torch.uint8)
     document_ids = torch.full((batch_tokens,), -1, dtype=torch.int32)
-    candidates, starts, start = [], [], 0
+    packed, start = [], 0
     for document, i in enumerate(samples):
         ids, mask = reader.tokens(i)
         rows = slice(start, start + len(ids))
         input_ids[rows], loss_mask[rows], document_ids[rows] = ids, mask, document
-        supervised = mask.numpy().astype(bool)
-        candidates.append(np.flatnonzero(supervised[:-1] & supervised[1:]))
-        starts.append(start)
+        packed.append(PackedSample(reader.sample_ids[i].tobytes(), start, mask.numpy()))
         start += len(ids)
-    chosen = choose(candidates, [reader.sample_ids[i].tobytes() for i in samples])
-    count = sum(map(len, chosen))
-    width = -(-max(count, 1) // ANCHOR_MULTIPLE) * ANCHOR_MULTIPLE
-    anchors = torch.zeros(width, dtype=torch.int64)
-    if count:
-        shifted = [positions + first for positions, first in zip(chosen, starts, strict=True)]
-        anchors[:count] = torch.from_numpy(np.concatenate(shifted))
-    keep = torch.arange(width) < count
     return Pack(
         input_ids=input_ids[None],
         loss_mask=loss_mask[None],
         document_ids=document_ids[None],
-        anchor_positions=anchors[None],
-        block_keep_mask=keep[None],
+        collated=collate(packed),
         num_tokens=start,
     )
 
@@ -145,7 +150,7 @@ def load_batch(
     samples: Sequence[int],
     layer_ids: Sequence[int],
     batch_tokens: int,
-    choose: AnchorChoice,
+    collate: Collate,
     memory: Tensor | None = None,
 ) -> Batch:
     """Read samples into a batch on the CPU, each feature row decoded straight into its place.
@@ -153,7 +158,7 @@ def load_batch(
     Args:
         memory: of `batch_memory`, for the states; None allocates.
     """
-    pack = load_pack(reader, samples, batch_tokens, choose)
+    pack = load_pack(reader, samples, batch_tokens, collate)
     memory = batch_memory(reader, layer_ids, batch_tokens) if memory is None else memory
     *context, last_hidden = memory  # a layer after the other, so that stored rows fill memory in one piece
     memory[:-1, pack.num_tokens :] = 0
@@ -179,7 +184,7 @@ def load_encoded_batch(
     samples: Sequence[int],
     layer_ids: Sequence[int],
     batch_tokens: int,
-    choose: AnchorChoice,
+    collate: Collate,
     *,
     pin: bool = True,
 ) -> EncodedBatch:
@@ -188,7 +193,7 @@ def load_encoded_batch(
     Args:
         pin: whether to read into page-locked memory, which copies to a GPU need not wait for.
     """
-    pack = load_pack(reader, samples, batch_tokens, choose)
+    pack = load_pack(reader, samples, batch_tokens, collate)
     num_last = sum(reader.num_last_rows(i) for i in samples)
     positions = torch.empty(num_last, dtype=torch.int64, pin_memory=pin)
 
@@ -207,9 +212,10 @@ def load_encoded_batch(
         reader.fetch(i, LAST_HIDDEN, {name: part[last_rows] for name, part in last_hidden.items()})
         positions[last_rows] = last_positions(pack.loss_mask[0, rows]) + rows.start
         begin = last_rows.stop
-    values = vars(pack)
+    values = dict(vars(pack))
     if pin:
-        values = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()}
+        values |= {name: tensor.pin_memory() for name, tensor in pack.fields().items()}
+        values["collated"] = {name: tensor.pin_memory() for name, tensor in pack.collated.items()}
     return EncodedBatch(
         **values, reader=reader, context=context, last_hidden=last_hidden, last_positions=positions
     )
@@ -264,7 +270,7 @@ def prefetch(
 
 def loaded(
     reader: CacheReader,
-    packs: Iterable[tuple[Sequence[int], AnchorChoice]],
+    packs: Iterable[tuple[Sequence[int], Collate]],
     layer_ids: Sequence[int],
     batch_tokens: int,
     device: torch.device,
@@ -275,7 +281,7 @@ def loaded(
     A batch is to be used before the next one is asked for: on a CPU its memory then serves another.
 
     Args:
-        packs: the samples of each batch, and how their anchors are chosen.
+        packs: the samples of each batch, and what the kind of draft adds to them.
         count_flops: what is put into each batch's `flops`.
 
     Raises:
@@ -283,8 +289,8 @@ def loaded(
     """
     if device.type == "cuda":
 
-        def load_pinned(samples: Sequence[int], choose: AnchorChoice) -> EncodedBatch:
-            batch = load_encoded_batch(reader, samples, layer_ids, batch_tokens, choose)
+        def load_pinned(samples: Sequence[int], collate: Collate) -> EncodedBatch:
+            batch = load_encoded_batch(reader, samples, layer_ids, batch_tokens, collate)
             batch.flops = count_flops(batch)
             return batch
 
@@ -295,9 +301,9 @@ def loaded(
     for _ in range(DEPTH + 1):  # those ahead, and the one in use
         free.put(batch_memory(reader, layer_ids, batch_tokens))
 
-    def load(samples: Sequence[int], choose: AnchorChoice) -> tuple[Batch, Tensor]:
+    def load(samples: Sequence[int], collate: Collate) -> tuple[Batch, Tensor]:
         memory = free.get()
-        batch = load_batch(reader, samples, layer_ids, batch_tokens, choose, memory)
+        batch = load_batch(reader, samples, layer_ids, batch_tokens, collate, memory)
         batch.flops = count_flops(batch)
         return batch, memory
 

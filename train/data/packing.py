@@ -6,10 +6,14 @@ group of packs, the same ones however many ranks share them.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+from train.config import TrainConfig
 
 # Packs filled together from one stretch of the shuffled samples. More fill better and mix less.
 WINDOW_PACKS = 64
@@ -107,3 +111,44 @@ def sequential_packs(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]
     """Packs for evaluation: every sample once, always the same."""
     packs = pack(lengths.tolist(), range(len(lengths)), batch_tokens)
     return [np.array(members, dtype=np.int64) for members in packs]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of an optimiser step."""
+
+    epoch: int
+    number: int
+    """In its epoch, from 0."""
+    packs: list[list[int]]
+    """Sample numbers of each micro-batch."""
+
+
+def steps_from(
+    lengths: np.ndarray,
+    samples: np.ndarray,
+    config: TrainConfig,
+    epoch: int = 0,
+    number: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Step]:
+    """Yield one rank's steps, epoch after epoch without end, from a place in the data order on.
+
+    Args:
+        lengths: tokens of each training sample, `[n]`.
+        samples: their numbers in the cache, `[n]`.
+    """
+    shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)
+    for each in itertools.count(epoch):
+        steps = epoch_steps(lengths, *shape, each, rank, world)
+        for i in range(number if each == epoch else 0, len(steps)):
+            yield Step(each, i, [samples[members].tolist() for members in steps[i]])
+
+
+def count_steps(lengths: np.ndarray, config: TrainConfig) -> int:
+    """Return the optimiser steps of a run over samples of these lengths `[n]`."""
+    if config.max_steps is not None:
+        return config.max_steps
+    shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)
+    return sum(len(epoch_steps(lengths, *shape, epoch)) for epoch in range(config.epochs))

@@ -1,18 +1,13 @@
-"""What each optimiser step learns from: which samples, and which anchors of them."""
+"""Which positions of a sample are drafted from: pure functions of (candidates, sample id, seed, epoch)."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from train.config import TrainConfig
-from train.data.packing import epoch_steps
-
-# Given the candidates of each sample of a batch, ascending, and their ids: the anchors of each, ascending.
 AnchorChoice = Callable[[list[np.ndarray], list[bytes]], list[np.ndarray]]
+"""From each sample's candidates, ascending, and the samples' ids to each sample's anchors, ascending."""
 
 
 def anchor_quotas(candidates: Sequence[int], total: int) -> np.ndarray:
@@ -72,45 +67,3 @@ def drawn_anchors(each: int | None, seed: int) -> AnchorChoice:
         return np.sort(rng.choice(candidates, each, replace=False))
 
     return choose
-
-
-@dataclass(frozen=True)
-class Step:
-    """One rank's part of an optimiser step."""
-
-    epoch: int
-    number: int
-    """In its epoch, from 0."""
-    packs: list[tuple[list[int], AnchorChoice]]
-    """Sample numbers of each micro-batch, and how their anchors are chosen."""
-
-
-def steps_from(
-    lengths: np.ndarray,
-    samples: np.ndarray,
-    config: TrainConfig,
-    epoch: int = 0,
-    number: int = 0,
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[Step]:
-    """One rank's steps, epoch after epoch without end, from a place in the data order on.
-
-    Args:
-        lengths: tokens of each training sample, `[n]`.
-        samples: their numbers in the cache, `[n]`.
-    """
-    shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)
-    for each in itertools.count(epoch):
-        choose = random_anchors(config.anchors_per_batch, config.seed, each)
-        steps = epoch_steps(lengths, *shape, each, rank, world)
-        for i in range(number if each == epoch else 0, len(steps)):
-            yield Step(each, i, [(samples[members].tolist(), choose) for members in steps[i]])
-
-
-def count_steps(lengths: np.ndarray, config: TrainConfig) -> int:
-    """Optimiser steps of a run over samples of these lengths `[n]`."""
-    if config.max_steps is not None:
-        return config.max_steps
-    shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)
-    return sum(len(epoch_steps(lengths, *shape, epoch)) for epoch in range(config.epochs))

@@ -12,19 +12,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import RunError, UsageError
 from pipeline.hooks import input_device, learned_positions
 from pipeline.target_model.load import Target
 from pipeline.text import table
 from train.decode.speculative import CachedTarget, Decoded, decode_plain, decode_speculative
-from train.draft.dspark.decoder import DraftDecoder
-from train.draft.dspark.model import Qwen3DSparkModel
-from train.runs.checkpoint import load_draft, trained_for
+from train.draft.kind import Decoder
 from train.runs.figures import Evaluation, Parting, Rounds, Speculation, SpeculationRun
+from train.runs.open import TrainedDraft
 from train.runs.results import read_evaluation, read_temperatures
-from train.runs.state import read_training
 
 # Largest distance of the target's two best logits at which rounding explains that a forward over several
 # tokens chooses another token than one over a single token.
@@ -39,7 +37,9 @@ class Pair:
     """The target's."""
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    draft: Qwen3DSparkModel
+    draft: PreTrainedModel
+    decoder: Decoder
+    """The draft at work."""
     stop: frozenset[int]
     """Token ids that end a text."""
     step: int
@@ -48,18 +48,14 @@ class Pair:
     """About the two together; None where they fit."""
 
 
-def load_pair(target: Target, folder: Path) -> Pair:
-    """Load a target and the draft of a checkpoint, in the target's dtype.
-
-    Args:
-        folder: of `train.runs.checkpoint.find_checkpoint`.
+def load_pair(target: Target, trained: TrainedDraft) -> Pair:
+    """Load a target beside a draft, in the target's dtype.
 
     Raises:
         TargetError: the target can't be loaded.
-        RunError: the checkpoint is damaged, or the draft is for a target of another shape.
+        RunError: the draft is for a target of another shape.
     """
-    progress, page = read_training(folder)
-    wanted, identity = trained_for(folder, page), target.identity()
+    wanted, identity = trained.target, target.identity()
     shape = ("hidden_size", "num_layers", "vocab_size")
     differing = [
         f"{name} {getattr(identity, name)}, the draft's is for {getattr(wanted, name)}"
@@ -68,7 +64,7 @@ def load_pair(target: Target, folder: Path) -> Pair:
     ]
     if differing:
         raise RunError(
-            f"{target.name} is not the target that {folder} was trained for, {wanted.name} "
+            f"{target.name} is not the target that {trained.folder} was trained for, {wanted.name} "
             f"({'; '.join(differing)}): give that one as --target"
         )
     warning = None
@@ -79,13 +75,22 @@ def load_pair(target: Target, folder: Path) -> Pair:
         )
     tokenizer, model = target.tokenizer(), target.model()
     device = input_device(model)
-    draft = load_draft(folder)
+    draft = trained.model()
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
     for own, theirs in zip((draft.embed_tokens, draft.lm_head), parts, strict=True):
         # The same memory. If the target has it elsewhere, `to` copies it and leaves the target alone.
         own.weight = nn.Parameter(theirs.weight.detach(), requires_grad=False)
     draft = draft.to(device, target.dtype).eval().requires_grad_(False)
-    return Pair(target.name, model, tokenizer, draft, _stops(model, tokenizer), progress.step, warning)
+    return Pair(
+        name=target.name,
+        model=model,
+        tokenizer=tokenizer,
+        draft=draft,
+        decoder=trained.kind.decoder(draft),
+        stop=_stops(model, tokenizer),
+        step=trained.step,
+        warning=warning,
+    )
 
 
 def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -115,11 +120,11 @@ def speculate_all(
         UsageError: a threshold for a draft without a confidence head.
         RunError: figures beside the draft can't be read; or see `speculate`.
     """
-    if threshold > 0 and pair.draft.confidence_head is None:
+    if threshold > 0 and not pair.decoder.has_confidence:
         raise UsageError("--threshold needs a confidence head, and this draft has none: leave it out")
 
     # Read before any work. What an evaluation expects is of whole blocks only.
-    scales = read_temperatures(folder, pair.draft.block_size) if threshold > 0 else None
+    scales = read_temperatures(folder, pair.decoder.block_size) if threshold > 0 else None
     evaluation = None if threshold > 0 else read_evaluation(folder)
 
     def seen(prompt: list[int], tokens: list[int]) -> None:
@@ -138,7 +143,7 @@ def speculate_all(
             seed=seed,
             seen=seen,
         )
-        offline = offline_figures(evaluation, temperature, pair.draft.block_size)
+        offline = offline_figures(evaluation, temperature, pair.decoder.block_size)
         runs.append(replace(found, offline=offline))
     return Speculation(
         step=pair.step,
@@ -172,7 +177,7 @@ def speculate(
     Raises:
         RunError: greedy texts differ by more than rounding explains, or the prompts do not fit the target.
     """
-    limit, slots = learned_positions(pair.model), pair.draft.block_size
+    limit, slots = learned_positions(pair.model), pair.decoder.block_size
     longest = max(map(len, prompts)) + max_new_tokens + slots  # the last block may reach beyond the end
     if limit is not None and longest > limit:
         raise RunError(
@@ -182,20 +187,19 @@ def speculate(
     plain: list[Decoded] = []
     fast: list[Decoded] = []
     partings: list[Parting] = []
-    decoder = DraftDecoder(pair.draft)
     options = {"temperature": temperature, "stop": pair.stop}
     alone, watched = (CachedTarget(pair.model, ids) for ids in ((), pair.draft.config.target_layer_ids))
     few = min(max_new_tokens, 4)
     decode_plain(alone, prompts[0], few)  # not timed: the first forwards are slow
     with watched:
-        decode_speculative(watched, decoder, prompts[0], few)
+        decode_speculative(watched, pair.decoder, prompts[0], few)
     for number, prompt in enumerate(prompts):
         generators = [torch.Generator(alone.device).manual_seed(seed + number) for _ in range(2)]
         own = decode_plain(alone, prompt, max_new_tokens, **options, generator=generators[0])
         with watched:  # plain decoding has no hooks
             result = decode_speculative(
                 watched,
-                decoder,
+                pair.decoder,
                 prompt,
                 max_new_tokens,
                 **options,

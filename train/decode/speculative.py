@@ -22,7 +22,7 @@ from pipeline.errors import TargetError
 from pipeline.features import at_least_fp32
 from pipeline.hooks import check_states, input_device, tap_states
 from train.decode.rejection import accept, choose
-from train.draft.dspark.decoder import DraftDecoder
+from train.draft.kind import Decoder
 
 
 class CachedTarget:
@@ -173,7 +173,7 @@ def _first_logits(target: CachedTarget, prompt: Sequence[int]) -> tuple[Tensor, 
 
 def decode_speculative(
     target: CachedTarget,
-    draft: DraftDecoder,
+    draft: Decoder,
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
@@ -196,7 +196,7 @@ def decode_speculative(
     target.reset()
     draft.reset()
     logits, features = _first_logits(target, prompt)
-    slots = draft.model.block_size
+    slots = draft.block_size
     result = Decoded([], tried=[0] * slots, accepted=[0] * slots)
     assert features is not None
     draft.extend(features)

@@ -1,6 +1,11 @@
-"""The DSpark draft: a parallel block backbone, a Markov head and a confidence head."""
+"""Kinds of drafts: what the others see of one is its `DraftKind`."""
 
 from pipeline.lazy import lazy_exports
+from train.draft.dspark.kind import DSPARK
+from train.draft.kind import DraftKind
+
+DRAFTS: dict[str, DraftKind] = {"dspark": DSPARK}
+"""By `draft.kind`."""
 
 __getattr__, __all__ = lazy_exports(
     __name__,

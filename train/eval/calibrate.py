@@ -19,7 +19,7 @@ from train.data.sampling import drawn_anchors
 from train.eval import metrics
 from train.eval.heldout import Blocks, measure
 from train.runs.figures import Calibration, CalibrationReport, Counts, Sweeps
-from train.runs.open import OpenedDraft
+from train.runs.open import DraftOnCache
 from train.runtime.distributed import Ranks
 
 # From a tenth to ten, 41 steps, evenly in the logarithm: SGLang's grid.
@@ -68,7 +68,7 @@ def halves(reader: CacheReader, samples: np.ndarray) -> tuple[np.ndarray, np.nda
     return samples[first], samples[~first]
 
 
-def calibrate(draft: OpenedDraft, ranks: Ranks, *, anchors: int | None = None, seed: int = 0) -> Calibration:
+def calibrate(draft: DraftOnCache, ranks: Ranks, *, anchors: int | None = None, seed: int = 0) -> Calibration:
     """Fit on one half of the held-out samples, and report on the other, before and after.
 
     Args:
@@ -79,9 +79,10 @@ def calibrate(draft: OpenedDraft, ranks: Ranks, *, anchors: int | None = None, s
         ConfigError: too few samples are held out.
     """
     with ranks.together():
-        if draft.module.draft_model.confidence_head is None:
+        if not draft.config.draft.confidence_head:
             raise RunError(
-                f"{draft.folder} has no confidence head to calibrate: train with draft.confidence_head"
+                f"{draft.trained.folder} has no confidence head to calibrate: train with "
+                "draft.confidence_head"
             )
         parts = halves(draft.reader, draft.held_out)
     fitted, reported = (
@@ -111,7 +112,7 @@ def calibrate(draft: OpenedDraft, ranks: Ranks, *, anchors: int | None = None, s
         num_samples=len(fitted),
         ece_before=cut_unreached(before.prefix.ece_by_position),
         ece_after=cut_unreached(after.prefix.ece_by_position),
-        step=draft.step,
+        step=draft.trained.step,
         fit=Counts(samples=len(parts[0]), blocks=len(fitted)),
         report=CalibrationReport(samples=len(parts[1]), blocks=len(reported), before=before, after=after),
         thresholds=Sweeps(

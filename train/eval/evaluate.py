@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError
 from pipeline.text import table
 from train.config import RunConfig
 from train.data.sampling import drawn_anchors
-from train.draft.dspark.model import Qwen3DSparkModel
-from train.draft.dspark.module import DSparkTrainerModule
+from train.draft import DRAFTS
+from train.draft.kind import TrainerModule
 from train.eval import metrics
 from train.eval.heldout import measure
 from train.eval.validate import validate
 from train.runs.figures import CacheFacts, Evaluation, Untrained
 from train.runtime.distributed import Ranks
-from train.trainer.setup import prepare, trainer_module
 
 
 def evaluate(
-    module: DSparkTrainerModule,
+    module: TrainerModule,
     reader: CacheReader,
     samples: np.ndarray,
     config: RunConfig,
@@ -75,14 +75,13 @@ def evaluate(
     )
 
 
-def _untrained(model: Qwen3DSparkModel, config: RunConfig, ranks: Ranks) -> DSparkTrainerModule:
-    """The same draft with random weights, to compare with; embedding and head are the very same ones."""
+def _untrained(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> TrainerModule:
+    """Return the same draft with random weights, to compare with; it shares embedding and head."""
     torch.manual_seed(config.train.seed)
-    fresh = Qwen3DSparkModel(model.config).float()
+    kind = DRAFTS[config.draft.kind]
+    fresh = kind.build(model.config)
     fresh.embed_tokens, fresh.lm_head = model.embed_tokens, model.lm_head
-    module = trainer_module(fresh.to(ranks.device), config)
-    prepare(module, config, ranks.device)
-    return module
+    return kind.on(fresh.to(ranks.device), config, ranks.device)
 
 
 def _sources(reader: CacheReader, samples: np.ndarray) -> dict[int, str]:

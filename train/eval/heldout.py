@@ -12,7 +12,7 @@ from pipeline.cache import CacheReader
 from pipeline.errors import RunError
 from train.config import RunConfig
 from train.data.sampling import AnchorChoice
-from train.draft.dspark.module import DSparkTrainerModule
+from train.draft.kind import TrainerModule
 from train.eval.validate import held_out_batches
 from train.losses.slots import SlotFigures
 from train.runtime.distributed import Ranks
@@ -58,7 +58,7 @@ def join(parts: Sequence[Blocks]) -> Blocks:
 
 @torch.no_grad()
 def measure(
-    module: DSparkTrainerModule,
+    module: TrainerModule,
     reader: CacheReader,
     samples: Sequence[int] | np.ndarray,
     config: RunConfig,
@@ -85,26 +85,22 @@ def measure(
         packs, batches = held_out_batches(module, reader, samples, config, ranks, choose, title)
         for batch, members in zip(batches, packs, strict=True):
             starts = np.concatenate([[0], np.cumsum(reader.lengths[members])])
-            tensors = batch.tensors()
-            anchors, keep = tensors.pop("anchor_positions"), tensors.pop("block_keep_mask")
-            pieces = (part.split(config.train.anchors_per_batch, dim=1) for part in (anchors, keep))
-            for some, kept in zip(*pieces, strict=True):
+            for tensors in module.pieces(batch.tensors(), config.train.anchors_per_batch):
                 with autocast(ranks.device, config.train.precision):
-                    metrics = module(**tensors, anchor_positions=some, block_keep_mask=kept, observe=True)
-                assert metrics.slots is not None
-                parts.append(_blocks(metrics.slots, some[0].cpu().numpy(), members, starts))
+                    slots = module(**tensors, observe=True).slots
+                parts.append(_blocks(slots, members, starts))
     return join([part for rank in ranks.gather(parts) for part in rank])
 
 
-def _blocks(slots: SlotFigures, anchors: np.ndarray, members: np.ndarray, starts: np.ndarray) -> Blocks:
-    """The kept blocks of one forward over a pack.
+def _blocks(slots: SlotFigures, members: np.ndarray, starts: np.ndarray) -> Blocks:
+    """Return the kept blocks of one forward over a pack.
 
     Args:
-        anchors: positions in the pack, `[N]`.
         members: sample numbers of the pack.
-        starts: where each begins in it, and where the last ends.
+        starts: each sample's first position in it, and the last one's end.
     """
     valid = slots.eval_mask[0].cpu().numpy()  # [N, K]
+    anchors = slots.anchor_positions[0].cpu().numpy()
 
     def laid_out(values: torch.Tensor) -> np.ndarray:
         exact = values.cpu() if values.dtype == torch.bool else values.double().cpu()

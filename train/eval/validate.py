@@ -8,34 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cache import CacheReader, held_out
+from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError
 from train.config import RunConfig
 from train.data.loader import Batch, loaded
 from train.data.packing import sequential_packs, share
 from train.data.sampling import AnchorChoice, spread_anchors
-from train.draft.dspark.module import DSparkTrainerModule
-from train.losses.slots import LossSums, divide
+from train.draft import DRAFTS
+from train.draft.kind import TrainerModule
+from train.losses.slots import LossSums, Objective, divide
 from train.runtime.console import bar
 from train.runtime.distributed import Ranks
 from train.runtime.precision import autocast
 
 
-def split(reader: CacheReader, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out sample numbers. Raises ConfigError when either side is empty."""
-    out = held_out(reader.sample_ids, fraction)
-    train, test = np.flatnonzero(~out), np.flatnonzero(out)
-    if not len(train) or (fraction > 0 and not len(test)):
-        side = "held out" if len(train) else "left to train on"
-        raise ConfigError(
-            f"train.held_out = {fraction} leaves no sample {side} of the cache's {len(reader)}: "
-            "choose another share, or capture more data"
-        )
-    return train, test
-
-
 def held_out_batches(
-    module: DSparkTrainerModule,
+    module: TrainerModule,
     reader: CacheReader,
     samples: Sequence[int] | np.ndarray,
     config: RunConfig,
@@ -55,14 +43,15 @@ def held_out_batches(
     own = share(sequential_packs(reader.lengths[samples], size), ranks.rank, ranks.world)
     packs = [samples[members] for members in own]
     layer_ids = tuple(module.draft_model.config.target_layer_ids)
-    chosen = [(members.tolist(), choose) for members in packs]
+    collate = DRAFTS[config.draft.kind].collate(choose)
+    chosen = [(members.tolist(), collate) for members in packs]
     batches = loaded(reader, chosen, layer_ids, size, ranks.device)
     return packs, bar(batches, ranks, total=len(packs), unit="batch", desc=title, leave=False)
 
 
 @torch.no_grad()
 def validate(
-    module: DSparkTrainerModule,
+    module: TrainerModule,
     reader: CacheReader,
     samples: Sequence[int] | np.ndarray,
     config: RunConfig,
@@ -91,19 +80,12 @@ def validate(
         total = sums if total is None else total + sums
     module.train(was_training)
     assert total is not None
-    total = LossSums(*ranks.total(list(total)))
-    loss = config.loss
-    metrics = divide(total, loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha)
+    total = LossSums.from_tensors(list(total.terms), ranks.total(total.tensors()))
+    figures = divide(total, Objective.of(config.loss)).values()
     return {
         "samples": len(samples),
         "blocks": int(total.blocks),
-        "loss": metrics.loss.item(),
-        "ce_loss": metrics.ce_loss.item(),
-        "l1_loss": metrics.l1_loss.item(),
-        "confidence_loss": metrics.confidence_loss.item(),
-        "accept_rate": metrics.accept_rate.item(),
-        "accept_by_position": metrics.accept_by_position.tolist(),
-        "tau": metrics.tau.item(),
+        **{name: value.tolist() for name, value in figures.items()},
     }
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from pipeline.errors import RunError
 from pipeline.text import duration
 from train.runs.checkpoint import checkpoints
-from train.runs.directory import CONFIG, RUN, flat_settings, load_run_cache, load_run_config, read_progress
+from train.runs.directory import flat_settings, load_run_cache, load_run_config, read_progress
+from train.runs.names import CONFIG, RUN
 
 _FIGURES = ("tau", "accept_by_position", "loss", "ce_loss", "l1_loss", "confidence_loss")
 
@@ -102,22 +103,22 @@ def _differs(key: str, facts: Sequence[dict[str, Any]]) -> bool:
 
 
 def _figures(run: Path) -> dict[str, Any]:
-    """Return how far a run is, and the figures of its last evaluation."""
-    progress = read_progress(run).values() if checkpoints(run) else {}
-    evaluation, best = progress.get("evaluation") or {}, progress.get("best") or {}
-    if best.get("step") == evaluation.get("step"):
-        best = {}
-    seconds, tokens = progress.get("seconds"), progress.get("tokens")
+    """Return how far a run is, and how good its last evaluation says it is."""
+    progress = read_progress(run) if checkpoints(run) else None
+    evaluation = (progress and progress.evaluation) or {}
+    best = progress and progress.best
+    if best and best.step == evaluation.get("step"):
+        best = None
     return {
-        "step": progress.get("step"),
-        "total_steps": progress.get("total_steps"),
-        "complete": progress.get("complete", False),
+        "step": progress and progress.step,
+        "total_steps": progress and progress.total_steps,
+        "complete": progress is not None and progress.complete,
         **{key: evaluation.get(key) for key in _FIGURES},
-        "best_tau": best.get("tau"),
-        "best_step": best.get("step"),
-        "parameters": progress.get("parameters"),
-        "seconds": seconds,
-        "tokens_per_s": tokens / seconds if seconds else None,
+        "best_tau": best and best.tau,
+        "best_step": best and best.step,
+        "parameters": progress and progress.parameters,
+        "seconds": progress and progress.seconds,
+        "tokens_per_s": progress.tokens / progress.seconds if progress and progress.seconds else None,
     }
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 from transformers import Qwen3Config
@@ -21,49 +20,23 @@ from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, RunError, UsageError
 from pipeline.process import WorkerPlace
 from train.config import RunConfig
-from train.draft.dspark.model import Qwen3DSparkModel
-from train.eval.validate import split
+from train.data.split import split
+from train.draft import DRAFTS
+from train.draft.shape import draft_shape, resolved
 from train.new_folder import check_new, new_folder
 from train.runs.checkpoint import FROZEN, save_checkpoint
-from train.runs.directory import CONFIG, begin
+from train.runs.directory import begin
+from train.runs.names import CONFIG
+from train.runs.page import Origin, TrainingPage
 from train.runs.provenance import code_version
 from train.runs.state import Progress
 from train.runs.weights import copy_weights, find_draft, read_weights
+from train.runtime.console import warn
 from train.runtime.distributed import Ranks
-from train.trainer.setup import draft_shape, resolved
 
 _ASKER = "dspark import"
-_REQUIRED = ("target_layer_ids", "mask_token_id")
-# A run describes its draft by these, under the names of its [draft] table.
-_SETTINGS = {
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "block_size": "block_size",
-    "target_layer_ids": "target_layer_ids",
-    "mask_token_id": "mask_token_id",
-    "enable_confidence_head": "confidence_head",
-    "confidence_head_with_markov": "confidence_with_markov",
-}
-# What engines take where a config does not say (SGLang 0.5.23: dspark_config.py; vLLM 0.33.0 has them alike).
-_DEFAULTS = {"block_size": 7, "markov_rank": 0, "markov_head_type": "vanilla"}
-# What every draft of this project is; elsewhere there are others.
-_FIXED = {
-    "model_type": "qwen3",
-    "sample_from_anchor": True,
-    "dspark_bonus_anchor": False,
-    "is_causal": False,
-    "dflash_config": None,
-}
-# The draft's classes in vLLM and SGLang; another class has weights of another meaning.
-_ARCHITECTURES = (["Qwen3DSparkModel"], ["DSparkDraftModel"])
-# Where one of these is, an engine reads it instead of the field that is read here.
-_READ_FIRST = (
-    *("dspark_config", "dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id"),
-    *("dspark_target_layer_ids", "eagle_aux_hidden_state_layer_ids"),
-)
+# DeepSpec releases drafts of this kind.
+_KIND = DRAFTS["dspark"]
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGETS = ("vocab_size", "hidden_size", "num_target_layers")
@@ -106,7 +79,7 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
     _check_split(reader, config)
     shape = _checked_shape(source, values, reader, config)
     config = dataclasses.replace(config, draft=resolved(config.draft, shape))
-    model = Qwen3DSparkModel(shape).float()
+    model = _KIND.build(shape)
     frozen = reader.frozen()
     model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
     copy_weights(model, weights, source, _ASKER)
@@ -114,40 +87,29 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
     identity = reader.manifest.identity
     for name in FROZEN:
         if name in weights and not _same(weights[name], frozen[name]):
-            click.echo(
-                f"warning: {source} has another {name} than the cache {cache}: the run uses the cache's",
-                err=True,
-            )
+            warn(f"{source} has another {name} than the cache {cache}: the run uses the cache's")
     if not any(name in values for name in _ROPE):
-        click.echo(
-            f"warning: {source / 'config.json'} has no {' or '.join(_ROPE)}: the run takes the target's, "
-            f"{_rope(shape)}",
-            err=True,
+        warn(
+            f"{source / 'config.json'} has no {' or '.join(_ROPE)}: the run takes the target's, "
+            f"{_rope(shape)}"
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    about = {
-        "config": dataclasses.asdict(config),
-        "cache": dataclasses.asdict(identity),
-        "version": code_version(),
-        "machine": {},
-        "imported": {"name": source.resolve().name},
-    }
+    page = TrainingPage(
+        progress=Progress(total_steps=0, parameters=trained, complete=True),
+        config=config,
+        cache=identity,
+        version=code_version(),
+        machine={},
+        imported=Origin(name=source.resolve().name),
+    )
     with new_folder(run, last=CONFIG) as partial:
         begin(partial, config, identity, fresh=False)
-        save_checkpoint(
-            partial,
-            model,
-            [],
-            Progress(total_steps=0, parameters=trained, complete=True),
-            Ranks(WorkerPlace(), torch.device("cpu")),
-            about,
-            keep=1,
-        )
+        save_checkpoint(partial, model, [], page, Ranks(WorkerPlace(), torch.device("cpu")), keep=1)
     return shape
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """A released config.json, as far as it has to say something."""
+    """Read a released config.json, without what is null."""
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -156,32 +118,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{_ASKER}: {path} can't be read ({error})") from None
     values = {name: value for name, value in values.items() if value is not None}
-    for name in _REQUIRED:
-        if name not in values:
-            raise RunError(f"{_ASKER}: {folder} is no DSpark draft: its config.json has no {name}")
-    for name, value in _FIXED.items():
-        if name in values and values[name] != value:
-            raise RunError(
-                f"{_ASKER}: {path} has {name} = {values[name]!r}, and a draft here has {value!r}: it is "
-                "another kind of draft"
-            )
-    for name in _READ_FIRST:
-        if name in values:
-            raise RunError(
-                f"{_ASKER}: {path} has {name}, which engines read before what is read here: write it as "
-                "block_size, markov_rank, mask_token_id or target_layer_ids, and take it away"
-            )
-    if "quantization_config" in values:
-        raise RunError(
-            f"{_ASKER}: {path} has a quantization_config, and a draft here has plain weights: import it from "
-            "before it was quantized"
-        )
-    if "architectures" in values and values["architectures"] not in _ARCHITECTURES:
-        known = " or ".join(name for (name,) in _ARCHITECTURES)
-        raise RunError(
-            f"{_ASKER}: {path} has architectures = {values['architectures']!r}, and {known} is expected: it "
-            "is another kind of draft"
-        )
+    _KIND.check_released(values, f"{_ASKER}: {path}")
     return values
 
 
@@ -213,30 +150,13 @@ def _check_weights(weights: dict[str, Tensor], folder: Path) -> None:
 def _run_config(
     folder: Path, values: dict[str, Any], weights: dict[str, Tensor], overrides: Iterable[str]
 ) -> RunConfig:
-    """The run's settings: [draft] is what the files say, the rest is free."""
+    """Return the run's settings: [draft] is what the files say, the rest is free."""
     where = str(folder / "config.json")
     tables = configuration.apply_overrides({}, overrides)
     if "draft" in tables:
         raise UsageError(f"--set draft.* says what {where} says already: set only [loss] and [train]")
-    values = _DEFAULTS | values
-    try:
-        body = Qwen3Config.from_dict(dict(values))
-        values |= {name: getattr(body, name) for name in _SETTINGS if hasattr(body, name)}
-        rank = int(values["markov_rank"])
-    except Exception as error:  # what transformers raises for a config is not of one kind
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{_ASKER}: {where} can't be read ({reason})") from None
-    draft = {ours: values[theirs] for theirs, ours in _SETTINGS.items() if theirs in values}
-    draft["markov_head"] = values["markov_head_type"] if rank else "none"
-    if rank:
-        draft["markov_rank"] = values["markov_rank"]
-    # Where a config does not say, vLLM and SGLang do not agree, but the weights tell.
-    confidence = weights.get("confidence_head.proj.weight")
-    wider = confidence is not None and confidence.shape[-1] > body.hidden_size
-    draft = {"confidence_head": confidence is not None, "confidence_with_markov": wider} | draft
-    if not rank:
-        draft["confidence_with_markov"] = False
-    config = configuration.build(RunConfig, {**tables, "draft": draft}, where)
+    draft, values = _KIND.released_settings(values, weights, f"{_ASKER}: {where}")
+    config = configuration.build(RunConfig, {**tables, "draft": {"kind": _KIND.name, **draft}}, where)
     anchors, asked = values.get("num_anchors"), tables.get("train", {})
     # Others draw theirs of every sample: what no batch here has room for says nothing, and takes memory.
     if type(anchors) is int and 1 <= anchors < config.train.batch_tokens and "anchors_per_batch" not in asked:

@@ -9,9 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.cache.manifest import Identity
+from train.config import RunConfig
 from train.runs.directory import flat_settings
 from train.runs.figures import CacheFacts, Evaluation, Speculation, SpeculationRun
+from train.runs.page import TrainingPage
 
 TEMPLATE = "model_card.md.jinja"
 
@@ -55,8 +56,7 @@ _ENVIRONMENT.filters |= {
 
 def model_card(
     config: dict[str, Any],
-    page: dict[str, Any],
-    trained_on: Identity,
+    page: TrainingPage,
     *,
     obstacles: dict[str, str],
     unknown: dict[str, str | None],
@@ -70,7 +70,6 @@ def model_card(
     Args:
         config: the exported `config.json`.
         page: the checkpoint's `training.json`.
-        trained_on: the cache's identity.
         obstacles: why `vllm` and `sglang` can't serve the draft; empty where they can.
         unknown: what to say of `vllm` and `sglang` where they are not known to serve the target.
         evaluation: held-out figures of `dspark evaluate`, or of training itself.
@@ -78,7 +77,7 @@ def model_card(
         calibrated: whether temperatures come along.
         with_embeddings: whether the target's embedding and head come along.
     """
-    progress = page["progress"]
+    progress, trained_on = page.progress, page.cache
     cache = evaluation.cache if evaluation else None
     theirs = (trained_on.data.sha256, trained_on.target.weights)
     same = cache is not None and (cache.data_sha256, cache.target_weights) == theirs
@@ -91,15 +90,15 @@ def model_card(
         sources=", ".join(map(_code, trained_on.data.sources)),
         obstacles=obstacles,
         unknown=unknown,
-        imported=(page.get("imported") or {}).get("name"),
-        parameters=f"{progress['parameters']:,}",
-        step=f"{progress['step']:,}",
-        steps=f"{progress['total_steps']:,}",
-        tokens=f"{progress['tokens']:,}",
+        imported=page.imported and page.imported.name,
+        parameters=f"{progress.parameters:,}",
+        step=f"{progress.step:,}",
+        steps=f"{progress.total_steps:,}",
+        tokens=f"{progress.tokens:,}",
         samples=f"{cache.samples:,}" if same else None,
         sample_tokens=f"{cache.tokens:,}" if same else None,
-        settings=_settings(page["config"]),
-        version=", ".join(f"{_line(name)} {_line(value)}" for name, value in page["version"].items()),
+        settings=_settings(page.config),
+        version=", ".join(f"{_line(name)} {_line(value)}" for name, value in page.version.items()),
         evaluation=evaluation,
         counts=f", {evaluation.blocks:,} blocks of {evaluation.samples:,}" if evaluation else "",
         other_data=_other_data(cache) if cache and cache.data_sha256 and not same else "",
@@ -110,12 +109,13 @@ def model_card(
     )
 
 
-def _settings(config: dict[str, Any]) -> dict[str, str]:
+def _settings(config: RunConfig) -> dict[str, str]:
     """Return the run's settings by their dotted names, without paths of the machine that trained it."""
     settings = flat_settings(config)
-    if settings.get("draft.init_from") is not None:
+    if settings["draft.init_from"] is not None:
         settings["draft.init_from"] = PurePath(settings["draft.init_from"]).name
-    return {name: "none" if value is None else _line(value) for name, value in settings.items()}
+    lists = {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
+    return {name: "none" if value is None else _line(value) for name, value in (settings | lists).items()}
 
 
 def _live(run: SpeculationRun) -> list[str]:

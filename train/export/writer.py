@@ -12,103 +12,67 @@ and then accept hardly any token.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import click
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Qwen3Config
 
-from pipeline import config as configuration
 from pipeline.cache import CacheReader
-from pipeline.cache.manifest import Identity
-from pipeline.errors import RunError, UsageError
-from train.draft.dspark.model import Qwen3DSparkModel
-from train.export.engines import TARGETS, check_engine, obstacle, scale_of, unknown_target
+from pipeline.errors import UsageError
+from train.draft.serving import scale_of
+from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
 from train.export.model_card import model_card
 from train.new_folder import check_new, new_folder
-from train.runs.checkpoint import BEST, FROZEN, WEIGHTS, find_checkpoint
+from train.runs.checkpoint import FROZEN
+from train.runs.names import BEST, CALIBRATION, WEIGHTS
+from train.runs.open import TrainedDraft, open_draft
 from train.runs.results import (
-    CALIBRATION,
     as_evaluation,
     read_calibration,
     read_evaluation,
     read_speculation,
     read_temperatures,
 )
-from train.runs.state import Progress, damaged, read_training
+from train.runtime.console import warn
 
 CARD = "README.md"
 CONFIG = "config.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 To = Literal["hf", "vllm", "sglang"]
+# Qwen3's fields that every draft has.
+_BODY = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_bias",
+    "attention_dropout",
+    "use_sliding_window",
+)
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A checkpoint, read without a cache."""
-
-    folder: Path
-    config: Qwen3Config
-    weights: dict[str, Tensor]
-    """All but the target's embedding and head, fp32."""
-    progress: Progress
-    page: dict[str, Any]
-    """Its training.json."""
-    trained_on: Identity
-    """The cache's."""
-
-
-def read_draft(folder: Path) -> Draft:
-    """Read a checkpoint's draft; no cache is needed.
-
-    Args:
-        folder: of `train.runs.checkpoint.find_checkpoint`.
-
-    Raises:
-        RunError: it can't be read, or its weights are not those that its config describes.
-    """
-    progress, page = read_training(folder)
-    try:
-        identity = configuration.build(Identity, page["cache"], "training.json")
-        config = Qwen3Config.from_pretrained(folder)
-        weights = load_file(folder / WEIGHTS)
-        with torch.device("meta"):
-            model = Qwen3DSparkModel(config)
-        wanted = {name: w.shape for name, w in model.state_dict().items() if name not in FROZEN}
-        if {name: weight.shape for name, weight in weights.items()} != wanted:
-            raise ValueError(f"{WEIGHTS} has other tensors than its config says")
-        export_config(config, "float32")  # nothing that it needs is missing
-    except Exception as error:  # what transformers raises for a config is not of one kind
-        raise damaged(folder, error) from None
-    return Draft(folder, config, weights, progress, page, identity)
-
-
-def export_config(config: Qwen3Config, dtype: str) -> dict[str, Any]:
-    """What goes into `config.json`: nothing that is None, every name where both engines look for it.
+def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
+    """Return the values of `config.json`: none of them None, every name where both engines look for it.
 
     Args:
         dtype: of the weights, a key of `DTYPES`. SGLang takes fp16 where none is named.
     """
+    config = draft.shape
     rope = dict(config.rope_parameters)
-    same = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
-        *("attention_bias", "attention_dropout", "use_sliding_window"),
-    )
-    dspark = (
-        *("block_size", "num_anchors", "mask_token_id", "target_layer_ids", "num_target_layers"),
-        *("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov"),
-    )
     values = {
-        "architectures": ["Qwen3DSparkModel"],
+        "architectures": config.architectures,
         "model_type": "qwen3",
         "dtype": dtype,
         "torch_dtype": dtype,  # its name before transformers 5
-        **{name: getattr(config, name) for name in same},
+        **{name: getattr(config, name) for name in _BODY},
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],  # and these two are the older way to say it
     }
@@ -117,9 +81,8 @@ def export_config(config: Qwen3Config, dtype: str) -> dict[str, Any]:
     values |= {
         "layer_types": ["full_attention"] * config.num_hidden_layers,
         "tie_word_embeddings": False,
-        **{name: getattr(config, name) for name in dspark},
-        "sample_from_anchor": True,
-        "dspark_bonus_anchor": False,
+        **{name: getattr(config, name) for name in draft.kind.config_fields},
+        **draft.kind.declared,
     }
     for name in ("embedding_scale", "logit_scale"):  # no engine reads the first: for our own class
         if scale_of(config, name) != 1:
@@ -137,7 +100,7 @@ def export(
     checkpoint: str = BEST,
     dtype: str = "bfloat16",
     cache: Path | None = None,
-) -> Draft:
+) -> TrainedDraft:
     """Write one of a run's drafts as `to` loads it, with a model card. It appears whole or not at all.
 
     Warns on stderr if the engine is not known to serve drafts for the target.
@@ -145,7 +108,7 @@ def export(
     Args:
         folder: created; may exist if it is empty.
         to: `hf` takes every draft; an engine refuses what it can't serve.
-        checkpoint: as `train.runs.checkpoint.find_checkpoint` takes it.
+        checkpoint: as in `train.runs.open.find_checkpoint`.
         dtype: of the weights, a key of `DTYPES`.
         cache: one of the target's, to bring its embedding and head along: `embed_tokens.weight` and
             `lm_head.weight`, both `[V, H]`. Engines have them from the target.
@@ -159,14 +122,14 @@ def export(
         WriteError: `folder` can't be written.
     """
     check_new(folder)
-    draft = read_draft(find_checkpoint(run, checkpoint))
-    check_engine(draft.config, to, dtype)
+    draft = open_draft(run, checkpoint)
+    check_engine(draft.kind.rules, draft.shape, to, dtype)
     weights = dict(draft.weights)
     if cache is not None:
         weights |= _embeddings(draft, CacheReader(cache))
     weights = {name: _cast(weight, name, dtype) for name, weight in weights.items()}
     calibration = _calibration(draft)
-    values = export_config(draft.config, dtype)
+    values = export_config(draft, dtype)
     card = _card(draft, values, calibrated=calibration is not None, with_embeddings=cache is not None)
     with new_folder(folder, last=CONFIG) as partial:
         (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -174,50 +137,36 @@ def export(
         if calibration is not None:
             (partial / CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
         (partial / CARD).write_text(card, encoding="utf-8")
-    unknown = unknown_target(draft.trained_on.target.architecture, to)
+    unknown = unknown_target(draft.target.architecture, to)
     if unknown:
-        click.echo(f"warning: {unknown}", err=True)
+        warn(unknown)
     return draft
 
 
-def _card(draft: Draft, values: dict[str, Any], **parts: bool) -> str:
+def _card(draft: TrainedDraft, values: dict[str, Any], **parts: bool) -> str:
     """Write the model card, with whatever was measured of this checkpoint."""
-    architecture = draft.trained_on.target.architecture
-    evaluation, speculation = read_evaluation(draft.folder), read_speculation(draft.folder)
-    last = draft.progress.evaluation  # of the run; a checkpoint between two evaluations has an older one's
-    if evaluation is None and last and last.get("step") == draft.progress.step:
-        evaluation = as_evaluation(last)
-    try:
-        return model_card(
-            values,
-            draft.page,
-            draft.trained_on,
-            obstacles={engine: obstacle(draft.config, engine, values["dtype"]) for engine in TARGETS},
-            unknown={engine: unknown_target(architecture, engine) for engine in TARGETS},
-            evaluation=evaluation,
-            speculation=speculation,
-            **parts,
-        )
-    except (TypeError, ValueError, KeyError, AttributeError) as error:  # of an odd training.json
-        raise damaged(draft.folder, error) from None
+    architecture, measured = draft.target.architecture, draft.page.progress.measured
+    evaluation = read_evaluation(draft.folder) or (as_evaluation(measured) if measured else None)
+    return model_card(
+        values,
+        draft.page,
+        obstacles={e: obstacle(draft.kind.rules, draft.shape, e, values["dtype"]) for e in TARGETS},
+        unknown={engine: unknown_target(architecture, engine) for engine in TARGETS},
+        evaluation=evaluation,
+        speculation=read_speculation(draft.folder),
+        **parts,
+    )
 
 
-def _embeddings(draft: Draft, reader: CacheReader) -> dict[str, Tensor]:
-    """Return the target's embedding and head, as two tensors even where it ties them."""
-    ours, theirs = draft.trained_on.target, reader.manifest.identity.target
-    if ours.weights != theirs.weights:
-        raise RunError(
-            f"{draft.folder} was trained for target {ours.name}, the cache {reader.path} holds {theirs.name} "
-            "with other weights: pass --cache of its own target"
-        )
+def _embeddings(draft: TrainedDraft, reader: CacheReader) -> dict[str, Tensor]:
+    """Return the target's embedding and head, two tensors of their own even where it ties them."""
+    draft.require_target_of(reader)
     frozen = reader.frozen()
     embedding, head = (frozen[name] for name in FROZEN)
     return {FROZEN[0]: embedding.clone(), FROZEN[1]: head.clone()}
 
 
 def _cast(weight: Tensor, name: str, dtype: str) -> Tensor:
-    if not torch.isfinite(weight).all():
-        raise RunError(f"{name} is not finite: export another checkpoint")
     cast = weight.to(DTYPES[dtype]).contiguous()
     if not torch.isfinite(cast).all():
         most = weight.abs().max().item()
@@ -225,13 +174,13 @@ def _cast(weight: Tensor, name: str, dtype: str) -> Tensor:
     return cast
 
 
-def _calibration(draft: Draft) -> dict[str, Any] | None:
+def _calibration(draft: TrainedDraft) -> dict[str, Any] | None:
     """Return the confidence head's temperatures as SGLang reads them (DSparkStsCalibration in dspark_sts.py).
 
     One positive number per position. Other fields come along only if they have SGLang's types: with a wrong
     one the server would not start.
     """
-    temperatures = read_temperatures(draft.folder, draft.config.block_size)
+    temperatures = read_temperatures(draft.folder, draft.shape.block_size)
     if temperatures is None:
         return None
     found = read_calibration(draft.folder, skip_misfits=True)

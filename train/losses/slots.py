@@ -1,21 +1,94 @@
-"""The three-term loss, written to be read: this is the definition.
+"""Loss terms over supervised slots, written to be read: this is the definition.
 
-DSpark paper, section 3.3. B rows, N anchors, K slots, V vocabulary. Slot k weighs
-w_k = exp(-k / gamma), and counts where it is supervised. Every term is sum(w * term) / sum(w); here are
-the sums, and the division happens once, after everything that belongs together was added up.
+DSpark paper, section 3.3. B rows, N anchors, K slots, V vocabulary, M supervised slots. Slot k weighs
+w_k = exp(-k / gamma), and counts where it is supervised. Every term is sum(w * term) / sum(w). The functions
+here return the sums; the division happens once, after everything that belongs together was added up.
+
+To add a term: write its function, put it in `TERMS`, give it a weight `<name>_alpha` in
+`train.config.LossConfig`, and test it against an independent reference. A term that needs the whole
+vocabulary, as cross entropy does, also needs its gradient in `train.losses.fused`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.features import at_least_fp32
-from train.draft.dspark.model import DSparkForwardOutput
+from train.config import LossConfig
+
+
+@dataclass
+class SlotFigures:
+    """The M supervised slots of a forward, in the order of the mask that says which they are."""
+
+    eval_mask: Tensor
+    """`[B, N, K]` bool."""
+    ce: Tensor
+    """Cross entropy with the data's token, `[M]`."""
+    l1: Tensor | None
+    """sum_v |p_draft - p_target|, `[M]`; None without a teacher."""
+    confidence: Tensor | None
+    """Confidence logits `[M]`; None for a draft without a confidence head."""
+    matches: Tensor | None = None
+    """Whether draft and target have the same most likely token, `[M]` bool, where that was asked for."""
+    anchor_positions: Tensor | None = None
+    """Position of each block's anchor in its row, `[B, N]`."""
+
+
+def acceptance(l1: Tensor) -> Tensor:
+    """Return how likely the target accepts each slot: 1 - L1/2, detached."""
+    return (1 - l1.detach() / 2).clamp(0, 1)
+
+
+def cross_entropy(slots: SlotFigures) -> Tensor:
+    """Return the cross entropy with the data's token, `[M]`."""
+    return slots.ce
+
+
+def l1_distance(slots: SlotFigures) -> Tensor | None:
+    """Return sum_v |p_draft - p_target|, `[M]`, not halved: twice the total variation."""
+    return slots.l1
+
+
+def confidence_error(slots: SlotFigures) -> Tensor | None:
+    """Return the binary cross entropy of the confidence logit with the acceptance, `[M]`."""
+    if slots.l1 is None or slots.confidence is None:
+        return None
+    logits = at_least_fp32(slots.confidence)
+    return F.binary_cross_entropy_with_logits(logits, acceptance(slots.l1), reduction="none")
+
+
+TERMS: dict[str, Callable[[SlotFigures], Tensor | None]] = {
+    "ce": cross_entropy,
+    "l1": l1_distance,
+    "confidence": confidence_error,
+}
+"""Each slot's loss `[M]` by the term's name; None where the forward lacks what the term needs."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Named loss terms with their weights."""
+
+    weights: Mapping[str, float]
+    """By the names in `TERMS`."""
+    decay_gamma: float | None = None
+    """Slot k weighs exp(-k / gamma); None weighs all alike."""
+
+    @classmethod
+    def of(cls, loss: LossConfig) -> Objective:
+        """Read the weights of a run's `[loss]` table."""
+        return cls({name: getattr(loss, f"{name}_alpha") for name in TERMS}, loss.decay_gamma)
+
+    def total(self, terms: Mapping[str, Any]) -> Any:
+        """Add up the terms, each by its weight."""
+        return sum(weight * terms[name] for name, weight in self.weights.items())
 
 
 @dataclass
@@ -24,12 +97,8 @@ class LossSums:
 
     weight: Tensor
     """sum of w."""
-    ce: Tensor
-    """sum of w * cross entropy with the data's token."""
-    l1: Tensor
-    """sum of w * sum_v |p_draft - p_target|, not halved."""
-    confidence: Tensor
-    """sum of w * binary cross entropy of the confidence logit with the acceptance."""
+    terms: dict[str, Tensor]
+    """sum of w * term, by name."""
     accepted: Tensor
     """sum of the acceptance a = 1 - L1/2, by slot `[K]`."""
     slots: Tensor
@@ -39,61 +108,69 @@ class LossSums:
     blocks: Tensor
     """number of blocks with a supervised slot."""
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return (getattr(self, field.name) for field in fields(self))
+    def tensors(self) -> list[Tensor]:
+        """Return the sums in a fixed order, for whatever adds up or stores tensors."""
+        return [self.weight, *self.terms.values(), self.accepted, self.slots, self.prefix, self.blocks]
+
+    @staticmethod
+    def from_tensors(names: Sequence[str], tensors: Sequence[Tensor]) -> LossSums:
+        """Undo `tensors`.
+
+        Args:
+            names: the terms', in their order.
+
+        Raises:
+            ValueError: there are more or fewer tensors than these sums have.
+        """
+        weight, *rest = tensors
+        terms, others = rest[: len(names)], rest[len(names) :]
+        if len(others) != 4:
+            raise ValueError(f"expected {5 + len(names)} sums, got {len(tensors)}")
+        return LossSums(weight, dict(zip(names, terms, strict=True)), *others)
 
     def __add__(self, other: LossSums) -> LossSums:
-        return LossSums(*(a + b for a, b in zip(self, other, strict=True)))
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return self.from_tensors(list(self.terms), [a + b for a, b in pairs])
 
     def detach(self) -> LossSums:
-        """The same sums without their graph."""
-        return LossSums(*(value.detach() for value in self))
+        """Return the same sums without their graph."""
+        return self.from_tensors(list(self.terms), [value.detach() for value in self.tensors()])
 
 
 @dataclass
-class SlotFigures:
-    """What became of each of the M supervised slots, in the order of the mask that says which they are."""
-
-    eval_mask: Tensor
-    """`[B, N, K]` bool."""
-    ce: Tensor
-    """Cross entropy with the data's token, `[M]`."""
-    l1: Tensor
-    """sum_v |p_draft - p_target|, `[M]`."""
-    matches: Tensor
-    """Whether draft and target have the same most likely token, `[M]` bool."""
-    confidence: Tensor | None
-    """Confidence logits `[M]`."""
-
-
-@dataclass
-class DSparkStepMetrics:
-    """A step's loss, its three terms, and how much the target would accept."""
+class StepMetrics:
+    """A step's loss, its terms, and how much the target would accept."""
 
     loss: Tensor
-    ce_loss: Tensor
-    l1_loss: Tensor
-    confidence_loss: Tensor
-    accept_rate: Tensor | None = None
+    terms: dict[str, Tensor]
+    """By name, not weighted."""
+    accept_rate: Tensor
     """Mean acceptance over supervised slots."""
-    tau: Tensor | None = None
-    """Expected tokens a round: 1 + the mean of `LossSums.prefix`."""
-    accept_by_position: Tensor | None = None
+    tau: Tensor
+    """Expected tokens per round: 1 + the mean of `LossSums.prefix`."""
+    accept_by_position: Tensor
     """Mean acceptance of each slot `[K]`, given its label's own prefix."""
-    sums: LossSums | None = None
-    """What the figures above were divided from."""
-    slots: SlotFigures | None = None
-    """Each slot's own, where they were asked for."""
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the figures by the names that logs and results give them."""
+        terms = {f"{name}_loss": value for name, value in self.terms.items()}
+        own = {name: value for name, value in vars(self).items() if name not in ("loss", "terms")}
+        return {"loss": self.loss, **terms, **own}
 
 
 def slot_weights(block_size: int, gamma: float | None, device: torch.device | None = None) -> Tensor:
-    """w_k = exp(-k / gamma), k from 0: `[K]` fp32; all ones when gamma is None."""
+    """Return w_k = exp(-k / gamma), k from 0: `[K]` fp32; all ones when gamma is None."""
     slots = torch.arange(block_size, dtype=torch.float32, device=device)
     return torch.ones_like(slots) if gamma is None else torch.exp(-slots / gamma)
 
 
+def supervised_weights(eval_mask: Tensor, gamma: float | None) -> Tensor:
+    """Return the weight of each supervised slot, `[M]`, in the order of the mask `[B, N, K]`."""
+    return slot_weights(eval_mask.shape[-1], gamma, eval_mask.device).expand(eval_mask.shape)[eval_mask]
+
+
 def slot_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Each slot's cross entropy and L1, `[M]`, from logits `[M, V]` of draft and teacher."""
+    """Return each slot's cross entropy and L1, `[M]`, from logits `[M, V]` of draft and teacher."""
     log_probs = at_least_fp32(logits).log_softmax(-1)
     ce = F.nll_loss(log_probs, labels, reduction="none")
     if teacher is None:
@@ -101,52 +178,30 @@ def slot_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple
     return ce, (log_probs.exp() - at_least_fp32(teacher.detach()).softmax(-1)).abs().sum(-1)
 
 
-def sum_slots(
-    eval_mask: Tensor, ce: Tensor, l1: Tensor | None, confidence: Tensor | None, gamma: float | None
-) -> LossSums:
-    """The sums over the M supervised slots of `eval_mask`.
-
-    Args:
-        eval_mask: `[B, N, K]` bool.
-        ce: cross entropy of each supervised slot `[M]`, in the mask's order.
-        l1: likewise; None leaves L1, confidence and acceptance zero.
-        confidence: confidence logits `[M]`; None leaves that term zero.
-        gamma: slot k weighs exp(-k / gamma); None weighs all alike.
-    """
-    weights = slot_weights(eval_mask.shape[-1], gamma, eval_mask.device).expand(eval_mask.shape)[eval_mask]
-    l1_sum = confidence_sum = ce.new_zeros(())
-    accept = ce.new_zeros(eval_mask.shape)  # [B, N, K]
-    if l1 is not None:
-        l1_sum = (weights * l1).sum()
-        reached = (1 - l1.detach() / 2).clamp(0, 1)
-        accept[eval_mask] = reached
-        if confidence is not None:
-            bce = F.binary_cross_entropy_with_logits(at_least_fp32(confidence), reached, reduction="none")
-            confidence_sum = (weights * bce).sum()
+def sum_slots(slots: SlotFigures, objective: Objective) -> LossSums:
+    """Add up the supervised slots. A term that the forward has no figures for is zero."""
+    mask, zero = slots.eval_mask, slots.ce.new_zeros(())
+    weights = supervised_weights(mask, objective.decay_gamma)
+    found = {name: TERMS[name](slots) for name in objective.weights}
+    accept = slots.ce.new_zeros(mask.shape)  # [B, N, K]
+    if slots.l1 is not None:
+        accept[mask] = acceptance(slots.l1)
     return LossSums(
         weight=weights.sum(),
-        ce=(weights * ce).sum(),
-        l1=l1_sum,
-        confidence=confidence_sum,
-        accepted=accept.detach().sum(dim=(0, 1)),
-        slots=eval_mask.sum(dim=(0, 1)),
-        prefix=accept.detach().cumprod(dim=-1).sum(),  # zero behind the supervised prefix
-        blocks=eval_mask[..., 0].sum(),
+        terms={name: zero if each is None else (weights * each).sum() for name, each in found.items()},
+        accepted=accept.sum(dim=(0, 1)),
+        slots=mask.sum(dim=(0, 1)),
+        prefix=accept.cumprod(dim=-1).sum(),  # zero after the supervised prefix
+        blocks=mask[..., 0].sum(),
     )
 
 
 def positive(weight: Tensor) -> Tensor:
-    """A denominator that an empty batch can't make zero: its loss is 0, not NaN."""
+    """Return a denominator that an empty batch can't make zero: its loss is 0, not NaN."""
     return weight.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def divide(
-    sums: LossSums,
-    ce_loss_alpha: float,
-    l1_loss_alpha: float,
-    confidence_head_alpha: float,
-    denominator: Tensor | None = None,
-) -> DSparkStepMetrics:
+def divide(sums: LossSums, objective: Objective, denominator: Tensor | None = None) -> StepMetrics:
     """Turn sums into the loss and the figures beside it.
 
     Args:
@@ -154,39 +209,11 @@ def divide(
             when `sums` is only a part of it.
     """
     total = positive(sums.weight if denominator is None else denominator)
-    ce, l1, confidence = sums.ce / total, sums.l1 / total, sums.confidence / total
-    return DSparkStepMetrics(
-        loss=ce_loss_alpha * ce + l1_loss_alpha * l1 + confidence_head_alpha * confidence,
-        ce_loss=ce,
-        l1_loss=l1,
-        confidence_loss=confidence,
+    terms = {name: value / total for name, value in sums.terms.items()}
+    return StepMetrics(
+        loss=objective.total(terms),
+        terms=terms,
         accept_rate=sums.accepted.sum() / sums.slots.sum().clamp(min=1),
         tau=1 + sums.prefix / sums.blocks.clamp(min=1),
         accept_by_position=sums.accepted / sums.slots.clamp(min=1),
-        sums=sums,
     )
-
-
-def compute_dspark_loss(
-    outputs: DSparkForwardOutput,
-    loss_decay_gamma: float | None = None,
-    ce_loss_alpha: float = 0.1,
-    l1_loss_alpha: float = 0.9,
-    confidence_head_alpha: float = 1.0,
-) -> DSparkStepMetrics:
-    """The DSpark loss of one forward: ce_alpha * CE + l1_alpha * L1 + confidence_alpha * BCE.
-
-    Args:
-        outputs: of `Qwen3DSparkModel.forward`.
-        loss_decay_gamma: slot k weighs exp(-k / gamma); None weighs all alike.
-        ce_loss_alpha: weight of the cross entropy with the data's token.
-        l1_loss_alpha: weight of the L1 distance to the target's distribution.
-        confidence_head_alpha: weight of the confidence head's binary cross entropy.
-    """
-    mask = outputs.eval_mask
-    teacher, confidence = outputs.aligned_target_logits, outputs.confidence_pred
-    ce, l1 = slot_losses(
-        outputs.draft_logits[mask], outputs.target_ids[mask], None if teacher is None else teacher[mask]
-    )
-    sums = sum_slots(mask, ce, l1, None if confidence is None else confidence[mask], loss_decay_gamma)
-    return divide(sums, ce_loss_alpha, l1_loss_alpha, confidence_head_alpha)

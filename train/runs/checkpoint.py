@@ -21,22 +21,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from pipeline import config as configuration
 from pipeline import files
-from pipeline.cache import CacheReader
-from pipeline.cache.manifest import Identity, TargetIdentity
-from pipeline.errors import ConfigError, RunError, WriteError
-from train.draft.dspark.model import Qwen3DSparkModel
-from train.runs.state import TRAINING, Progress, damaged, read_training
+from pipeline.errors import WriteError
+from train.runs.names import BEST, CHECKPOINTS, LATEST, STATES, TRAINING, WEIGHTS
+from train.runs.page import TrainingPage, damaged, read_training
+from train.runs.state import Progress
 from train.runtime.distributed import Ranks, whole
 
-LATEST, BEST, CHECKPOINTS = "latest", "best", "checkpoints"
-WEIGHTS = "model.safetensors"
-STATES = "training.safetensors"
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 # What an optimiser remembers of each parameter, once it took a step.
 STATE_NAMES = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
@@ -61,11 +57,10 @@ def _name(step: int) -> str:
 
 def save_checkpoint(
     run: Path,
-    model: Qwen3DSparkModel,
+    model: PreTrainedModel,
     optimizers: Sequence[Optimizer],
-    progress: Progress,
+    page: TrainingPage,
     ranks: Ranks,
-    about: dict[str, Any],
     *,
     keep: int,
 ) -> None:
@@ -74,7 +69,7 @@ def save_checkpoint(
     All ranks call it; the first one writes. A checkpoint appears whole, under its name, or not at all.
 
     Args:
-        about: what goes into `training.json` beside the progress.
+        page: its `training.json`.
         keep: newest checkpoints that stay, beside the best.
 
     Raises:
@@ -87,17 +82,17 @@ def save_checkpoint(
     with ranks.together():
         if ranks.leads:
             try:
-                _write(run, model, weights, states, {"progress": progress.values(), **about})
-                _point(run, progress)
-                _prune(run, progress, keep)
+                _write(run, model, weights, states, page)
+                _point(run, page.progress)
+                _prune(run, page.progress, keep)
             except OSError as error:
                 raise WriteError(
-                    f"{run}: no checkpoint can be written ({error.strerror or error}): mend that, then run "
+                    f"{run}: no checkpoint can be written ({error.strerror or error}): fix that, then run "
                     "the same command again; it continues from the last one"
                 ) from None
 
 
-def _trained(model: Qwen3DSparkModel, name: str) -> bool:
+def _trained(model: PreTrainedModel, name: str) -> bool:
     """Whether a weight belongs into a checkpoint: the target's own, as long as they are frozen, do not."""
     return name not in FROZEN or model.get_parameter(name).requires_grad
 
@@ -109,7 +104,7 @@ def _gathered(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _optimizer_tensors(
-    model: Qwen3DSparkModel, optimizers: Sequence[Optimizer], ranks: Ranks
+    model: PreTrainedModel, optimizers: Sequence[Optimizer], ranks: Ranks
 ) -> dict[str, Tensor]:
     """Optimiser states, named `optimizer.<parameter>.<state>`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -131,12 +126,12 @@ def _random_states(ranks: Ranks) -> dict[str, Tensor]:
 
 def _write(
     run: Path,
-    model: Qwen3DSparkModel,
+    model: PreTrainedModel,
     weights: dict[str, Tensor],
     states: dict[str, Tensor],
-    page: dict[str, Any],
+    page: TrainingPage,
 ) -> None:
-    folder = run / CHECKPOINTS / _name(page["progress"]["step"])
+    folder = run / CHECKPOINTS / _name(page.progress.step)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -145,7 +140,7 @@ def _write(
         model.config.save_pretrained(partial)
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         save_file(states, partial / STATES, metadata={"format": "pt"})
-        (partial / TRAINING).write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+        (partial / TRAINING).write_text(json.dumps(page.values(), indent=1) + "\n", encoding="utf-8")
         mode = (partial / TRAINING).stat().st_mode
         for path in partial.iterdir():
             path.chmod(mode)  # as the user's umask has it; safetensors makes files that only they can read
@@ -200,7 +195,7 @@ def _prune(run: Path, progress: Progress, keep: int) -> None:
             _remove(folder)
 
 
-def mend(run: Path, keep: int) -> None:
+def repair(run: Path, keep: int) -> None:
     """Tidy up after a process that was killed while it saved: no checkpoint is lost, no link is behind.
 
     Args:
@@ -219,12 +214,12 @@ def mend(run: Path, keep: int) -> None:
         shutil.rmtree(left)
     folder = newest(run)
     if folder is not None:
-        progress, _ = read_training(folder)
+        progress = read_training(folder).progress
         _point(run, progress)
         _prune(run, progress, keep)
 
 
-def load_weights(model: Qwen3DSparkModel, folder: Path) -> None:
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Put a checkpoint's weights into a draft that has the target's embedding and head.
 
     Raises:
@@ -232,11 +227,20 @@ def load_weights(model: Qwen3DSparkModel, folder: Path) -> None:
     """
     try:
         weights = load_file(folder / WEIGHTS)
-        wanted = {name: p.shape for name, p in model.state_dict().items() if _trained(model, name)}
-        if {name: weight.shape for name, weight in weights.items()} != wanted:
-            raise ValueError(f"{WEIGHTS} has other tensors than its config says")
+        check_shapes(weights, {n: p.shape for n, p in model.state_dict().items() if _trained(model, n)})
     except (OSError, ValueError, SafetensorError) as error:
         raise damaged(folder, error) from None
+    copy_tensors(model, weights)
+
+
+def check_shapes(weights: dict[str, Tensor], wanted: dict[str, torch.Size]) -> None:
+    """Raise ValueError where a checkpoint's tensors are not those that its config describes."""
+    if {name: weight.shape for name, weight in weights.items()} != wanted:
+        raise ValueError(f"{WEIGHTS} has other tensors than its config says")
+
+
+def copy_tensors(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put weights into a draft's parameters, by name."""
     with torch.no_grad():
         for name, weight in weights.items():
             model.get_parameter(name).copy_(weight)
@@ -244,7 +248,7 @@ def load_weights(model: Qwen3DSparkModel, folder: Path) -> None:
 
 def load_states(
     folder: Path,
-    model: Qwen3DSparkModel,
+    model: PreTrainedModel,
     optimizers: Sequence[Optimizer],
     progress: Progress,
     ranks: Ranks,
@@ -291,85 +295,3 @@ def _load_optimizer(optimizer: Optimizer, names: dict[Tensor, str], file: Any, *
                 value = distribute_tensor(value, *where, src_data_rank=None)  # all ranks read all of it
             state[key] = value
     optimizer.load_state_dict(page)
-
-
-def find_checkpoint(run: Path, which: str = BEST) -> Path:
-    """The folder of one of a run's checkpoints.
-
-    Args:
-        which: `latest`, `best` (the latest where nothing was held out) or a name, as `step-000400`.
-
-    Raises:
-        RunError: there is none.
-    """
-    folder = run / which if which in (LATEST, BEST) else run / CHECKPOINTS / which
-    if which == BEST and not folder.exists():
-        folder = run / LATEST
-    if not (folder / TRAINING).is_file():
-        names = ", ".join(path.name for path in checkpoints(run)) or "none"
-        raise RunError(
-            f"no finished checkpoint at {folder}: {run} has {names}; `dspark train --run {run}` makes them"
-        )
-    return folder.resolve()  # not by a link that training moves on
-
-
-def load_checkpoint(folder: Path, reader: CacheReader) -> tuple[Qwen3DSparkModel, dict[str, Any]]:
-    """Load a checkpoint and put the cache's embedding and head in.
-
-    Args:
-        folder: of `find_checkpoint`.
-
-    Returns:
-        The draft, and its `training.json`.
-
-    Raises:
-        RunError: a damaged checkpoint, or one trained for another target than the cache's.
-    """
-    _, page = read_training(folder)
-    check_cache(folder, page, reader)
-    model = load_draft(folder)
-    frozen = reader.frozen()
-    model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
-    return model, page
-
-
-def trained_for(folder: Path, page: dict[str, Any]) -> TargetIdentity:
-    """The target that a checkpoint's draft is for. Raises RunError when the checkpoint is damaged.
-
-    Args:
-        page: its training.json.
-    """
-    try:
-        return configuration.build(Identity, page["cache"], TRAINING).target
-    except (KeyError, ConfigError) as error:
-        raise damaged(folder, error) from None
-
-
-def check_cache(folder: Path, page: dict[str, Any], reader: CacheReader) -> None:
-    """Raise RunError where a checkpoint's draft is for another target than the cache's."""
-    ours, theirs = trained_for(folder, page), reader.manifest.identity.target
-    if ours.weights != theirs.weights:
-        raise RunError(
-            f"{folder} was trained for target {ours.name}, the cache {reader.path} holds {theirs.name} "
-            "with other weights: name a cache of its own target"
-        )
-
-
-def load_draft(folder: Path) -> Qwen3DSparkModel:
-    """A checkpoint's draft in fp32, its embedding and head still random and frozen: they are the target's.
-
-    Raises:
-        RunError: the checkpoint is damaged.
-    """
-    try:
-        config = Qwen3DSparkModel.config_class.from_pretrained(folder)
-        model = Qwen3DSparkModel(config).float()
-    except Exception as error:
-        raise damaged(folder, error) from None
-    for name in FROZEN:
-        model.get_parameter(name).requires_grad_(False)
-    load_weights(model, folder)
-    for name, weight in model.state_dict().items():
-        if name not in FROZEN and not torch.isfinite(weight).all():
-            raise RunError(f"{folder}: {name} is not finite, so the draft is worth nothing: take another one")
-    return model

@@ -13,25 +13,31 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import click
-
 from pipeline import config as configuration
 from pipeline import files
 from pipeline.cache.manifest import Identity, differing_fields
 from pipeline.errors import ConfigError, RunError, WriteError
 from train.config import RunConfig
-from train.runs.checkpoint import BEST, CHECKPOINTS, LATEST, mend, newest
+from train.runs.checkpoint import newest, repair
+from train.runs.names import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    LATEST,
+    METRICS,
+    RUN,
+    TRACE,
+    TRACKER_FOLDERS,
+    TRACKERS,
+)
+from train.runs.page import read_training
 from train.runs.provenance import code_version
-from train.runs.state import Progress, read_training
+from train.runs.state import Progress
+from train.runtime.console import warn
 
-CONFIG = "config.toml"
-RUN = "run.json"
-METRICS = "metrics.jsonl"
-TRACE = "trace.json"
-TRACKERS = ("trackers.json", "tensorboard", "wandb")
 _LOCK = ".lock"
 # What is cleared, in this order; config and identity are written over.
-_OURS = (CHECKPOINTS, LATEST, BEST, TRACE, METRICS, *TRACKERS)
+_OURS = (CHECKPOINTS, LATEST, BEST, TRACE, METRICS, TRACKERS, *TRACKER_FOLDERS)
 _LIMIT = 16 * 2**20
 
 
@@ -60,52 +66,70 @@ def read_progress(run: Path) -> Progress:
     folder = newest(run)
     if folder is None:
         raise RunError(f"no finished checkpoint in {run}: run `dspark train --run {run}` first")
-    return read_training(folder)[0]
+    return read_training(folder).progress
 
 
 def check_run(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> None:
-    """Whether a run may begin or go on in a directory; changes nothing.
+    """Check that a run may begin or continue in a directory; change nothing.
 
     Raises:
         RunError: it holds something else, or a run of another config or cache.
         ConfigError: it would be cleared, and holds the draft to start from.
     """
+    if not _holds_run(run):
+        return
+    if fresh:
+        _check_clearing(run, config)
+    else:
+        _check_same(run, config, identity)
+
+
+def _holds_run(run: Path) -> bool:
+    """Return whether there is a run. Raises RunError where something else is in its place."""
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file, and a run is a directory: choose another --run")
     names = {path.name for path in run.iterdir()} if run.exists() else set()
     if all(name in (_LOCK, RUN) or _is_left_over(name) for name in names):
-        return
+        return False
     if not (run / CONFIG).is_file():
         raise RunError(f"{run} is not empty and is no run (it has no {CONFIG}): choose another --run")
-    if fresh:
-        source = config.draft.init_from
-        if source is not None and run.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
-            raise ConfigError(
-                f"draft.init_from = {source} is in {run}, which --fresh clears: choose another --run"
-            )
-        if _is_imported(run):
-            raise RunError(
-                f"{run} holds an imported draft, which --fresh would clear: choose another --run, with "
-                f"draft.init_from = {run} to train that draft further"
-            )
-        return
+    return True
+
+
+def _check_clearing(run: Path, config: RunConfig) -> None:
+    """Check that clearing a run loses nothing that training would not make again."""
+    source = config.draft.init_from
+    if source is not None and run.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+        raise ConfigError(
+            f"draft.init_from = {source} is in {run}, which --fresh clears: choose another --run"
+        )
+    if _is_imported(run):
+        raise RunError(
+            f"{run} holds an imported draft, which --fresh would clear: choose another --run, with "
+            f"draft.init_from = {run} to train that draft further"
+        )
+
+
+def _check_same(run: Path, config: RunConfig, identity: Identity) -> None:
+    """Check that a run has this config and this cache."""
     differing = [f"cache {line}" for line in differing_fields(load_run_cache(run), identity)]
     differing += differing_settings(load_run_config(run), config)
-    if differing:
-        remedy = "or pass --fresh to start it over"
-        if _is_imported(run):
-            remedy = f"with draft.init_from = {run} to train its imported draft further"
-        raise RunError(
-            f"{run} is a run of other settings (its own, against what is asked for: {'; '.join(differing)}): "
-            f"choose another --run, {remedy}"
-        )
+    if not differing:
+        return
+    remedy = "or pass --fresh to start it over"
+    if _is_imported(run):
+        remedy = f"with draft.init_from = {run} to train its imported draft further"
+    raise RunError(
+        f"{run} is a run of other settings (its own, against what is asked for: {'; '.join(differing)}): "
+        f"choose another --run, {remedy}"
+    )
 
 
 def _is_imported(run: Path) -> bool:
     """Whether a run's draft came from elsewhere; no training would make it again."""
     folder = newest(run)
     with suppress(RunError):  # a damaged one is nothing to keep
-        return folder is not None and "imported" in read_training(folder)[1]
+        return folder is not None and read_training(folder).imported is not None
     return False
 
 
@@ -115,9 +139,9 @@ def differing_settings(ours: RunConfig, theirs: RunConfig) -> list[str]:
     return [f"{key}: {v} against {others[key]}" for key, v in flat_settings(ours).items() if v != others[key]]
 
 
-def flat_settings(config: RunConfig | dict[str, Any]) -> dict[str, Any]:
+def flat_settings(config: RunConfig) -> dict[str, Any]:
     """Settings by their dotted names, as `--set` takes them."""
-    tables = (config if isinstance(config, dict) else dataclasses.asdict(config)).items()
+    tables = dataclasses.asdict(config).items()
     return {f"{table}.{key}": value for table, values in tables for key, value in values.items()}
 
 
@@ -147,27 +171,37 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def begin(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> None:
-    """Write what a new run is, or leave one that is there as it is; `fresh` clears it first.
+    """Write what a new run is, or repair an existing one; `fresh` clears it first.
 
     Killed at any moment, it leaves a run: the old one, or one that has no checkpoint yet.
     """
-    for path in run.iterdir():
-        if _is_left_over(path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    _remove_left_overs(run)
     if fresh:
-        for name in _OURS:
-            path, gone = run / name, run / f".{name}.partial"
-            if path.is_symlink() or path.is_file():
-                path.unlink()
-            elif path.exists():
-                shutil.rmtree(gone, ignore_errors=True)
-                path.rename(gone)  # at once: half of it is worth nothing
-                shutil.rmtree(gone)
-    mend(run, config.train.keep_checkpoints)
+        _clear(run)
+    repair(run, config.train.keep_checkpoints)
     if fresh or not (run / CONFIG).is_file():
         facts = {"version": code_version(), "cache": dataclasses.asdict(identity)}
         files.publish_bytes(run / RUN, (json.dumps(facts, indent=1) + "\n").encode())
         files.publish_bytes(run / CONFIG, configuration.to_toml(config).encode())
+
+
+def _remove_left_overs(run: Path) -> None:
+    """Remove temporary files of processes that were killed."""
+    for path in run.iterdir():
+        if _is_left_over(path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _clear(run: Path) -> None:
+    """Remove everything that training made; config and identity are written over."""
+    for name in _OURS:
+        path, gone = run / name, run / f".{name}.partial"
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(gone, ignore_errors=True)
+            path.rename(gone)  # at once: half of it is worth nothing
+            shutil.rmtree(gone)
 
 
 def _is_left_over(name: str) -> bool:
@@ -189,8 +223,7 @@ class MetricsFile:
         found = self._path.stat().st_size
         if found < size:
             lost = f"{self._path} has {found} bytes where the checkpoint knows of {size}"
-            with suppress(OSError):
-                click.echo(f"warning: {lost}: figures of earlier steps are gone", err=True)
+            warn(f"{lost}: figures of earlier steps are gone")
         os.truncate(self._path, min(size, found))
 
     def append(self, line: dict[str, Any]) -> None:

@@ -1,61 +1,162 @@
-"""A trained draft opened for use: one of a run's checkpoints, on a cache of its target."""
+"""Open a trained draft: the one way to it for measuring, decoding and export."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
-from pipeline.cache import CacheReader
+from pipeline.cache import CacheReader, TargetIdentity
+from pipeline.errors import RunError
 from train.config import RunConfig
-from train.draft.dspark.module import DSparkTrainerModule
-from train.eval.validate import split
-from train.runs.checkpoint import BEST, find_checkpoint, load_checkpoint
+from train.data.split import split
+from train.draft import DRAFTS
+from train.draft.kind import DraftKind, TrainerModule
+from train.runs.checkpoint import FROZEN, check_shapes, checkpoints, copy_tensors
 from train.runs.directory import load_run_config
+from train.runs.names import BEST, CHECKPOINTS, LATEST, TRAINING, WEIGHTS
+from train.runs.page import TrainingPage, damaged, read_training
 from train.runtime.distributed import Ranks
-from train.trainer.setup import prepare, trainer_module
 
 
 @dataclass(frozen=True)
-class OpenedDraft:
-    """A draft with its objective on a device, and the held-out samples it was never trained on."""
+class TrainedDraft:
+    """A checkpoint's draft, read without a cache and without its target."""
 
     folder: Path
     """Of the checkpoint; figures of the draft lie in it."""
-    page: dict[str, Any]
-    """Its training.json."""
-    config: RunConfig
-    reader: CacheReader
-    module: DSparkTrainerModule
-    held_out: np.ndarray
-    """Sample numbers."""
+    page: TrainingPage
+    shape: PretrainedConfig
+    """The draft's Hugging Face config."""
+    weights: dict[str, Tensor]
+    """All but the target's embedding and head, finite."""
+
+    @property
+    def kind(self) -> DraftKind:
+        """The kind of draft."""
+        return DRAFTS[self.page.config.draft.kind]
 
     @property
     def step(self) -> int:
         """The optimiser step that the draft was saved at."""
-        return self.page["progress"]["step"]
+        return self.page.progress.step
+
+    @property
+    def target(self) -> TargetIdentity:
+        """The target that the draft is for."""
+        return self.page.cache.target
+
+    def require_target_of(self, reader: CacheReader) -> None:
+        """Check that a cache is of the draft's target. Raises RunError."""
+        theirs = reader.manifest.identity.target
+        if self.target.weights != theirs.weights:
+            raise RunError(
+                f"{self.folder} was trained for target {self.target.name}, the cache {reader.path} holds "
+                f"{theirs.name} with other weights: pass --cache of its own target"
+            )
+
+    def model(self, reader: CacheReader | None = None) -> PreTrainedModel:
+        """Build the draft in fp32, its embedding and head frozen.
+
+        Args:
+            reader: a cache of its target, to take embedding and head from; without it these two are random,
+                for the caller to replace.
+        """
+        model = self.kind.build(self.shape)
+        copy_tensors(model, self.weights)
+        if reader is not None:
+            frozen = reader.frozen()
+            model.initialize_embeddings_and_head(*(frozen[name] for name in FROZEN))
+        for name in FROZEN:
+            model.get_parameter(name).requires_grad_(False)
+        return model
 
 
-def open_draft(cache: Path, run: Path, ranks: Ranks, checkpoint: str = BEST) -> OpenedDraft:
-    """Load a draft and the cache it is to be measured on.
+def find_checkpoint(run: Path, which: str = BEST) -> Path:
+    """Return the folder of one of a run's checkpoints.
 
     Args:
-        checkpoint: as `train.runs.checkpoint.find_checkpoint` takes it.
+        which: `latest`, `best` (the latest where nothing was held out) or a name, as `step-000400`.
+
+    Raises:
+        RunError: there is none.
+    """
+    folder = run / which if which in (LATEST, BEST) else run / CHECKPOINTS / which
+    if which == BEST and not folder.exists():
+        folder = run / LATEST
+    if not (folder / TRAINING).is_file():
+        names = ", ".join(path.name for path in checkpoints(run)) or "none"
+        raise RunError(
+            f"no finished checkpoint at {folder}: {run} has {names}; `dspark train --run {run}` makes them"
+        )
+    return folder.resolve()  # not by a link that training moves on
+
+
+def open_draft(run: Path, which: str = BEST) -> TrainedDraft:
+    """Read one of a run's drafts.
+
+    Args:
+        which: as in `find_checkpoint`.
+
+    Raises:
+        RunError: there is no such checkpoint, it is damaged, or its weights are not finite.
+    """
+    folder = find_checkpoint(run, which)
+    page = read_training(folder)
+    kind = DRAFTS[page.config.draft.kind]
+    try:
+        shape = kind.config_class.from_pretrained(folder)
+        missing = [name for name in kind.config_fields if not hasattr(shape, name)]
+        if missing:
+            raise ValueError(f"its config.json has no {missing[0]}")
+        weights = load_file(folder / WEIGHTS)
+        with torch.device("meta"):
+            model = kind.build(shape)
+        check_shapes(weights, {n: w.shape for n, w in model.state_dict().items() if n not in FROZEN})
+    except Exception as error:  # transformers raises errors of many kinds for a config
+        raise damaged(folder, error) from None
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise RunError(f"{folder}: {name} is not finite, so the draft is worth nothing: take another one")
+    return TrainedDraft(folder, page, shape, weights)
+
+
+@dataclass(frozen=True)
+class DraftOnCache:
+    """A trained draft with its objective on a device, and the held-out samples it was never trained on."""
+
+    trained: TrainedDraft
+    config: RunConfig
+    """Of its run."""
+    reader: CacheReader
+    module: TrainerModule
+    held_out: np.ndarray
+    """Sample numbers."""
+
+
+def open_on_cache(cache: Path, run: Path, ranks: Ranks, which: str = BEST) -> DraftOnCache:
+    """Open a draft and the cache it is to be measured on.
+
+    Args:
+        which: as in `find_checkpoint`.
 
     Raises:
         DSparkError: no such run, checkpoint or cache, or they do not belong together.
     """
     config = load_run_config(run)
-    if ranks.device.type != "cuda":  # where it was trained may not be here
+    if ranks.device.type != "cuda":  # the attention kernel of its training may not run here
         config = replace(config, draft=replace(config.draft, attention="auto"))
-    folder = find_checkpoint(run, checkpoint)
+    find_checkpoint(run, which)  # before the cache, whose index takes longer to read
     reader = CacheReader(cache)
     reader.check_shards()
-    model, page = load_checkpoint(folder, reader)
-    reader.require_layers(model.config.target_layer_ids)
+    draft = open_draft(run, which)
+    draft.require_target_of(reader)
+    reader.require_layers(draft.shape.target_layer_ids)
     _, held_out = split(reader, config.train.held_out)
-    module = trainer_module(model.to(ranks.device), config)
-    prepare(module, config, ranks.device)
-    return OpenedDraft(folder, page, config, reader, module, held_out)
+    module = draft.kind.on(draft.model(reader).to(ranks.device), config, ranks.device)
+    return DraftOnCache(draft, config, reader, module, held_out)

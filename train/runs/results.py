@@ -16,10 +16,8 @@ from pipeline import files
 from pipeline.config import build
 from pipeline.errors import ConfigError, RunError
 from train.runs.figures import Calibration, Evaluation, Speculation
+from train.runs.names import CALIBRATION, EVALUATION, SPECULATION
 
-EVALUATION = "evaluation.json"
-SPECULATION = "speculation.json"
-CALIBRATION = "calibration.json"
 LARGEST = 1e100
 """Of figures: what is larger is a mistake, and can't be drawn."""
 _LIMIT = 16 * 2**20

@@ -1,20 +1,9 @@
-"""How far a run is: everything that a checkpoint knows besides tensors."""
+"""The state of a run between two optimiser steps."""
 
 from __future__ import annotations
 
-import errno
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-
-from pipeline import config as configuration
-from pipeline import files
-from pipeline.errors import ConfigError, RunError
-
-# A checkpoint's own page; with it, the checkpoint is whole.
-TRAINING = "training.json"
-_LIMIT = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,55 +25,34 @@ class Progress:
     step: int = 0
     """Optimiser steps done, skipped ones among them."""
     epoch: int = 0
-    """Of the data order, the epoch that the next step is looked for in."""
+    """Epoch of the next step."""
     steps_of_epoch: int = 0
-    """How many of its steps are done."""
+    """Steps of that epoch that are done."""
     evaluated: int = 0
-    """The step of the last evaluation."""
+    """Step of the last evaluation."""
     evaluation: dict[str, Any] | None = None
-    """Its figures."""
+    """Figures of the last evaluation: a plain dict, since every loss term adds one."""
     best: Best | None = None
-    """That of the best held-out tau."""
+    """The evaluation of the best held-out tau."""
     evaluations_without_gain: int = 0
-    """How many have passed since."""
+    """Evaluations since the best one."""
     skipped_steps: int = 0
     """Steps whose loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-    """Of these, the last ones without another between them."""
+    """Skipped steps since the last good one."""
     seconds: float = 0.0
     """Spent on steps, in all sessions together."""
     tokens: int = 0
     """Drafted from, over all ranks."""
     metrics_bytes: int = 0
-    """The size of metrics.jsonl; what is behind belongs to steps that will be taken again."""
+    """Size of metrics.jsonl; later bytes belong to steps that will be taken again."""
     window: dict[str, Any] | None = None
     """Sums since the last log line."""
     complete: bool = False
-    """Whether there is nothing left to do."""
+    """Nothing is left to train."""
 
-    def values(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-def read_training(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """A checkpoint's progress, and all of its `training.json`. Raises RunError when it can't be read."""
-    try:
-        page = json.loads(files.read_small(folder / TRAINING, _LIMIT))
-        progress = configuration.build(Progress, page["progress"], TRAINING)
-        if not all(isinstance(page[name], dict) for name in ("config", "cache", "version", "machine")):
-            raise ValueError("not what this version writes")
-        return progress, page
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise damaged(folder, error) from None
-
-
-def damaged(folder: Path, error: Exception) -> RunError:
-    """The error for a checkpoint that can't be read, for whatever reason."""
-    reason = " ".join(str(error).split())[:150] or type(error).__name__
-    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # not its own fault
-        return RunError(f"the checkpoint {folder} can't be read ({reason}): mend that, then run it again")
-    return RunError(
-        f"the checkpoint {folder} is damaged ({reason}): remove it, and the run continues from the one "
-        "before, or from the start if there is none"
-    )
+    @property
+    def measured(self) -> dict[str, Any] | None:
+        """Figures of the evaluation at this very step, if there was one."""
+        last = self.evaluation
+        return last if last and last.get("step") == self.step else None

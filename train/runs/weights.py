@@ -1,4 +1,4 @@
-"""First weights from a draft that is there: a run's, or a released one in DeepSpec's layout."""
+"""First weights from an existing draft: a run's, or a released one in DeepSpec's layout."""
 
 from __future__ import annotations
 
@@ -8,27 +8,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.errors import RunError
-from train.draft.dspark.model import Qwen3DSparkModel
-from train.runs.checkpoint import BEST, FROZEN, LATEST
-
-# What weights mean depends on these, though their shapes may not. A file may leave out any but the layers and
-# the mask token.
-_SAME = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "target_layer_ids", "num_target_layers", "mask_token_id"),
-    *("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov"),
-)
-
+from train.draft.kind import DraftKind
+from train.runs.checkpoint import FROZEN
+from train.runs.names import BEST, LATEST, WEIGHTS
 
 # Who asks, at the head of every message.
 _SETTING = "draft.init_from"
 
 
 def find_draft(source: Path, asker: str = _SETTING) -> Path:
-    """The folder with config.json: of a run its best checkpoint, or without one its latest.
+    """Return the folder with config.json: of a run its best checkpoint, or without one its latest.
 
     Args:
         asker: at the head of every message.
@@ -45,10 +37,13 @@ def find_draft(source: Path, asker: str = _SETTING) -> Path:
     )
 
 
-def check_warm_start(shape: Qwen3Config, source: Path) -> None:
-    """Whether a draft's weights mean in a run what they mean where they come from.
+def check_warm_start(kind: DraftKind, shape: PretrainedConfig, source: Path) -> None:
+    """Check that a draft's weights mean the same in a run as where they come from.
+
+    A released config may leave out any field but the layers and the mask token.
 
     Args:
+        kind: of the run's draft.
         shape: of the run's draft.
 
     Raises:
@@ -57,17 +52,16 @@ def check_warm_start(shape: Qwen3Config, source: Path) -> None:
     folder = find_draft(source)
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        theirs = {name: found[name] for name in _SAME if name in found}
+        theirs = kind.weight_fields(found)
         rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta")}
         if rope.get("rope_theta") is not None:
             theirs["rope_theta"] = float(rope["rope_theta"])
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"draft.init_from: {folder / 'config.json'} can't be read ({error})") from None
-    ours = {name: getattr(shape, name) for name in _SAME}
+    ours = kind.weight_fields(shape.to_dict())
     ours["rope_theta"] = float(shape.rope_parameters["rope_theta"])
-    if not ours["markov_rank"]:
-        theirs["markov_head_type"] = ours["markov_head_type"]
-    differing = [f"{n}: {ours[n]} here, {theirs[n]} there" for n in theirs if theirs[n] != ours[n]]
+    names = [name for name in theirs if name in ours]
+    differing = [f"{n}: {ours[n]} here, {theirs[n]} there" for n in names if theirs[n] != ours[n]]
     missing = [name for name in ("target_layer_ids", "mask_token_id") if name not in theirs]
     if missing:
         raise RunError(f"draft.init_from: {folder} is no DSpark draft: its config.json has no {missing[0]}")
@@ -78,7 +72,7 @@ def check_warm_start(shape: Qwen3Config, source: Path) -> None:
         )
 
 
-def warm_start(model: Qwen3DSparkModel, source: Path) -> None:
+def warm_start(model: PreTrainedModel, source: Path) -> None:
     """Copy a draft's weights; embedding and head stay the cache's, whatever comes with it.
 
     Raises:
@@ -89,7 +83,7 @@ def warm_start(model: Qwen3DSparkModel, source: Path) -> None:
 
 
 def copy_weights(
-    model: Qwen3DSparkModel, found: dict[str, Tensor], folder: Path, asker: str = _SETTING
+    model: PreTrainedModel, found: dict[str, Tensor], folder: Path, asker: str = _SETTING
 ) -> None:
     """Copy all but embedding and head into a draft.
 
@@ -118,7 +112,7 @@ def copy_weights(
 
 
 def read_weights(folder: Path, asker: str = _SETTING) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors files: one, or several with an index.
+    """Read every tensor of a folder's safetensors files: one, or several with an index.
 
     Args:
         asker: at the head of every message.
@@ -129,7 +123,7 @@ def read_weights(folder: Path, asker: str = _SETTING) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     try:
         index = folder / "model.safetensors.index.json"
-        names = {"model.safetensors"}
+        names = {WEIGHTS}
         if index.is_file():
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         for name in sorted(names):

@@ -12,6 +12,21 @@ from tqdm import tqdm
 from train.runtime.distributed import Ranks
 
 
+def say(text: str, *, err: bool = True) -> None:
+    """Print a line. That nobody listens any more ends no run.
+
+    Args:
+        err: on stderr, where progress goes; else on stdout.
+    """
+    with suppress(OSError):
+        click.echo(text, err=err)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    say(f"warning: {text}")
+
+
 def bar(items: Any, ranks: Ranks, **options: Any) -> tqdm:
     """A progress bar, where there is somebody to look at it."""
     return tqdm(items, disable=not (ranks.leads and sys.stderr.isatty()), **options)

@@ -52,9 +52,17 @@ class Ranks:
         parts = flat.split([t.numel() for t in tensors])
         return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
 
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set on any rank."""
+        if self.world == 1:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.uint8, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found.tolist()]
+
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
-        return flag if self.world == 1 else any(self.gather(flag))
+        """Return whether a flag is set on any rank."""
+        return self.any_of(flag)[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of the ranks."""

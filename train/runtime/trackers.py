@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import click
-
 from pipeline.errors import ConfigError, RunError, StoppedError
 from pipeline.files import publish_bytes
+from train.runtime.console import say, warn
 
-IDENTITY = "trackers.json"  # in the run's directory: which run of a tracker is this one, also when resumed
 PROJECT = "dspark"  # unless $WANDB_PROJECT or $TRACKIO_PROJECT says otherwise
 FINISH_SECONDS = 300.0  # wandb would wait for ever for a network that is gone; `wandb sync` sends the rest
 
@@ -150,6 +148,7 @@ class Trackers:
     Args:
         names: of TRACKERS, their packages checked by `check_trackers`.
         run: the run's directory, which exists.
+        identity_file: keeps the id that trackers know the run by.
         config: flat settings, `table.key` -> value.
         step: optimiser steps done before, 0 for a new run.
 
@@ -157,19 +156,21 @@ class Trackers:
         RunError: one of them can't be opened.
     """
 
-    def __init__(self, names: Iterable[str], *, run: Path, config: dict[str, Any], step: int):
+    def __init__(
+        self, names: Iterable[str], *, run: Path, identity_file: Path, config: dict[str, Any], step: int
+    ):
         self._open: dict[str, Tracker] = {}
         for name in names:
-            start = Start(run=run, id=_identity(run), config=config, step=step)
+            start = Start(run=run, id=_identity(identity_file), config=config, step=step)
             try:
                 tracker = self._open[name] = TRACKERS[name](start)
             except Exception as error:  # whatever a foreign library raises
                 self.close(failed=True)
                 raise RunError(
-                    f"train.report_to: {name} can't be opened ({_reason(error)}): mend that, "
+                    f"train.report_to: {name} can't be opened ({_reason(error)}): fix that, "
                     "or leave it out of train.report_to"
                 ) from error
-            click.echo(f"{name}: {tracker.where}", err=True)
+            say(f"{name}: {tracker.where}")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log a line of metrics.jsonl. Raises nothing: a tracker that fails is warned of and dropped."""
@@ -179,7 +180,7 @@ class Trackers:
                 tracker.log(step, scalars)
             except Exception as error:
                 del self._open[name]
-                _warn(
+                warn(
                     f"{name} failed at step {step} ({_reason(error)}) and is logged to no more; "
                     "metrics.jsonl has every figure"
                 )
@@ -193,7 +194,7 @@ class Trackers:
             try:
                 tracker.close(failed=failed)
             except Exception as error:
-                _warn(
+                warn(
                     f"{name} failed when it was closed ({_reason(error)}) and may lack figures; "
                     "metrics.jsonl has every one"
                 )
@@ -222,9 +223,8 @@ def flat_scalars(values: dict[str, Any], prefix: str = "train/") -> dict[str, fl
     return found
 
 
-def _identity(run: Path) -> str:
-    """The id trackers know a run by: made at its first start, read ever after."""
-    path = run / IDENTITY
+def _identity(path: Path) -> str:
+    """Return the id that trackers know a run by: made at its first start, read ever after."""
     if not path.exists():
         identity = uuid.uuid4().hex[:12]
         publish_bytes(path, json.dumps({"id": identity}).encode() + b"\n")
@@ -238,11 +238,6 @@ def _identity(run: Path) -> str:
             f'{path}: expected {{"id": "..."}} as a run writes it; remove it to be logged as a new run'
         )
     return identity
-
-
-def _warn(text: str) -> None:
-    with suppress(OSError):  # nobody listens any more
-        click.echo(f"warning: {text}", err=True)
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,19 @@ def check_optimizer(config: TrainConfig) -> None:
         )
 
 
-def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """The optimisers over what trains. A group's `lr_scale` multiplies its rate.
+def build_optimizers(
+    model: nn.Module, config: TrainConfig, lr_scales: Mapping[str, float] | None = None
+) -> list[Optimizer]:
+    """Build the optimisers over what trains. A group's `lr_scale` multiplies its rate.
 
     AdamW takes everything, with weight decay on matrices only; or Muon (Jordan et al. 2024) the matrices of
     `fc` and the layers, with updates scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so
     that one rate serves both.
+
+    Args:
+        lr_scales: by the prefix of parameters' names; all others have 1.
     """
+    scales = lr_scales or {}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizers: list[Optimizer] = []
     if config.optimizer == "muon":
@@ -43,8 +49,9 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
             )
         )
     groups = []
-    for markov, scale in ((False, 1.0), (True, config.markov_lr_scale)):
-        own = [p for name, p in trained if name.startswith("markov_head.") == markov]
+    for prefix, scale in {"": 1.0, **scales}.items():
+        others = () if prefix else tuple(scales)
+        own = [p for name, p in trained if name.startswith(prefix) and not name.startswith(others)]
         for matrices, decay in ((True, config.weight_decay), (False, 0.0)):
             params = [p for p in own if (p.ndim >= 2) == matrices]
             if params:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import os
@@ -13,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
@@ -22,23 +20,24 @@ from pipeline.device import reuse_freed_memory
 from pipeline.errors import RunError, StoppedError
 from pipeline.signals import StopRequest, stop_on_signals
 from train.config import RunConfig
-from train.data.loader import loaded
-from train.data.sampling import Step, count_steps, steps_from
-from train.draft.dspark.flops import peak_flops, training_flops
+from train.data.loader import Collate, loaded
+from train.data.packing import Step, steps_from
+from train.data.sampling import random_anchors
 from train.eval.validate import validate
 from train.losses.slots import LossSums
-from train.runs.checkpoint import CHECKPOINTS, load_states, load_weights, newest, save_checkpoint
-from train.runs.directory import TRACE, MetricsFile, begin, check_run, flat_settings, locked
-from train.runs.provenance import code_version, machine_facts
-from train.runs.state import Best, Progress, damaged, read_training
-from train.runtime.console import Display
-from train.runtime.distributed import Ranks, SpreadModule, open_ranks
-from train.runtime.precision import autocast, resolve_precision
+from train.runs.checkpoint import newest, save_checkpoint
+from train.runs.directory import begin, check_run, flat_settings, locked
+from train.runs.names import CHECKPOINTS, TRACE, TRACKERS
+from train.runs.page import TrainingPage, read_training
+from train.runs.state import Best, Progress
+from train.runtime.console import Display, say
+from train.runtime.distributed import Ranks, open_ranks
+from train.runtime.precision import autocast
 from train.runtime.profiler import check_profile, step_profiler
 from train.runtime.trackers import Trackers
-from train.trainer.metrics import Window
-from train.trainer.optimizer import build_optimizers, learning_rate, normalise_gradients, set_learning_rate
-from train.trainer.setup import Setup, build_draft, initialise, prepare, set_up, trainer_module
+from train.trainer.optimizer import learning_rate, normalise_gradients, set_learning_rate
+from train.trainer.parts import Checkpoint, Parts, build_parts
+from train.trainer.setup import Setup, count_run_steps, set_up
 
 
 def train(
@@ -56,7 +55,7 @@ def train(
     `run.json`, `metrics.jsonl` (a JSON object a logged step), `checkpoints/step-N`, `latest` and `best`.
 
     Args:
-        fresh: clear a run that is there.
+        fresh: clear an existing run.
         profile_steps: write a Chrome trace of so many steps, the first few left out, to `trace.json`.
 
     Returns:
@@ -68,7 +67,7 @@ def train(
     with open_ranks(device) as ranks, stop_on_signals() as stop, ExitStack() as held:
         if ranks.device.type == "cpu":
             reuse_freed_memory()
-        # A job that torchrun starts again goes on with what it did itself.
+        # A job that torchrun starts again continues with what it did itself.
         fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         with ranks.together():
             begins = fresh or not any(run.glob(f"{CHECKPOINTS}/*step-*"))
@@ -76,34 +75,37 @@ def train(
             identity = setup.reader.manifest.identity
             check_run(run, setup.config, identity, fresh=fresh)
             if profile_steps:
-                _check_profile(profile_steps, setup, None if fresh else newest(run))
+                _check_profile(profile_steps, setup, None if fresh else _newest(run))
         if ranks.leads:
-            click.echo(configuration.to_toml(setup.config))
+            say(configuration.to_toml(setup.config), err=False)
         with ranks.together():
             if ranks.leads:
                 held.enter_context(locked(run))
                 check_run(run, setup.config, identity, fresh=fresh)  # now that nobody else changes it
                 begin(run, setup.config, identity, fresh=fresh)
         with ranks.together():
-            folder = newest(run)
-            progress, page = read_training(folder) if folder else (None, {})
-        same = {"config": setup.config, "cache": identity, "newest checkpoint": folder and folder.name}
-        ranks.agree(same)
-        if progress is not None and progress.complete:
+            checkpoint = _newest(run)
+        found = checkpoint and checkpoint.folder.name
+        ranks.agree({"config": setup.config, "cache": identity, "newest checkpoint": found})
+        if checkpoint is not None and checkpoint.page.progress.complete:
             if ranks.leads:
-                click.echo(f"run {run}: complete, nothing is left to train")
-        else:
-            training = Training(ranks, setup, run, folder, progress, page, stop)
-            progress = training.run(profile_steps)
-        return progress.evaluation
+                say(f"run {run}: complete, nothing is left to train", err=False)
+            return checkpoint.page.progress.evaluation
+        parts = build_parts(ranks, setup, run, checkpoint)
+        return Training(ranks, setup, run, parts, stop, checkpoint).run(profile_steps).evaluation
 
 
-def _check_profile(steps: int, setup: Setup, folder: Path | None) -> None:
-    """A run has enough steps left to trace, or none at all because it is complete."""
-    if folder is None:
-        check_profile(steps, count_steps(setup.reader.lengths[setup.samples], setup.config.train))
+def _newest(run: Path) -> Checkpoint | None:
+    folder = newest(run)
+    return None if folder is None else Checkpoint(folder, read_training(folder))
+
+
+def _check_profile(steps: int, setup: Setup, checkpoint: Checkpoint | None) -> None:
+    """Check that a run has enough steps left to trace; a complete run needs none."""
+    if checkpoint is None:
+        check_profile(steps, count_run_steps(setup))
         return
-    progress, _ = read_training(folder)
+    progress = checkpoint.page.progress
     if not progress.complete:
         check_profile(steps, progress.total_steps - progress.step)
 
@@ -115,10 +117,9 @@ class Training:
         ranks: who trains.
         setup: what.
         run: its directory.
-        folder: the checkpoint to go on from, if any.
-        progress: that checkpoint's.
-        page: all of its `training.json`.
+        parts: what it consists of.
         stop: set by a signal that asks to stop.
+        checkpoint: the one that it continues from, if any.
     """
 
     def __init__(
@@ -126,50 +127,19 @@ class Training:
         ranks: Ranks,
         setup: Setup,
         run: Path,
-        folder: Path | None,
-        progress: Progress | None,
-        page: dict[str, Any],
+        parts: Parts,
         stop: StopRequest,
+        checkpoint: Checkpoint | None = None,
     ):
-        self.ranks, self.setup, self.path, self.stop = ranks, setup, run, stop
-        self.last_page = page
+        self.ranks, self.setup, self.path, self.parts, self.stop = ranks, setup, run, parts, stop
+        self.checkpoint = checkpoint
         self.reader, self.config = setup.reader, setup.config
-        train, device = self.config.train, ranks.device
-        self.precision = resolve_precision(device, train.precision)
-        with ranks.together():
-            self.model = build_draft(setup, fresh=folder is None)
-            if folder is not None:
-                load_weights(self.model, folder)
-            self.model.to(device)
-            if folder is None and ranks.leads:
-                initialise(self.model, setup)
-        if progress is None:
-            total = count_steps(self.reader.lengths[setup.samples], train)
-            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            progress = Progress(total_steps=total, parameters=trained)
-        self.progress = progress
-        self.module = trainer_module(self.model, self.config)
-        sharded = ranks.world > 1 and train.parallelism == "fsdp"
-        prepare(self.module, self.config, device, by_layer=sharded)
-        self.spread = SpreadModule(
-            self.module, ranks, list(self.model.layers), train.parallelism, self.precision
-        )
-        self.optimizers = build_optimizers(self.model, train)
-        peak = peak_flops(device, self.precision, train.tf32)
-        self.window = Window(self.config.loss, device, None if peak is None else peak * ranks.world)
-        if folder is not None:
-            with ranks.together():
-                load_states(folder, self.model, self.optimizers, progress, ranks)
-                if progress.window is not None:
-                    self._load_window(folder, progress.window)
-        with ranks.together():
-            self.metrics = MetricsFile(run, progress.metrics_bytes) if ranks.leads else None
-        self.machine = machine_facts(ranks, self.precision, self.model.attention)
-        self.display = Display(ranks, progress.total_steps, progress.step)
+        self.spread, self.progress, self.window = parts.spread, parts.progress, parts.window
+        self.model = parts.module.draft_model
+        self.display = Display(ranks, self.progress.total_steps, self.progress.step)
         self.saved = time.monotonic()
-        self.version = code_version()
         self.stop_agreed = False  # what all ranks know of signals
-        self.denominator = torch.ones((), device=device)
+        self.denominator = torch.ones((), device=ranks.device)
 
     def run(self, profile_steps: int = 0) -> Progress:
         """Train to the end, or to a signal.
@@ -181,13 +151,7 @@ class Training:
         train, progress = self.config.train, self.progress
         left = progress.total_steps - progress.step
         profiler = step_profiler(profile_steps if self.ranks.leads else 0, left, self.path / TRACE)
-        self.display.say(", ".join(f"{name} {value}" for name, value in self.machine.items()))
-        if progress.step:
-            self.display.say(f"continuing from step {progress.step} of {progress.total_steps}")
-            last, now = ({**page["machine"], **page["version"]} for page in (self.last_page, self._about()))
-            changed = [f"{k}: {last[k]}, now {v}" for k, v in now.items() if last.get(k, v) != v]
-            if changed:
-                self.display.say(f"not as it was saved ({'; '.join(changed)}): sums may round otherwise")
+        self._say_where()
         steps = steps_from(
             self.reader.lengths[self.setup.samples],
             self.setup.samples,
@@ -200,16 +164,22 @@ class Training:
         steps, ahead = itertools.tee(itertools.islice(steps, left))
         self.batches = loaded(
             self.reader,
-            (pack for step in ahead for pack in step.packs),
-            tuple(self.model.config.target_layer_ids),
+            ((members, self._collate(step.epoch)) for step in ahead for members in step.packs),
+            tuple(self.setup.shape.target_layer_ids),
             train.batch_tokens,
             self.ranks.device,
-            partial(training_flops, self.model.config),
+            partial(self.setup.kind.flops, self.setup.shape),
         )
         with self.ranks.together():
             names = train.report_to if self.ranks.leads else ()
             settings = flat_settings(self.config)
-            self.trackers = Trackers(names, run=self.path, config=settings, step=progress.step)
+            self.trackers = Trackers(
+                names,
+                run=self.path,
+                identity_file=self.path / TRACKERS,
+                config=settings,
+                step=progress.step,
+            )
         with self.trackers, closing(self.display):
             if self._evaluation_due() and progress.evaluated < progress.step:  # it was interrupted
                 self._between_steps(checkpoint_due=False)
@@ -221,12 +191,28 @@ class Training:
                 self._between_steps(checkpoint_due=due)
         return progress
 
+    def _say_where(self) -> None:
+        """Say what the run computes on, and what has changed since its checkpoint was saved."""
+        progress, parts = self.progress, self.parts
+        self.display.say(", ".join(f"{name} {value}" for name, value in parts.machine.items()))
+        if self.checkpoint is None or not progress.step:
+            return
+        self.display.say(f"continuing from step {progress.step} of {progress.total_steps}")
+        last, now = ({**page.machine, **page.version} for page in (self.checkpoint.page, self._page()))
+        changed = [f"{k}: {last[k]}, now {v}" for k, v in now.items() if last.get(k, v) != v]
+        if changed:
+            self.display.say(f"not as it was saved ({'; '.join(changed)}): sums may round otherwise")
+
+    def _collate(self, epoch: int) -> Collate:
+        train = self.config.train
+        return self.setup.kind.collate(random_anchors(train.anchors_per_batch, train.seed, epoch))
+
     def _step(self, step: Step) -> bool:
-        """Take an optimiser step. Returns whether it is time for a checkpoint."""
+        """Take an optimiser step. Return whether it is time for a checkpoint."""
         started, waited = time.perf_counter(), 0.0
         train, progress, ranks = self.config.train, self.progress, self.ranks
         lr = learning_rate(progress.step, progress.total_steps, train)
-        set_learning_rate(self.optimizers, lr)
+        set_learning_rate(self.parts.optimizers, lr)
         sums: LossSums | None = None
         losses: list[Tensor] = []
         tokens, flops = 0, 0.0
@@ -235,22 +221,23 @@ class Training:
             batch = next(self.batches)
             waited += time.perf_counter() - asked
             with self.spread.micro_batch(last=number == len(step.packs)):
-                with autocast(ranks.device, self.precision):
+                with autocast(ranks.device, train.precision):
                     metrics = self.spread(**batch.tensors(), denominator=self.denominator)
                 metrics.loss.backward()
             part = metrics.sums.detach()
             sums = part if sums is None else sums + part
             losses.append(metrics.loss.detach())
             tokens, flops = tokens + batch.num_tokens, flops + batch.flops
+        assert sums is not None
+        counts = torch.tensor([tokens, flops, waited], dtype=torch.float64)
+        *tensors, counts = ranks.total([*sums.tensors(), counts])
+        sums = LossSums.from_tensors(list(sums.terms), tensors)
         due = ranks.leads and 0 < train.checkpoint_minutes * 60 <= time.monotonic() - self.saved
-        flags = (due, self.stop.signal is not None)
-        numbers = torch.tensor([tokens, flops, waited, *flags], dtype=torch.float64)
-        *sums, numbers = ranks.total([*sums, numbers])
-        sums = LossSums(*sums)
+        due, self.stop_agreed = ranks.any_of(due, self.stop.signal is not None)
         norm = normalise_gradients(self.model, sums.weight / ranks.world, train.max_grad_norm)
-        finite = torch.isfinite(norm + sums.ce + sums.l1 + sums.confidence).item()
+        finite = torch.isfinite(norm + sum(sums.terms.values())).item()
         if finite:
-            for optimizer in self.optimizers:
+            for optimizer in self.parts.optimizers:
                 optimizer.step()
         self.model.zero_grad(set_to_none=True)
         progress.step += 1
@@ -260,14 +247,13 @@ class Training:
             progress.skipped_in_a_row = 0
         else:
             self._skip(step, losses)
-        tokens, flops, waited, due, signalled = numbers.tolist()
-        self.stop_agreed = signalled > 0
+        tokens, flops, waited = counts.tolist()
         seconds = time.perf_counter() - started
         progress.tokens += int(tokens)
         progress.seconds += seconds
         self.window.count(tokens=tokens, flops=flops, seconds=seconds, waited=waited / ranks.world)
         self.display.stepped()
-        return bool(due)
+        return due
 
     def _skip(self, step: Step, losses: list[Tensor]) -> None:
         """Count a step whose loss or gradient is not finite, and end the run after too many."""
@@ -275,9 +261,8 @@ class Training:
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
         self.window.count(skipped=1)
-        packs = [numbers for numbers, _ in step.packs]
-        guilty = [pack for pack, loss in zip(packs, losses, strict=True) if not torch.isfinite(loss)]
-        all_ranks = self.ranks.gather((guilty, packs))
+        guilty = [pack for pack, loss in zip(step.packs, losses, strict=True) if not torch.isfinite(loss)]
+        all_ranks = self.ranks.gather((guilty, step.packs))
         guilty = [pack for found, _ in all_ranks for pack in found]
         packs = guilty or [pack for _, found in all_ranks for pack in found]
         ids = [self.reader.sample_ids[i].tobytes().hex() for pack in packs for i in pack]
@@ -323,10 +308,10 @@ class Training:
         return bool(len(self.setup.held_out) and due)
 
     def _evaluate(self) -> bool:
-        """Measure the draft on the held-out samples. Returns whether it is the best so far."""
+        """Measure the draft on the held-out samples. Return whether it is the best so far."""
         progress, ranks = self.progress, self.ranks
         figures = validate(
-            self.module,
+            self.parts.module,
             self.reader,
             self.setup.held_out,
             self.config,
@@ -347,12 +332,6 @@ class Training:
         progress.evaluations_without_gain += 1
         return False
 
-    def _load_window(self, folder: Path, state: dict[str, Any]) -> None:
-        try:
-            self.window.load(state)
-        except (ValueError, TypeError, KeyError) as error:
-            raise damaged(folder, error) from None
-
     def _log_window(self) -> None:
         """Log what was added up since the last line, if a step was taken."""
         progress = self.progress
@@ -365,27 +344,19 @@ class Training:
     def _log(self, line: dict[str, Any]) -> None:
         """Write a line to metrics.jsonl, and its figures to whatever else the run reports to."""
         with self.ranks.together():
-            if self.metrics is not None:
-                self.metrics.append(line)
+            if self.parts.metrics is not None:
+                self.parts.metrics.append(line)
                 self.trackers.log(self.progress.step, line)
 
     def _save(self) -> None:
         progress = self.progress
         with self.ranks.together():
-            if self.metrics is not None:
-                progress.metrics_bytes = self.metrics.sync()
+            if self.parts.metrics is not None:
+                progress.metrics_bytes = self.parts.metrics.sync()
         progress.window = self.window.state()
         keep = self.config.train.keep_checkpoints
-        save_checkpoint(
-            self.path, self.model, self.optimizers, progress, self.ranks, self._about(), keep=keep
-        )
+        save_checkpoint(self.path, self.model, self.parts.optimizers, self._page(), self.ranks, keep=keep)
         self.saved = time.monotonic()
 
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint says beside the progress."""
-        return {
-            "config": dataclasses.asdict(self.config),
-            "cache": dataclasses.asdict(self.reader.manifest.identity),
-            "version": self.version,
-            "machine": self.machine,
-        }
+    def _page(self) -> TrainingPage:
+        return self.parts.page(self.config, self.reader.manifest.identity)

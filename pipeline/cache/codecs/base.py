@@ -1,24 +1,30 @@
-"""What the writer and the reader ask of a codec, and the arithmetic that several share."""
+"""The interface of a codec, and arithmetic that several codecs share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+from pipeline.lazy import LazyModule
 
-# A tensor in a shard: its torch dtype and its shape.
-TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")  # `--help` reads the codecs' names and must not wait for torch
 
-# Values worked on at a time: what fits a core's cache on a CPU, and little memory on a GPU.
+# A tensor in a shard: its dtype and its shape.
+TensorSpec = tuple["torch.dtype", tuple[int, ...]]
+
+# Values per chunk. The CPU's fit the cache of a core; the GPU's take little of its memory.
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**25
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and deviation of each channel of one state, `[H]` fp32, by which values are standardised."""
+    """Mean and standard deviation of each channel of one state, `[H]` fp32."""
 
     mean: Tensor
     deviation: Tensor
@@ -28,14 +34,18 @@ class Statistics:
 
 
 class Codec(Protocol):
-    """How rows of one state are stored."""
+    """A way to store the rows of one state."""
 
     name: str
     standardised: bool
-    """Whether it needs the state's statistics."""
+    """True if it encodes standardised values, and so needs the state's statistics."""
+    order: int
+    """Rank by precision: of two codecs, the one of higher order loses less of a state. Unique per codec."""
+    for_last: bool
+    """True if it is precise enough for last hidden states, which the teacher's logits are computed from."""
 
     def specs(self, rows: int, width: int) -> dict[str, TensorSpec]:
-        """The stored tensors by suffix ("" is the main one) for `rows` rows of `width` values."""
+        """Return the stored tensors by suffix ("" is the main one) for `rows` rows of `width` values."""
 
     def encode(self, rows: Tensor, statistics: Statistics | None = None) -> dict[str, Tensor]:
         """Encode finite `[n, H]` of any float dtype into the tensors that `specs` names.
@@ -45,20 +55,24 @@ class Codec(Protocol):
         """
 
     def decode(self, parts: dict[str, Tensor], out: Tensor, statistics: Statistics | None = None) -> None:
-        """Decode the stored tensors of some rows into `out` `[n, H]` bfloat16, which may be strided."""
+        """Decode the stored tensors of `n` rows into `out` `[n, H]` bfloat16, which may be strided."""
+
+    def row_bytes(self, width: int) -> int:
+        """Return the bytes of one stored row of `width` values, scales included."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.specs(1, width).values())
+
+    def bits(self, width: int) -> float:
+        """Return the bits per value of a stored row of `width` values, scales included."""
+        return 8 * self.row_bytes(width) / width
 
 
 def bits_per_value(codec: Codec, width: int) -> float:
-    """What a value takes on disk, scales included."""
-    total = sum(
-        dtype.itemsize * shape[0] * (shape[1] if shape[1:] else 1)
-        for dtype, shape in codec.specs(1, width).values()
-    )
-    return 8 * total / width
+    """Return the bits per value of a stored row of `width` values, scales included."""
+    return codec.bits(width)
 
 
 def chunks(rows: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows that are worked on at a time, each with the same fp32 memory `[n, width]` to work in."""
+    """Yield slices that cover `rows`, each with fp32 memory `[n, width]` to work in, the same for all."""
     size = max(1, (CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // width)
     memory = torch.empty(min(size, len(rows)), width, device=rows.device)
     for start in range(0, len(rows), size):
@@ -67,35 +81,35 @@ def chunks(rows: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def standardise(rows: Tensor, statistics: Statistics, out: Tensor) -> Tensor:
-    """`(rows - mean) / deviation` in fp32, `[n, H]`, into `out`, which is returned."""
+    """Write `(rows - mean) / deviation`, computed in fp32, into `out` `[n, H]` and return it."""
     out.copy_(rows)
     return out.sub_(statistics.mean).div_(statistics.deviation)
 
 
 def restore(values: Tensor, statistics: Statistics, out: Tensor) -> None:
-    """`mean + deviation * values`, in place in fp32, then rounded to bf16 into `out`.
+    """Compute `values * deviation + mean` in place in fp32, then round it to bf16 into `out`.
 
-    A product and a sum that round once each, where a fused one would round as the device likes.
+    Product and sum round once each. A fused operation would round differently on different devices.
     """
     out.copy_(values.mul_(statistics.deviation).add_(statistics.mean))
 
 
 def peaks(values: Tensor) -> Tensor:
-    """The largest absolute value along the last dimension."""
-    return values.abs().amax(dim=-1)  # ten times the speed of aminmax on a CPU
+    """Return the largest absolute value along the last dimension."""
+    return values.abs().amax(dim=-1)  # ten times as fast as aminmax on a CPU
 
 
 def round_up_to_bf16(positive: Tensor) -> Tensor:
-    """The smallest bfloat16 that is not below each of some non-negative fp32 values.
+    """Round non-negative fp32 values up: each to the least bfloat16 not below it.
 
-    A bfloat16 is the upper half of a float32, so rounding up is adding just less than one unit of that half.
+    A bfloat16 is the upper half of a float32. Adding 0xFFFF, just less than one unit of that half, rounds up.
     """
     bits = positive.contiguous().view(torch.int32)
     return ((bits + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def scales_for(peaks: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Scales that map `peaks` to at most `largest`: as stored, and as fp32 divisors (1 for a peak of 0)."""
+    """Return scales that map `peaks` to at most `largest`: as stored, and as fp32 divisors (1 for 0)."""
     stored = round_up_to_bf16(peaks / largest)
     divisors = stored.float()
     return stored, torch.where(divisors == 0, torch.ones_like(divisors), divisors)

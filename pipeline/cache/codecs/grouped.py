@@ -1,7 +1,7 @@
-"""Few bits a value and one scale for every 64 channels, on standardised values.
+"""Codecs of 3 or 4 bits per value and one scale per 64 channels, on standardised values.
 
-Both codecs store the number of the nearest of a few fixed levels. The nearest is looked up by the value's
-upper 16 bits, that is after rounding it to bfloat16, and levels are looked up several at a time.
+Both store the number of the nearest of a few fixed levels. Encoding rounds a value to bfloat16 and looks its
+level up by these 16 bits. Decoding looks up several levels at a time.
 """
 
 from __future__ import annotations
@@ -9,12 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from pipeline.cache.codecs.base import (
+    Codec,
+    Statistics,
+    TensorSpec,
+    chunks,
+    peaks,
+    restore,
+    scales_for,
+    standardise,
+)
+from pipeline.lazy import LazyModule
 
-from pipeline.cache.codecs.base import Statistics, TensorSpec, chunks, peaks, restore, scales_for, standardise
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
 
+# Channels per scale.
 GROUP = 64
 # The 16 levels of NormalFloat4 (Dettmers et al. 2023, QLoRA, appendix E).
 NF4_LEVELS = (
@@ -37,11 +52,11 @@ NF4_LEVELS = (
 )
 # The 8 levels that quantise a standard normal with the least squared error (Max 1960, table I).
 LM3_LEVELS = (-2.152, -1.344, -0.756, -0.2451, 0.2451, 0.756, 1.344, 2.152)
-# For groups that a few large values dominate: levels that include 0, the outermost again at 2.152.
+# For groups that a few large values dominate: levels that include 0, with the same outermost one.
 LM3_SPARSE_LEVELS = tuple(2.152 * level for level in (-1.0, -0.535, -0.2469, 0.0, 0.1833, 0.382, 0.623, 1.0))
 
-
-# What is tried for a group, in this order: levels, and its largest value as a multiple of the outermost's.
+# The encodings tried for a group, in this order: levels, and the factor on the scale at which the group's
+# largest value is the outermost level.
 _LM3_TRIED = (
     (LM3_LEVELS, 1.0),
     (LM3_LEVELS, 0.85),
@@ -53,23 +68,26 @@ _LM3_TRIED = (
 
 @cache
 def _codes(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """The number of the nearest level for every bfloat16, by its bits, `[65536]` uint8; ties go down."""
+    """Return the number of the nearest level by a bfloat16's bits, `[65536]` uint8; ties go to the lower."""
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     values = bits.view(torch.bfloat16).double()
     middles = [(low + high) / 2 for low, high in pairwise(levels)]
     codes = torch.bucketize(values, torch.tensor(middles, dtype=torch.float64)).to(torch.uint8)
-    return torch.cat([codes[2**15 :], codes[: 2**15]]).to(device)  # indexed by the bits without a sign
+    return torch.cat([codes[2**15 :], codes[: 2**15]]).to(device)  # by the bits as an unsigned number
 
 
 def _nearest(values: Tensor, levels: tuple[float, ...]) -> Tensor:
-    """The number of the nearest level of each value, uint8, in the same shape."""
+    """Return the number of each value's nearest level, uint8, in the shape of `values`."""
     bits = values.to(torch.bfloat16).view(torch.uint16).to(torch.int32)
     return _codes(levels, values.device).index_select(0, bits.flatten()).view(values.shape)
 
 
 @cache
 def _table(levels: tuple[float, ...], count: int, device: torch.device) -> Tensor:
-    """All combinations of `count` levels, the first one fastest, `[len(levels) ** count, count]` fp32."""
+    """Return all combinations of `count` levels, `[len(levels) ** count, count]` fp32.
+
+    A row's number has the numbers of its levels as digits, the lowest digit first.
+    """
     each = torch.tensor(levels, dtype=torch.float32)
     numbers = torch.arange(len(levels) ** count)
     columns = [each[numbers // len(levels) ** i % len(levels)] for i in range(count)]
@@ -81,12 +99,12 @@ def _padded(width: int, multiple: int) -> int:
 
 
 def _grouped(memory: Tensor) -> Tensor:
-    """Memory `[n, 64 * groups]` as `[n, groups, 64]`."""
+    """View memory `[n, 64 * groups]` as `[n, groups, 64]`."""
     return memory.unflatten(1, (-1, GROUP))
 
 
 def _standardised(rows: Tensor, statistics: Statistics, memory: Tensor) -> Tensor:
-    """Standardised rows `[n, H]` in groups `[n, groups, 64]`, zeros after the last value."""
+    """Standardise rows `[n, H]` into groups `[n, groups, 64]`, with zeros after the last value."""
     width = rows.shape[1]
     memory[:, width:] = 0
     standardise(rows, statistics, memory[:, :width])
@@ -94,7 +112,7 @@ def _standardised(rows: Tensor, statistics: Statistics, memory: Tensor) -> Tenso
 
 
 def _look_up(table: Tensor, numbers: Tensor, memory: Tensor) -> None:
-    """Levels by number, several fp32 for each of `numbers` `[n, m]`, into the first columns of `memory`."""
+    """Write the levels of `numbers` `[n, m]` into the first columns of `memory`, several fp32 per number."""
     if len(numbers) * len(memory[0]) == numbers.numel() * table.itemsize // 4:
         torch.index_select(table, 0, numbers.flatten(), out=memory.view(-1).view(table.dtype))
     else:
@@ -110,11 +128,13 @@ def _restore(memory: Tensor, scales: Tensor, statistics: Statistics, out: Tensor
 
 
 @dataclass(frozen=True)
-class NF4:
-    """16 levels, scaled so that a group's largest value is the outermost; two values a byte."""
+class NF4(Codec):
+    """16 levels, scaled so that a group's largest magnitude is the outermost level; two values per byte."""
 
     name: str = "nf4"
     standardised: bool = True
+    order: int = 20
+    for_last: bool = False
 
     def specs(self, rows: int, width: int) -> dict[str, TensorSpec]:
         return {
@@ -143,14 +163,16 @@ class NF4:
 
 
 @dataclass(frozen=True)
-class LM3:
-    """8 levels of least squared error for a normal, of a few scales the best for each group; 3 bytes hold 8.
+class LM3(Codec):
+    """8 levels of least squared error for a normal, at the best of several scales per group.
 
-    A group may use other levels instead, which include 0; the sign of its scale tells.
+    Three bytes hold 8 values. A group may use other levels instead, which include 0: its scale's sign is set.
     """
 
     name: str = "lm3"
     standardised: bool = True
+    order: int = 10
+    for_last: bool = False
 
     def specs(self, rows: int, width: int) -> dict[str, TensorSpec]:
         return {
@@ -172,7 +194,7 @@ class LM3:
         return parts
 
     def _best(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `[n, groups, 64]` and stored scales `[n, groups]` of the least squared error."""
+        """Return the codes `[n, groups, 64]` and stored scales `[n, groups]` of least squared error."""
         outermost = peaks(groups) / LM3_LEVELS[-1]
         best = []
         for levels, multiple in _LM3_TRIED:
@@ -199,7 +221,7 @@ class LM3:
             low, middle, high = codes[part].to(torch.int32).unflatten(1, (-1, 3)).unbind(2)
             twelves = torch.stack([low | (middle & 15) << 8, middle >> 4 | high << 4], dim=2)
             numbers = twelves.flatten(1)
-            # Four values a number, so sixteen numbers a group.
+            # A number stands for four values, so a group has sixteen.
             sparse = torch.signbit(scales[part]).to(torch.int32).mul_(8**4)
             numbers += sparse.repeat_interleave(GROUP // 4, dim=1)[:, : numbers.shape[1]]
             _look_up(table, numbers, memory)

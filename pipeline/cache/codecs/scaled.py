@@ -1,22 +1,38 @@
-"""Eight bits a value and one scale a token."""
+"""Codecs of eight bits per value and one scale per row."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from pipeline.cache.codecs.base import (
+    Codec,
+    Statistics,
+    TensorSpec,
+    chunks,
+    peaks,
+    restore,
+    scales_for,
+    standardise,
+)
+from pipeline.lazy import LazyModule
 
-from pipeline.cache.codecs.base import Statistics, TensorSpec, chunks, peaks, restore, scales_for, standardise
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
 
 
 @dataclass(frozen=True)
-class Int8:
-    """Standardised values, symmetric, rounded to even: `z = scale * q`, q from -127 to 127."""
+class Int8(Codec):
+    """Standardised values as `z = scale * code`; the code is rounded to nearest even, from -127 to 127."""
 
     name: str = "int8"
     standardised: bool = True
+    order: int = 40
+    for_last: bool = True
 
     def specs(self, rows: int, width: int) -> dict[str, TensorSpec]:
         return {"": (torch.int8, (rows, width)), "scale": (torch.bfloat16, (rows,))}
@@ -41,9 +57,9 @@ class Int8:
 
 @cache
 def _fp8_pairs(device: torch.device) -> Tensor:
-    """The two fp32 values that two bytes of e4m3 stand for, the low byte's first, as one int64: `[65536]`.
+    """Return a table `[65536]` int64: two e4m3 bytes as one number to their two fp32 values, low byte first.
 
-    The two codes that are NaN, which no encoder writes, stand for 0.
+    The two codes that are NaN, which no encoder writes, become 0.
     """
     values = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num_(0.0)
     numbers = torch.arange(2**16)
@@ -52,11 +68,13 @@ def _fp8_pairs(device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FP8:
-    """The rows in float8 e4m3, scaled so that a token's largest value is the format's, 448."""
+class FP8(Codec):
+    """Rows in float8 e4m3, scaled so that a row's largest magnitude becomes the format's, 448."""
 
     name: str = "fp8"
     standardised: bool = False
+    order: int = 30
+    for_last: bool = True
 
     def specs(self, rows: int, width: int) -> dict[str, TensorSpec]:
         return {"": (torch.float8_e4m3fn, (rows, width)), "scale": (torch.bfloat16, (rows,))}

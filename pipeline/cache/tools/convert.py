@@ -45,8 +45,6 @@ from pipeline.text import size
 ROWS = 2048
 # What the writing of `target/` is called among claims.
 _TARGET = "target"
-# Codecs by how much of a state they lose, those that lose most first.
-PRECISION = ("lm3", "nf4", "fp8", "int8", "bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def _warn_of_finer_codecs(old: Identity, new: Identity) -> None:
     finer = [
         f"{before} {what} as {after}"
         for what, before, after in pairs
-        if PRECISION.index(before) < PRECISION.index(after)
+        if get_codec(before).order < get_codec(after).order
     ]
     if finer:
         click.echo(

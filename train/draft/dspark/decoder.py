@@ -7,23 +7,13 @@ drafted ones, and without computing the context again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.features import at_least_fp32, head_logits
 from train.draft.dspark.model import Qwen3DSparkModel
-
-
-@dataclass(frozen=True)
-class Drafted:
-    """n drafted tokens, n at most K."""
-
-    tokens: Tensor
-    """`[n]` int64."""
-    probs: Tensor | None
-    """What each was sampled from, `[n, V]` fp32; None at temperature 0."""
+from train.draft.kind import Drafted
 
 
 class DraftDecoder:
@@ -36,6 +26,8 @@ class DraftDecoder:
 
     def __init__(self, model: Qwen3DSparkModel, capacity: int = 1024):
         self.model = model
+        self.block_size = model.block_size
+        self.has_confidence = model.confidence_head is not None
         self.length = 0
         """Context positions that are known."""
         self.device = model.fc.weight.device

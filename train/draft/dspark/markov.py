@@ -1,17 +1,19 @@
 """Markov heads: a low-rank bias on each slot's logits from the token before it.
 
-DSpark paper, section 3.1. Shapes: R rank, V vocabulary, H hidden size. To add a head: subclass
-`MarkovHead` and put it in `MARKOV_HEADS`.
+DSpark paper, section 3.1. Shapes: R rank, V vocabulary, H hidden size. To add a head: subclass `MarkovHead`,
+put it in `MARKOV_HEADS`, and name it in `train.config.DraftConfig`.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 
-class MarkovHead(nn.Module):
-    """The vanilla head: bias = W2 W1[x], for the previous token x.
+class MarkovHead(nn.Module, ABC):
+    """A head: W1 of the previous token x, something in between, then W2 onto the vocabulary.
 
     Args:
         vocab_size: V.
@@ -19,34 +21,52 @@ class MarkovHead(nn.Module):
         rank: R.
     """
 
-    by_position = True
-    """Whether the bias depends on the previous token alone: then it is computed once a position."""
+    by_position: bool
+    """Whether the bias depends on the previous token alone: then it is computed once per position."""
 
     def __init__(self, vocab_size: int, hidden_size: int, rank: int):
         super().__init__()
         self.markov_w1 = nn.Embedding(vocab_size, rank)
         self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
 
+    @staticmethod
+    @abstractmethod
+    def multiply_adds(hidden_size: int, rank: int) -> int:
+        """Return the multiply-adds of `latent` per slot."""
+
+    @abstractmethod
     def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """What W2 is applied to, `[.., K, R]`, from W1[x] `[.., K, R]` and the states `[.., K, H]`."""
-        return embedded
+        """Return the input of W2 `[.., K, R]`, from W1[x] `[.., K, R]` and the states `[.., K, H]`."""
 
     def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """One slot of `latent`, for drafting token by token.
+        """Compute one slot of `latent`, for drafting token by token.
 
         Args:
             embedded: W1[x] `[.., R]`.
             hidden: the slot's state `[.., H]`.
-            state: what the slot before returned, None for the first.
+            state: returned by the slot before, None for the first.
 
         Returns:
-            What W2 is applied to, `[.., R]`, and the state for the next slot.
+            The input of W2 `[.., R]`, and the state for the next slot.
         """
         return self.latent(embedded, hidden), None
 
     def forward(self, latent: Tensor) -> Tensor:
-        """The logits' bias `[.., V]`, from what `latent` gave for some slots, `[.., R]`."""
+        """Return the logits' bias `[.., V]`, from the input of W2 for some slots, `[.., R]`."""
         return self.markov_w2(latent)
+
+
+class VanillaMarkovHead(MarkovHead):
+    """bias = W2 W1[x], for the previous token x."""
+
+    by_position = True
+
+    @staticmethod
+    def multiply_adds(hidden_size: int, rank: int) -> int:
+        return 0
+
+    def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        return embedded
 
 
 class GatedMarkovHead(MarkovHead):
@@ -57,6 +77,10 @@ class GatedMarkovHead(MarkovHead):
     def __init__(self, vocab_size: int, hidden_size: int, rank: int):
         super().__init__(vocab_size, hidden_size, rank)
         self.gate_proj = nn.Linear(hidden_size + rank, rank)
+
+    @staticmethod
+    def multiply_adds(hidden_size: int, rank: int) -> int:
+        return (hidden_size + rank) * rank
 
     def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, embedded], dim=-1))) * embedded
@@ -74,6 +98,10 @@ class RNNMarkovHead(MarkovHead):
         super().__init__(vocab_size, hidden_size, rank)
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
+    @staticmethod
+    def multiply_adds(hidden_size: int, rank: int) -> int:
+        return (2 * rank + hidden_size) * 3 * rank
+
     def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         state, outputs = None, []
         for slot in range(embedded.shape[-2]):
@@ -90,7 +118,7 @@ class RNNMarkovHead(MarkovHead):
 
 
 MARKOV_HEADS: dict[str, type[MarkovHead]] = {
-    "vanilla": MarkovHead,
+    "vanilla": VanillaMarkovHead,
     "gated": GatedMarkovHead,
     "rnn": RNNMarkovHead,
 }

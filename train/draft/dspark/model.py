@@ -70,6 +70,8 @@ class DraftBlocks:
     """`[B, N, K]` bool."""
     block_keep_mask: Tensor
     """`[B, N]` bool."""
+    anchor_positions: Tensor
+    """`[B, N]`."""
     confidence_pred: Tensor | None
     """Confidence logits `[B, N, K]`."""
 
@@ -257,6 +259,7 @@ class Qwen3DSparkModel(PreTrainedModel):
             teacher_positions=safe - 1,
             eval_mask=build_eval_mask(seq_len, loss_mask, labels, safe, block_keep_mask, document_ids),
             block_keep_mask=block_keep_mask,
+            anchor_positions=anchor_positions,
             confidence_pred=confidence,
         )
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from train.draft.dspark.model import Qwen3DSparkModel
-from train.losses.fused import vocabulary_loss
-from train.losses.slots import DSparkStepMetrics, SlotFigures, divide, positive, slot_weights, sum_slots
+from train.config import RunConfig
+from train.draft.dspark.attention import resolve_attention
+from train.draft.dspark.loss import DSparkStepMetrics, step_metrics
+from train.draft.dspark.model import DraftBlocks, Qwen3DSparkModel
+from train.losses.fused import LowRankBias, SlotOperands, vocabulary_loss
+from train.losses.slots import Objective, SlotFigures, positive, supervised_weights
+from train.runtime.precision import allow_tf32, resolve_precision
 
 __all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
 
+# Terms whose gradients the pass over the vocabulary computes; those of the others flow through their sums.
+_OF_THE_VOCABULARY = ("ce", "l1")
+
 
 class DSparkTrainerModule(nn.Module):
-    """Run the draft on the target's supervision and compute the three-term objective.
+    """Run the draft on the target's supervision and compute its objective.
 
     Args:
         draft_model: the draft.
@@ -23,6 +31,7 @@ class DSparkTrainerModule(nn.Module):
         ce_loss_alpha: weight of the cross entropy with the data's token.
         l1_loss_alpha: weight of the L1 distance to the target's distribution.
         confidence_head_alpha: weight of the confidence head's binary cross entropy.
+        objective: all of these, and the weights of further terms, in place of them.
     """
 
     def __init__(
@@ -32,13 +41,12 @@ class DSparkTrainerModule(nn.Module):
         ce_loss_alpha: float = 0.1,
         l1_loss_alpha: float = 0.9,
         confidence_head_alpha: float = 1.0,
+        objective: Objective | None = None,
     ):
         super().__init__()
         self.draft_model = draft_model
-        self.loss_decay_gamma = loss_decay_gamma
-        self.ce_loss_alpha = ce_loss_alpha
-        self.l1_loss_alpha = l1_loss_alpha
-        self.confidence_head_alpha = confidence_head_alpha
+        weights = {"ce": ce_loss_alpha, "l1": l1_loss_alpha, "confidence": confidence_head_alpha}
+        self.objective = objective or Objective(weights, loss_decay_gamma)
         self.compile_loss = False
 
     def forward(
@@ -57,56 +65,92 @@ class DSparkTrainerModule(nn.Module):
 
         Args:
             denominator: sum of slot weights over the whole optimiser step, when this is a part of it.
-            observe: whether to return each slot's figures too; needs a teacher.
+            observe: whether to find out where draft and target agree; needs a teacher.
 
         Raises:
             ValueError: the L1 term is asked for and there is no teacher to take it from.
         """
-        if target_last_hidden_states is None and self.l1_loss_alpha > 0:
+        weights = self.objective.weights
+        if target_last_hidden_states is None and weights["l1"] > 0:
             raise ValueError(
                 "l1_loss_alpha > 0 needs target_last_hidden_states: pass the teacher's states, or set it to 0"
             )
-        model = self.draft_model
-        blocks = model.draft_blocks(
+        blocks = self.draft_model.draft_blocks(
             input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask, document_ids
         )
         mask = blocks.eval_mask
-        # Only supervised slots meet the vocabulary: dummies and tails behind a sample's end do not.
-        weights = slot_weights(model.block_size, self.loss_decay_gamma, mask.device).expand(mask.shape)[mask]
-        # With many anchors a position is the teacher of up to K slots: keep each once.
-        rows = mask.nonzero()[:, 0] * input_ids.shape[1]
-        used, which = torch.unique(rows + blocks.teacher_positions[mask], return_inverse=True)
-        teacher_hidden = None
-        if target_last_hidden_states is not None:
-            teacher_hidden = target_last_hidden_states.flatten(0, 1)[used]
-        latent, by_position = None, False
-        if model.markov_head is not None:
-            by_position = model.markov_head.by_position
-            # The token before a label is the one at its teacher's position.
-            before = input_ids.flatten()[used]
-            latent = model.markov_head.markov_w1(before) if by_position else blocks.latent[mask]
-        matches = torch.zeros(len(which), dtype=torch.bool, device=which.device) if observe else None
-        objective, ce, l1 = vocabulary_loss(
-            blocks.hidden[mask],
-            latent,
-            model.lm_head.weight,
-            None if model.markov_head is None else model.markov_head.markov_w2.weight,
-            blocks.target_ids[mask],
-            teacher_hidden,
-            which,
-            self.ce_loss_alpha * weights,
-            self.l1_loss_alpha * weights,
-            model.softcap,
-            model.logit_scale,
-            latent_by_position=by_position,
-            compile_passes=self.compile_loss,
+        operands = self._operands(blocks, input_ids, target_last_hidden_states)
+        matches = torch.zeros(len(operands.labels), dtype=torch.bool, device=mask.device) if observe else None
+        vocabulary, ce, l1 = vocabulary_loss(operands, compile_passes=self.compile_loss, matches=matches)
+        slots = SlotFigures(
+            eval_mask=mask,
+            ce=ce,
+            l1=None if operands.teacher_hidden is None else l1,
+            confidence=None if blocks.confidence_pred is None else blocks.confidence_pred[mask],
             matches=matches,
+            anchor_positions=blocks.anchor_positions,
         )
-        confidence = None if blocks.confidence_pred is None else blocks.confidence_pred[mask]
-        sums = sum_slots(mask, ce, None if teacher_hidden is None else l1, confidence, self.loss_decay_gamma)
-        terms = (self.ce_loss_alpha, self.l1_loss_alpha, self.confidence_head_alpha)
-        metrics = divide(sums, *terms, denominator)
-        total = positive(sums.weight if denominator is None else denominator)
-        loss = (objective + self.confidence_head_alpha * sums.confidence) / total
-        slots = None if matches is None else SlotFigures(mask, ce, l1, matches, confidence)
-        return dataclasses.replace(metrics, loss=loss, slots=slots)
+        metrics = step_metrics(slots, self.objective, denominator)
+        assert metrics.sums is not None
+        loss = vocabulary
+        for name, value in metrics.sums.terms.items():
+            if name not in _OF_THE_VOCABULARY:
+                loss = loss + weights[name] * value
+        total = positive(metrics.sums.weight if denominator is None else denominator)
+        return dataclasses.replace(metrics, loss=loss / total)
+
+    def _operands(self, blocks: DraftBlocks, input_ids: Tensor, last_hidden: Tensor | None) -> SlotOperands:
+        """Select the supervised slots, which alone meet the vocabulary, and each of their positions once.
+
+        With many anchors a position is the teacher of up to K slots.
+        """
+        model, mask = self.draft_model, blocks.eval_mask
+        rows = mask.nonzero()[:, 0] * input_ids.shape[1]
+        used, positions = torch.unique(rows + blocks.teacher_positions[mask], return_inverse=True)
+        bias, head = None, model.markov_head
+        if head is not None:
+            # The token before a label is the one at its teacher's position.
+            latent = head.markov_w1(input_ids.flatten()[used]) if head.by_position else blocks.latent[mask]
+            bias = LowRankBias(latent=latent, weight=head.markov_w2.weight, by_position=head.by_position)
+        weights = supervised_weights(mask, self.objective.decay_gamma)
+        return SlotOperands(
+            hidden=blocks.hidden[mask],
+            head=model.lm_head.weight,
+            labels=blocks.target_ids[mask],
+            positions=positions,
+            ce_weights=self.objective.weights["ce"] * weights,
+            l1_weights=self.objective.weights["l1"] * weights,
+            teacher_hidden=None if last_hidden is None else last_hidden.flatten(0, 1)[used],
+            bias=bias,
+            softcap=model.softcap,
+            logit_scale=model.logit_scale,
+        )
+
+    def prepare(self, config: RunConfig, device: torch.device, *, by_layer: bool = False) -> None:
+        """Set how the draft runs on a device: attention kernel, compilation, checkpointing.
+
+        Args:
+            by_layer: compile layer by layer, as sharded layers need it.
+        """
+        model, train = self.draft_model, config.train
+        allow_tf32(train.tf32)
+        model.attention = resolve_attention(config.draft.attention, model.config, device)
+        model.activation_checkpointing = train.activation_checkpointing
+        if resolve_precision(device, train.precision) == "bf16" and not model.lm_head.weight.requires_grad:
+            model.lm_head.to(torch.bfloat16)  # as its products take it: no copy per step
+        if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
+            self.compile_loss = True
+            # Under DDP it would split graphs between its buckets, which it can't do where flex_attention is.
+            torch._dynamo.config.optimize_ddp = False
+            if by_layer:
+                for layer in model.layers:
+                    layer.compile()
+            else:
+                model.backbone = torch.compile(model.backbone)
+
+    @staticmethod
+    def pieces(tensors: dict[str, Tensor], blocks: int) -> Iterator[dict[str, Tensor]]:
+        """Split the arguments of a forward into ones of at most so many blocks each."""
+        names = ("anchor_positions", "block_keep_mask")
+        for parts in zip(*(tensors[name].split(blocks, dim=1) for name in names), strict=True):
+            yield {**tensors, **dict(zip(names, parts, strict=True))}

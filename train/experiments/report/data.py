@@ -14,13 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import click
-
 from pipeline import files
 from pipeline.errors import RunError
 from train.experiments.compare import compare, run_folders
-from train.runs.checkpoint import checkpoints, find_checkpoint
-from train.runs.directory import METRICS, RUN, flat_settings, load_run_cache, load_run_config, read_progress
+from train.runs.checkpoint import checkpoints
+from train.runs.directory import flat_settings, load_run_cache, load_run_config, read_progress
 from train.runs.figures import (
     Bin,
     Calibration,
@@ -30,8 +28,11 @@ from train.runs.figures import (
     SpeculationRun,
     ThresholdRow,
 )
+from train.runs.names import METRICS, RUN, TRAINING
+from train.runs.open import find_checkpoint
+from train.runs.page import read_training
 from train.runs.results import LARGEST, read_calibration, read_evaluation, read_speculation
-from train.runs.state import TRAINING, read_training
+from train.runtime.console import warn
 
 _METRICS_LIMIT = 2**30
 _Figures = TypeVar("_Figures", Evaluation, Calibration, Speculation)
@@ -149,8 +150,8 @@ def _run(index: int, path: Path, row: dict[str, Any]) -> RunData:
         row=row,
         settings=flat_settings(load_run_config(path)),
         identity=dataclasses.asdict(load_run_cache(path)) if (path / RUN).exists() else {},
-        training={} if folder is None else read_training(folder)[1],
-        progress={} if folder is None else read_progress(path).values(),
+        training={} if folder is None else read_training(folder).values(),
+        progress={} if folder is None else dataclasses.asdict(read_progress(path)),
         written=None if folder is None else _day(folder / TRAINING),
         log=[line for line in lines if "held_out" not in line],
         held_out=[line["held_out"] for line in lines if isinstance(line.get("held_out"), dict)],
@@ -166,7 +167,7 @@ def _fitting(read: Callable[..., _Figures | None], folder: Path) -> _Figures | N
         return read(folder)
     except RunError as error:
         found = read(folder, skip_misfits=True)  # raises it again where nothing can be read
-        click.echo(f"warning: {error}", err=True)
+        warn(str(error))
         return found
 
 

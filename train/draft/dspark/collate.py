@@ -1,0 +1,42 @@
+"""Where the blocks of a pack start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.data.loader import Collate, PackedSample
+from train.data.sampling import AnchorChoice
+
+# The number of blocks is a multiple of it, so that a GPU meets few shapes; the last few may be dummies.
+ANCHOR_MULTIPLE = 16
+
+
+def collate_anchors(choose: AnchorChoice) -> Collate:
+    """Return the collate function of block drafters: each sample's anchors, as positions of the pack.
+
+    It gives `anchor_positions` `[1, N]` int64 and `block_keep_mask` `[1, N]` bool; a dummy block has
+    position 0 and is not kept.
+    """
+
+    def collate(samples: Sequence[PackedSample]) -> dict[str, Tensor]:
+        chosen = choose([_candidates(sample.loss_mask) for sample in samples], [s.id for s in samples])
+        count = sum(map(len, chosen))
+        width = -(-max(count, 1) // ANCHOR_MULTIPLE) * ANCHOR_MULTIPLE
+        anchors = torch.zeros(width, dtype=torch.int64)
+        if count:
+            shifted = [own + sample.start for own, sample in zip(chosen, samples, strict=True)]
+            anchors[:count] = torch.from_numpy(np.concatenate(shifted))
+        keep = torch.arange(width) < count
+        return {"anchor_positions": anchors[None], "block_keep_mask": keep[None]}
+
+    return collate
+
+
+def _candidates(loss_mask: np.ndarray) -> np.ndarray:
+    """Return the supervised positions of a sample whose successor is supervised, ascending."""
+    supervised = loss_mask.astype(bool)
+    return np.flatnonzero(supervised[:-1] & supervised[1:])

@@ -1,0 +1,78 @@
+"""The DSpark loss of one forward, and its figures (NeMo-Automodel's documented dspark API)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from train.draft.dspark.model import DSparkForwardOutput
+from train.losses.slots import LossSums, Objective, SlotFigures, divide, slot_losses, sum_slots
+
+
+@dataclass
+class DSparkStepMetrics:
+    """A step's loss, its three terms, and how much the target would accept."""
+
+    loss: Tensor
+    ce_loss: Tensor
+    l1_loss: Tensor
+    confidence_loss: Tensor
+    accept_rate: Tensor | None = None
+    """Mean acceptance over supervised slots."""
+    tau: Tensor | None = None
+    """Expected tokens per round: 1 + the mean of `LossSums.prefix`."""
+    accept_by_position: Tensor | None = None
+    """Mean acceptance of each slot `[K]`, given its label's own prefix."""
+    sums: LossSums | None = None
+    """Numerators and denominators of the figures above."""
+    slots: SlotFigures | None = None
+    """Each slot's own figures."""
+
+
+def step_metrics(
+    slots: SlotFigures, objective: Objective, denominator: Tensor | None = None
+) -> DSparkStepMetrics:
+    """Add up the slots of a forward and divide.
+
+    Args:
+        denominator: as in `divide`.
+    """
+    sums = sum_slots(slots, objective)
+    metrics = divide(sums, objective, denominator)
+    own = {f"{name}_loss": metrics.terms[name] for name in ("ce", "l1", "confidence")}
+    return DSparkStepMetrics(
+        loss=metrics.loss,
+        **own,
+        accept_rate=metrics.accept_rate,
+        tau=metrics.tau,
+        accept_by_position=metrics.accept_by_position,
+        sums=sums,
+        slots=slots,
+    )
+
+
+def compute_dspark_loss(
+    outputs: DSparkForwardOutput,
+    loss_decay_gamma: float | None = None,
+    ce_loss_alpha: float = 0.1,
+    l1_loss_alpha: float = 0.9,
+    confidence_head_alpha: float = 1.0,
+) -> DSparkStepMetrics:
+    """Compute ce_alpha * CE + l1_alpha * L1 + confidence_alpha * BCE of one forward.
+
+    Args:
+        outputs: of `Qwen3DSparkModel.forward`.
+        loss_decay_gamma: slot k weighs exp(-k / gamma); None weighs all alike.
+        ce_loss_alpha: weight of the cross entropy with the data's token.
+        l1_loss_alpha: weight of the L1 distance to the target's distribution.
+        confidence_head_alpha: weight of the confidence head's binary cross entropy.
+    """
+    mask = outputs.eval_mask
+    teacher, confidence = outputs.aligned_target_logits, outputs.confidence_pred
+    ce, l1 = slot_losses(
+        outputs.draft_logits[mask], outputs.target_ids[mask], None if teacher is None else teacher[mask]
+    )
+    slots = SlotFigures(mask, ce, l1, None if confidence is None else confidence[mask])
+    weights = {"ce": ce_loss_alpha, "l1": l1_loss_alpha, "confidence": confidence_head_alpha}
+    return step_metrics(slots, Objective(weights, loss_decay_gamma))

@@ -1,0 +1,114 @@
+"""Released DSpark drafts in DeepSpec's layout: what their config.json says, as settings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import Qwen3Config
+
+from pipeline.errors import RunError
+from train.draft.dspark.config import DECLARED
+
+_REQUIRED = ("target_layer_ids", "mask_token_id")
+# A run describes its draft by these, under the names of its [draft] table.
+_SETTINGS = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "block_size": "block_size",
+    "target_layer_ids": "target_layer_ids",
+    "mask_token_id": "mask_token_id",
+    "enable_confidence_head": "confidence_head",
+    "confidence_head_with_markov": "confidence_with_markov",
+}
+# What engines take where a config does not say (SGLang 0.5.23: dspark_config.py; vLLM 0.33.0 has them alike).
+_DEFAULTS = {"block_size": 7, "markov_rank": 0, "markov_head_type": "vanilla"}
+# What every draft of this project is; elsewhere there are others.
+_FIXED = {"model_type": "qwen3", **DECLARED, "is_causal": False, "dflash_config": None}
+# The draft's classes in vLLM and SGLang; another class has weights of another meaning.
+_ARCHITECTURES = (["Qwen3DSparkModel"], ["DSparkDraftModel"])
+# Where one of these is, an engine reads it instead of the field that is read here.
+_READ_FIRST = (
+    "dspark_config",
+    "dspark_block_size",
+    "dspark_markov_rank",
+    "dspark_noise_token_id",
+    "dspark_target_layer_ids",
+    "eagle_aux_hidden_state_layer_ids",
+)
+
+
+def check_released(values: Mapping[str, Any], where: str) -> None:
+    """Check that a released config describes a draft as this project has them.
+
+    Args:
+        values: of config.json, without those that are null.
+        where: its path, for messages.
+
+    Raises:
+        RunError: it does not, with the field.
+    """
+    for name in _REQUIRED:
+        if name not in values:
+            raise RunError(f"{where} has no {name}, so it is no DSpark draft")
+    for name, value in _FIXED.items():
+        if name in values and values[name] != value:
+            raise RunError(
+                f"{where} has {name} = {values[name]!r}, and a draft here has {value!r}: it is another kind "
+                "of draft"
+            )
+    for name in _READ_FIRST:
+        if name in values:
+            raise RunError(
+                f"{where} has {name}, which engines read before what is read here: write it as block_size, "
+                "markov_rank, mask_token_id or target_layer_ids, and take it away"
+            )
+    if "quantization_config" in values:
+        raise RunError(
+            f"{where} has a quantization_config, and a draft here has plain weights: import it from before "
+            "it was quantized"
+        )
+    if "architectures" in values and values["architectures"] not in _ARCHITECTURES:
+        known = " or ".join(name for (name,) in _ARCHITECTURES)
+        raise RunError(
+            f"{where} has architectures = {values['architectures']!r}, and {known} is expected: it is "
+            "another kind of draft"
+        )
+
+
+def released_settings(
+    values: Mapping[str, Any], weights: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the `[draft]` settings that describe a released draft, and its config with defaults filled in.
+
+    Args:
+        values: checked by `check_released`.
+        weights: by name; they tell what the config leaves open.
+        where: its path, for messages.
+
+    Raises:
+        RunError: the config can't be read.
+    """
+    values = {**_DEFAULTS, **values}
+    try:
+        body = Qwen3Config.from_dict(dict(values))
+        values |= {name: getattr(body, name) for name in _SETTINGS if hasattr(body, name)}
+        rank = int(values["markov_rank"])
+    except Exception as error:  # transformers raises errors of many kinds for a config
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{where} can't be read ({reason})") from None
+    draft = {ours: values[theirs] for theirs, ours in _SETTINGS.items() if theirs in values}
+    draft["markov_head"] = values["markov_head_type"] if rank else "none"
+    if rank:
+        draft["markov_rank"] = values["markov_rank"]
+    # Where a config does not say, vLLM and SGLang do not agree, but the weights tell.
+    confidence = weights.get("confidence_head.proj.weight")
+    wider = confidence is not None and confidence.shape[-1] > body.hidden_size
+    draft = {"confidence_head": confidence is not None, "confidence_with_markov": wider} | draft
+    if not rank:
+        draft["confidence_with_markov"] = False
+    return draft, values

@@ -1,0 +1,53 @@
+"""The Hugging Face config of a run's draft, whatever its kind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from pipeline.cache import CacheReader
+from pipeline.errors import CacheError
+from train.config import DraftConfig, RunConfig
+from train.draft import DRAFTS
+
+
+def draft_shape(reader: CacheReader, config: RunConfig) -> PretrainedConfig:
+    """Return the Hugging Face config of a run's draft.
+
+    Raises:
+        CacheError: the config asks for a layer that the cache lacks.
+        ConfigError: a combination no draft can have.
+    """
+    layer_ids = reader.require_layers(config.draft.target_layer_ids or reader.layer_ids)
+    target = read_target_config(reader.path / "target")
+    anchors = config.train.anchors_per_batch
+    return DRAFTS[config.draft.kind].config(config.draft, target, reader.manifest, layer_ids, anchors)
+
+
+def resolved(draft: DraftConfig, shape: PretrainedConfig) -> DraftConfig:
+    """Fill in the settings of `[draft]` that the cache and its target decide."""
+    same = ("mask_token_id", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    values = {name: getattr(shape, name) for name in same}
+    return replace(draft, target_layer_ids=tuple(shape.target_layer_ids), **values)
+
+
+def read_target_config(folder: Path) -> PretrainedConfig:
+    """Read the target's own config from a cache's `target/`; its code, if it brings any, is not run.
+
+    Raises:
+        CacheError: it can't be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+    try:  # a model type that only its own code knows: the dimensions have the field's usual names
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in values:
+            return PretrainedConfig.from_dict(values.get("text_config", values))
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise CacheError(f"{folder / 'config.json'} can't be read ({reason}): capture again")

@@ -1,0 +1,72 @@
+"""The page of a checkpoint, training.json: everything that it knows besides tensors."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import config as configuration
+from pipeline import files
+from pipeline.cache import Identity
+from pipeline.errors import ConfigError, RunError
+from train.config import RunConfig
+from train.runs.names import TRAINING
+from train.runs.state import Progress
+
+_LIMIT = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where an imported draft comes from."""
+
+    name: str
+    """Of its directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPage:
+    """training.json."""
+
+    progress: Progress
+    config: RunConfig
+    cache: Identity
+    """Of the cache that the draft was trained on."""
+    version: dict[str, str]
+    """Of this project and of libraries."""
+    machine: dict[str, Any]
+    """What a run computes on; empty for an imported draft."""
+    imported: Origin | None = None
+    """Set for a draft that was trained elsewhere."""
+
+    def values(self) -> dict[str, Any]:
+        """Return the page as plain values, as its JSON has them."""
+        values = json.loads(json.dumps(asdict(self)))
+        return values if self.imported else {k: v for k, v in values.items() if k != "imported"}
+
+
+def read_training(folder: Path) -> TrainingPage:
+    """Read a checkpoint's `training.json`.
+
+    Raises:
+        RunError: it can't be read.
+    """
+    try:
+        values = json.loads(files.read_small(folder / TRAINING, _LIMIT))
+        return configuration.build(TrainingPage, values, TRAINING)
+    except (OSError, ValueError, TypeError, ConfigError) as error:
+        raise damaged(folder, error) from None
+
+
+def damaged(folder: Path, error: Exception) -> RunError:
+    """Return the error for a checkpoint that can't be read, for whatever reason."""
+    reason = " ".join(str(error).split())[:150] or type(error).__name__
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # not its own fault
+        return RunError(f"the checkpoint {folder} can't be read ({reason}): fix that, then run it again")
+    return RunError(
+        f"the checkpoint {folder} is damaged ({reason}): remove it, and the run continues from the one "
+        "before, or from the start if there is none"
+    )
