@@ -1,13 +1,14 @@
 """TOML to frozen dataclasses and back: strict types, unknown keys are errors, dotted overrides.
 
 A configuration class is a keyword-only frozen dataclass whose fields are bool, int, float, str,
-`Literal[...]`, `tuple[X, ...]`, `dict[str, X]`, `X | None`, `Any`, or another such dataclass. It checks its
-own values in `__post_init__` and raises ConfigError.
+`Literal[...]`, `tuple[X, ...]`, `dict[str, X]`, `X | Y`, `X | None`, `Any`, or another such dataclass. It
+checks its own values in `__post_init__` and raises ConfigError.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -67,29 +68,41 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     return result
 
 
-def build(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
+def build(
+    cls: type[T],
+    values: dict[str, Any],
+    where: str = "config",
+    *,
+    skip_unknown: bool = False,
+    skip_misfits: bool = False,
+) -> T:
     """Build a configuration dataclass from plain values.
+
+    Args:
+        where: the name of `values` in messages.
+        skip_unknown: ignore keys that the class does not have, as a newer version's file may.
+        skip_misfits: ignore values of a wrong type wherever the class can do without: a field with a default
+            takes it, a field or an item that may be None is None, an entry of a dict and a table in a list
+            are left out.
 
     Raises:
         ConfigError: on an unknown key (with the nearest known one), a wrong type or a bad value.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected a table, got {values!r}")
+        raise ConfigError(f"{where}: expected a table, got {show(values)}")
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
+        if key not in fields and not skip_unknown:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
             raise ConfigError(f"{where}: unknown key {show(key)}; {hint}")
-    converted = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
-    missing = [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.name not in converted
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
+    skip = {"skip_unknown": skip_unknown, "skip_misfits": skip_misfits}
+    converted = {}
+    for key in filter(fields.__contains__, values):
+        with _ignored(skip_misfits and _has_default(fields[key])):
+            converted[key] = _convert(hints[key], values[key], f"{where}.{key}", skip)
+    missing = [key for key, field in fields.items() if key not in converted and not _has_default(field)]
     if missing:
         raise ConfigError(f"{where}: missing key {missing[0]!r}")
     try:
@@ -98,17 +111,34 @@ def build(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _has_default(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
+
+
+def _ignored(ignored: bool) -> contextlib.AbstractContextManager[None]:
+    """Swallow a ConfigError, or let it pass."""
+    return contextlib.suppress(ConfigError) if ignored else contextlib.nullcontext()
+
+
+def _convert(hint: Any, value: Any, where: str, skip: dict[str, bool]) -> Any:
     if hint is Any:
         return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    misfits = skip["skip_misfits"]
     if origin in (typing.Union, types.UnionType):
-        if value is None or (value == "none" and type(None) in args and str not in args):
+        optional = type(None) in args
+        if optional and (value is None or (value == "none" and str not in args)):
             return None
-        (inner,) = [arg for arg in args if arg is not type(None)]
-        return _convert(inner, value, where)
+        *others, last = [arg for arg in args if arg is not type(None)]
+        for inner in others:
+            with contextlib.suppress(ConfigError):
+                return _convert(inner, value, where, skip)
+        with _ignored(misfits and optional):
+            return _convert(last, value, where, skip)
+        return None
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
+        return build(hint, value, where, **skip)
     if origin is typing.Literal:
         if value not in args:
             raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {show(value)}")
@@ -118,11 +148,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: expected a list, got {show(value)}")
         if set(map(type, value)) <= {args[0]}:  # a plain column, which may have a hundred thousand entries
             return tuple(value)
-        return tuple(_convert(args[0], item, where) for item in value)
+        items = []
+        for item in value:
+            with _ignored(misfits and dataclasses.is_dataclass(args[0])):
+                items.append(_convert(args[0], item, where, skip))
+        return tuple(items)
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: expected a table, got {show(value)}")
-        return {key: _convert(args[1], item, f"{where}.{show(key)[1:-1]}") for key, item in value.items()}
+        entries = {}
+        for key, item in value.items():
+            with _ignored(misfits):
+                entries[key] = _convert(args[1], item, f"{where}.{show(key)[1:-1]}", skip)
+        return entries
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

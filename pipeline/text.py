@@ -1,8 +1,9 @@
-"""Text for people: sizes, spans of time, samples with what the loss covers marked."""
+"""Text for people: sizes, spans of time, tables, samples with what the loss covers marked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import click
 import numpy as np
@@ -25,6 +26,22 @@ def duration(seconds: float) -> str:
     if hours >= 1:
         return f"{int(hours)} h {int(minutes) % 60:02d} min"
     return f"{int(minutes)} min {int(seconds) % 60:02d} s" if minutes >= 1 else f"{seconds:.0f} s"
+
+
+def table(rows: Sequence[tuple[str, Sequence[Any]]], digits: int = 3) -> Iterator[str]:
+    """Lay out rows of titles and figures in columns, a line per row; None is a dash."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}"
+
+    cells = [(title, [v if isinstance(v, str) else cell(v) for v in values]) for title, values in rows]
+    first = max(len(title) for title, _ in cells)
+    widths = [max(map(len, column)) for column in zip(*(values for _, values in cells), strict=True)]
+    for title, values in cells:
+        columns = (value.rjust(width) for value, width in zip(values, widths, strict=True))
+        yield f"  {title:<{first}}  " + "  ".join(columns)
 
 
 def marked_text(input_ids: np.ndarray, loss_mask: np.ndarray, decode: Callable[[list[int]], str]) -> str:

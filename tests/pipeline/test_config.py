@@ -145,6 +145,66 @@ def test_none_is_spelled_none_where_a_value_may_be_missing():
         build(Run, {"draft": {"block_size": "none"}})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Anchors:
+    count: int | Literal["all"]
+    least: Literal["all"] | float | None = None
+
+
+def test_a_value_may_be_of_one_of_several_types():
+    assert build(Anchors, {"count": "all", "least": "all"}) == Anchors(count="all", least="all")
+    assert build(Anchors, {"count": 5, "least": 2}) == Anchors(count=5, least=2.0)
+    assert build(Anchors, {"count": 5, "least": None}).least is None
+    for count in (True, 1.5, "some", None, []):
+        with pytest.raises(ConfigError, match=r"count"):
+            build(Anchors, {"count": count})
+
+
+def test_unknown_keys_may_be_skipped_at_any_depth():
+    values = {"draft": {"block_size": 7, "block_sise": 8}, "zzz": 1}
+    assert build(Run, values, skip_unknown=True) == Run(draft=Draft(block_size=7))
+    with pytest.raises(ConfigError, match=r"draft.*'block_size'"):
+        build(Run, {"draft": {"block_sise": 8}}, skip_unknown=True)
+    with pytest.raises(ConfigError, match=r"draft\.name"):
+        build(Run, {"draft": {"block_size": 7, "name": 3}}, skip_unknown=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    rates: tuple[float | None, ...]
+    rows: tuple[Draft, ...] = ()
+    by_name: dict[str, Draft]
+    best: Draft | None
+    run: Run = Run(draft=Draft(block_size=1))
+
+
+def test_misfits_may_be_skipped_where_the_class_can_do_without():
+    good, bad = {"block_size": 7}, {"block_size": "7"}
+    values = {
+        "rates": [0.5, "x", None, True, 1],
+        "rows": [bad, good, 3, {**good, "name": 3}],
+        "by_name": {"a": bad, "b": {**good, "target_layer_ids": ["x"]}},
+        "best": bad,
+        "run": {"draft": bad},
+    }
+    draft = Draft(block_size=7)
+    expected = Rows(rates=(0.5, None, None, None, 1.0), rows=(draft, draft), by_name={"b": draft}, best=None)
+    assert build(Rows, values, skip_misfits=True) == expected
+    assert build(Rows, {**values, "rows": 3}, skip_misfits=True).rows == ()
+    for key in ("rates", "rows", "by_name", "best", "run"):
+        others = {"rates": [], "by_name": {}, "best": None}
+        with pytest.raises(ConfigError, match=rf"config\.{key}"):
+            build(Rows, {**others, key: values[key]})
+    for needed in ("rates", "by_name", "best"):  # without them there is none
+        with pytest.raises(ConfigError, match=needed):
+            build(Rows, {key: value for key, value in values.items() if key != needed}, skip_misfits=True)
+    with pytest.raises(ConfigError, match=r"by_name"):
+        build(Rows, {**values, "by_name": 3}, skip_misfits=True)
+    with pytest.raises(ConfigError, match=r"betas"):  # leaving one out would shift the others
+        build(Optim, {"betas": [0.9, "x"]})
+    assert build(Optim, {"betas": [0.9, "x"]}, skip_misfits=True).betas == (0.9, 0.95)
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

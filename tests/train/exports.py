@@ -1,4 +1,4 @@
-"""Runs changed by hand, for tests of exports and imports."""
+"""Runs to export, some changed by hand, for tests of exports and imports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from tests.conftest import run_ok
+from tests.train.runs import train_arguments
 
 
 def changed(run: Path, copy: Path, **fields: Any) -> Path:
@@ -33,3 +38,15 @@ def change_identity(run: Path, **target: Any) -> None:
     page = json.loads(path.read_text())
     page["cache"]["target"] |= target
     path.write_text(json.dumps(page))
+
+
+def trained(folder: Path, cache: Path, **settings) -> Path:
+    """Train a small draft for a few steps."""
+    run_ok(*train_arguments(cache, folder, train__max_steps=3, **settings))
+    return folder
+
+
+def front_matter(card: str) -> dict:
+    """Read the YAML header of a model card."""
+    _, header, _ = card.split("---\n", 2)
+    return yaml.safe_load(header)

@@ -50,7 +50,7 @@ def write_figures(run: Path, name: str, figures: Any) -> None:
 def add_calibration(run: Path) -> None:
     """What calibration would write, by hand: a smaller error, the bins nearer to the diagonal.
 
-    Everything is another before than after.
+    Every figure differs between before and after.
     """
     evaluation = figures_of(run, "evaluation.json")
     before, after = evaluation["confidence"], json.loads(json.dumps(evaluation["confidence"]))
@@ -70,8 +70,8 @@ def add_calibration(run: Path) -> None:
         "temperatures": [1.25, 1.5, 0.75],
         "dataset": "held out",
         "num_samples": 4,
-        "ece_before": before["prefix"]["ece"],
-        "ece_after": after["prefix"]["ece"],
+        "ece_before": before["prefix"]["ece_by_position"],
+        "ece_after": after["prefix"]["ece_by_position"],
         "fit": {"samples": 4, "blocks": 40},
         "report": {"samples": 4, "blocks": 40, "before": before, "after": after},
         "thresholds": {"before": evaluation["thresholds"], "after": sweep},
@@ -95,6 +95,7 @@ def add_speculation(run: Path, temperatures: tuple[float, ...] = (0.0, 1.0)) -> 
             "speculative_ms": 3.375,
             "speedup": 1.25 + temperature,
             "identical": None if temperature else 8,
+            "partings": [],
             "offline": {
                 "tokens_per_round": 1.6875 - temperature / 4,
                 "accept_given_prefix": [0.5 - temperature / 8, 0.25, 0.125 + temperature / 16],

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.cache import CacheReader
-from tests.conftest import assert_refused, run_cli, run_ok
+from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.train.runs import train_arguments
+from train.data.sampling import drawn_anchors
 from train.data.split import split
-from train.eval.calibrate import GRID, fit_temperatures, halves
-from train.eval.heldout import Blocks
+from train.eval.calibrate import GRID, cut_unreached, fit_temperatures, halves
+from train.eval.heldout import Blocks, measure
+from train.eval.metrics import calibration
 from train.runs.names import CALIBRATION
-from train.runs.open import find_checkpoint
-from train.runs.results import read_temperatures
+from train.runs.open import find_checkpoint, open_on_cache
+from train.runs.results import read_calibration, read_temperatures
+from train.runtime.distributed import open_ranks
 
 K = 3
 WRONG = ('{"temperatures": [1, 2]}', '{"temperatures": [1, Infinity, 1]}', '{"temperatures": [1, true, 1]}')
@@ -101,7 +105,10 @@ def test_what_the_command_writes_beside_the_draft(run_dir: Path, cache_dir: Path
     assert [len(result[name]) for name in types] == [3, 3, 3]
     assert isinstance(result["dataset"], str)
     assert isinstance(result["num_samples"], int)
-    assert read_temperatures(folder, 3) == result["temperatures"]
+    assert read_temperatures(folder, 3) == tuple(result["temperatures"])
+    read = read_calibration(folder)
+    assert read is not None
+    assert json.loads(json.dumps(asdict(read))) == result
     reader = CacheReader(cache_dir)
     _, held_out = split(reader, 0.4)
     fitted, reported = halves(reader, held_out)
@@ -112,7 +119,58 @@ def test_what_the_command_writes_beside_the_draft(run_dir: Path, cache_dir: Path
         assert result[part]["blocks"] == reader.candidates[samples].sum()
     before, after = (result["report"][name]["prefix"] for name in ("before", "after"))
     assert result["ece_before"] == before["ece_by_position"]
+    assert result["ece_after"] == after["ece_by_position"]
     assert f"{before['ece']:.4f} before, {after['ece']:.4f} after" in run_ok(*command)
+
+
+def test_errors_stay_at_their_positions_where_no_block_reaches_the_last_ones(
+    tmp_path: Path, target_dir: Path
+) -> None:
+    """Answers of four supervised tokens: anchors at the first three, so blocks of three slots at most."""
+    rng = np.random.default_rng(5)
+    rows = [
+        {"input_ids": rng.integers(3, 300, 9).tolist(), "loss_mask": [0] * 5 + [1] * 4} for _ in range(40)
+    ]
+    (tmp_path / "short.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    run_ok(*capture_arguments(target_dir, tmp_path / "short.jsonl", cache))
+    settings = {"train__held_out": 0.5, "train__anchors_per_batch": 32, "draft__block_size": 5}
+    run_ok(*train_arguments(cache, run, train__max_steps=2, **settings))
+    result = json.loads(run_ok("calibrate", "--cache", cache, "--run", run, "--json"))
+    assert len(result["temperatures"]) == 5
+    assert result["temperatures"][3:] == [1, 1]
+    for name in ("before", "after"):
+        by_position = result["report"][name]["prefix"]["ece_by_position"]
+        assert [error is None for error in by_position] == [False, False, False, True, True]
+        assert result[f"ece_{name}"] == by_position[:3]
+
+
+def test_positions_that_no_block_reaches_are_the_last_ones() -> None:
+    """Of prefixes of any lengths, as a block's supervised slots are; nothing else can come from a draft."""
+    assert cut_unreached((0.5, 0.0, None, None)) == (0.5, 0.0)
+    assert cut_unreached(()) == cut_unreached((None,)) == ()
+    with pytest.raises(AssertionError, match="skipped"):
+        cut_unreached((0.5, None, 0.25))
+    rng = np.random.default_rng(3)
+    for longest in range(1, K + 1):
+        valid = np.arange(K) < rng.integers(1, longest + 1, 30)[:, None]
+        valid[0] = np.arange(K) < longest
+        told = calibration(blocks_of(rng.random((30, K)), rng.normal(size=(30, K)), valid))
+        assert told is not None
+        errors = told.prefix.ece_by_position
+        assert cut_unreached(errors) == errors[:longest]
+        assert None not in errors[:longest]
+
+
+def test_the_blocks_of_a_draft_are_prefixes(run_dir: Path, cache_dir: Path) -> None:
+    """What the two tests above rest on, of what is measured."""
+    with open_ranks("cpu") as ranks:
+        draft = open_on_cache(cache_dir, run_dir, ranks)
+        every = drawn_anchors(None, 0)
+        blocks = measure(draft.module, draft.reader, draft.held_out, draft.config, ranks, every)
+    assert blocks.valid[:, 0].all()
+    assert (blocks.valid[:, 1:] <= blocks.valid[:, :-1]).all()
+    assert not blocks.valid.all()
 
 
 def test_temperatures_that_are_none_are_refused(run_dir: Path, cache_dir: Path, target_dir: Path) -> None:

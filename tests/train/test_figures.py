@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from train.config import LossConfig
-from train.eval import metrics as figures
+from train.eval import metrics
 from train.eval.heldout import Blocks, join
 
 K = 4
@@ -57,24 +57,24 @@ def test_two_blocks_on_paper() -> None:
         matches=np.array([[True, True], [False, True]]),
         confidence=None,
     )
-    got = figures.acceptance(blocks)
-    assert got["accept_rate"] == pytest.approx(1.9 / 3)
-    assert got["accept_by_position"] == pytest.approx([0.75, 0.4])
-    assert got["accept_given_prefix"] == pytest.approx([0.75, 0.4])  # 0.5 * 0.4 of 0.5 reached
-    assert got["tau"] == pytest.approx(1 + (0.5 + 0.2 + 1.0) / 2)
-    assert got["greedy_accept_by_position"] == [0.5, 1.0]
-    assert got["greedy_tau"] == 1 + (2 + 0) / 2
-    terms = figures.loss_terms(blocks, LossConfig(ce_alpha=1, l1_alpha=1, decay_gamma=None))
-    assert terms["ce_loss"] == pytest.approx(2)
-    assert terms["l1_loss"] == pytest.approx(2 * (0.5 + 0.6 + 0) / 3)
-    assert terms["loss"] == pytest.approx(terms["ce_loss"] + terms["l1_loss"])
-    assert figures.calibration(blocks) is None
-    assert figures.threshold_sweep(blocks) is None
+    got = metrics.acceptance(blocks)
+    assert got.accept_rate == pytest.approx(1.9 / 3)
+    assert got.accept_by_position == pytest.approx((0.75, 0.4))
+    assert got.accept_given_prefix == pytest.approx((0.75, 0.4))  # 0.5 * 0.4 of 0.5 reached
+    assert got.tau == pytest.approx(1 + (0.5 + 0.2 + 1.0) / 2)
+    assert got.greedy_accept_by_position == (0.5, 1.0)
+    assert got.greedy_tau == 1 + (2 + 0) / 2
+    terms = metrics.loss_terms(blocks, LossConfig(ce_alpha=1, l1_alpha=1, decay_gamma=None))
+    assert terms.ce_loss == pytest.approx(2)
+    assert terms.l1_loss == pytest.approx(2 * (0.5 + 0.6 + 0) / 3)
+    assert terms.loss == pytest.approx(terms.ce_loss + terms.l1_loss)
+    assert metrics.calibration(blocks) is None
+    assert metrics.threshold_sweep(blocks) is None
 
 
 def test_acceptance_against_loops() -> None:
     blocks = random_blocks()
-    got, all_slots = figures.acceptance(blocks), slots_of(blocks)
+    got, all_slots = metrics.acceptance(blocks), slots_of(blocks)
     for prefix, name in (("", "a"), ("greedy_", "match")):
         reached, expected_tokens = [[0.0, 0.0] for _ in range(K)], 0.0
         for slots in all_slots:
@@ -84,11 +84,14 @@ def test_acceptance_against_loops() -> None:
                 product *= slot[name]
                 reached[k][1] += product
                 expected_tokens += product
-        assert got[f"{prefix}tau"] == pytest.approx(1 + expected_tokens / len(blocks))
-        assert got[f"{prefix}accept_given_prefix"] == pytest.approx([b / a for a, b in reached])
+        tau, given, by_position = (
+            getattr(got, f"{prefix}{key}") for key in ("tau", "accept_given_prefix", "accept_by_position")
+        )
+        assert tau == pytest.approx(1 + expected_tokens / len(blocks))
+        assert given == pytest.approx(tuple(b / a for a, b in reached))
         for k in range(K):
             here = [slots[k][name] for slots in all_slots if len(slots) > k]
-            assert got[f"{prefix}accept_by_position"][k] == pytest.approx(sum(here) / len(here))
+            assert by_position[k] == pytest.approx(sum(here) / len(here))
 
 
 def stretches(count: int = 30, seed: int = 3) -> Blocks:
@@ -140,10 +143,10 @@ def test_decoding_against_decoding() -> None:
                 accepted[count] += 1
                 count += 1
             at = behind(at, count + 1)
-    got = figures.decoding(blocks)
-    assert got["greedy"]["tokens_per_round"] == pytest.approx(len(blocks) / rounds)
-    counted = [a / t for a, t in zip(accepted, tried, strict=True)]
-    assert got["greedy"]["accept_given_prefix"] == pytest.approx(counted)
+    got = metrics.decoding(blocks)
+    assert got.greedy.tokens_per_round == pytest.approx(len(blocks) / rounds)
+    counted = tuple(a / t for a, t in zip(accepted, tried, strict=True))
+    assert got.greedy.accept_given_prefix == pytest.approx(counted)
 
     @functools.cache
     def expected_rounds(at: int | None) -> float:
@@ -160,8 +163,8 @@ def test_decoding_against_decoding() -> None:
         return total
 
     rounds_expected = sum(expected_rounds(start) for start in starts)
-    assert got["sampling"]["tokens_per_round"] == pytest.approx(len(blocks) / rounds_expected)
-    assert got["sampling"]["tokens_per_round"] < figures.acceptance(blocks)["tau"]
+    assert got.sampling.tokens_per_round == pytest.approx(len(blocks) / rounds_expected)
+    assert got.sampling.tokens_per_round < metrics.acceptance(blocks).tau
 
 
 def test_half_easy_half_hard_on_paper() -> None:
@@ -173,28 +176,28 @@ def test_half_easy_half_hard_on_paper() -> None:
         for k in range(K):
             accept[p, k] = p + k < 10
     blocks = Blocks(np.zeros(20, int), np.arange(20), valid, accept, accept, easy[:, None] & valid, None)
-    got = figures.decoding(blocks)["sampling"]
-    assert got["tokens_per_round"] == pytest.approx(20 / 12)
-    assert got["accept_given_prefix"] == pytest.approx([2 / 12, 1, 1, 1])
-    assert figures.acceptance(blocks)["tau"] == pytest.approx(1 + (6 * 4 + 4 + 3 + 2 + 1 + 0) / 20, abs=0.3)
+    got = metrics.decoding(blocks).sampling
+    assert got.tokens_per_round == pytest.approx(20 / 12)
+    assert got.accept_given_prefix == pytest.approx((2 / 12, 1, 1, 1))
+    assert metrics.acceptance(blocks).tau == pytest.approx(1 + (6 * 4 + 4 + 3 + 2 + 1 + 0) / 20, abs=0.3)
 
 
 def test_a_position_that_no_block_reaches_is_none() -> None:
     short = random_blocks()
     short = short.select(short.valid.sum(1) < K)
     for name in ("accept_by_position", "greedy_accept_given_prefix"):
-        values = figures.acceptance(short)[name]
+        values = getattr(metrics.acceptance(short), name)
         assert values[-1] is None
         assert None not in values[:-1]
-    reliability = figures.calibration(short)
+    reliability = metrics.calibration(short)
     assert reliability is not None
-    assert reliability["prefix"]["ece_by_position"][-1] is None
+    assert reliability.prefix.ece_by_position[-1] is None
 
 
 @pytest.mark.parametrize("temperatures", [None, np.array([0.5, 1.0, 2.0, 4.0])])
 def test_calibration_against_loops(temperatures: np.ndarray | None) -> None:
     blocks = random_blocks(200)
-    got = figures.calibration(blocks, temperatures)
+    got = metrics.calibration(blocks, temperatures)
     assert got is not None
     scale = np.ones(K) if temperatures is None else temperatures
     for name in ("slot", "prefix"):
@@ -206,15 +209,15 @@ def test_calibration_against_loops(temperatures: np.ndarray | None) -> None:
                 a = float(blocks.accept[i, k])
                 confident, accepted = (confident * c, accepted * a) if name == "prefix" else (c, a)
                 pairs[k].append((confident, accepted))
-        assert got[name]["ece_by_position"] == pytest.approx([slow_ece(own) for own in pairs])
-        assert got[name]["auc_by_position"] == pytest.approx([slow_auc(own) for own in pairs])
+        told = getattr(got, name)
+        assert told.ece_by_position == pytest.approx(tuple(slow_ece(own) for own in pairs))
+        assert told.auc_by_position == pytest.approx(tuple(slow_auc(own) for own in pairs))
         every = [pair for own in pairs for pair in own]
-        assert got[name]["ece"] == pytest.approx(slow_ece(every))
-        assert got[name]["auc"] == pytest.approx(slow_auc(every))
-        bins = got[name]["bins"]
-        assert sum(row["count"] for row in bins) == len(every)
-        gaps = [row["count"] * abs(row["predicted"] - row["actual"]) for row in bins if row["count"]]
-        assert sum(gaps) / len(every) == pytest.approx(got[name]["ece"])
+        assert told.ece == pytest.approx(slow_ece(every))
+        assert told.auc == pytest.approx(slow_auc(every))
+        assert sum(row.count for row in told.bins) == len(every)
+        gaps = [row.count * abs(row.predicted - row.actual) for row in told.bins if row.count]
+        assert sum(gaps) / len(every) == pytest.approx(told.ece)
 
 
 def slow_ece(pairs: list[tuple[float, float]]) -> float:
@@ -239,20 +242,20 @@ def slow_auc(pairs: list[tuple[float, float]]) -> float:
 
 def test_auc_of_certain_outcomes_is_the_textbooks() -> None:
     scores, outcomes = np.array([0.1, 0.4, 0.35, 0.8]), np.array([0.0, 0.0, 1.0, 1.0])
-    assert figures.auc(scores, outcomes) == pytest.approx(0.75)
-    assert figures.auc(scores, np.ones(4)) is None
+    assert metrics.auc(scores, outcomes) == pytest.approx(0.75)
+    assert metrics.auc(scores, np.ones(4)) is None
 
 
 def test_extreme_confidences_do_not_overflow() -> None:
     logits = np.array([-1e4, 0.0, 1e4])
     with np.errstate(all="raise", under="ignore"):
-        assert figures.sigmoid(logits).tolist() == [0.0, 0.5, 1.0]
-    assert figures.ece(np.array([1.0, 0.0]), np.array([1.0, 0.0])) == 0
+        assert metrics.sigmoid(logits).tolist() == [0.0, 0.5, 1.0]
+    assert metrics.ece(np.array([1.0, 0.0]), np.array([1.0, 0.0])) == 0
 
 
 def test_the_threshold_sweep_against_loops() -> None:
     blocks = random_blocks()
-    rows = figures.threshold_sweep(blocks, None, (0.0, 0.3, 0.7, 1.0))
+    rows = metrics.threshold_sweep(blocks, None, (0.0, 0.3, 0.7, 1.0))
     assert rows is not None
     for row in rows:
         verified = accepted = 0.0
@@ -260,33 +263,33 @@ def test_the_threshold_sweep_against_loops() -> None:
             confident = product = 1.0
             for slot in slots:
                 confident, product = confident * slot["c"], product * slot["a"]
-                if confident < row["threshold"]:
+                if confident < row.threshold:
                     break
                 verified, accepted = verified + 1, accepted + product
-        assert row["verified"] == pytest.approx(verified / len(blocks))
-        assert row["tokens"] == pytest.approx(1 + accepted / len(blocks))
-        assert row["acceptance"] == (pytest.approx(accepted / verified) if verified else None)
-    assert rows[0]["tokens"] == pytest.approx(figures.acceptance(blocks)["tau"])
+        assert row.verified == pytest.approx(verified / len(blocks))
+        assert row.tokens == pytest.approx(1 + accepted / len(blocks))
+        assert row.acceptance == (pytest.approx(accepted / verified) if verified else None)
+    assert rows[0].tokens == pytest.approx(metrics.acceptance(blocks).tau)
 
 
 def test_groups_are_their_own_blocks() -> None:
     blocks = random_blocks()
     names = {0: "b", 1: "a", 2: "b", 3: "empty", 4: "a", 9: "nobody"}
     blocks = blocks.select(blocks.sample != 3)
-    groups = figures.by_group(blocks, names, LossConfig())
+    groups = metrics.by_group(blocks, names, LossConfig())
     assert list(groups) == ["b", "a"]
-    assert sum(row["blocks"] for row in groups.values()) == len(blocks)
-    own = figures.acceptance(blocks.select(np.isin(blocks.sample, [1, 4])))
-    assert own.items() <= groups["a"].items()
+    assert sum(row.blocks for row in groups.values()) == len(blocks)
+    own = metrics.acceptance(blocks.select(np.isin(blocks.sample, [1, 4])))
+    assert vars(own).items() <= vars(groups["a"]).items()
     part = blocks.select(np.isin(blocks.sample, [1, 4]))
-    assert groups["a"]["loss"] == figures.loss_terms(part, LossConfig())["loss"]
-    assert groups["a"]["confidence"] == figures.calibration(part)
-    assert groups["a"]["samples"] == len({i for i in blocks.sample.tolist() if i in (1, 4)})
+    assert groups["a"].loss == metrics.loss_terms(part, LossConfig()).loss
+    assert groups["a"].confidence == metrics.calibration(part)
+    assert groups["a"].samples == len({i for i in blocks.sample.tolist() if i in (1, 4)})
 
 
 def test_length_buckets_by_hand() -> None:
     expected = {1: "1-1", 2: "2-3", 3: "2-3", 127: "64-127", 128: "128-255", 255: "128-255"}
-    assert {length: figures.length_bucket(length) for length in expected} == expected
+    assert {length: metrics.length_bucket(length) for length in expected} == expected
 
 
 def test_joined_blocks_are_in_order() -> None:

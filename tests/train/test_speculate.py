@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target, make_tokenizer
 from tests.train.runs import train_arguments
 from train.data.split import split
-from train.decode.benchmark import _add_up, _check_partings, _parting
+from train.decode.benchmark import _add_up, _check_partings, _parting, offline_figures
 from train.decode.prompts import held_out_prompts, read_prompts
 from train.decode.speculative import CachedTarget, Decoded
+from train.runs.figures import Parting
 from train.runs.names import EVALUATION, SPECULATION
 from train.runs.open import find_checkpoint
+from train.runs.results import read_evaluation, read_speculation
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,9 @@ def test_live_beside_offline(target_dir: Path, run_dir: Path, cache_dir: Path) -
     result = speculated(target_dir, run_dir, *options, *more)
     folder = find_checkpoint(run_dir)
     assert json.loads((folder / SPECULATION).read_text()) == result
+    read = read_speculation(folder)
+    assert read is not None
+    assert json.loads(json.dumps(asdict(read))) == result
     evaluation = json.loads((folder / EVALUATION).read_text())
     greedy, sampled, other = result["runs"]
     assert greedy["offline"] == evaluation["decoding"]["greedy"]
@@ -87,6 +93,23 @@ def test_live_beside_offline(target_dir: Path, run_dir: Path, cache_dir: Path) -
     text = run_ok("speculate", "--target", target_dir, "--run", run_dir, *options)
     assert "live  offline" in text
     assert f"{evaluation['decoding']['greedy']['tokens_per_round']:.3f}" in text
+    some = read_evaluation(folder)
+    assert some is not None
+    assert offline_figures(some, 1.0, 3) == some.decoding.sampling
+    assert offline_figures(some, 1.0, 4) is None  # of a draft with other blocks
+
+
+def test_a_damaged_evaluation_is_told_before_any_work(
+    target_dir: Path, run_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch
+) -> None:
+    run = shutil.copytree(run_dir, tmp_path / "run", symlinks=True)
+    monkeypatch.setattr("train.decode.benchmark.speculate", pytest.fail)
+    options = ("--target", target_dir, "--run", run, "--cache", cache_dir)
+    for content in ("{", "[]", '{"step": 60, "tau": "high"}'):
+        (find_checkpoint(run) / EVALUATION).write_text(content)
+        refused = run_cli("speculate", *options)
+        assert_refused(refused, 1, str(find_checkpoint(run) / EVALUATION), "can't be read", "measure again")
+    assert_refused(refused, 1, "evaluation.tau: expected float, got 'high'")
 
 
 def test_live_acceptance_is_what_the_cache_promises(target_dir: Path, tmp_path: Path) -> None:
@@ -198,16 +221,19 @@ def test_what_is_added_up_by_hand() -> None:
                 draft_seconds=0.1, verify_seconds=0.2),
         Decoded([1], tried=[0, 0], accepted=[0, 0]),
     ]  # fmt: skip
-    figures = _add_up(plain, fast)
-    assert figures["tokens_per_round"] == 2
-    assert figures["accept_given_prefix"] == [1.0, 0.0]
-    assert figures["verified_per_round"] == 2
-    assert (figures["draft_ms"], figures["verify_ms"]) == pytest.approx((100, 200))
-    assert (figures["plain_ms"], figures["speculative_ms"]) == pytest.approx((100, 150))
-    assert figures["speedup"] == pytest.approx(2 / 3)
-    nothing = _add_up([Decoded([1])], [Decoded([1], tried=[0], accepted=[0])])
-    assert nothing["speedup"] is None
-    assert nothing["tokens_per_round"] is None
+    parting = Parting(prompt=1, token=0, gap=0.0)
+    figures = _add_up(0.0, plain, fast, [parting])
+    assert figures.tokens_per_round == 2
+    assert figures.accept_given_prefix == (1.0, 0.0)
+    assert figures.verified_per_round == 2
+    assert (figures.draft_ms, figures.verify_ms) == pytest.approx((100, 200))
+    assert (figures.plain_ms, figures.speculative_ms) == pytest.approx((100, 150))
+    assert figures.speedup == pytest.approx(2 / 3)
+    assert (figures.identical, figures.partings) == (1, (parting,))
+    nothing = _add_up(1.0, [Decoded([1])], [Decoded([1], tried=[0], accepted=[0])], [])
+    assert nothing.speedup is None
+    assert nothing.tokens_per_round is None
+    assert nothing.identical is None  # sampled texts may differ
 
 
 def test_texts_that_part_where_the_target_was_sure_are_an_error(target_dir: Path) -> None:
@@ -216,10 +242,10 @@ def test_texts_that_part_where_the_target_was_sure_are_an_error(target_dir: Path
         logits = model(torch.tensor([[9, 8, 4]])).logits[0, -1].sort(descending=True).values
     with CachedTarget(model, []) as target:
         found = _parting(target, 3, [9, 8], [4, 5, 6], [4, 7, 6])
-        assert (found["prompt"], found["token"]) == (3, 1)
-        assert found["gap"] == pytest.approx((logits[0] - logits[1]).item(), rel=1e-4)
-        assert _parting(target, 0, [9, 8], [4, 5, 6], [4])["token"] == 1
-    close = {"prompt": 3, "token": 1, "gap": 0.5}
+        assert (found.prompt, found.token) == (3, 1)
+        assert found.gap == pytest.approx((logits[0] - logits[1]).item(), rel=1e-4)
+        assert _parting(target, 0, [9, 8], [4, 5, 6], [4]).token == 1
+    close = Parting(prompt=3, token=1, gap=0.5)
     _check_partings([close], torch.bfloat16)
     _check_partings([], torch.float32)
     with pytest.raises(RunError, match=r"prompt 4 at token 2, where .* 0.5 apart"):

@@ -1,8 +1,9 @@
-"""Commands that measure a trained draft: `dspark evaluate`, `dspark speculate`."""
+"""Commands that measure a trained draft: `dspark evaluate`, `dspark speculate`, `dspark calibrate`."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import click
 
 from pipeline.errors import UsageError
 from pipeline.target_model.options import TargetOptions, target_options
-from train.runs.names import BEST, CALIBRATION, EVALUATION, SPECULATION
+from train.runs.names import BEST
 
 run_option = click.option(
-    *("--run", "--run-dir", "run"),  # torchrun takes --run for its own --run-path before Python 3.12.8
+    "--run",
+    "--run-dir",  # torchrun takes --run for its own --run-path before Python 3.12.8
+    "run",
     type=click.Path(path_type=Path),
     required=True,
     help="A run with a checkpoint.",
@@ -26,17 +29,17 @@ checkpoint_option = click.option(
     "--checkpoint",
     default=BEST,
     show_default=True,
-    help="Which one: best (the latest where nothing was held out), latest, or as step-000400.",
+    help="best (the latest where nothing was held out), latest, or a name as step-000400.",
 )
 device_option = click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 anchors_option = click.option(
     "--anchors",
     type=click.IntRange(min=1),
-    help="Anchors of a held-out sample, drawn by --seed, for large caches. Default: every candidate.",
+    help="Anchors per held-out sample, drawn by --seed, for large caches. Default: every candidate.",
 )
 anchors_seed_option = click.option(
-    "--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of --anchors."
+    "--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Seed of --anchors."
 )
 
 
@@ -53,7 +56,7 @@ def evaluate_command(
 ) -> None:
     """Measure a draft on a cache's held-out samples; no target is needed.
 
-    Loss terms, acceptance by position, expected tokens a round (tau) when sampling and when greedy, the
+    Loss terms, acceptance by position, expected tokens per round (tau) when sampling and when greedy, the
     calibration of the confidence head, all by source and length. The figures are also written to
     evaluation.json in the checkpoint's folder. Under torchrun processes share the samples.
     """
@@ -65,19 +68,25 @@ def evaluate_command(
     with open_ranks(device) as ranks:
         with ranks.together():
             draft = open_on_cache(cache, run, ranks, checkpoint)
-        result = {"step": draft.trained.step}
-        result |= evaluate(
-            draft.module, draft.reader, draft.held_out, draft.config, ranks, anchors=anchors, seed=seed
+        result = evaluate(
+            draft.module,
+            draft.reader,
+            draft.held_out,
+            draft.config,
+            ranks,
+            step=draft.trained.step,
+            anchors=anchors,
+            seed=seed,
         )
         if ranks.leads:
-            click.echo(json.dumps(result) if as_json else format_evaluation(result))
+            click.echo(json.dumps(asdict(result)) if as_json else format_evaluation(result))
         with ranks.together():
             if ranks.leads:
-                save_figures(draft.trained.folder, EVALUATION, result)
+                save_figures(draft.trained.folder, result)
 
 
 def _check_temperatures(_ctx: click.Context, _param: click.Parameter, values: tuple[float, ...]) -> Any:
-    """The callback of `--temperature`: below a thousandth softmax is greedy but for overflows."""
+    """Check `--temperature`. Below a thousandth, softmax is greedy or overflows."""
     for value in values:
         if not (value == 0 or 1e-3 <= value <= 1e3):
             raise UsageError(f"--temperature expects 0, or a number from 0.001 to 1000, got {value}")
@@ -85,7 +94,7 @@ def _check_temperatures(_ctx: click.Context, _param: click.Parameter, values: tu
 
 
 def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
-    """The callback of `--threshold`."""
+    """Check `--threshold`."""
     if not 0 <= value <= 1:
         raise UsageError(f"--threshold expects a probability from 0 to 1, got {value}")
     return value
@@ -98,14 +107,18 @@ def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float)
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    help="JSON Lines as for capture, or .txt with a prompt a line.",
-)
-@click.option("--cache", type=click.Path(path_type=Path), help="Instead: take the questions it held out.")
-@click.option(
-    "--num-prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at most."
+    help="JSON Lines as for capture, or .txt with one prompt per line.",
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(2, 2**20), default=128, show_default=True, help="Of each text."
+    "--cache", type=click.Path(path_type=Path), help="Take prompts from its held-out samples instead."
+)
+@click.option("--num-prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Most prompts.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(2, 2**20),
+    default=128,
+    show_default=True,
+    help="Most new tokens per text.",
 )
 @click.option(
     "--temperature",
@@ -115,7 +128,7 @@ def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float)
     multiple=True,
     default=(0.0, 1.0),
     show_default=True,
-    help="0 is greedy. May be given several times.",
+    help="0 is greedy. Repeat the option for several temperatures.",
 )
 @click.option(
     "--threshold",
@@ -126,7 +139,7 @@ def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float)
     help="Verify a token only if the block is accepted up to it with this probability, by the confidence "
     "head (calibrated, if `dspark calibrate` was run). 0: all.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Of sampling.")
+@click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Seed of sampling.")
 @click.option("--show", is_flag=True, help="Print the texts.")
 @json_option
 def speculate_command(
@@ -184,8 +197,8 @@ def speculate_command(
         seed=seed,
         show=partial(click.echo, err=as_json) if show else None,
     )
-    click.echo(json.dumps(result) if as_json else format_speculation(result))
-    save_figures(draft.folder, SPECULATION, result)
+    click.echo(json.dumps(asdict(result)) if as_json else format_speculation(result))
+    save_figures(draft.folder, result)
 
 
 @click.command("calibrate")
@@ -199,7 +212,7 @@ def speculate_command(
 def calibrate_command(
     cache: Path, run: Path, checkpoint: str, anchors: int | None, seed: int, device: str, as_json: bool
 ) -> None:
-    """Fit a temperature for each position's confidence, so that it says how likely tokens are accepted.
+    """Fit a temperature per position, so that confidences are probabilities of acceptance.
 
     Sequential temperature scaling on one half of the held-out samples, reported on the other. The
     temperatures are written to calibration.json in the checkpoint's folder; speculation and exports take
@@ -215,7 +228,7 @@ def calibrate_command(
             draft = open_on_cache(cache, run, ranks, checkpoint)
         result = calibrate(draft, ranks, anchors=anchors, seed=seed)
         if ranks.leads:
-            click.echo(json.dumps(result) if as_json else format_calibration(result))
+            click.echo(json.dumps(asdict(result)) if as_json else format_calibration(result))
         with ranks.together():
             if ranks.leads:
-                save_figures(draft.trained.folder, CALIBRATION, result)
+                save_figures(draft.trained.folder, result)

@@ -1,15 +1,14 @@
 """A draft at work beside its live target: `dspark speculate`.
 
-The one place in `train/` where a target is loaded. Speculation is compared with plain decoding by the same
-target in the same process, and with what the cache promised.
+Only this module of `train/` loads a target. Speculation is compared with plain decoding by the same target in
+the same process, and with what the cache promised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.errors import RunError, UsageError
 from pipeline.hooks import input_device, learned_positions
 from pipeline.target_model.load import Target
+from pipeline.text import table
 from train.decode.speculative import CachedTarget, Decoded, decode_plain, decode_speculative
 from train.draft.kind import Decoder
-from train.runs.names import EVALUATION
+from train.runs.figures import Evaluation, Parting, Rounds, Speculation, SpeculationRun
 from train.runs.open import TrainedDraft
-from train.runs.results import read_figures, read_temperatures, table
+from train.runs.results import read_evaluation, read_temperatures
 
-# How far apart the target's two best logits may be where a forward over several tokens rounds to another text
-# than one over a single token does.
+# Largest distance of the target's two best logits at which rounding explains that a forward over several
+# tokens chooses another token than one over a single token.
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 0.5, torch.bfloat16: 1.0}
 
 
@@ -45,7 +45,7 @@ class Pair:
     step: int
     """The draft's."""
     warning: str | None
-    """What is odd about the two together."""
+    """About the two together; None where they fit."""
 
 
 def load_pair(target: Target, trained: TrainedDraft) -> Pair:
@@ -78,7 +78,7 @@ def load_pair(target: Target, trained: TrainedDraft) -> Pair:
     draft = trained.model()
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
     for own, theirs in zip((draft.embed_tokens, draft.lm_head), parts, strict=True):
-        # The same memory, unless the target has it elsewhere: then `to` copies, and leaves the target be.
+        # The same memory. If the target has it elsewhere, `to` copies it and leaves the target alone.
         own.weight = nn.Parameter(theirs.weight.detach(), requires_grad=False)
     draft = draft.to(device, target.dtype).eval().requires_grad_(False)
     return Pair(
@@ -109,24 +109,23 @@ def speculate_all(
     threshold: float = 0.0,
     seed: int = 0,
     show: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> Speculation:
     """Speculate at each temperature; confidences are calibrated if the checkpoint has temperatures for them.
 
     Args:
-        folder: of the draft's checkpoint: what was measured offline and fitted is there.
+        folder: of the draft's checkpoint, with what was measured offline and fitted.
         show: called with every prompt and text.
-
-    Returns:
-        What goes into speculation.json.
 
     Raises:
         UsageError: a threshold for a draft without a confidence head.
-        RunError: see `speculate`.
+        RunError: figures beside the draft can't be read; or see `speculate`.
     """
     if threshold > 0 and not pair.decoder.has_confidence:
         raise UsageError("--threshold needs a confidence head, and this draft has none: leave it out")
 
+    # Read before any work. What an evaluation expects is of whole blocks only.
     scales = read_temperatures(folder, pair.decoder.block_size) if threshold > 0 else None
+    evaluation = None if threshold > 0 else read_evaluation(folder)
 
     def seen(prompt: list[int], tokens: list[int]) -> None:
         if show is not None:
@@ -134,7 +133,7 @@ def speculate_all(
 
     runs = []
     for temperature in dict.fromkeys(temperatures):
-        figures = speculate(
+        found = speculate(
             pair,
             prompts,
             max_new_tokens=max_new_tokens,
@@ -144,19 +143,18 @@ def speculate_all(
             seed=seed,
             seen=seen,
         )
-        # Of whole blocks only.
-        offline = None if threshold > 0 else offline_figures(folder, temperature, pair.decoder.block_size)
-        runs.append({**figures, "offline": offline})
-    return {
-        "step": pair.step,
-        "target": pair.name,
-        "device": pair.draft.device.type,
-        "dtype": str(pair.draft.dtype).removeprefix("torch."),
-        "prompts": len(prompts),
-        "max_new_tokens": max_new_tokens,
-        "threshold": threshold,
-        "runs": runs,
-    }
+        offline = offline_figures(evaluation, temperature, pair.decoder.block_size)
+        runs.append(replace(found, offline=offline))
+    return Speculation(
+        step=pair.step,
+        target=pair.name,
+        device=pair.draft.device.type,
+        dtype=str(pair.draft.dtype).removeprefix("torch."),
+        prompts=len(prompts),
+        max_new_tokens=max_new_tokens,
+        threshold=threshold,
+        runs=tuple(runs),
+    )
 
 
 def speculate(
@@ -169,21 +167,18 @@ def speculate(
     confidence_temperatures: Sequence[float] | None = None,
     seed: int = 0,
     seen: Callable[[list[int], list[int]], None] = lambda _prompt, _tokens: None,
-) -> dict[str, Any]:
+) -> SpeculationRun:
     """Decode every prompt twice, plainly and speculatively, and add up.
 
     Args:
         prompts: token ids.
         seen: called with each prompt and what was decoded.
 
-    Returns:
-        Plain numbers: see `format_speculation`.
-
     Raises:
         RunError: greedy texts differ by more than rounding explains, or the prompts do not fit the target.
     """
     limit, slots = learned_positions(pair.model), pair.decoder.block_size
-    longest = max(map(len, prompts)) + max_new_tokens + slots  # the last block may stand behind the end
+    longest = max(map(len, prompts)) + max_new_tokens + slots  # the last block may reach beyond the end
     if limit is not None and longest > limit:
         raise RunError(
             f"the longest prompt, --max-new-tokens and a block make {longest:,} tokens, but the target "
@@ -191,11 +186,11 @@ def speculate(
         )
     plain: list[Decoded] = []
     fast: list[Decoded] = []
-    partings: list[dict[str, Any]] = []
+    partings: list[Parting] = []
     options = {"temperature": temperature, "stop": pair.stop}
     alone, watched = (CachedTarget(pair.model, ids) for ids in ((), pair.draft.config.target_layer_ids))
     few = min(max_new_tokens, 4)
-    decode_plain(alone, prompts[0], few)  # what is slow the first time
+    decode_plain(alone, prompts[0], few)  # not timed: the first forwards are slow
     with watched:
         decode_speculative(watched, pair.decoder, prompts[0], few)
     for number, prompt in enumerate(prompts):
@@ -218,40 +213,36 @@ def speculate(
         if temperature == 0 and result.tokens != own.tokens:
             partings.append(_parting(alone, number, prompt, own.tokens, result.tokens))
     _check_partings(partings, pair.draft.dtype)
-    figures = _add_up(plain, fast)
-    return {
-        "temperature": temperature,
-        **figures,
-        "identical": len(prompts) - len(partings) if temperature == 0 else None,
-        "partings": partings,
-    }
+    return _add_up(temperature, plain, fast, partings)
 
 
 def _parting(
     target: CachedTarget, number: int, prompt: Sequence[int], own: list[int], other: list[int]
-) -> dict[str, Any]:
-    """Where two greedy texts begin to differ, and by how much the target's best logit leads there."""
+) -> Parting:
+    """Find where two greedy texts begin to differ, and by how much the target's best logit leads there."""
     pairs = zip(own, other, strict=False)
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(own), len(other)))
     target.reset()
     logits, _ = target.forward(torch.tensor([*prompt, *own[:first]]), 1)
     best, second = logits[0].topk(2).values.tolist()
-    return {"prompt": number, "token": first, "gap": best - second}
+    return Parting(prompt=number, token=first, gap=best - second)
 
 
-def _check_partings(partings: Sequence[dict[str, Any]], dtype: torch.dtype) -> None:
-    worst = max(partings, key=lambda parting: parting["gap"], default=None)
-    if worst is not None and worst["gap"] > ROUNDING[dtype]:
+def _check_partings(partings: Sequence[Parting], dtype: torch.dtype) -> None:
+    worst = max(partings, key=lambda parting: parting.gap, default=None)
+    if worst is not None and worst.gap > ROUNDING[dtype]:
         raise RunError(
-            f"speculation changed the greedy text of prompt {worst['prompt'] + 1} at token "
-            f"{worst['token'] + 1}, where the target's two best logits are {worst['gap']:.3g} apart: more "
+            f"speculation changed the greedy text of prompt {worst.prompt + 1} at token "
+            f"{worst.token + 1}, where the target's two best logits are {worst.gap:.3g} apart: more "
             f"than {str(dtype).removeprefix('torch.')} rounding explains. This target's cache can't take "
             "tokens back, or it is a bug: please report it"
         )
 
 
-def _add_up(plain: Sequence[Decoded], fast: Sequence[Decoded]) -> dict[str, Any]:
-    """Means over all rounds and all tokens; the first token of each text, which no round makes, left out."""
+def _add_up(
+    temperature: float, plain: Sequence[Decoded], fast: Sequence[Decoded], partings: Sequence[Parting]
+) -> SpeculationRun:
+    """Take means over all rounds and all tokens, without the first token of each text: no round makes it."""
 
     def total(results: Sequence[Decoded], name: str) -> float:
         return sum(getattr(result, name) for result in results)
@@ -262,71 +253,72 @@ def _add_up(plain: Sequence[Decoded], fast: Sequence[Decoded]) -> dict[str, Any]
     accepted = [sum(column) for column in zip(*(result.accepted for result in fast), strict=True)]
     plain_ms = 1000 * total(plain, "seconds") / max(own_tokens, 1)
     speculative_ms = 1000 * total(fast, "seconds") / max(tokens, 1)
-    return {
-        "tokens": tokens,
-        "rounds": rounds,
-        "tokens_per_round": tokens / rounds if rounds else None,
-        "accept_given_prefix": [a / t if t else None for a, t in zip(accepted, tried, strict=True)],
-        "verified_per_round": total(fast, "verified") / rounds if rounds else None,
-        "draft_ms": 1000 * total(fast, "draft_seconds") / rounds if rounds else None,
-        "verify_ms": 1000 * total(fast, "verify_seconds") / rounds if rounds else None,
-        "plain_ms": plain_ms,
-        "speculative_ms": speculative_ms,
-        "speedup": plain_ms / speculative_ms if tokens and own_tokens else None,
-    }
+    return SpeculationRun(
+        temperature=temperature,
+        tokens=tokens,
+        rounds=rounds,
+        tokens_per_round=tokens / rounds if rounds else None,
+        accept_given_prefix=tuple(a / t if t else None for a, t in zip(accepted, tried, strict=True)),
+        verified_per_round=total(fast, "verified") / rounds if rounds else None,
+        draft_ms=1000 * total(fast, "draft_seconds") / rounds if rounds else None,
+        verify_ms=1000 * total(fast, "verify_seconds") / rounds if rounds else None,
+        plain_ms=plain_ms,
+        speculative_ms=speculative_ms,
+        speedup=plain_ms / speculative_ms if tokens and own_tokens else None,
+        identical=len(plain) - len(partings) if temperature == 0 else None,
+        partings=tuple(partings),
+    )
 
 
-def offline_figures(folder: Path, temperature: float, slots: int) -> dict[str, Any] | None:
-    """What `dspark evaluate` expects of decoding at this temperature; None where it has not said.
+def offline_figures(evaluation: Evaluation | None, temperature: float, slots: int) -> Rounds | None:
+    """Return what an evaluation expects of decoding at this temperature; None where it has not said.
 
-    It knows temperatures 0 and 1, and has to have seen every position.
+    It knows temperatures 0 and 1, if every candidate was an anchor.
 
     Args:
         slots: K.
     """
-    kind = {0.0: "greedy", 1.0: "sampling"}.get(temperature)
-    try:
-        expected = (read_figures(folder, EVALUATION) or {})["decoding"][kind]
-        return expected if len(expected["accept_given_prefix"]) == slots else None
-    except (KeyError, TypeError):
+    if evaluation is None or evaluation.decoding is None or temperature not in (0, 1):
         return None
+    expected = evaluation.decoding.sampling if temperature else evaluation.decoding.greedy
+    return expected if len(expected.accept_given_prefix) == slots else None
 
 
-def format_speculation(result: dict[str, Any]) -> str:
-    """The figures for a terminal: live beside offline."""
-    threshold = result["threshold"]
+def format_speculation(result: Speculation) -> str:
+    """Lay the figures out for a terminal: live beside offline."""
+    threshold = result.threshold
     verifying = f"verifying while {threshold} sure" if threshold else "verifying whole blocks"
     lines = [
-        f"step {result['step']} beside {result['target']} ({result['dtype']}, {result['device']}): "
-        f"{result['prompts']} prompts, up to {result['max_new_tokens']} new tokens, {verifying}"
+        f"step {result.step} beside {result.target} ({result.dtype}, {result.device}): "
+        f"{result.prompts} prompts, up to {result.max_new_tokens} new tokens, {verifying}"
     ]
-    for run in result["runs"]:
-        offline = run["offline"] or {}
-        theirs = offline.get("accept_given_prefix") or [None] * len(run["accept_given_prefix"])
+    for run in result.runs:
+        expected = run.offline.tokens_per_round if run.offline else None
+        theirs = run.offline.accept_given_prefix if run.offline else [None] * len(run.accept_given_prefix)
         rows = [
-            (f"temperature {run['temperature']:g}", ["live", "offline"]),
-            ("tokens a round", [run["tokens_per_round"], offline.get("tokens_per_round")]),
+            (f"temperature {run.temperature:g}", ["live", "offline"]),
+            ("tokens a round", [run.tokens_per_round, expected]),
             *(
-                (f"accepted at {k + 1}, given the tokens before it", [live, expected])
-                for k, (live, expected) in enumerate(zip(run["accept_given_prefix"], theirs, strict=True))
+                (f"accepted at {k + 1}, given the tokens before it", pair)
+                for k, pair in enumerate(zip(run.accept_given_prefix, theirs, strict=True))
             ),
         ]
         lines += table(rows)
-        if run["speedup"] is not None:
+        if run.speedup is not None:
             lines += (
-                f"  {run['tokens']:,} tokens in {run['rounds']:,} rounds, each {run['draft_ms']:.1f} ms "
-                f"drafting and {run['verify_ms']:.1f} ms verifying",
-                f"  {run['speculative_ms']:.1f} ms a token; plain decoding {run['plain_ms']:.1f} ms: "
-                f"{run['speedup']:.2f} times as fast",
+                f"  {run.tokens:,} tokens in {run.rounds:,} rounds, each {run.draft_ms:.1f} ms "
+                f"drafting and {run.verify_ms:.1f} ms verifying",
+                f"  {run.speculative_ms:.1f} ms a token; plain decoding {run.plain_ms:.1f} ms: "
+                f"{run.speedup:.2f} times as fast",
             )
-        if run["identical"] is not None:
+        if run.identical is not None:
             lines.append(
-                f"  the text is the target's own greedy text, token by token, for {run['identical']} of "
-                f"{result['prompts']} prompts"
+                f"  the text is the target's own greedy text, token by token, for {run.identical} of "
+                f"{result.prompts} prompts"
             )
         lines += (
-            f"  prompt {parting['prompt'] + 1} parts at token {parting['token'] + 1}, where the target's two "
-            f"best logits are {parting['gap']:.2g} apart: rounding"
-            for parting in run["partings"]
+            f"  prompt {parting.prompt + 1} parts at token {parting.token + 1}, where the target's two "
+            f"best logits are {parting.gap:.2g} apart: rounding"
+            for parting in run.partings
         )
     return "\n".join(lines)

@@ -1,24 +1,25 @@
 """Sequential temperature scaling of the confidence head: `dspark calibrate`.
 
-DSpark paper, section 3.2.1: positions are fitted from left to right; each gets the temperature, from a grid,
-that minimises the calibration error of the product of confidences up to it, with those before it as fitted.
-The temperatures lie beside the draft, in the form that SGLang takes
-(`--speculative-dspark-confidence-sts-path`).
+DSpark paper, section 3.2.1: positions are fitted from left to right. Each gets the temperature of a grid that
+minimises the calibration error of the product of confidences up to it, with the earlier ones as fitted. The
+temperatures lie beside the draft, in the form that SGLang takes (`--speculative-dspark-confidence-sts-path`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, RunError
+from pipeline.text import table
 from train.data.sampling import drawn_anchors
-from train.eval import metrics as figures
+from train.eval import metrics
 from train.eval.heldout import Blocks, measure
+from train.runs.figures import Calibration, CalibrationReport, Counts, Sweeps
 from train.runs.open import DraftOnCache
-from train.runs.results import table
 from train.runtime.distributed import Ranks
 
 # From a tenth to ten, 41 steps, evenly in the logarithm: SGLang's grid.
@@ -26,12 +27,12 @@ GRID = np.logspace(-1, 1, 41)
 
 
 def fit_temperatures(blocks: Blocks, grid: np.ndarray = GRID) -> np.ndarray:
-    """The temperature of each position, `[K]`; 1 where no slot is supervised.
+    """Fit the temperature of each position, `[K]`; 1 where no slot is supervised.
 
-    Of temperatures equally good the one nearest to 1 is taken.
+    Of equally good temperatures it takes the one nearest to 1.
 
     Args:
-        blocks: with confidences.
+        blocks: of a draft with a confidence head.
         grid: temperatures to choose from.
     """
     assert blocks.confidence is not None
@@ -44,14 +45,16 @@ def fit_temperatures(blocks: Blocks, grid: np.ndarray = GRID) -> np.ndarray:
         if not valid.any():
             break
         logits, outcomes = blocks.confidence[valid, k], reached[valid, k]
-        errors = [figures.ece(predicted[valid] * figures.sigmoid(logits / t), outcomes) for t in order]
+        errors = [metrics.ece(predicted[valid] * metrics.sigmoid(logits / t), outcomes) for t in order]
         temperatures[k] = order[int(np.argmin(errors))]
-        predicted = predicted * figures.sigmoid(blocks.confidence[:, k] / temperatures[k])
+        predicted = predicted * metrics.sigmoid(blocks.confidence[:, k] / temperatures[k])
     return temperatures
 
 
 def halves(reader: CacheReader, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The samples to fit on and those to report on, by a bit of their ids: the same in every cache.
+    """Split samples into those to fit on and those to report on, by a bit of their ids.
+
+    The same sample is in the same half of every cache.
 
     Raises:
         ConfigError: a half is empty.
@@ -65,13 +68,11 @@ def halves(reader: CacheReader, samples: np.ndarray) -> tuple[np.ndarray, np.nda
     return samples[first], samples[~first]
 
 
-def calibrate(
-    draft: DraftOnCache, ranks: Ranks, *, anchors: int | None = None, seed: int = 0
-) -> dict[str, Any]:
-    """Fit on one half of the held-out samples, report on the other, before and after.
+def calibrate(draft: DraftOnCache, ranks: Ranks, *, anchors: int | None = None, seed: int = 0) -> Calibration:
+    """Fit on one half of the held-out samples, and report on the other, before and after.
 
     Args:
-        anchors: of each sample, drawn by (seed, sample id); None is every candidate position.
+        anchors: number per sample, drawn by (seed, sample id); None is every candidate position.
 
     Raises:
         RunError: the draft has no confidence head.
@@ -102,44 +103,53 @@ def calibrate(
                 "a half of the held-out samples has no anchors: train with a higher train.held_out"
             )
     temperatures = fit_temperatures(fitted)
-    before, after = (figures.calibration(reported, t) for t in (None, temperatures))
+    before, after = (metrics.calibration(reported, t) for t in (None, temperatures))
     assert before is not None
     assert after is not None
-    return {
-        "temperatures": temperatures.tolist(),
-        "dataset": ", ".join(draft.reader.manifest.identity.data.sources),
-        "num_samples": len(fitted),
-        # One a position, and no null among them, or SGLang would refuse the file.
-        "ece_before": [error for error in before["prefix"]["ece_by_position"] if error is not None],
-        "ece_after": [error for error in after["prefix"]["ece_by_position"] if error is not None],
-        "step": draft.trained.step,
-        "fit": {"samples": len(parts[0]), "blocks": len(fitted)},
-        "report": {"samples": len(parts[1]), "blocks": len(reported), "before": before, "after": after},
-        "thresholds": {
-            "before": figures.threshold_sweep(reported),
-            "after": figures.threshold_sweep(reported, temperatures),
-        },
-    }
+    return Calibration(
+        temperatures=tuple(temperatures.tolist()),
+        dataset=", ".join(draft.reader.manifest.identity.data.sources),
+        num_samples=len(fitted),
+        ece_before=cut_unreached(before.prefix.ece_by_position),
+        ece_after=cut_unreached(after.prefix.ece_by_position),
+        step=draft.trained.step,
+        fit=Counts(samples=len(parts[0]), blocks=len(fitted)),
+        report=CalibrationReport(samples=len(parts[1]), blocks=len(reported), before=before, after=after),
+        thresholds=Sweeps(
+            before=metrics.threshold_sweep(reported),
+            after=metrics.threshold_sweep(reported, temperatures),
+        ),
+    )
 
 
-def format_calibration(result: dict[str, Any]) -> str:
-    """The figures for a terminal."""
-    fit, report = result["fit"], result["report"]
-    before, after = (report[name] for name in ("before", "after"))
-    rows: list[tuple[str, list[Any]]] = [
-        ("position", [str(k + 1) for k in range(len(result["temperatures"]))]),
-        ("temperature", result["temperatures"]),
+def cut_unreached(errors: Sequence[float | None]) -> tuple[float, ...]:
+    """Cut off the positions that no block reaches: SGLang takes no null.
+
+    Entry k stays about position k. A block's supervised slots are its first ones, so the positions that some
+    block reaches are the first ones too, and there is nothing after the first None.
+    """
+    found = tuple(itertools.takewhile(lambda error: error is not None, errors))
+    assert not any(error is not None for error in errors[len(found) :]), "a position is skipped"
+    return found
+
+
+def format_calibration(result: Calibration) -> str:
+    """Lay the figures out for a terminal."""
+    fit, report = result.fit, result.report
+    before, after = report.before, report.after
+    rows = [
+        ("position", [str(k + 1) for k in range(len(result.temperatures))]),
+        ("temperature", result.temperatures),
+        ("confidence: calibration error before", before.slot.ece_by_position),
+        ("  after", after.slot.ece_by_position),
+        ("all up to here: calibration error before", before.prefix.ece_by_position),
+        ("  after", after.prefix.ece_by_position),
     ]
-    for title, key in (("confidence", "slot"), ("all up to here", "prefix")):
-        rows += [
-            (f"{title}: calibration error before", before[key]["ece_by_position"]),
-            ("  after", after[key]["ece_by_position"]),
-        ]
     lines = [
-        f"fitted on {fit['samples']:,} held-out samples ({fit['blocks']:,} blocks), reported on the other "
-        f"{report['samples']:,} ({report['blocks']:,} blocks)",
+        f"fitted on {fit.samples:,} held-out samples ({fit.blocks:,} blocks), reported on the other "
+        f"{report.samples:,} ({report.blocks:,} blocks)",
         *table(rows),
-        f"  all up to each position: calibration error {before['prefix']['ece']:.4f} before, "
-        f"{after['prefix']['ece']:.4f} after",
+        f"  all up to each position: calibration error {before.prefix.ece:.4f} before, "
+        f"{after.prefix.ece:.4f} after",
     ]
     return "\n".join(lines)

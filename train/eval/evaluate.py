@@ -1,12 +1,10 @@
 """How good a draft is, from a cache's held-out samples alone: `dspark evaluate`.
 
-The result is plain JSON and lies beside the draft, in its checkpoint's folder: `dspark speculate` prints
-it beside what was accepted live, `dspark report` draws it.
+The figures lie beside the draft, in its checkpoint's folder: `dspark speculate` prints them beside what is
+accepted live, `dspark report` draws them.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +12,15 @@ from transformers import PreTrainedModel
 
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError
+from pipeline.text import table
 from train.config import RunConfig
 from train.data.sampling import drawn_anchors
 from train.draft import DRAFTS
 from train.draft.kind import TrainerModule
-from train.eval import metrics as figures
+from train.eval import metrics
 from train.eval.heldout import measure
 from train.eval.validate import validate
-from train.runs.results import table
+from train.runs.figures import CacheFacts, Evaluation, Untrained
 from train.runtime.distributed import Ranks
 
 
@@ -32,14 +31,16 @@ def evaluate(
     config: RunConfig,
     ranks: Ranks,
     *,
+    step: int,
     anchors: int | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Everything that the cache can tell of a draft; the same on every rank, and every time.
+) -> Evaluation:
+    """Measure everything that the cache can tell of a draft; the same on every rank, and every time.
 
     Args:
         samples: sample numbers, of the held-out split.
-        anchors: of each sample, drawn by (seed, sample id); None is every candidate position.
+        step: optimiser step of the draft.
+        anchors: number per sample, drawn by (seed, sample id); None is every candidate position.
 
     Raises:
         ConfigError: the samples have no anchors.
@@ -53,20 +54,25 @@ def evaluate(
             )
     untrained = _untrained(module.draft_model, config, ranks)
     before = validate(untrained, reader, samples, config, ranks) or {}
-    return {
-        "samples": len(samples),
-        "blocks": len(blocks),
-        "anchors": "all" if anchors is None else anchors,
-        **figures.loss_terms(blocks, config.loss),
-        **figures.acceptance(blocks),
-        "decoding": figures.decoding(blocks) if anchors is None else None,
-        "confidence": figures.calibration(blocks),
-        "thresholds": figures.threshold_sweep(blocks),
-        "by_source": figures.by_group(blocks, _sources(reader, samples), config.loss),
-        "by_length": figures.by_group(blocks, _lengths(reader, samples), config.loss),
-        "untrained": {key: before[key] for key in ("tau", "accept_by_position", "blocks")},
-        "cache": cache_facts(reader),
-    }
+    return Evaluation(
+        step=step,
+        samples=len(samples),
+        blocks=len(blocks),
+        anchors="all" if anchors is None else anchors,
+        **vars(metrics.loss_terms(blocks, config.loss)),
+        **vars(metrics.acceptance(blocks)),
+        decoding=metrics.decoding(blocks) if anchors is None else None,
+        confidence=metrics.calibration(blocks),
+        thresholds=metrics.threshold_sweep(blocks),
+        by_source=metrics.by_group(blocks, _sources(reader, samples), config.loss),
+        by_length=metrics.by_group(blocks, _lengths(reader, samples), config.loss),
+        untrained=Untrained(
+            tau=before["tau"],
+            accept_by_position=tuple(before["accept_by_position"]),
+            blocks=before["blocks"],
+        ),
+        cache=cache_facts(reader),
+    )
 
 
 def _untrained(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> TrainerModule:
@@ -86,65 +92,61 @@ def _sources(reader: CacheReader, samples: np.ndarray) -> dict[int, str]:
 
 def _lengths(reader: CacheReader, samples: np.ndarray) -> dict[int, str]:
     order = sorted(samples.tolist(), key=lambda i: reader.lengths[i])
-    return {i: figures.length_bucket(reader.lengths[i]) for i in order}
+    return {i: metrics.length_bucket(reader.lengths[i]) for i in order}
 
 
-def cache_facts(reader: CacheReader) -> dict[str, Any]:
-    """What a cache is and what it costs, for whoever reads figures that were taken from it."""
+def cache_facts(reader: CacheReader) -> CacheFacts:
+    """Return what a cache is and what it costs, for readers of figures that were taken from it."""
     manifest = reader.manifest
     features = manifest.identity.features
-    return {
-        "target": manifest.identity.target.name,
-        "target_weights": manifest.identity.target.weights,
-        "data_sha256": manifest.identity.data.sha256,
-        "sources": list(manifest.identity.data.sources),
-        "samples": manifest.num_samples,
-        "tokens": manifest.num_tokens,
-        "bytes": manifest.num_bytes,
-        "bytes_per_token": sum(manifest.shards.bytes) / manifest.num_tokens,
-        "layer_ids": list(features.layer_ids),
-        "context_codec": features.context_codec,
-        "last_codec": features.last_codec,
-        "fidelity": dict(manifest.fidelity),
-    }
+    return CacheFacts(
+        target=manifest.identity.target.name,
+        target_weights=manifest.identity.target.weights,
+        data_sha256=manifest.identity.data.sha256,
+        sources=manifest.identity.data.sources,
+        samples=manifest.num_samples,
+        tokens=manifest.num_tokens,
+        bytes=manifest.num_bytes,
+        bytes_per_token=sum(manifest.shards.bytes) / manifest.num_tokens,
+        layer_ids=features.layer_ids,
+        context_codec=features.context_codec,
+        last_codec=features.last_codec,
+        fidelity=dict(manifest.fidelity),
+    )
 
 
-def format_evaluation(result: dict[str, Any]) -> str:
-    """The figures for a terminal."""
-    anchors = "every candidate an anchor" if result["anchors"] == "all" else f"{result['anchors']} each"
+def format_evaluation(result: Evaluation) -> str:
+    """Lay the figures out for a terminal."""
+    anchors = "every candidate an anchor" if result.anchors == "all" else f"{result.anchors} each"
     rows = [
-        ("position", [str(k + 1) for k in range(len(result["accept_by_position"]))]),
-        ("acceptance, sampling", result["accept_by_position"]),
-        ("  given the tokens before it", result["accept_given_prefix"]),
-        ("  of an untrained draft", result["untrained"]["accept_by_position"]),
-        ("acceptance, greedy", result["greedy_accept_by_position"]),
-        ("  given the tokens before it", result["greedy_accept_given_prefix"]),
+        ("position", [str(k + 1) for k in range(len(result.accept_by_position))]),
+        ("acceptance, sampling", result.accept_by_position),
+        ("  given the tokens before it", result.accept_given_prefix),
+        ("  of an untrained draft", result.untrained.accept_by_position),
+        ("acceptance, greedy", result.greedy_accept_by_position),
+        ("  given the tokens before it", result.greedy_accept_given_prefix),
     ]
-    confidence = result["confidence"]
-    if confidence is not None:
+    if result.confidence is not None:
+        slot, prefix = result.confidence.slot, result.confidence.prefix
         rows += [
-            ("confidence, calibration error", confidence["slot"]["ece_by_position"]),
-            ("  area under the ROC curve", confidence["slot"]["auc_by_position"]),
-            ("  error up to here", confidence["prefix"]["ece_by_position"]),
+            ("confidence, calibration error", slot.ece_by_position),
+            ("  area under the ROC curve", slot.auc_by_position),
+            ("  error up to here", prefix.ece_by_position),
         ]
     lines = [
-        f"held-out tau {result['tau']:.3f} sampling, {result['greedy_tau']:.3f} greedy, over "
-        f"{result['blocks']:,} blocks of {result['samples']:,} samples ({anchors})",
-        f"  loss {result['loss']:.4f}, cross entropy {result['ce_loss']:.4f}, L1 {result['l1_loss']:.4f}, "
-        f"confidence {result['confidence_loss']:.4f}",
+        f"held-out tau {result.tau:.3f} sampling, {result.greedy_tau:.3f} greedy, over "
+        f"{result.blocks:,} blocks of {result.samples:,} samples ({anchors})",
+        f"  loss {result.loss:.4f}, cross entropy {result.ce_loss:.4f}, L1 {result.l1_loss:.4f}, "
+        f"confidence {result.confidence_loss:.4f}",
         *table(rows),
     ]
-    decoding = result["decoding"]
-    if decoding is not None:
-        tokens = (decoding[kind]["tokens_per_round"] for kind in ("sampling", "greedy"))
+    if result.decoding is not None:
+        sampling, greedy = result.decoding.sampling, result.decoding.greedy
         lines.append(
-            "  decoding these texts: {:.3f} tokens a round sampling, {:.3f} greedy (a round begins where the "
-            "last one ended)".format(*tokens)
+            f"  decoding these texts: {sampling.tokens_per_round:.3f} tokens a round sampling, "
+            f"{greedy.tokens_per_round:.3f} greedy (a round begins where the last one ended)"
         )
-    for title, key in (("source", "by_source"), ("tokens", "by_length")):
-        groups = [
-            (name, [row["samples"], row["blocks"], row["tau"], row["greedy_tau"]])
-            for name, row in result[key].items()
-        ]
-        lines += table([(title, ["samples", "blocks", "tau", "greedy"]), *groups])
+    for title, groups in (("source", result.by_source), ("tokens", result.by_length)):
+        found = [(name, [row.samples, row.blocks, row.tau, row.greedy_tau]) for name, row in groups.items()]
+        lines += table([(title, ["samples", "blocks", "tau", "greedy"]), *found])
     return "\n".join(lines)

@@ -1,19 +1,29 @@
-"""Figures of a draft from what it did block by block; plain numbers, ready for JSON.
+"""Figures of a draft from what it did block by block.
 
 A slot's acceptance a is the probability that the target accepts its token at temperature 1, given that it
-accepted those before (1 minus the total variation, Leviathan et al. 2023, section 3.3). So figures over
-outcomes are expectations: where others count accepted tokens, here probabilities are added up.
+accepted the earlier ones (1 minus the total variation, Leviathan et al. 2023, section 3.3). So figures over
+outcomes are expectations: where others count accepted tokens, probabilities are added up here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
 from train.config import LossConfig
 from train.eval.heldout import Blocks
+from train.runs.figures import (
+    Acceptance,
+    Bin,
+    Confidence,
+    Decoding,
+    Group,
+    Losses,
+    Reliability,
+    Rounds,
+    ThresholdRow,
+)
 
 # Equal bins of a reliability diagram (Guo et al. 2017, section 3).
 BINS = 15
@@ -25,8 +35,8 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -logits))
 
 
-def loss_terms(blocks: Blocks, loss: LossConfig) -> dict[str, float]:
-    """The loss and its terms, by the definition of `train.losses.slots`."""
+def loss_terms(blocks: Blocks, loss: LossConfig) -> Losses:
+    """Compute the loss and its terms, by the definition of `train.losses.slots`."""
     slots = np.arange(blocks.valid.shape[1])
     decay = np.ones(len(slots)) if loss.decay_gamma is None else np.exp(-slots / loss.decay_gamma)
     weights = decay * blocks.valid
@@ -39,59 +49,55 @@ def loss_terms(blocks: Blocks, loss: LossConfig) -> dict[str, float]:
         logits = blocks.confidence
         confidence = mean(np.logaddexp(0, logits) - blocks.accept * logits)
     total = loss.ce_alpha * ce + loss.l1_alpha * l1 + loss.confidence_alpha * confidence
-    return {"loss": total, "ce_loss": ce, "l1_loss": l1, "confidence_loss": confidence}
+    return Losses(loss=total, ce_loss=ce, l1_loss=l1, confidence_loss=confidence)
 
 
-def acceptance(blocks: Blocks) -> dict[str, Any]:
-    """How much the target accepts, when it samples (`accept`, `tau`) and when it is greedy (`greedy_...`).
-
-    `.._by_position` are means over supervised slots; `.._given_prefix` are conditional on all earlier
-    tokens of the block being accepted, which is what one counts while decoding; both `[K]`, None where no
-    slot is supervised. `tau` and `greedy_tau` are expected tokens a round, the target's own one included.
-    """
+def acceptance(blocks: Blocks) -> Acceptance:
+    """Compute how much the target accepts, sampling and greedy."""
     slots = blocks.valid.sum(0)
-    figures: dict[str, Any] = {"accept_rate": float(blocks.accept[blocks.valid].mean())}
+    figures = {}
     for prefix, each in (("", blocks.accept), ("greedy_", blocks.matches.astype(float))):
         accepted = np.where(blocks.valid, each, 0.0)
-        reached = np.cumprod(accepted, axis=1)  # zero behind the supervised prefix
+        reached = np.cumprod(accepted, axis=1)  # zero after the supervised prefix
         before = np.concatenate([np.ones((len(blocks), 1)), reached[:, :-1]], axis=1) * blocks.valid
         figures[f"{prefix}accept_by_position"] = _ratios(accepted.sum(0), slots)
         figures[f"{prefix}accept_given_prefix"] = _ratios(reached.sum(0), before.sum(0))
         figures[f"{prefix}tau"] = float(1 + reached.sum() / len(blocks))
-    return figures
+    return Acceptance(accept_rate=float(blocks.accept[blocks.valid].mean()), **figures)
 
 
-def decoding(blocks: Blocks) -> dict[str, Any]:
-    """What decoding the samples' texts would show, as `sampling` and `greedy`: less than tau says.
+def decoding(blocks: Blocks) -> Decoding:
+    """Compute what decoding the samples' texts is expected to yield: less than tau says.
 
-    Tau takes every position for a start of a block. Decoding begins a round where the one before ended, so
-    it passes quickly over what is easy and begins anew at each token of what is hard: it yields fewer
-    tokens a round. Both have `tokens_per_round` and `accept_given_prefix` `[K]`.
+    Tau takes every position for a start of a block. Decoding begins a round where the last one ended, so it
+    passes quickly over what is easy and begins a round at each token of what is hard: it yields fewer tokens
+    per round.
 
     Args:
         blocks: of every candidate position, by sample and position.
     """
-    figures: dict[str, Any] = {}
-    for name, each in (("sampling", blocks.accept), ("greedy", blocks.matches.astype(float))):
+
+    def rounds(each: np.ndarray) -> Rounds:
         accepted = np.where(blocks.valid, each, 0.0)
         reached = np.cumprod(accepted, axis=1)
         begun = _rounds_begun(blocks, reached)
         before = np.concatenate([np.ones((len(blocks), 1)), reached[:, :-1]], axis=1) * blocks.valid
-        figures[name] = {
-            "tokens_per_round": float(len(blocks) / begun.sum()),  # each anchor's next token is emitted once
-            "accept_given_prefix": _ratios(begun @ reached, begun @ before),
-        }
-    return figures
+        return Rounds(
+            tokens_per_round=float(len(blocks) / begun.sum()),  # each anchor's next token is emitted once
+            accept_given_prefix=_ratios(begun @ reached, begun @ before),
+        )
+
+    return Decoding(sampling=rounds(blocks.accept), greedy=rounds(blocks.matches.astype(float)))
 
 
 def _rounds_begun(blocks: Blocks, reached: np.ndarray) -> np.ndarray:
-    """How often decoding is expected to begin a round at each block's anchor, `[n]`.
+    """Compute the expected number of rounds that decoding begins at each block's anchor, `[n]`.
 
     A stretch of neighbouring anchors is an answer: it begins at the first. A round that accepts j tokens of
-    a block ends j + 1 positions on; what lies behind the answer's last anchor is its end.
+    a block ends j + 1 positions further; what comes after the answer's last anchor is its end.
 
     Args:
-        reached: how likely each slot and all before it are accepted, `[n, K]`.
+        reached: probability that each slot and all before it are accepted, `[n, K]`.
     """
     n, slots = reached.shape
     edges = np.concatenate([np.ones((n, 1)), reached, np.zeros((n, 1))], axis=1)
@@ -107,53 +113,52 @@ def _rounds_begun(blocks: Blocks, reached: np.ndarray) -> np.ndarray:
     return begun[:n]
 
 
-def _ratios(sums: np.ndarray, counts: np.ndarray) -> list[float | None]:
-    return [float(s / c) if c > 0 else None for s, c in zip(sums, counts, strict=True)]
+def _ratios(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, ...]:
+    return tuple(float(s / c) if c > 0 else None for s, c in zip(sums, counts, strict=True))
 
 
-def calibration(blocks: Blocks, temperatures: np.ndarray | None = None) -> dict[str, Any] | None:
-    """How well the confidence head tells acceptance; None for a draft without one.
-
-    `slot` compares each slot's confidence with its acceptance, `prefix` their products over the block up
-    to it: how likely all of it is accepted, which decides what is worth verifying.
+def calibration(blocks: Blocks, temperatures: np.ndarray | None = None) -> Confidence | None:
+    """Compare confidences with acceptance, each slot's and their products; None without a confidence head.
 
     Args:
-        temperatures: what each slot's logits are divided by first, `[K]`.
+        temperatures: divide each slot's logits first, `[K]`.
     """
     if blocks.confidence is None:
         return None
     each = confidences(blocks, temperatures)
     accept = np.where(blocks.valid, blocks.accept, 0.0)
-    return {
-        "slot": _reliability(each, accept, blocks.valid),
-        "prefix": _reliability(np.cumprod(each, axis=1), np.cumprod(accept, axis=1), blocks.valid),
-    }
+    return Confidence(
+        slot=_reliability(each, accept, blocks.valid),
+        prefix=_reliability(np.cumprod(each, axis=1), np.cumprod(accept, axis=1), blocks.valid),
+    )
 
 
 def confidences(blocks: Blocks, temperatures: np.ndarray | None = None) -> np.ndarray:
-    """Each slot's confidence, `[n, K]`."""
+    """Compute each slot's confidence, `[n, K]`."""
     assert blocks.confidence is not None
     return sigmoid(blocks.confidence if temperatures is None else blocks.confidence / temperatures)
 
 
-def _reliability(predicted: np.ndarray, actual: np.ndarray, valid: np.ndarray) -> dict[str, Any]:
+def _reliability(predicted: np.ndarray, actual: np.ndarray, valid: np.ndarray) -> Reliability:
     positions = range(valid.shape[1])
 
-    def by_position(figure: Callable[[np.ndarray, np.ndarray], float]) -> list[float | None]:
+    def by_position(
+        figure: Callable[[np.ndarray, np.ndarray], float | None],
+    ) -> tuple[float | None, ...]:
         slots = ((predicted[valid[:, k], k], actual[valid[:, k], k]) for k in positions)
-        return [figure(p, a) if len(p) else None for p, a in slots]
+        return tuple(figure(p, a) if len(p) else None for p, a in slots)
 
-    return {
-        "ece": ece(predicted[valid], actual[valid]),
-        "ece_by_position": by_position(ece),
-        "auc": auc(predicted[valid], actual[valid]),
-        "auc_by_position": by_position(auc),
-        "bins": reliability_bins(predicted[valid], actual[valid]),
-    }
+    return Reliability(
+        ece=ece(predicted[valid], actual[valid]),
+        ece_by_position=by_position(ece),
+        auc=auc(predicted[valid], actual[valid]),
+        auc_by_position=by_position(auc),
+        bins=reliability_bins(predicted[valid], actual[valid]),
+    )
 
 
 def _binned(predicted: np.ndarray, actual: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count, summed prediction and summed outcome of each bin, `[BINS]`."""
+    """Sum up count, prediction and outcome of each bin, `[BINS]`."""
     which = np.minimum((predicted * BINS).astype(int), BINS - 1)
     return tuple(np.bincount(which, w, minlength=BINS) for w in (np.ones_like(predicted), predicted, actual))
 
@@ -164,26 +169,26 @@ def ece(predicted: np.ndarray, actual: np.ndarray) -> float:
     return float(np.abs(of_predicted - of_actual).sum() / len(predicted))
 
 
-def reliability_bins(predicted: np.ndarray, actual: np.ndarray) -> list[dict[str, float | int | None]]:
-    """A reliability diagram: of each bin its edges, count, mean prediction and mean outcome."""
+def reliability_bins(predicted: np.ndarray, actual: np.ndarray) -> tuple[Bin, ...]:
+    """Compute a reliability diagram."""
     rows = zip(*_binned(predicted, actual), strict=True)
-    return [
-        {
-            "low": i / BINS,
-            "high": (i + 1) / BINS,
-            "count": int(n),
-            "predicted": float(p / n) if n else None,
-            "actual": float(a / n) if n else None,
-        }
+    return tuple(
+        Bin(
+            low=i / BINS,
+            high=(i + 1) / BINS,
+            count=int(n),
+            predicted=float(p / n) if n else None,
+            actual=float(a / n) if n else None,
+        )
         for i, (n, p, a) in enumerate(rows)
-    ]
+    )
 
 
 def auc(predicted: np.ndarray, actual: np.ndarray) -> float | None:
-    """How likely an accepted slot has a higher confidence than a rejected one, ties counting half.
+    """Compute the probability that an accepted slot has a higher confidence than a rejected one.
 
-    Every slot is accepted with weight `actual` and rejected with the rest: where the target samples, nobody
-    can tell for sure, and the best there is stays below 1. None where one side is empty.
+    Ties count half. Every slot is accepted with weight `actual` and rejected with the rest: where the target
+    samples, nobody can tell for sure, and even the best confidences stay below 1. None if one side is empty.
     """
     levels, which = np.unique(predicted, return_inverse=True)
     accepted = np.bincount(which, actual, minlength=len(levels))
@@ -195,12 +200,8 @@ def auc(predicted: np.ndarray, actual: np.ndarray) -> float | None:
 
 def threshold_sweep(
     blocks: Blocks, temperatures: np.ndarray | None = None, thresholds: Iterable[float] = THRESHOLDS
-) -> list[dict[str, float | None]] | None:
-    """What verifying less buys: a slot is verified while the block up to it is confident enough.
-
-    For each threshold on the product of confidences: drafted tokens `verified` a round, `tokens` a round
-    (1 + those accepted), and the `acceptance` of what was verified. None without a confidence head.
-    """
+) -> tuple[ThresholdRow, ...] | None:
+    """Compute what verifying less yields, a row per threshold; None without a confidence head."""
     if blocks.confidence is None:
         return None
     prefix = np.cumprod(confidences(blocks, temperatures), axis=1)
@@ -210,18 +211,18 @@ def threshold_sweep(
         verified = blocks.valid & (prefix >= threshold)
         tokens, count = float(reached[verified].sum()), int(verified.sum())
         rows.append(
-            {
-                "threshold": threshold,
-                "verified": count / len(blocks),
-                "tokens": 1 + tokens / len(blocks),
-                "acceptance": tokens / count if count else None,
-            }
+            ThresholdRow(
+                threshold=threshold,
+                verified=count / len(blocks),
+                tokens=1 + tokens / len(blocks),
+                acceptance=tokens / count if count else None,
+            )
         )
-    return rows
+    return tuple(rows)
 
 
-def by_group(blocks: Blocks, names: Mapping[int, str], loss: LossConfig) -> dict[str, dict[str, Any]]:
-    """Loss terms, acceptance and calibration by what each sample belongs to, in the order of `names`.
+def by_group(blocks: Blocks, names: Mapping[int, str], loss: LossConfig) -> dict[str, Group]:
+    """Compute the figures of each group of samples, in the order of `names`.
 
     Args:
         names: the group of each sample number.
@@ -232,17 +233,17 @@ def by_group(blocks: Blocks, names: Mapping[int, str], loss: LossConfig) -> dict
         part = blocks.select(own == name)
         if not len(part):
             continue
-        groups[name] = {
-            "samples": len(np.unique(part.sample)),
-            "blocks": len(part),
-            **loss_terms(part, loss),
-            **acceptance(part),
-            "confidence": calibration(part),
-        }
+        groups[name] = Group(
+            samples=len(np.unique(part.sample)),
+            blocks=len(part),
+            **vars(loss_terms(part, loss)),
+            **vars(acceptance(part)),
+            confidence=calibration(part),
+        )
     return groups
 
 
 def length_bucket(length: int) -> str:
-    """Lengths in buckets that double, as `128-255`."""
+    """Name the bucket of a length; they double, as `128-255`."""
     low = 1 << (int(length).bit_length() - 1)
     return f"{low}-{2 * low - 1}"

@@ -15,14 +15,14 @@ from typing import Any
 from pipeline.errors import RunError
 from pipeline.text import duration
 from train.runs.checkpoint import checkpoints
-from train.runs.directory import load_run_cache, load_run_config, read_progress
+from train.runs.directory import flat_settings, load_run_cache, load_run_config, read_progress
 from train.runs.names import CONFIG, RUN
 
 _FIGURES = ("tau", "accept_by_position", "loss", "ce_loss", "l1_loss", "confidence_loss")
 
 
 def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """One row a run, in the order given, all with the same keys and raw numbers.
+    """Return one row per run, in the order given, all with the same keys and raw numbers.
 
     After `run` come the settings that are not the same everywhere, as they stand in config.toml, and the
     fields of the cache's identity that are not, as `cache.features.context_codec`. What a run does not have
@@ -44,7 +44,7 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def run_folders(runs: Sequence[Path]) -> list[Path]:
-    """The directories of runs, each once."""
+    """List the directories of runs, each once."""
     found: dict[Path, Path] = {}
     for run in runs:
         inside = (
@@ -61,7 +61,7 @@ def run_folders(runs: Sequence[Path]) -> list[Path]:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The end of each run's path, as long as it takes to tell it from the others."""
+    """Return the end of each run's path, as long as it takes to tell it from the others."""
     parts = [(run.absolute() if run.name != ".." else run.resolve()).parts for run in runs]
 
     def shortest(own: tuple[str, ...]) -> str:
@@ -74,33 +74,29 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """Every setting by its dotted name, "none" where it is not set, as one writes it."""
-    return {
-        key: "none" if value is None else value
-        for key, value in _flat(dataclasses.asdict(load_run_config(run))).items()
-    }
+    """Return every setting by its dotted name, as a config has it: "none" where it is not set."""
+    settings = flat_settings(load_run_config(run)).items()
+    return {key: "none" if value is None else _listed(value) for key, value in settings}
 
 
 def _cache(run: Path) -> dict[str, Any]:
-    """Every field of the identity of the run's cache; empty where the run does not say."""
-    if not (run / RUN).exists():
-        return {}
-    return _flat({"cache": dataclasses.asdict(load_run_cache(run))})
+    """Return every field of the identity of the run's cache; empty where the run does not say."""
+    return _flat("cache", dataclasses.asdict(load_run_cache(run))) if (run / RUN).exists() else {}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one with dotted names, tuples as lists."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Flatten tables of any depth into one with dotted names."""
+    if not isinstance(value, dict):
+        return {name: _listed(value)}
+    return {dotted: item for key in value for dotted, item in _flat(f"{name}.{key}", value[key]).items()}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _differs(key: str, facts: Sequence[dict[str, Any]]) -> bool:
-    """Whether runs disagree about a field; those that don't say anything of its table have no opinion."""
+    """Tell whether runs disagree about a field; those without its table do not count."""
     table = key.partition(".")[0]
     told = [row for row in facts if any(name.partition(".")[0] == table for name in row)]
     return any(row.get(key) != told[0].get(key) for row in told)
@@ -127,7 +123,7 @@ def _figures(run: Path) -> dict[str, Any]:
 
 
 def format_json(rows: Sequence[dict[str, Any]]) -> str:
-    """A list of objects. What is no number in JSON, as the loss of a run that diverged may be, is null."""
+    """Write a list of objects. A figure that is not finite, as the loss of a run that diverged, is null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, list):
@@ -139,7 +135,7 @@ def format_json(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def format_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """A header and a line a run; `accept_1`, `accept_2`, ... are the acceptance by position."""
+    """Write a header and a line per run; `accept_1`, `accept_2`, ... are the acceptance by position."""
     positions = max((len(row["accept_by_position"] or ()) for row in rows), default=0)
     table = []
     for row in rows:
@@ -159,7 +155,7 @@ def format_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def format_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Aligned columns for people; the best held-out tau of several is marked with a star."""
+    """Write aligned columns for people; the best held-out tau of several is marked with a star."""
     settings = [key for key in rows[0] if "." in key]
     taus = [row["tau"] for row in rows if row["tau"] is not None and math.isfinite(row["tau"])]
     top = max(taus) if len(taus) > 1 else None
@@ -213,7 +209,7 @@ def _step(row: dict[str, Any]) -> str:
 
 
 def _setting(value: Any) -> str:
-    """A setting as one writes it, without quotes; of a hash its beginning."""
+    """Write a setting as in a config, without quotes; of a hash its beginning."""
     if isinstance(value, str):
         return value[:12] if re.fullmatch(r"[0-9a-f]{64}", value) else value
     return "" if value is None else json.dumps(value)
@@ -224,7 +220,7 @@ def _digits(value: float | None, places: int) -> str:
 
 
 def parameter_count(count: int | None) -> str:
-    """A number of parameters for people."""
+    """Write a number of parameters for people."""
     if count is None:
         return ""
     for unit, one in (("B", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -5,8 +5,8 @@
         README.md           the model card
         calibration.json    temperatures of the confidence head, where `dspark calibrate` found some
 
-What an engine can't serve is refused before anything is written: engines load much of it without a word and
-then accept hardly any token.
+What an engine can't serve is refused before anything is written: engines load much of it without an error,
+and then accept hardly any token.
 """
 
 from __future__ import annotations
@@ -16,20 +16,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.cache import CacheReader
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import UsageError
 from train.draft.serving import scale_of
 from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
 from train.export.model_card import model_card
 from train.new_folder import check_new, new_folder
 from train.runs.checkpoint import FROZEN
-from train.runs.names import BEST, CALIBRATION, EVALUATION, SPECULATION, WEIGHTS
+from train.runs.names import BEST, CALIBRATION, WEIGHTS
 from train.runs.open import TrainedDraft, open_draft
-from train.runs.results import all_numbers, read_figures, read_temperatures
+from train.runs.results import (
+    as_evaluation,
+    read_calibration,
+    read_evaluation,
+    read_speculation,
+    read_temperatures,
+)
 from train.runtime.console import warn
 
 CARD = "README.md"
@@ -98,10 +103,10 @@ def export(
 ) -> TrainedDraft:
     """Write one of a run's drafts as `to` loads it, with a model card. It appears whole or not at all.
 
-    Says so on stderr if the engine serves no draft for the target, as far as is known.
+    Warns on stderr if the engine is not known to serve drafts for the target.
 
     Args:
-        folder: to be made; an empty one may be there.
+        folder: created; may exist if it is empty.
         to: `hf` takes every draft; an engine refuses what it can't serve.
         checkpoint: as in `train.runs.open.find_checkpoint`.
         dtype: of the weights, a key of `DTYPES`.
@@ -139,26 +144,18 @@ def export(
 
 
 def _card(draft: TrainedDraft, values: dict[str, Any], **parts: bool) -> str:
-    """The model card, with whatever was measured of this checkpoint."""
-    architecture = draft.target.architecture
-    evaluation = read_figures(draft.folder, EVALUATION) or draft.page.progress.measured
-    speculation = read_figures(draft.folder, SPECULATION)
-    try:
-        return model_card(
-            values,
-            draft.page.values(),
-            draft.page.cache,
-            obstacles={e: obstacle(draft.kind.rules, draft.shape, e, values["dtype"]) for e in TARGETS},
-            unknown={engine: unknown_target(architecture, engine) for engine in TARGETS},
-            evaluation=evaluation,
-            speculation=speculation,
-            **parts,
-        )
-    except (TypeError, ValueError, KeyError, AttributeError, TemplateError) as error:
-        raise RunError(
-            f"the figures in {draft.folder} can't be read ({error}): remove {EVALUATION} and {SPECULATION} "
-            "there, and measure again"
-        ) from None
+    """Write the model card, with whatever was measured of this checkpoint."""
+    architecture, measured = draft.target.architecture, draft.page.progress.measured
+    evaluation = read_evaluation(draft.folder) or (as_evaluation(measured) if measured else None)
+    return model_card(
+        values,
+        draft.page,
+        obstacles={e: obstacle(draft.kind.rules, draft.shape, e, values["dtype"]) for e in TARGETS},
+        unknown={engine: unknown_target(architecture, engine) for engine in TARGETS},
+        evaluation=evaluation,
+        speculation=read_speculation(draft.folder),
+        **parts,
+    )
 
 
 def _embeddings(draft: TrainedDraft, reader: CacheReader) -> dict[str, Tensor]:
@@ -178,15 +175,15 @@ def _cast(weight: Tensor, name: str, dtype: str) -> Tensor:
 
 
 def _calibration(draft: TrainedDraft) -> dict[str, Any] | None:
-    """The confidence head's temperatures as SGLang reads them (DSparkStsCalibration in dspark_sts.py).
+    """Return the confidence head's temperatures as SGLang reads them (DSparkStsCalibration in dspark_sts.py).
 
-    One positive number a slot; of the rest only what has its types, or the server would not start.
+    One positive number per position. Other fields come along only if they have SGLang's types: with a wrong
+    one the server would not start.
     """
-    found = read_figures(draft.folder, CALIBRATION)
-    if found is None:
-        return None
     temperatures = read_temperatures(draft.folder, draft.shape.block_size)
-    kinds = {"dataset": str, "num_samples": int}
-    values = {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
-    values |= {name: found[name] for name in ("ece_before", "ece_after") if all_numbers(found.get(name))}
-    return {"temperatures": temperatures, **values}
+    if temperatures is None:
+        return None
+    found = read_calibration(draft.folder, skip_misfits=True)
+    names = ("dataset", "num_samples", "ece_before", "ece_after")
+    values = {name: getattr(found, name) for name in names}
+    return {"temperatures": temperatures, **{k: v for k, v in values.items() if v is not None}}

@@ -1,78 +1,113 @@
-"""Figures that lie beside a draft, in its checkpoint's folder, as JSON: they go when it goes."""
+"""The files of a draft's figures: they lie beside it in its checkpoint's folder, and go when it goes.
+
+They are read as manifests are, through `pipeline.config.build`. Unknown keys are skipped: a newer version may
+have added them. A number that is not finite, or that nothing real comes near, fits no field.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import files
-from pipeline.errors import RunError
-from train.runs.names import CALIBRATION
+from pipeline.config import build
+from pipeline.errors import ConfigError, RunError
+from train.runs.figures import Calibration, Evaluation, Speculation
+from train.runs.names import CALIBRATION, EVALUATION, SPECULATION
 
+LARGEST = 1e100
+"""Of figures: what is larger is a mistake, and can't be drawn."""
 _LIMIT = 16 * 2**20
+_Figures = TypeVar("_Figures", Evaluation, Calibration, Speculation)
+_FILES = {Evaluation: EVALUATION, Calibration: CALIBRATION, Speculation: SPECULATION}
 
 
-def save_figures(folder: Path, name: str, result: dict[str, Any]) -> None:
+def save_figures(folder: Path, figures: Evaluation | Calibration | Speculation) -> None:
     """Put figures beside the draft that they are of. Raises WriteError where that can't be written."""
-    files.publish_bytes(folder / name, (json.dumps(result, indent=1) + "\n").encode())
+    text = json.dumps(asdict(figures), indent=1) + "\n"
+    files.publish_bytes(folder / _FILES[type(figures)], text.encode())
 
 
-def read_figures(folder: Path, name: str) -> dict[str, Any] | None:
-    """What `save_figures` wrote, or None where nothing was. Raises RunError when it can't be read."""
-    path = folder / name
-    if not path.is_file():
-        return None
-    try:
-        result = json.loads(files.read_small(path, _LIMIT))
-        if not isinstance(result, dict):
-            raise ValueError("no object")
-        return result
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} can't be read ({error}): remove it, and measure again") from None
-
-
-def read_temperatures(folder: Path, slots: int) -> list[float] | None:
-    """The confidence head's temperatures beside a draft, or None where none were fitted.
+def read_evaluation(folder: Path, *, skip_misfits: bool = False) -> Evaluation | None:
+    """Read the evaluation beside a draft; None where nobody made one.
 
     Args:
-        folder: of its checkpoint.
+        folder: of the draft's checkpoint.
+        skip_misfits: read values of a wrong type as not measured, or the whole file where it needs them.
+
+    Raises:
+        RunError: the file can't be read, or has a value of a wrong type.
+    """
+    return _read(folder, Evaluation, skip_misfits)
+
+
+def read_calibration(folder: Path, *, skip_misfits: bool = False) -> Calibration | None:
+    """Read the calibration beside a draft; arguments and errors as of `read_evaluation`."""
+    return _read(folder, Calibration, skip_misfits)
+
+
+def read_speculation(folder: Path, *, skip_misfits: bool = False) -> Speculation | None:
+    """Read the figures of live decoding beside a draft; arguments and errors as of `read_evaluation`."""
+    return _read(folder, Speculation, skip_misfits)
+
+
+def read_temperatures(folder: Path, slots: int) -> tuple[float, ...] | None:
+    """Read the confidence head's temperatures beside a draft; None where none were fitted.
+
+    Args:
+        folder: of the draft's checkpoint.
         slots: K, one temperature each.
 
     Raises:
-        RunError: what is there is not K positive numbers.
+        RunError: the file does not have K positive numbers.
     """
-    found = read_figures(folder, CALIBRATION)
-    if found is None:
+    path = folder / CALIBRATION
+    if not path.is_file():
         return None
-    temperatures = found.get("temperatures")
-    if not (all_numbers(temperatures) and len(temperatures) == slots and min(temperatures) > 1e-6):
-        raise RunError(
-            f"{folder / CALIBRATION} has not {slots} positive temperatures: run `dspark calibrate` again"
-        )
-    return temperatures
+    found = read_calibration(folder, skip_misfits=True)
+    if found is None or len(found.temperatures) != slots or min(found.temperatures) <= 1e-6:
+        raise RunError(f"{path} has not {slots} positive temperatures: run `dspark calibrate` again")
+    return found.temperatures
 
 
-def all_numbers(values: object) -> bool:
-    """Whether it is a list of finite numbers."""
-    return isinstance(values, list) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )
+def as_evaluation(values: dict[str, Any]) -> Evaluation | None:
+    """Build an evaluation from training's own; None if its figures are not finite."""
+    return _build(Evaluation, json.loads(json.dumps(values), **_NUMBERS), "evaluation", skip_misfits=True)
 
 
-def table(rows: list[tuple[str, list[Any]]], digits: int = 3) -> Iterator[str]:
-    """Rows of figures in columns; None is a dash."""
+def _read(folder: Path, cls: type[_Figures], skip_misfits: bool) -> _Figures | None:
+    path = folder / _FILES[cls]
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(files.read_small(path, _LIMIT), **_NUMBERS)
+        if not isinstance(values, dict):
+            raise ValueError("no object")
+        return _build(cls, values, path.stem, skip_misfits)
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
+        raise RunError(f"{path} can't be read ({error}): remove it, and measure again") from None
 
-    def cell(value: Any) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}"
 
-    cells = [(title, [v if isinstance(v, str) else cell(v) for v in values]) for title, values in rows]
-    first = max(len(title) for title, _ in cells)
-    widths = [max(map(len, column)) for column in zip(*(values for _, values in cells), strict=True)]
-    for title, values in cells:
-        columns = (value.rjust(width) for value, width in zip(values, widths, strict=True))
-        yield f"  {title:<{first}}  " + "  ".join(columns)
+def _build(cls: type[_Figures], values: dict[str, Any], where: str, skip_misfits: bool) -> _Figures | None:
+    try:
+        return build(cls, values, where, skip_unknown=True, skip_misfits=skip_misfits)
+    except ConfigError:
+        if not skip_misfits:
+            raise
+        return None
+
+
+def _figure(kind: type[int] | type[float]) -> Callable[[str], float | str]:
+    """Make a parser of JSON's numbers; what is no figure stays text, which fits no field of a number."""
+
+    def parse(text: str) -> float | str:
+        value = kind(text)
+        return value if -LARGEST < value < LARGEST else text
+
+    return parse
+
+
+_NUMBERS = {"parse_int": _figure(int), "parse_float": _figure(float), "parse_constant": str}

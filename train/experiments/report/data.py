@@ -1,6 +1,6 @@
-"""What a page about runs is made from: the files that training and measuring left, read once.
+"""The data of a page about runs: the files that training and measuring left, read once.
 
-Figures that nobody made, or that are no finite numbers, are None from here on.
+Figures that nobody made are None from here on, and so are those that do not fit their field.
 """
 
 from __future__ import annotations
@@ -8,67 +8,79 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import files
 from pipeline.errors import RunError
 from train.experiments.compare import compare, run_folders
 from train.runs.checkpoint import checkpoints
 from train.runs.directory import flat_settings, load_run_cache, load_run_config, read_progress
-from train.runs.names import CALIBRATION, EVALUATION, METRICS, RUN, SPECULATION, TRAINING
+from train.runs.figures import (
+    Bin,
+    Calibration,
+    Evaluation,
+    Reliability,
+    Speculation,
+    SpeculationRun,
+    ThresholdRow,
+)
+from train.runs.names import METRICS, RUN, TRAINING
 from train.runs.open import find_checkpoint
 from train.runs.page import read_training
-from train.runs.results import read_figures
+from train.runs.results import LARGEST, read_calibration, read_evaluation, read_speculation
+from train.runtime.console import warn
 
 _METRICS_LIMIT = 2**30
-_LARGEST = 1e100
-"""Of figures; what is beyond can't be drawn."""
+_Figures = TypeVar("_Figures", Evaluation, Calibration, Speculation)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """Everything that is known of a run."""
+    """Everything known about a run."""
 
     index: int
-    """Which of the page's runs: decides its colour."""
+    """Place among the page's runs; decides its colour."""
     path: Path
     row: dict[str, Any]
-    """Of `compare`: name, settings that differ, how far the newest checkpoint is."""
+    """Row of `compare`: name, settings that differ, how far the newest checkpoint is."""
     settings: dict[str, Any]
-    """By dotted name."""
+    """Settings by dotted name."""
     identity: dict[str, Any]
-    """Of the cache it was trained on; empty where the run does not say."""
+    """Identity of the cache it was trained on; empty where the run does not say."""
     training: dict[str, Any]
     """training.json of the best checkpoint; empty without any."""
     progress: dict[str, Any]
-    """Of the newest checkpoint: what training took so far."""
+    """Progress of the newest checkpoint: what training took so far."""
     written: str | None
-    """The day of the best checkpoint, in UTC."""
+    """Day of the best checkpoint, in UTC."""
     log: list[dict[str, Any]]
     """Lines of metrics.jsonl about optimiser steps."""
     held_out: list[dict[str, Any]]
-    """And about evaluations during training."""
-    evaluation: dict[str, Any] | None
-    calibration: dict[str, Any] | None
-    speculation: dict[str, Any] | None
+    """Lines of metrics.jsonl about evaluations during training."""
+    evaluation: Evaluation | None
+    """Of the best checkpoint, as the two after it; None where nobody measured it."""
+    calibration: Calibration | None
+    """Of the best checkpoint."""
+    speculation: Speculation | None
+    """Of the best checkpoint."""
 
     @property
     def name(self) -> str:
-        """The end of its path, as long as it takes to tell it from the others."""
+        """End of its path, as long as it takes to tell it from the others."""
         return self.row["run"]
 
     @property
     def measured_step(self) -> int | None:
-        """The optimiser step of the checkpoint that was measured: the best, which may not be the newest."""
+        """Optimiser step of the measured checkpoint: the best, which may not be the newest."""
         return dig(self.training, "progress", "step")
 
     @property
     def imported(self) -> bool:
-        """Whether it was trained elsewhere, nobody knows on what."""
+        """Whether it was trained elsewhere, on unknown data."""
         return dig(self.training, "imported") is not None
 
     @property
@@ -77,34 +89,38 @@ class RunData:
         return bool(self.settings["draft.confidence_head"])
 
     @property
-    def live(self) -> list[dict[str, Any]]:
-        """What live decoding gave, a row a temperature."""
-        rows = dig(self.speculation, "runs")
-        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    def live(self) -> tuple[SpeculationRun, ...]:
+        """Live decoding, a row per temperature."""
+        return self.speculation.runs if self.speculation else ()
 
     @property
-    def last_live(self) -> dict[str, Any]:
-        """The row that is closest to how held-out figures are taken: sampling, where it was tried."""
-        return max(self.live, key=lambda row: number(row.get("temperature")) or 0, default={})
+    def last_live(self) -> SpeculationRun | None:
+        """Row that is closest to how held-out figures are taken: sampling, where it was tried."""
+        return max(self.live, key=lambda row: row.temperature, default=None)
+
+
+def by_position(run: RunData, key: str) -> tuple[float | None, ...]:
+    """Return a figure of the evaluation by position in the block; empty where nobody measured it."""
+    return (getattr(run.evaluation, key) if run.evaluation else None) or ()
+
+
+def temperatures_of(runs: Sequence[RunData]) -> list[float]:
+    """Collect the temperatures of live decoding, from low to high."""
+    return sorted({row.temperature for run in runs for row in run.live})
 
 
 def dig(values: Any, *keys: str) -> Any:
-    """What lies in nested objects under these keys; None where something is missing."""
+    """Look up nested keys of training.json or an identity; None where one is missing."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     return values
 
 
 def number(value: Any) -> float | None:
-    """A finite number that can be drawn, or None."""
+    """Return a value of a log or of training.json if it is a number that can be drawn, or else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if -_LARGEST < value < _LARGEST else None
-
-
-def numbers(values: Any) -> list[float | None]:
-    """A list of figures; empty for anything else."""
-    return [number(value) for value in values] if isinstance(values, list) else []
+    return float(value) if -LARGEST < value < LARGEST else None
 
 
 def gather(runs: Sequence[Path]) -> list[RunData]:
@@ -128,7 +144,6 @@ def gather(runs: Sequence[Path]) -> list[RunData]:
 def _run(index: int, path: Path, row: dict[str, Any]) -> RunData:
     folder = find_checkpoint(path) if checkpoints(path) else None
     lines = list(_lines(path / METRICS))
-    names = {"evaluation": EVALUATION, "calibration": CALIBRATION, "speculation": SPECULATION}
     return RunData(
         index=index,
         path=path,
@@ -140,16 +155,20 @@ def _run(index: int, path: Path, row: dict[str, Any]) -> RunData:
         written=None if folder is None else _day(folder / TRAINING),
         log=[line for line in lines if "held_out" not in line],
         held_out=[line["held_out"] for line in lines if isinstance(line.get("held_out"), dict)],
-        **{key: None if folder is None else _figures(folder, name) for key, name in names.items()},
+        evaluation=None if folder is None else _fitting(read_evaluation, folder),
+        calibration=None if folder is None else _fitting(read_calibration, folder),
+        speculation=None if folder is None else _fitting(read_speculation, folder),
     )
 
 
-def _figures(folder: Path, name: str) -> dict[str, Any] | None:
+def _fitting(read: Callable[..., _Figures | None], folder: Path) -> _Figures | None:
+    """Read figures without what does not fit, and warn of that."""
     try:
-        return read_figures(folder, name)
-    except RecursionError:
-        problem = "can't be read (nested too deeply): remove it, and measure again"
-        raise RunError(f"{folder / name} {problem}") from None
+        return read(folder)
+    except RunError as error:
+        found = read(folder, skip_misfits=True)  # raises it again where nothing can be read
+        warn(str(error))
+        return found
 
 
 def _day(path: Path) -> str:
@@ -157,13 +176,13 @@ def _day(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; one at the end that is still being written does not count."""
+    """Read the lines of metrics.jsonl, without one at the end that is still being written."""
     if not path.is_file():
         return
     try:
         text = files.read_small(path, _METRICS_LIMIT).decode()
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} can't be read ({error}): mend that, or remove it") from None
+        raise RunError(f"{path} can't be read ({error}): fix that, or remove it") from None
     for count, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             values = json.loads(line)
@@ -175,7 +194,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def curve(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Steps, and a figure at each; NaN where it is none. Lines that have it nowhere give no curve."""
+    """Return steps and a figure at each, NaN where a line has none; both empty if no line has one."""
     points = [
         (line["step"], number(line.get(name))) for line in lines if number(line.get("step")) is not None
     ]
@@ -185,56 +204,56 @@ def curve(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list
     return list(steps), [math.nan if value is None else value for value in values]
 
 
-def reliability(run: RunData, kind: str) -> dict[str, dict[str, Any]]:
-    """Calibration of confidences, "slot", or of their products, "prefix": as trained, or before and after."""
+def reliability(run: RunData, kind: str) -> dict[str, Reliability]:
+    """Return the reliability of confidences, "slot", or of their products, "prefix", by state of the head.
+
+    States are "as trained", or "before" and "after" calibration.
+    """
     if run.calibration is not None:
-        states = {when: dig(run.calibration, "report", when, kind) for when in ("before", "after")}
+        report = run.calibration.report
+        states = {"before": report.before, "after": report.after} if report else {}
     else:
-        states = {"as trained": dig(run.evaluation, "confidence", kind)}
-    keys = ("low", "high", "count", "predicted", "actual")
-    return {
-        when: {
-            "ece": number(value.get("ece")),
-            "auc": number(value.get("auc")),
-            "bins": [row for row in _whole_rows(value.get("bins"), keys) if row["count"] > 0],
-        }
-        for when, value in states.items()
-        if isinstance(value, dict)
-    }
+        states = {"as trained": run.evaluation.confidence if run.evaluation else None}
+    return {when: getattr(told, kind) for when, told in states.items() if told is not None}
 
 
-def thresholds(run: RunData) -> dict[str, list[dict[str, float]]]:
-    """Threshold sweeps by when, the rows in which anything was verified."""
+def filled(told: Reliability) -> list[Bin]:
+    """Return the bins that hold slots."""
+    return [row for row in told.bins if row.count > 0 and None not in (row.predicted, row.actual)]
+
+
+def thresholds(run: RunData) -> dict[str, list[ThresholdRow]]:
+    """Return threshold sweeps by state of the confidence head, without rows in which nothing was verified."""
     if run.calibration is not None:
-        states = {when: dig(run.calibration, "thresholds", when) for when in ("before", "after")}
+        sweeps = run.calibration.thresholds
+        states = {"before": sweeps.before, "after": sweeps.after} if sweeps else {}
     else:
-        states = {"as trained": dig(run.evaluation, "thresholds")}
-    keys = ("threshold", "verified", "tokens", "acceptance")
-    found = {when: _whole_rows(rows, keys) for when, rows in states.items()}
+        states = {"as trained": run.evaluation.thresholds if run.evaluation else None}
+    found = {when: [row for row in rows or () if row.acceptance is not None] for when, rows in states.items()}
     return {when: rows for when, rows in found.items() if rows}
 
 
-def _whole_rows(rows: Any, keys: Sequence[str]) -> list[dict[str, float]]:
-    """The rows of a table that have every figure: empty bins, say, have no mean."""
-    found = [{key: number(dig(row, key)) for key in keys} for row in rows] if isinstance(rows, list) else []
-    return [row for row in found if None not in row.values()]
-
-
-_CACHE_KEYS = (
-    *("target", "sources", "layer_ids", "context_codec", "last_codec"),
-    *("data_sha256", "target_weights", "samples", "bytes"),
-)
-"""What tells a cache from others; files that are older, or were made by training, lack some."""
+_CACHE_KEYS = [
+    "target",
+    "sources",
+    "layer_ids",
+    "context_codec",
+    "last_codec",
+    "data_sha256",
+    "target_weights",
+    "samples",
+    "bytes",
+]
+"""Facts that tell a cache from others; files that are older, or were made by training, lack some."""
 
 
 def _measured_cache(run: RunData) -> dict[str, Any]:
-    """Facts of the cache that the run was evaluated on."""
-    facts = dig(run.evaluation, "cache")
-    return facts if isinstance(facts, dict) and _known(facts) else {}
+    """Return the facts of the cache that the run was evaluated on; empty if it was not."""
+    return vars(run.evaluation.cache) if run.evaluation and run.evaluation.cache else {}
 
 
 def _trained_cache(run: RunData) -> dict[str, Any]:
-    """What a run knows of the cache that it was trained on, under the names of an evaluation."""
+    """Return what a run knows of the cache that it was trained on, under the names of `CacheFacts`."""
     features, data = dig(run.identity, "features") or {}, dig(run.identity, "data") or {}
     if not features:
         return {}
@@ -244,7 +263,7 @@ def _trained_cache(run: RunData) -> dict[str, Any]:
 
 
 def _known(facts: dict[str, Any]) -> dict[str, str]:
-    """What tells a cache from others, as texts: in one place a tuple is a list in another."""
+    """Return what tells a cache from others, as texts: a tuple in one place is a list in another."""
     return {key: json.dumps(facts[key]) for key in _CACHE_KEYS if facts.get(key) is not None}
 
 
@@ -253,15 +272,15 @@ def _agree(one: dict[str, str], other: dict[str, str]) -> bool:
 
 
 def measured_elsewhere(run: RunData) -> bool:
-    """Whether the cache of the evaluation is another than the one the draft was trained on."""
+    """Tell whether the run was evaluated on another cache than it was trained on."""
     measured = _known(_measured_cache(run))
     return bool(measured) and (run.imported or not _agree(measured, _known(_trained_cache(run))))
 
 
 def cache_groups(runs: Sequence[RunData]) -> list[tuple[dict[str, Any], list[RunData]]]:
-    """Each cache once, with its runs: the one that a run was measured on, or else trained on.
+    """Return each cache once, with its runs: the one that a run was measured on, or else trained on.
 
-    Those that say most come first: with them one compares what others leave open.
+    Those with most facts come first, so that caches with fewer are compared with them.
     """
     facts = {run.index: _measured_cache(run) or _trained_cache(run) for run in runs}
     found: list[tuple[dict[str, Any], list[RunData]]] = []

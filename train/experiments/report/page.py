@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from train.experiments.report import plots, tables
-from train.experiments.report.data import RunData, dig, measured_elsewhere, number, reliability
+from train.experiments.report.data import RunData, dig, measured_elsewhere, reliability, temperatures_of
 from train.experiments.report.svg import Panel, swatch
 from train.experiments.report.tables import Table
 
@@ -22,24 +22,24 @@ class Section:
     key: str
     title: str
     lead: str
-    """What it is about."""
+    """A sentence on what it is about."""
     rows: list[tuple[RunData | None, list[Panel]]] = field(default_factory=list)
     """Panels that belong together; with a run where they are of it alone."""
     tables: list[list[Table]] = field(default_factory=list)
-    """Those that stand beside each other, where there is room."""
+    """Rows of tables that are beside each other, where there is room."""
     folded: list[list[Table]] = field(default_factory=list)
     """Tables that a screen shows when asked to, and paper always."""
     missing: list[tuple[str, str]] = field(default_factory=list)
-    """What nobody measured, and the command that does."""
+    """Figures that nobody measured, each with the command that does."""
 
     @property
     def shared(self) -> bool:
-        """Whether panels show several runs, which a key above them tells apart."""
+        """Whether panels show several runs, which need a key."""
         return any(run is None and panels for run, panels in self.rows)
 
 
 def render(runs: Sequence[RunData], title: str | None = None) -> str:
-    """The page as HTML; the same runs give the same bytes."""
+    """Render the page as HTML; the same runs give the same bytes."""
     sections = [
         _summary(runs),
         _training(runs),
@@ -58,7 +58,7 @@ def render(runs: Sequence[RunData], title: str | None = None) -> str:
     swatches = {run.index: swatch(run.index) for run in runs}
 
     def label(run: RunData) -> Markup:
-        """A run's name, with its mark where there are several."""
+        """Write a run's name, with its mark where there are several."""
         name = Markup('<span class="name">{}</span>').format(run.name)
         return (
             name
@@ -80,59 +80,58 @@ def render(runs: Sequence[RunData], title: str | None = None) -> str:
 
 
 def _target(run: RunData) -> str | None:
-    name = dig(run.evaluation, "cache", "target") or dig(run.identity, "target", "name")
-    return None if name is None else str(name)
+    measured = run.evaluation.cache.target if run.evaluation and run.evaluation.cache else None
+    return measured or dig(run.identity, "target", "name")
 
 
 def _tiles(run: RunData) -> list[tuple[str, str, str]]:
-    """The main figures of a run alone, those that there are: what, how much, and a remark."""
+    """List the main figures of a run alone, those that there are: what, how much, and a remark."""
     evaluation, live = run.evaluation, run.last_live
-    untrained = number(dig(evaluation, "untrained", "tau"))
+    untrained = tables.untrained_tau(run)
     before = "" if untrained is None else f", {plots.digits(untrained)} untrained"
     sampling, greedy = (_decoding(run, kind) for kind in ("sampling", "greedy"))
-    promised = number(dig(live, "offline", "tokens_per_round"))
+    promised = live.offline.tokens_per_round if live and live.offline else None
     beside = "" if promised is None else f"; {plots.digits(promised)} expected from held-out texts"
-    temperature = number(live.get("temperature"))
-    kind = "greedy" if not temperature else f"temperature {temperature:g}"
+    kind = f"temperature {live.temperature:g}" if live and live.temperature else "greedy"
     states = reliability(run, "prefix")
-    when, told = list(states.items())[-1] if states else ("", {})
+    when, told = list(states.items())[-1] if states else ("", None)
     state = "calibrated" if when == "after" else when
     found = (
-        ("tau", number(dig(evaluation, "tau")), "{:.3f}", f"tokens a round, held out{before}{sampling}"),
+        ("tau", evaluation and evaluation.tau, "{:.3f}", f"tokens a round, held out{before}{sampling}"),
         (
             "greedy tau",
-            number(dig(evaluation, "greedy_tau")),
+            evaluation and evaluation.greedy_tau,
             "{:.3f}",
             f"tokens a round, target greedy{greedy}",
         ),
-        ("live", number(live.get("tokens_per_round")), "{:.3f}", f"tokens a round, {kind}{beside}"),
-        ("speed-up", number(live.get("speedup")), "{:.2f}\u00d7", f"against plain decoding, {kind}"),
-        ("calibration error", told.get("ece"), "{:.3f}", f"of confidence products, {state}"),
+        ("live", live and live.tokens_per_round, "{:.3f}", f"tokens a round, {kind}{beside}"),
+        ("speed-up", live and live.speedup, "{:.2f}\u00d7", f"against plain decoding, {kind}"),
+        ("calibration error", told and told.ece, "{:.3f}", f"of confidence products, {state}"),
     )
     return [(name, form.format(value), remark) for name, value, form, remark in found if value is not None]
 
 
 def _decoding(run: RunData, kind: str) -> str:
-    """What decoding is expected to yield, as a remark on the tau that it stays below."""
+    """Say what decoding is expected to yield, as a remark on the tau that it stays below."""
     tokens = tables.decoded(run, kind)
     return "" if tokens is None else f"; {plots.digits(tokens)} expected of decoding"
 
 
 def _panels(*found: Panel | None) -> list[tuple[RunData | None, list[Panel]]]:
-    """Panels that show all runs, those that there are."""
+    """Make a row of the panels that there are, about all runs."""
     panels = [panel for panel in found if panel is not None]
     return [(None, panels)] if panels else []
 
 
 def _present(rows: Iterable[Iterable[Table | None]]) -> list[list[Table]]:
-    """Rows of tables without those that there are not."""
+    """Return rows of tables without those that there are not."""
     return [kept for row in rows if (kept := [table for table in row if table is not None])]
 
 
 def _missing(
     runs: Iterable[RunData], lacks: Callable[[RunData], bool], what: str, command: str
 ) -> list[tuple[str, str]]:
-    """The line for what some runs lack; the command names the run where that is one."""
+    """Write the line for what some runs lack; the command names the run where only one does."""
     without = [run for run in runs if lacks(run)]
     if not without:
         return []
@@ -170,32 +169,46 @@ def _training(runs: Sequence[RunData]) -> Section:
     panels = _panels(
         plots.training_curve(
             runs,
-            *("tau", "Tau", "tokens a round", "1 means that the draft never helps; higher is better."),
+            "tau",
+            "Tau",
+            "tokens a round",
+            "1 means that the draft never helps; higher is better.",
             lowest=1.0,
         ),
         plots.training_curve(
             runs,
-            *("accept_rate", "Acceptance", "mean over positions"),
+            "accept_rate",
+            "Acceptance",
+            "mean over positions",
             "How much of what the draft says the target would accept; higher is better.",
             lowest=0.0,
         ),
         plots.training_curve(
             runs,
-            *("loss", "Loss", "weighted sum", "What is minimised: the three terms that follow, weighted."),
+            "loss",
+            "Loss",
+            "weighted sum",
+            "What is minimised: the three terms that follow, weighted.",
         ),
         plots.training_curve(
             runs,
-            *("l1_loss", "L1 distance", "0 to 2"),
+            "l1_loss",
+            "L1 distance",
+            "0 to 2",
             "Between draft and target distributions: 0 where they are the same, 2 where they share nothing.",
         ),
         plots.training_curve(
             runs,
-            *("ce_loss", "Cross entropy", "nats"),
+            "ce_loss",
+            "Cross entropy",
+            "nats",
             "How surprised the draft is by the data's own tokens; lower is better.",
         ),
         plots.training_curve(
             runs,
-            *("confidence_loss", "Confidence loss", "nats"),
+            "confidence_loss",
+            "Confidence loss",
+            "nats",
             "Binary cross entropy of the confidence head; it may rise as acceptance leaves 0.",
         ),
     )
@@ -214,9 +227,7 @@ def _training(runs: Sequence[RunData]) -> Section:
 
 
 def _acceptance(runs: Sequence[RunData]) -> Section:
-    temperatures = sorted(
-        {t for run in runs for row in run.live if (t := number(row.get("temperature"))) is not None}
-    )
+    temperatures = temperatures_of(runs)
     panels = [
         plots.acceptance(
             runs,
@@ -324,7 +335,7 @@ def _costs(runs: Sequence[RunData]) -> Section:
     )
     missing = _missing(
         [run for run in runs if run.training],
-        lambda run: not isinstance(dig(run.evaluation, "cache"), dict),
+        lambda run: run.evaluation is None or run.evaluation.cache is None,
         "What the cache costs, in the evaluation",
         "dspark evaluate --cache CACHE --run RUN",
     )

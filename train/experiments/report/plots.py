@@ -1,4 +1,4 @@
-"""The panels of the page: what a run's figures look like. A panel that nobody has figures for is None."""
+"""The panels of the page: drawings of runs' figures. A panel that no run has figures for is None."""
 
 from __future__ import annotations
 
@@ -6,41 +6,42 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.experiments.report.data import RunData, curve, dig, number, numbers, reliability, thresholds
+from train.experiments.report.data import RunData, by_position, curve, filled, reliability, thresholds
 from train.experiments.report.svg import COLOURS, FAINT, INK, MUTED, Panel, dark, look, panel
+from train.runs.figures import ThresholdRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STEP = "optimiser step"
 MOST_POINTS = 500
-"""Of a curve; of more, the lowest and the highest of each stretch are drawn."""
+"""Of a curve; of a longer one, the lowest and the highest of each stretch are drawn."""
 MOST_MARKS = 40
-"""Of a curve of held-out figures; more are a thin line."""
+"""Of a curve of held-out figures; a longer one is a thin line."""
 MOST_TEMPERATURES = 4
 """In a panel of live decoding."""
 LABELLED = (0.0, 0.2, 0.4, 0.6, 0.8)
-"""Thresholds that are written beside their points."""
+"""Thresholds written beside their points."""
 GIVEN = "accept_given_prefix"
 ROUND = [1, 2, 2.5, 5, 10]
-"""What ticks are multiples of."""
+"""Ticks are multiples of these, by powers of ten."""
 WHEN = {
     "as trained": {"color": COLOURS[0], "marker": "o", "linestyle": "-"},
     "before": {"color": COLOURS[1], "marker": "s", "linestyle": (0, (4, 1.5))},
     "after": {"color": COLOURS[0], "marker": "o", "linestyle": "-"},
 }
-"""How a state of the confidence head is drawn, whichever run's it is."""
+"""Look of a state of the confidence head, the same for every run."""
 
 
 def digits(value: float | None, places: int = 3) -> str:
-    """A figure for people; a dash for none."""
+    """Write a figure for people; a dash for none."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
     return f"{value:,.{places}f}" if abs(value) < 1e15 else f"{value:.3g}"
 
 
 def listed(values: Sequence[float | None], places: int = 3) -> str:
-    """Figures in a row."""
+    """Write figures in a row."""
     return ", ".join(digits(value, places) for value in values)
 
 
@@ -53,7 +54,7 @@ def training_curve(
     *,
     lowest: float | None = None,
 ) -> Panel | None:
-    """A figure over steps, in training and held out."""
+    """Draw a figure over steps, in training and held out."""
     log = {run.index: curve(run.log, name) for run in runs}
     held_out = {run.index: curve(run.held_out, name) for run in runs}
     marks = {i: _held_out_look(i, len(values), len(runs)) for i, (_, values) in held_out.items()}
@@ -97,7 +98,7 @@ def log_curve(
     scale: float = 1,
     places: int = 0,
 ) -> Panel | None:
-    """A figure of the log that starts at zero: speed, waiting, memory."""
+    """Draw a figure of the log that starts at zero: speed, waiting, memory."""
     curves = {}
     for run in runs:
         steps, values = curve(run.log, name)
@@ -126,22 +127,21 @@ def log_curve(
 def acceptance(
     runs: Sequence[RunData], key: str, title: str, caption: str, *, untrained: bool = False
 ) -> Panel | None:
-    """Acceptance by position in the block; of a run alone also when the target is greedy."""
+    """Draw acceptance by position in the block; of a run alone also when the target is greedy."""
     series = []  # (words, figures, look)
     for run in runs:
-        values = numbers(dig(run.evaluation, key))
-        alone = len(runs) == 1
-        series.append((run, "sampling" if alone else run.name, values, look(run.index, linewidth=1.8)))
+        alone, own = len(runs) == 1, look(run.index, linewidth=1.8)
+        series.append((run, "sampling" if alone else run.name, by_position(run, key), own))
         if alone:
             own = {**look(1), "linestyle": "none", "markerfacecolor": "none", "markeredgecolor": COLOURS[1]}
-            greedy = numbers(dig(run.evaluation, f"greedy_{key}"))
+            greedy = by_position(run, f"greedy_{key}")
             series.append((run, "greedy", greedy, {**own, "markersize": 6.5, "markeredgewidth": 1.2}))
     if untrained:
         own = {"color": MUTED, "marker": "", "linestyle": (0, (1.2, 1.4)), "linewidth": 1.5, "clip_on": False}
         for run in runs:
-            values = numbers(dig(run.evaluation, "untrained", key))
+            fresh = run.evaluation.untrained if run.evaluation else None
             who = "untrained" if len(runs) == 1 else f"untrained as {run.name}"
-            series.append((run, who, values, own))
+            series.append((run, who, fresh.accept_by_position if fresh else (), own))
     series = [row for row in series if any(value is not None for value in row[2])]
     if not series:
         return None
@@ -167,21 +167,20 @@ def acceptance(
 
 
 def live(runs: Sequence[RunData], temperatures: Sequence[float]) -> Panel | None:
-    """What was accepted in live decoding, beside what held-out samples had promised.
+    """Draw what was accepted in live decoding, beside what held-out samples had promised.
 
     Args:
-        temperatures: one, or several for a run alone, which tells them apart by colour.
+        temperatures: one, or several for a run alone, which are told apart by colour.
     """
     rows = []  # (words, live, held out, look)
     looks = _temperature_looks(temperatures)
     for run in runs:
         for row in run.live:
-            temperature = number(row.get("temperature"))
-            if temperature in temperatures:
-                kind = _kind(temperature)
-                own = look(looks[temperature] if len(runs) == 1 else run.index, linewidth=1.8)
-                here, there = (numbers(dig(*at)) for at in ((row, GIVEN), (row, "offline", GIVEN)))
-                rows.append((kind if len(runs) == 1 else run.name, here, there, own))
+            if row.temperature in temperatures:
+                kind = _kind(row.temperature)
+                own = look(looks[row.temperature] if len(runs) == 1 else run.index, linewidth=1.8)
+                there = row.offline.accept_given_prefix if row.offline else ()
+                rows.append((kind if len(runs) == 1 else run.name, row.accept_given_prefix, there, own))
     rows = [row for row in rows if any(value is not None for value in row[1])]
     if not rows:
         return None
@@ -215,17 +214,17 @@ def live(runs: Sequence[RunData], temperatures: Sequence[float]) -> Panel | None
 
 
 def _temperature_looks(temperatures: Sequence[float]) -> dict[float, int]:
-    """Which look each has: greedy the second, as in the panels beside it, and the others the rest."""
+    """Choose each one's look: greedy has the second, as in the panels beside it, the others have the rest."""
     free: Iterator[int] = iter([0, *range(2, len(temperatures) + 2)])
     return {t: 1 if t == 0 else next(free) for t in temperatures}
 
 
-def _kind(temperature: float | None) -> str:
+def _kind(temperature: float) -> str:
     return "greedy" if temperature == 0 else f"temperature {temperature:g}"
 
 
 def reliability_diagram(run: RunData, kind: str, title: str, caption: str) -> Panel | None:
-    """What a draft's confidence says against what happens, and how often it says so."""
+    """Draw predicted against observed acceptance, and how often each confidence occurs."""
     states = reliability(run, kind)
     if not states:
         return None
@@ -233,22 +232,24 @@ def reliability_diagram(run: RunData, kind: str, title: str, caption: str) -> Pa
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (1.2, 1.6)))
-        bins = states[last]["bins"]
-        most = max((row["count"] for row in bins), default=1)
-        for row in bins:  # a quarter of the height at most, behind everything
-            width = row["high"] - row["low"]
-            axes.bar(row["low"], 0.25 * row["count"] / most, width * 0.92, align="edge", color="#dfe7ee")
-        for when, value in states.items():
-            said, happened = ([row[key] for row in value["bins"]] for key in ("predicted", "actual"))
-            label = f"{when}, ECE {digits(value['ece'])}"
-            axes.plot(said, happened, label=label, **{**look(0), **WHEN[when]})
+        bins = filled(states[last])
+        most = max((row.count for row in bins), default=1)
+        for row in bins:  # a quarter of the height at most, below everything else
+            width = row.high - row.low
+            axes.bar(row.low, 0.25 * row.count / most, width * 0.92, align="edge", color="#dfe7ee")
+        for when, told in states.items():
+            predicted, actual = (
+                [getattr(row, key) for row in filled(told)] for key in ("predicted", "actual")
+            )
+            label = f"{when}, ECE {digits(told.ece)}"
+            axes.plot(predicted, actual, label=label, **{**look(0), **WHEN[when]})
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.legend(loc="upper left", bbox_to_anchor=(0.01, 0.99))
 
     def words(when: str) -> str:
-        value = states[when]
-        pairs = ", ".join(f"{row['predicted']:.2f} to {row['actual']:.2f}" for row in value["bins"])
-        return f"{when}: calibration error {digits(value['ece'])}, said to happened {pairs}"
+        told = states[when]
+        pairs = ", ".join(f"{row.predicted:.2f} to {row.actual:.2f}" for row in filled(told))
+        return f"{when}: calibration error {digits(told.ece)}, predicted to observed {pairs}"
 
     alt = f"{title}, {run.name}. " + ". ".join(map(words, states)) + "."
     key = f"reliability-{kind}-{run.index}"
@@ -256,7 +257,7 @@ def reliability_diagram(run: RunData, kind: str, title: str, caption: str) -> Pa
 
 
 def threshold_panel(run: RunData, runs: Sequence[RunData]) -> Panel | None:
-    """What verifying less buys a run; the others are in the background, to compare."""
+    """Draw what verifying less buys a run, with the others in the background."""
     states = thresholds(run)
     if not states:
         return None
@@ -264,8 +265,8 @@ def threshold_panel(run: RunData, runs: Sequence[RunData]) -> Panel | None:
         list(sweeps.values())[-1] for other in runs if other is not run and (sweeps := thresholds(other))
     ]
 
-    def points(rows: list[dict[str, float]]) -> tuple[list[float], list[float]]:
-        return [row["acceptance"] for row in rows], [row["tokens"] for row in rows]
+    def points(rows: list[ThresholdRow]) -> tuple[list[float], list[float]]:
+        return [row.acceptance for row in rows], [row.tokens for row in rows]
 
     def draw(axes: Axes) -> None:
         for rows in others:
@@ -273,9 +274,9 @@ def threshold_panel(run: RunData, runs: Sequence[RunData]) -> Panel | None:
         for when, rows in states.items():
             axes.plot(*points(rows), label=when, **{**look(0), **WHEN[when]})
         for row in list(states.values())[-1]:
-            if any(abs(row["threshold"] - wanted) < 1e-9 for wanted in LABELLED):
+            if any(abs(row.threshold - wanted) < 1e-9 for wanted in LABELLED):
                 place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8.5, "color": INK}
-                axes.annotate(f"{row['threshold']:g}", (row["acceptance"], row["tokens"]), **place)
+                axes.annotate(f"{row.threshold:g}", (row.acceptance, row.tokens), **place)
         axes.set_xlim(0, 1)
         axes.margins(y=0.12)
         handles, labels = axes.get_legend_handles_labels()
@@ -285,10 +286,9 @@ def threshold_panel(run: RunData, runs: Sequence[RunData]) -> Panel | None:
         axes.legend(handles, labels, loc="upper right", bbox_to_anchor=(1.0, 0.99))
 
     def words(when: str) -> str:
-        rows = [row for row in states[when] if any(abs(row["threshold"] - t) < 1e-9 for t in LABELLED)]
+        rows = [row for row in states[when] if any(abs(row.threshold - t) < 1e-9 for t in LABELLED)]
         said = (
-            f"at {row['threshold']:g} {digits(row['tokens'])} tokens and {digits(row['acceptance'])}"
-            for row in rows
+            f"at {row.threshold:g} {digits(row.tokens)} tokens and {digits(row.acceptance)}" for row in rows
         )
         return f"{when}: {'; '.join(said)}"
 
@@ -304,7 +304,7 @@ def threshold_panel(run: RunData, runs: Sequence[RunData]) -> Panel | None:
 def _over_steps(
     axes: Axes, steps: list[float], values: list[float], own: dict[str, Any], *, most_marks: int = 20
 ) -> None:
-    """A curve; its points are marked where they are few, and where they have no neighbour."""
+    """Draw a curve; its points are marked where they are few, and where they have no neighbour."""
     marked = range(len(values)) if len(values) <= most_marks else None
     if len(values) > MOST_POINTS:
         steps, values = thinned(steps, values)
@@ -316,7 +316,7 @@ def _over_steps(
 
 
 def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    """At most MOST_POINTS of a curve's points: of each stretch the lowest, the highest and a gap."""
+    """Keep at most MOST_POINTS of a curve: of each stretch the lowest, the highest and a gap."""
     count = len(values)
     if count <= MOST_POINTS:
         return steps, values
@@ -333,16 +333,16 @@ def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[
 
 
 def _held_out_look(index: int, points: int, runs: int) -> dict[str, Any]:
-    """How a run's held-out figures are drawn: as outlined marks, or as a thin line where they are many."""
+    """Choose the look of held-out figures: outlined marks, or a thin line where they are many."""
     if points > MOST_MARKS:
         return look(index, color=dark(index), linestyle="-", linewidth=0.9, markersize=2, zorder=4)
-    # Whole also at the edge: where a draft never helps, say.
+    # Not clipped at the edge, where a draft that never helps has its marks.
     own = look(index, linestyle="none", markeredgecolor=INK, zorder=4, clip_on=False)
     return {**own, "markersize": 7 if runs == 1 else 6, "markeredgewidth": 0.9 if runs == 1 else 0.6}
 
 
 def _from(axes: Axes, lowest: float) -> None:
-    """An axis that begins at `lowest` where figures allow, with room for marks at the other end."""
+    """Begin an axis at `lowest` where figures allow, with room for marks at the other end."""
     _, low, _, high = axes.dataLim.extents
     bottom = min(lowest, low)
     axes.set_ylim(bottom, high + 0.06 * (high - bottom or 1))
@@ -353,7 +353,7 @@ def _gaps(values: Sequence[float | None]) -> list[float]:
 
 
 def _legend(axes: Axes, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """What is what, on the right above the axes, at the height of their unit."""
+    """Add a legend above the axes on the right, at the height of their unit."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], label=label, **own) for label, own in entries]

@@ -1,4 +1,4 @@
-"""The tables of the page: texts in rows. A column that no run has figures for is left out."""
+"""The tables of the page: texts in rows, without columns that no run has figures for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.text import duration, size
 from train.experiments.compare import parameter_count
@@ -16,10 +16,11 @@ from train.experiments.report.data import (
     dig,
     measured_elsewhere,
     number,
-    numbers,
     reliability,
+    temperatures_of,
 )
 from train.experiments.report.plots import digits, listed
+from train.runs.figures import Group, SpeculationRun
 
 NONE = "\N{EN DASH}"
 Column = tuple[str, Callable[[RunData], str]]
@@ -31,27 +32,25 @@ class Table:
 
     title: str
     columns: list[str]
-    """Of them the first is of the rows' own headers."""
+    """Their titles; the first is that of the rows' headers."""
     rows: list[tuple[str | RunData, list[str]]]
-    """A header, or the run that it names, and the cells."""
+    """Each row's header, or the run that is its header, and its cells."""
     words: bool = False
-    """Whether cells are words rather than figures, which stand on the right."""
+    """Whether cells are words; figures are aligned on the right."""
     heads: tuple[RunData, ...] = ()
-    """Runs that name the last columns, in place of texts."""
+    """Runs as titles of the last columns."""
     note: str = ""
 
 
 def summary(runs: Sequence[RunData]) -> Table:
-    """A row a run: how good it is and what it took."""
-    temperatures = sorted(
-        {t for run in runs for row in run.live if (t := number(row.get("temperature"))) is not None}
-    )
+    """Make the table of main figures: how good each run is and what it took."""
+    temperatures = temperatures_of(runs)
     temperatures = list(dict.fromkeys([*temperatures[:1], *temperatures[-1:]]))  # all have a table below
     columns: list[Column] = [
         ("step", _step),
         ("tau", lambda run: _tau(run)[0]),
-        ("greedy tau", lambda run: _digits(dig(run.evaluation, "greedy_tau"))),
-        ("untrained tau", lambda run: _digits(dig(run.evaluation, "untrained", "tau"))),
+        ("greedy tau", lambda run: digits(run.evaluation and run.evaluation.greedy_tau)),
+        ("untrained tau", lambda run: digits(untrained_tau(run))),
         *(_decoding(kind) for kind in ("sampling", "greedy")),
         *(
             _live(key, title, t)
@@ -73,68 +72,73 @@ def summary(runs: Sequence[RunData]) -> Table:
     return _by_run("Main figures", columns, runs, note=" ".join(notes))
 
 
-def decoded(run: RunData, kind: str) -> float | None:
-    """Tokens a round that decoding the held-out texts is expected to yield, "sampling" or "greedy"."""
-    return number(dig(run.evaluation, "decoding", kind, "tokens_per_round"))
+def untrained_tau(run: RunData) -> float | None:
+    """Return the tau of the same draft with random weights."""
+    return run.evaluation.untrained.tau if run.evaluation and run.evaluation.untrained else None
 
 
-def _decoding(kind: str) -> Column:
+def decoded(run: RunData, kind: Literal["sampling", "greedy"]) -> float | None:
+    """Return the tokens per round that decoding the held-out texts is expected to yield."""
+    decoding = run.evaluation.decoding if run.evaluation else None
+    return None if decoding is None else getattr(decoding, kind).tokens_per_round
+
+
+def _decoding(kind: Literal["sampling", "greedy"]) -> Column:
     return f"decoding, {kind}", lambda run: digits(decoded(run, kind))
 
 
 def _tau(run: RunData) -> tuple[str, bool]:
-    """Held-out tau, and whether only training's own evaluation tells it."""
-    tau = number(dig(run.evaluation, "tau"))
-    if tau is not None:
-        return digits(tau), False
+    """Return held-out tau, and whether only training's own evaluation tells it."""
+    if run.evaluation is not None:
+        return digits(run.evaluation.tau), False
     during = number(run.row["best_tau"]) or number(run.row["tau"])
     return (NONE, False) if during is None else (f"{digits(during)}*", True)
 
 
 def _live(key: str, title: str, temperature: float) -> Column:
-    """A column of a live figure at one temperature."""
+    """Make a column of a live figure at one temperature."""
 
     def cell(run: RunData) -> str:
-        return next(
-            (_digits(row.get(key)) for row in run.live if row.get("temperature") == temperature), NONE
-        )
+        return next((digits(getattr(row, key)) for row in run.live if row.temperature == temperature), NONE)
 
     kind = "greedy" if temperature == 0 else f"T = {temperature:g}".replace(" ", "\N{NO-BREAK SPACE}")
     return f"{title}, {kind}", cell
 
 
 def live_rounds(runs: Sequence[RunData]) -> Table | None:
-    """Live decoding: a row for each run and temperature."""
-    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("temperature", lambda row: _whole(row.get("temperature"), "{:g}")),
-        ("tokens a round", lambda row: _digits(row.get("tokens_per_round"))),
-        ("held out", lambda row: _digits(dig(row, "offline", "tokens_per_round"))),
-        ("verified a round", lambda row: _digits(row.get("verified_per_round"), 2)),
-        ("ms a round, draft", lambda row: _digits(row.get("draft_ms"), 1)),
-        ("verify", lambda row: _digits(row.get("verify_ms"), 1)),
-        ("ms a token, plain", lambda row: _digits(row.get("plain_ms"), 1)),
-        ("speculative", lambda row: _digits(row.get("speculative_ms"), 1)),
-        ("speed-up", lambda row: _digits(row.get("speedup"), 2)),
-        ("identical", lambda row: _digits(row.get("identical"), 0)),
+    """Make the table of live decoding: a row per run and temperature."""
+    columns: list[tuple[str, Callable[[SpeculationRun], str]]] = [
+        ("temperature", lambda row: f"{row.temperature:g}"),
+        ("tokens a round", lambda row: digits(row.tokens_per_round)),
+        ("held out", lambda row: digits(row.offline and row.offline.tokens_per_round)),
+        ("verified a round", lambda row: digits(row.verified_per_round, 2)),
+        ("ms a round, draft", lambda row: digits(row.draft_ms, 1)),
+        ("verify", lambda row: digits(row.verify_ms, 1)),
+        ("ms a token, plain", lambda row: digits(row.plain_ms, 1)),
+        ("speculative", lambda row: digits(row.speculative_ms, 1)),
+        ("speed-up", lambda row: digits(row.speedup, 2)),
+        ("identical", lambda row: digits(row.identical, 0)),
     ]
     rows = [(run, [cell(row) for _, cell in columns]) for run in runs for row in run.live]
     if not rows:
         return None
     facts: dict[str, list[str]] = {}
     for run in runs:
-        told = run.speculation or {}
-        where = " ".join(str(told[key]) for key in ("target", "device", "dtype") if told.get(key))
-        much = f"{told.get('prompts')} prompts, at most {told.get('max_new_tokens')} tokens each"
         if run.live:
-            facts.setdefault(f"{where}, {much}, threshold {told.get('threshold')}", []).append(run.name)
+            told = run.speculation
+            where = " ".join(filter(None, (told.target, told.device, told.dtype)))
+            much = f"{told.prompts} prompts, at most {told.max_new_tokens} tokens each"
+            facts.setdefault(f"{where}, {much}, threshold {told.threshold}", []).append(run.name)
     note = "".join(f"{', '.join(names)}: {fact}. " for fact, names in facts.items())
     note += "Identical: prompts whose greedy answer is the target's own, token by token."
     return Table("Live decoding", ["run", *(title for title, _ in columns)], rows, note=note)
 
 
-def groups(runs: Sequence[RunData], key: str, title: str) -> Table | None:
-    """Tau by what held-out samples have in common; of a run alone also their number."""
-    found = {run.index: told if isinstance(told := dig(run.evaluation, key), dict) else {} for run in runs}
+def groups(runs: Sequence[RunData], key: Literal["by_source", "by_length"], title: str) -> Table | None:
+    """Make the table of tau by what held-out samples have in common; of a run alone also their number."""
+    found: dict[int, dict[str, Group]] = {
+        run.index: (getattr(run.evaluation, key) if run.evaluation else None) or {} for run in runs
+    }
     names = list(dict.fromkeys(name for run in runs for name in found[run.index]))
     if key == "by_length":
         names.sort(key=lambda name: int(name.partition("-")[0]) if name.partition("-")[0].isdecimal() else 0)
@@ -143,24 +147,26 @@ def groups(runs: Sequence[RunData], key: str, title: str) -> Table | None:
     heading = f"Held-out tau by {title}"
     if len(runs) > 1:
         told = tuple(run for run in runs if found[run.index])
-        rows = [(name, [_digits(dig(found[run.index], name, "tau")) for run in told]) for name in names]
+        taus = {run.index: {name: row.tau for name, row in found[run.index].items()} for run in told}
+        rows = [(name, [digits(taus[run.index].get(name)) for run in told]) for name in names]
         return Table(heading, [title], rows, heads=told)
     columns = [("samples", 0), ("blocks", 0), ("accept_rate", 3), ("tau", 3), ("greedy_tau", 3)]
-    rows = [(name, [_digits(dig(found[0], name, k), places) for k, places in columns]) for name in names]
+    own = found[runs[0].index]
+    rows = [(name, [digits(getattr(own[name], key), places) for key, places in columns]) for name in names]
     return Table(heading, [title, "samples", "blocks", "accepted", "tau", "greedy tau"], rows)
 
 
 def confidence(runs: Sequence[RunData]) -> Table | None:
-    """How well each draft knows what will be accepted, and what calibration did about it."""
+    """Make the table of how well each draft knows what will be accepted, before and after calibration."""
     rows: list[tuple[str | RunData, list[str]]] = []
     for run in runs:
         both = {kind: reliability(run, kind) for kind in ("prefix", "slot")}
         for when in both["prefix"] or both["slot"]:
             cells = [when]
             for kind in both:
-                told = both[kind].get(when) or {}
-                cells += [digits(told.get("ece"), 4), digits(told.get("auc"))]
-            fitted = numbers(dig(run.calibration, "temperatures")) if when == "after" else []
+                told = both[kind].get(when)
+                cells += [digits(told and told.ece, 4), digits(told and told.auc)]
+            fitted = run.calibration.temperatures if when == "after" else []
             rows.append((run, [*cells, listed(fitted, 2) or NONE]))
     if not rows:
         return None
@@ -174,7 +180,7 @@ def confidence(runs: Sequence[RunData]) -> Table | None:
 
 
 def costs(runs: Sequence[RunData]) -> Table:
-    """What training took, and on what."""
+    """Make the table of what training took, and on what."""
     columns: list[Column] = [
         ("time", lambda run: _seconds(run.row["seconds"])),
         ("tokens", lambda run: _digits(run.progress.get("tokens"), 0)),
@@ -190,7 +196,7 @@ def costs(runs: Sequence[RunData]) -> Table:
 
 
 def provenance(runs: Sequence[RunData]) -> Table:
-    """Which files, code and machine the figures are from."""
+    """Make the table of the files, code and machine that the figures are from."""
     columns: list[Column] = [
         ("checkpoint", lambda run: _whole(dig(run.training, "progress", "step"), "step {:,}")),
         ("written (UTC)", lambda run: run.written or NONE),
@@ -204,14 +210,14 @@ def provenance(runs: Sequence[RunData]) -> Table:
 
 
 def differing(runs: Sequence[RunData]) -> Table | None:
-    """Settings and facts of the cache that are not the same everywhere, a column a run."""
+    """Make the table of settings and facts of the cache that are not the same everywhere."""
     keys = [key for key in runs[0].row if "." in key]
     rows = [(key, [setting(run.row[key]) for run in runs]) for key in keys]
     return Table("Settings that differ", ["setting"], rows, words=True, heads=tuple(runs)) if rows else None
 
 
 def settings(runs: Sequence[RunData]) -> list[Table]:
-    """All settings, by the table of the config that they are in."""
+    """Make a table of settings for each table of the config."""
     names = dict.fromkeys(key.partition(".")[0] for key in runs[0].settings)
     return [
         Table(
@@ -230,38 +236,38 @@ def settings(runs: Sequence[RunData]) -> list[Table]:
 
 
 def setting(value: Any, missing: str = NONE) -> str:
-    """A setting as one writes it; of a hash its beginning."""
+    """Write a setting as in a config; of a hash its beginning."""
     if isinstance(value, str):
         return value[:12] if re.fullmatch(r"[0-9a-f]{64}", value) else value
     return missing if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def caches(runs: Sequence[RunData]) -> list[list[Table]]:
-    """Each cache once: what it holds and takes on disk, and how true it is."""
+    """Make the tables of each cache: what it holds and takes on disk, and how true it is."""
     tables = []
     found = cache_groups(runs)
     for facts, users in found:
         context, last = (facts.get(f"{part}_codec") or NONE for part in ("context", "last"))
         rows: list[tuple[str | RunData, list[str]]] = [
             ("target", [str(facts.get("target") or NONE)]),
-            ("sources", [_joined(facts.get("sources"))]),
-            ("layers", [_joined(facts.get("layer_ids"))]),
+            ("sources", [", ".join(facts.get("sources") or ()) or NONE]),
+            ("layers", [", ".join(map(str, facts.get("layer_ids") or ())) or NONE]),
             ("codecs", [f"{context} context features, {last} last hidden states"]),
             ("data", [str(facts.get("data_sha256") or NONE)[:12]]),
-            ("samples", [_digits(facts.get("samples"), 0)]),
-            ("tokens", [_digits(facts.get("tokens"), 0)]),
+            ("samples", [digits(facts.get("samples"), 0)]),
+            ("tokens", [digits(facts.get("tokens"), 0)]),
             ("on disk", [_size(facts.get("bytes"))]),
-            ("bytes a token", [_digits(facts.get("bytes_per_token"), 0)]),
+            ("bytes a token", [digits(facts.get("bytes_per_token"), 0)]),
         ]
         rows = [(header, cells) for header, cells in rows if cells != [NONE]]
         title = _cache_title(users, alone=len(found) == 1)
-        fidelity = _fidelity(facts.get("fidelity"))
+        fidelity = _fidelity(facts.get("fidelity") or {})
         tables.append([Table(title, ["", ""], rows, words=True), *filter(None, [fidelity])])
     return tables
 
 
 def _cache_title(users: Sequence[RunData], *, alone: bool) -> str:
-    """Whose cache it is, and whether it is only the one that they were measured on."""
+    """Say whose cache it is, and whether they were only measured on it."""
     names = ", ".join(run.name for run in users)
     elsewhere = [run.name for run in users if measured_elsewhere(run)]
     if len(elsewhere) == len(users):
@@ -270,16 +276,14 @@ def _cache_title(users: Sequence[RunData], *, alone: bool) -> str:
     return f"{title} (only measured on: {', '.join(elsewhere)})" if elsewhere else title
 
 
-def _fidelity(values: Any) -> Table | None:
-    """How far decoded features are from the target's own: figures by what they are of."""
+def _fidelity(values: dict[str, float]) -> Table | None:
+    """Make the table of how far decoded features are from the target's own."""
     found: dict[str, dict[str, str]] = {}
-    for key, value in values.items() if isinstance(values, dict) else ():
+    for key, value in values.items():
         match = re.fullmatch(r"(.+)_(mean|p99|max|rows)", key)
         name, column = (match[1], match[2]) if match else (key, "max")
-        shown = number(value)
-        if shown is not None:
-            text = f"{shown:,.0f}" if column == "rows" else f"{shown:.2g}" if shown < 1e-3 else f"{shown:.4f}"
-            found.setdefault(name, {})[column] = text
+        text = f"{value:,.0f}" if column == "rows" else f"{value:.2g}" if value < 1e-3 else f"{value:.4f}"
+        found.setdefault(name, {})[column] = text
     columns = {"mean": "mean", "p99": "99th percentile", "max": "largest", "rows": "rows"}
     columns = {key: title for key, title in columns.items() if any(key in row for row in found.values())}
     ordered = sorted(
@@ -300,17 +304,13 @@ def _fidelity_name(name: str) -> str:
 
 
 def _by_run(title: str, columns: Sequence[Column], runs: Sequence[RunData], **more: Any) -> Table:
-    """A row a run, without columns that say nothing of any."""
+    """Make a table of a row per run, without columns that say nothing of any."""
     cells = [(title, [cell(run) for run in runs]) for title, cell in columns]
     cells = [(title, column) for title, column in cells if any(text != NONE for text in column)]
     rows: list[tuple[str | RunData, list[str]]] = [
         (run, [column[i] for _, column in cells]) for i, run in enumerate(runs)
     ]
     return Table(title, ["run", *(title for title, _ in cells)], rows, **more)
-
-
-def _joined(values: Any) -> str:
-    return ", ".join(map(str, values)) or NONE if isinstance(values, list | tuple) else str(values or NONE)
 
 
 def _logged(run: RunData, name: str) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.train.browser import Browser, find_browser
-from tests.train.reports import add_speculation, copy_run, log_of, make_runs, report, write_log
+from tests.train.reports import add_speculation, copy_run, log_of, report, write_log
 
 PROGRAM = find_browser()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed")
@@ -31,10 +31,9 @@ FIGURES = """
 
 
 @pytest.fixture(scope="module")
-def pages(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def pages(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Addresses of a page of one run, of one of two, and of one with much in its figures."""
     folder = tmp_path_factory.mktemp("pages")
-    runs = make_runs(cache_dir, folder / "runs")
     full = copy_run(runs[0], folder / "full")
     add_speculation(full, (0.0, 0.25, 0.75, 1.0))
     log, held_out = log_of(full)
