@@ -59,6 +59,7 @@ def test_every_part_of_a_kind_is_used(
     run_ok(*again)
     assert asked["weight_fields"] == 2
     run_ok("export", run, tmp_path / "export", "--to", "hf")
+    assert asked["describe"] == 1
     asked.clear()
     held_out = ("--set", "train.held_out=0.2")
     run_ok("import", tmp_path / "export", "--cache", cache_dir, "--run", tmp_path / "imported", *held_out)

@@ -119,6 +119,8 @@ class DraftKind:
     """The fields of that config which Qwen3's has not: engines read them."""
     declared: Mapping[str, Any]
     """Facts that an exported config states for engines, the same for every draft of this kind."""
+    describe: Callable[[PretrainedConfig], list[str]]
+    """Facts of a draft for its model card, a line each in Markdown."""
     weight_fields: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Of a config's values those that decide what weights mean, though their shapes may be the same."""
     check_released: Callable[[Mapping[str, Any], str], None]

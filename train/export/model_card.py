@@ -58,6 +58,7 @@ def model_card(
     config: dict[str, Any],
     page: TrainingPage,
     *,
+    kind_lines: list[str],
     obstacles: dict[str, str],
     unknown: dict[str, str | None],
     evaluation: Evaluation | None,
@@ -70,6 +71,7 @@ def model_card(
     Args:
         config: the exported `config.json`.
         page: the checkpoint's `training.json`.
+        kind_lines: facts of the draft that its kind tells.
         obstacles: why `vllm` and `sglang` can't serve the draft; empty where they can.
         unknown: what to say of `vllm` and `sglang` where they are not known to serve the target.
         evaluation: held-out figures of `dspark evaluate`, or of training itself.
@@ -88,6 +90,7 @@ def model_card(
         data=trained_on.data,
         features=trained_on.features,
         sources=", ".join(map(_code, trained_on.data.sources)),
+        kind_lines=kind_lines,
         obstacles=obstacles,
         unknown=unknown,
         imported=page.imported and page.imported.name,

@@ -81,3 +81,16 @@ def draft_config(
         enable_confidence_head=draft.confidence_head,
         confidence_head_with_markov=draft.confidence_with_markov and markov,
     )
+
+
+def describe(config: PretrainedConfig) -> list[str]:
+    """Return what a model card tells of the block and the heads."""
+    markov, confidence = "no Markov head", "no confidence head"
+    if config.markov_rank:
+        markov = f"{config.markov_head_type} Markov head of rank {config.markov_rank}"
+    if config.enable_confidence_head:
+        sees = ", which also sees the Markov embedding" if config.confidence_head_with_markov else ""
+        confidence = f"confidence head{sees}"
+    slots = f"block size {config.block_size}, mask token {config.mask_token_id}"
+    anchor = "the anchor drafts the first token\n  (`sample_from_anchor`), and there is no bonus slot"
+    return [f"{slots}; {anchor}", markov, confidence]

@@ -11,7 +11,7 @@ from pipeline.cache import CacheReader
 from train.config import DraftConfig, TrainConfig
 from train.draft.dspark.attention import resolve_attention
 from train.draft.dspark.collate import collate_anchors
-from train.draft.dspark.config import DECLARED, FIELDS, draft_config, weight_fields
+from train.draft.dspark.config import DECLARED, FIELDS, describe, draft_config, weight_fields
 from train.draft.dspark.decoder import DraftDecoder
 from train.draft.dspark.flops import training_flops
 from train.draft.dspark.model import Qwen3DSparkModel
@@ -48,6 +48,7 @@ DSPARK = DraftKind(
     config=draft_config,
     config_fields=FIELDS,
     declared=DECLARED,
+    describe=describe,
     weight_fields=weight_fields,
     check_released=check_released,
     released_settings=released_settings,
