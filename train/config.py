@@ -92,7 +92,7 @@ class DraftConfig:
         _require(ids != (), "target_layer_ids must name at least one layer")
         _require(
             ids is None or list(ids) == sorted(set(ids)),
-            f"target_layer_ids must be strictly increasing, got {list(ids or ())}: sort them, without repeats",
+            f"target_layer_ids must be strictly increasing, got {list(ids or ())}: sort them, each once",
         )
 
 
