@@ -269,8 +269,8 @@ def test_both_names_of_its_class(tmp_path: Path, cache_dir: Path, released: Path
 @pytest.mark.parametrize(
     ("fields", "code", "parts"),
     [
-        ({"target_layer_ids": None}, 1, ["is no DSpark draft", "target_layer_ids"]),
-        ({"mask_token_id": None}, 1, ["is no DSpark draft", "mask_token_id"]),
+        ({"target_layer_ids": None}, 1, ["is not a DSpark draft", "target_layer_ids"]),
+        ({"mask_token_id": None}, 1, ["is not a DSpark draft", "mask_token_id"]),
         ({"target_layer_ids": [0, 2, 3]}, 1, ["holds layers [0, 2, 4]", "asks for 3"]),
         ({"target_layer_ids": [4, 2, 0]}, 2, ["target_layer_ids must be strictly increasing"]),
         ({"target_layer_ids": "all"}, 2, ["config.json.draft.target_layer_ids"]),
@@ -313,7 +313,7 @@ def test_both_names_of_its_class(tmp_path: Path, cache_dir: Path, released: Path
         ({"dspark_config": {}}, 1, ["has dspark_config, which engines"]),
         ({"dspark_target_layer_ids": [0, 2, 4]}, 1, ["has dspark_target_layer_ids"]),
         ({"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, 1, ["has eagle_aux_hidden_state_layer_ids"]),
-        ({"quantization_config": {"quant_method": "fp8"}}, 1, ["quantization_config", "plain weights"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, 1, ["quantization_config", "unquantized weights"]),
         ({"architectures": ["Gemma4DSparkModel"]}, 1, ["'Gemma4DSparkModel'", "Qwen3DSparkModel or DSpark"]),
         ({"architectures": []}, 1, ["architectures = []", "another kind of draft"]),
         ({"logit_scale": 0.5}, 1, ["logit_scale: 0.5 there, 1.0 here"]),
