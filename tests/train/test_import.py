@@ -99,10 +99,10 @@ def test_training_an_imported_run_changes_nothing(tmp_path: Path, cache_dir: Pat
     arguments = ["train", "--cache", cache_dir, "--run", run, "--device", "cpu"]
     assert "nothing is left to train" in run_ok(*arguments, "--config", run / "config.toml")
     other = run_cli(*train_arguments(cache_dir, run))
-    assert_refused(other, 1, "is a run of other settings", f"another --run, with draft.init_from = {run}")
+    assert_refused(other, 1, "is a run with other settings", f"another --run and set draft.init_from = {run}")
     assert "--fresh" not in other.output
     fresh = run_cli(*train_arguments(cache_dir, run), "--fresh")
-    assert_refused(fresh, 1, "holds an imported draft", f"another --run, with draft.init_from = {run}")
+    assert_refused(fresh, 1, "holds an imported draft", f"another --run and set draft.init_from = {run}")
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
     assert progress_of(run)["complete"]
@@ -283,7 +283,7 @@ def test_both_names_of_its_class(tmp_path: Path, cache_dir: Path, released: Path
             1,
             ["another target than tiny-llama", "vocab_size: 999 there, 325 in the cache"],
         ),
-        ({"hidden_size": 64}, 1, ["hidden_size: 64 there, 32 in the cache", "--cache of its own target"]),
+        ({"hidden_size": 64}, 1, ["hidden_size: 64 there, 32 in the cache", "--cache of the draft's target"]),
         ({"num_target_layers": 7}, 1, ["num_target_layers: 7 there, 6 in the cache"]),
         ({"block_size": 0}, 2, ["block_size must be at least 1"]),
         ({"markov_head_type": "other"}, 2, ["markov_head"]),

@@ -206,7 +206,7 @@ def test_one_process_a_run(tmp_path: Path, cache_dir: Path) -> None:
     process = Dspark(tmp_path / "out", *arguments, before=one_thread)
     assert process.wait_until(lambda: _count_lines(run))
     for more in ((), ("--fresh",)):
-        assert_refused(run_cli(*arguments, *more), 1, "another process trains")
+        assert_refused(run_cli(*arguments, *more), 1, "another process is training")
     process.send(signal.SIGTERM)
     assert process.wait() == 143
 

@@ -103,7 +103,7 @@ def test_another_block_size_may_start_from_it(tmp_path: Path, cache_dir: Path, f
     ("breakage", "parts"),
     [
         ("config", ["config.json can't be read"]),
-        ("other", ["is no DSpark draft", "target_layer_ids"]),
+        ("other", ["is not a DSpark draft", "target_layer_ids"]),
         ("weights", ["can't be read"]),
         ("gone", ["can't be read"]),
         ("lacks", ["lacks fc.weight", "another kind of draft"]),

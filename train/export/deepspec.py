@@ -182,7 +182,7 @@ def _checked_shape(
     if differing:
         raise RunError(
             f"{_ASKER}: {folder} is a draft for another target than {target.name} ({'; '.join(differing)}): "
-            "pass --cache of its own target"
+            "pass a --cache of the draft's target"
         )
     shape = draft_shape(reader, config)
     names = (*_AS_TARGET, *(name for name in _SCALES if name in values))
