@@ -1,12 +1,12 @@
-"""A trained draft as inference engines load it: `dspark export`.
+"""Export a trained draft in the layout that inference engines load: `dspark export`.
 
     DIR/config.json         a Qwen3 config with DSpark's fields at its top level
         model.safetensors   the draft's weights, without a prefix; the target's embedding and head on request
         README.md           the model card
-        calibration.json    temperatures of the confidence head, where `dspark calibrate` found some
+        calibration.json    temperatures of the confidence head, if `dspark calibrate` was run
 
-What an engine can't serve is refused before anything is written: engines load much of it without a word and
-then accept hardly any token.
+A draft that an engine can't serve is refused before anything is written. Engines load many such drafts
+without an error and then accept hardly any token.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ _BODY = (
 
 
 def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
-    """Return the values of `config.json`: none of them None, every name where both engines look for it.
+    """Return the values of `config.json`: none is None, and each has the names that both engines read.
 
     Args:
-        dtype: of the weights, a key of `DTYPES`. SGLang takes fp16 where none is named.
+        dtype: dtype of the weights, a key of `DTYPES`. Without it SGLang would load fp16.
     """
     config = draft.shape
     rope = dict(config.rope_parameters)
@@ -66,10 +66,10 @@ def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
         "architectures": config.architectures,
         "model_type": "qwen3",
         "dtype": dtype,
-        "torch_dtype": dtype,  # its name before transformers 5
+        "torch_dtype": dtype,  # name of dtype before transformers 5
         **{name: getattr(config, name) for name in _BODY},
         "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],  # and these two are the older way to say it
+        "rope_theta": rope["rope_theta"],  # the older names, with rope_scaling below
     }
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -79,7 +79,7 @@ def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
         **{name: getattr(config, name) for name in draft.kind.config_fields},
         **draft.kind.declared,
     }
-    for name in ("embedding_scale", "logit_scale"):  # no engine reads the first: for our own class
+    for name in ("embedding_scale", "logit_scale"):  # only our own class reads embedding_scale
         if scale_of(config, name) != 1:
             values[name] = getattr(config, name)
     if getattr(config, "final_logit_softcapping", None) is not None:
@@ -96,20 +96,20 @@ def export(
     dtype: str = "bfloat16",
     cache: Path | None = None,
 ) -> TrainedDraft:
-    """Write one of a run's drafts as `to` loads it, with a model card. It appears whole or not at all.
+    """Export one of a run's drafts, with a model card. The folder appears complete or not at all.
 
-    Says so on stderr if the engine serves no draft for the target, as far as is known.
+    Warns on stderr if the engine is not known to serve drafts for the target.
 
     Args:
-        folder: to be made; an empty one may be there.
-        to: `hf` takes every draft; an engine refuses what it can't serve.
+        folder: directory to make; it may exist if it is empty.
+        to: reader of the export. `hf` takes every draft; an engine refuses drafts that it can't serve.
         checkpoint: as in `train.runs.open.find_checkpoint`.
-        dtype: of the weights, a key of `DTYPES`.
-        cache: one of the target's, to bring its embedding and head along: `embed_tokens.weight` and
-            `lm_head.weight`, both `[V, H]`. Engines have them from the target.
+        dtype: dtype of the weights, a key of `DTYPES`.
+        cache: cache of the target, to include its embedding and head: `embed_tokens.weight` and
+            `lm_head.weight`, both `[V, H]`. None leaves them out; engines use the target's own.
 
     Returns:
-        What was exported.
+        The exported draft.
 
     Raises:
         UsageError: the engine can't serve the draft, the dtype can't hold it, or `folder` is not empty.
@@ -139,7 +139,7 @@ def export(
 
 
 def _card(draft: TrainedDraft, values: dict[str, Any], **parts: bool) -> str:
-    """The model card, with whatever was measured of this checkpoint."""
+    """Return the model card, with the measured figures of this checkpoint."""
     architecture = draft.target.architecture
     evaluation = read_figures(draft.folder, EVALUATION) or draft.page.progress.measured
     speculation = read_figures(draft.folder, SPECULATION)
@@ -157,12 +157,12 @@ def _card(draft: TrainedDraft, values: dict[str, Any], **parts: bool) -> str:
     except (TypeError, ValueError, KeyError, AttributeError, TemplateError) as error:
         raise RunError(
             f"the figures in {draft.folder} can't be read ({error}): remove {EVALUATION} and {SPECULATION} "
-            "there, and measure again"
+            "there and measure again"
         ) from None
 
 
 def _embeddings(draft: TrainedDraft, reader: CacheReader) -> dict[str, Tensor]:
-    """Return the target's embedding and head, two tensors of their own even where it ties them."""
+    """Return the target's embedding and head, as separate tensors even if the target ties them."""
     draft.require_target_of(reader)
     frozen = reader.frozen()
     embedding, head = (frozen[name] for name in FROZEN)
@@ -178,9 +178,10 @@ def _cast(weight: Tensor, name: str, dtype: str) -> Tensor:
 
 
 def _calibration(draft: TrainedDraft) -> dict[str, Any] | None:
-    """The confidence head's temperatures as SGLang reads them (DSparkStsCalibration in dspark_sts.py).
+    """Return the confidence head's temperatures as SGLang reads them (DSparkStsCalibration in dspark_sts.py).
 
-    One positive number a slot; of the rest only what has its types, or the server would not start.
+    There is one positive number per slot. Other values are left out unless they have the types that SGLang
+    expects, because the server would not start.
     """
     found = read_figures(draft.folder, CALIBRATION)
     if found is None:
