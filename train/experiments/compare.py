@@ -1,4 +1,4 @@
-"""Runs side by side: the settings in which they differ, and what came of each."""
+"""Compare runs: the settings that differ, and the figures of each run."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _FIGURES = ("tau", "accept_by_position", "loss", "ce_loss", "l1_loss", "confiden
 
 
 def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """One row a run, in the order given, all with the same keys and raw numbers.
+    """Return one row per run, in the given order. All rows have the same keys and raw numbers.
 
-    After `run` come the settings that are not the same everywhere, as they stand in config.toml, and the
-    fields of the cache's identity that are not, as `cache.features.context_codec`. What a run does not have
-    yet is None; so are `best_tau` and `best_step` where the best evaluation is the last one.
+    After `run` come the settings that differ between runs, as in config.toml, and the fields of the cache's
+    identity that differ, such as `cache.features.context_codec`. A figure that a run does not have yet is
+    None. `best_tau` and `best_step` are None if the best evaluation is the last one.
 
     Args:
-        runs: directories of runs, or folders of such, which stand for these sorted by name.
+        runs: directories of runs, or folders of runs, which stand for their runs sorted by name.
 
     Raises:
-        RunError: a directory that is neither, or a run that can't be read.
+        RunError: a directory is neither, or a run can't be read.
     """
     folders = run_folders(runs)
     facts = [{**_settings(run), **_cache(run)} for run in folders]
@@ -44,7 +44,7 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def run_folders(runs: Sequence[Path]) -> list[Path]:
-    """The directories of runs, each once."""
+    """Return the directories of runs, each once. Raise RunError if a path holds no run."""
     found: dict[Path, Path] = {}
     for run in runs:
         inside = (
@@ -52,7 +52,7 @@ def run_folders(runs: Sequence[Path]) -> list[Path]:
         )
         if not inside:
             raise RunError(
-                f"no run at {run}, and none in its folders: expected {run / CONFIG}; "
+                f"no run at {run} or in its folders: expected {run / CONFIG}; "
                 f"run `dspark train --run {run}` first"
             )
         for path in inside:
@@ -61,7 +61,7 @@ def run_folders(runs: Sequence[Path]) -> list[Path]:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The end of each run's path, as long as it takes to tell it from the others."""
+    """Return the shortest end of each run's path that no other path shares."""
     parts = [(run.absolute() if run.name != ".." else run.resolve()).parts for run in runs]
 
     def shortest(own: tuple[str, ...]) -> str:
@@ -74,7 +74,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """Every setting by its dotted name, "none" where it is not set, as one writes it."""
+    """Return every setting by its dotted name, "none" if it is not set, as in config.toml."""
     return {
         key: "none" if value is None else value
         for key, value in _flat(dataclasses.asdict(load_run_config(run))).items()
@@ -82,14 +82,14 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def _cache(run: Path) -> dict[str, Any]:
-    """Every field of the identity of the run's cache; empty where the run does not say."""
+    """Return every field of the identity of the run's cache; nothing if the run has no run.json."""
     if not (run / RUN).exists():
         return {}
     return _flat({"cache": dataclasses.asdict(load_run_cache(run))})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one with dotted names, tuples as lists."""
+    """Return nested tables as one table with dotted names, and tuples as lists."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -100,14 +100,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differs(key: str, facts: Sequence[dict[str, Any]]) -> bool:
-    """Whether runs disagree about a field; those that don't say anything of its table have no opinion."""
+    """Return whether a field differs between the runs that have any field of its table."""
     table = key.partition(".")[0]
     told = [row for row in facts if any(name.partition(".")[0] == table for name in row)]
     return any(row.get(key) != told[0].get(key) for row in told)
 
 
 def _figures(run: Path) -> dict[str, Any]:
-    """Return how far a run is, and how good its last evaluation says it is."""
+    """Return a run's progress and the figures of its last evaluation."""
     progress = read_progress(run) if checkpoints(run) else None
     evaluation = (progress and progress.evaluation) or {}
     best = progress and progress.best
@@ -127,7 +127,7 @@ def _figures(run: Path) -> dict[str, Any]:
 
 
 def format_json(rows: Sequence[dict[str, Any]]) -> str:
-    """A list of objects. What is no number in JSON, as the loss of a run that diverged may be, is null."""
+    """Return a JSON list of objects. Numbers that are not finite, such as a diverged loss, are null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, list):
@@ -139,7 +139,7 @@ def format_json(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def format_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """A header and a line a run; `accept_1`, `accept_2`, ... are the acceptance by position."""
+    """Return CSV: a header, then one line per run. `accept_1`, `accept_2`, ... are acceptance by position."""
     positions = max((len(row["accept_by_position"] or ()) for row in rows), default=0)
     table = []
     for row in rows:
@@ -159,7 +159,7 @@ def format_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def format_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Aligned columns for people; the best held-out tau of several is marked with a star."""
+    """Return aligned columns. With several runs, a star marks the best held-out tau."""
     settings = [key for key in rows[0] if "." in key]
     taus = [row["tau"] for row in rows if row["tau"] is not None and math.isfinite(row["tau"])]
     top = max(taus) if len(taus) > 1 else None
@@ -188,7 +188,7 @@ def format_text(rows: Sequence[dict[str, Any]]) -> str:
     ]
     if all(row["best_tau"] is None for row in rows):
         columns = [column for column in columns if column[0] != "best tau"]
-    left = {"run", "acceptance by position"}  # and settings in words
+    left = {"run", "acceptance by position"}  # and settings that are text
     left |= {key for key in settings if any(isinstance(row[key], str | list) for row in rows)}
     padded = []
     for title, cell in columns:
@@ -213,7 +213,7 @@ def _step(row: dict[str, Any]) -> str:
 
 
 def _setting(value: Any) -> str:
-    """A setting as one writes it, without quotes; of a hash its beginning."""
+    """Return a setting as in config.toml, without quotes; a hash is shortened."""
     if isinstance(value, str):
         return value[:12] if re.fullmatch(r"[0-9a-f]{64}", value) else value
     return "" if value is None else json.dumps(value)
@@ -224,10 +224,10 @@ def _digits(value: float | None, places: int) -> str:
 
 
 def parameter_count(count: int | None) -> str:
-    """A number of parameters for people."""
+    """Return a number of parameters as short text, such as 1.5M."""
     if count is None:
         return ""
     for unit, one in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= 0.9995 * one:  # which three digits round up to one
+        if count >= 0.9995 * one:  # rounds to 1 with three digits
             return f"{count / one:.3g}{unit}"
     return str(count)
