@@ -211,7 +211,9 @@ def test_rotary_positions_that_a_config_does_not_name(
 def test_a_run_that_nothing_can_measure(tmp_path: Path, cache_dir: Path, released: Path) -> None:
     arguments = ["import", released, "--cache", cache_dir, "--run", tmp_path / "run"]
     result = run_cli(*arguments, "--set", "train.held_out=0.0001")
-    assert_refused(result, 2, "leaves no sample held out of the cache's 40", "set the share with --set train.held_out=")
+    assert_refused(
+        result, 2, "leaves no sample held out of the cache's 40", "set the share with --set train.held_out="
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -131,7 +131,7 @@ def _check_split(reader: CacheReader, config: RunConfig) -> None:
 
 
 def _check_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    """Check that weights are finite and of a known dtype. Raise RunError naming the tensor if not."""
+    """Check that weights are finite and of a known dtype. Raise RunError naming the tensor."""
     for name in sorted(weights.keys() - {*FROZEN}):
         if weights[name].dtype not in _DTYPES:
             kind = str(weights[name].dtype).removeprefix("torch.")
