@@ -190,7 +190,7 @@ def test_lost_figures_are_said(tmp_path: Path, cache_dir: Path) -> None:
 def test_what_only_looks_left_over_is_not_removed(tmp_path: Path, cache_dir: Path) -> None:
     (tmp_path / "home" / ".thesis.partial").mkdir(parents=True)
     result = run_cli(*train_arguments(cache_dir, tmp_path / "home"))
-    assert_refused(result, 1, "is no run")
+    assert_refused(result, 1, "is not a run")
     run_ok(*train_arguments(cache_dir, tmp_path / "run", **SHORT))
     (tmp_path / "run" / ".thesis.partial").mkdir()
     run_ok(*train_arguments(cache_dir, tmp_path / "run", **SHORT))
