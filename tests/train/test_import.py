@@ -278,7 +278,7 @@ def test_both_names_of_its_class(tmp_path: Path, cache_dir: Path, released: Path
         ({"target_layer_ids": "all"}, 2, ["config.json.draft.target_layer_ids"]),
         ({"target_layer_ids": []}, 2, ["at least one layer"]),
         ({"target_layer_ids": [0, 2]}, 1, ["fc.weight", "is of shape [32, 96], expected [32, 64]"]),
-        ({"mask_token_id": 325}, 2, ["mask_token_id must be below the vocabulary size 325, got 325"]),
+        ({"mask_token_id": 325}, 2, ["mask_token_id must be in [0, 325), the vocabulary, got 325"]),
         ({"mask_token_id": "320"}, 2, ["config.json.draft.mask_token_id"]),
         (
             {"vocab_size": 999},

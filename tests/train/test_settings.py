@@ -30,7 +30,7 @@ from train.trainer.setup import most_candidates
         ("draft.markov_head=fancy", 2, ["vanilla, gated, rnn, none", "'fancy'"]),
         ("draft.markov_rank=0", 2, ["markov_rank", "none"]),
         ("draft.markov_head=none", 2, ["confidence_with_markov", "confidence_head to false"]),
-        ("draft.mask_token_id=999", 2, ["mask_token_id must be below", "size 325, got 999"]),
+        ("draft.mask_token_id=999", 2, ["draft.mask_token_id", "[0, 325)", "got 999"]),
         ("draft.target_layer_ids=[0,3]", 1, ["holds layers [0, 2, 4]", "asks for 3", "--layers"]),
         ("draft.target_layer_ids=[4,0]", 2, ["strictly increasing"]),
         ("draft.init_from=nowhere", 1, ["init_from", "no draft at nowhere", "safetensors"]),

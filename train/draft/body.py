@@ -65,7 +65,7 @@ def mask_token_id(draft: DraftConfig, manifest: Manifest) -> int:
     token, vocab = draft.mask_token_id, manifest.identity.target.vocab_size
     token = default_mask_token_id(manifest) if token is None else token
     if not 0 <= token < vocab:
-        raise ConfigError(f"draft.mask_token_id must be below the vocabulary size {vocab}, got {token}")
+        raise ConfigError(f"draft.mask_token_id must be in [0, {vocab}), the vocabulary, got {token}")
     return token
 
 

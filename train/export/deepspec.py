@@ -142,8 +142,8 @@ def _check_weights(weights: dict[str, Tensor], folder: Path) -> None:
             )
         if not torch.isfinite(weights[name].float()).all():
             raise RunError(
-                f"{_ASKER}: {name} of {folder} is not finite in float32: the file is damaged, or its training "
-                "diverged; import another draft"
+                f"{_ASKER}: {name} of {folder} is not finite in float32: the file is damaged, or its "
+                "training diverged; import another draft"
             )
 
 
