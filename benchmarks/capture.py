@@ -1,9 +1,9 @@
-"""The whole capture against the bare forward of the target's backbone over the same batches.
+"""Compare the time of a whole capture with the bare forward of the target's backbone over the same batches.
 
     python benchmarks/capture.py                    # SmolLM2-135M's shape on the CPU, Qwen3-4B's on a GPU
 
-Weights are random and conversations are random tokens of log-normal lengths: speed depends on neither. Both
-ways run in turn, several times, in one process; read the ratio. The capture writes to a temporary directory.
+Weights are random, and conversations are random tokens of log-normal lengths: speed depends on neither. Both
+run in turn, several times, in one process; read the ratio. The capture writes to a temporary directory.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ QWEN3_4B = {
     "head_dim": 128,
     "vocab_size": 151936,
 }
-# Shape, samples, longest, mean of the lengths' logarithm, tokens of a batch and of a shard, rounds.
+# Name, shape, samples, longest, mean of the lengths' logarithm, tokens per batch and per shard, rounds.
 CPU = ("SmolLM2-135M shape fp32", SMOLLM2, 64, 512, 4.8, 2048, 4096, 3)
 GPU = ("Qwen3-4B shape bf16", QWEN3_4B, 400, 4096, 6.55, 16384, 32768, 3)
 
 
 def make_target(folder: Path, shape: dict[str, int], device: torch.device) -> Path:
-    """A random Qwen3 of `shape`, with a tokenizer that is never asked for more than its name."""
+    """Save a random Qwen3 of `shape`, with a tokenizer that encodes nothing. Return the folder."""
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="a")
@@ -79,7 +79,7 @@ def make_target(folder: Path, shape: dict[str, int], device: torch.device) -> Pa
 
 
 def make_data(path: Path, samples: int, longest: int, mean_log: float) -> Path:
-    """Samples of random tokens, the latter half supervised."""
+    """Write samples of random tokens, with the second half supervised. Return the path."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(mean_log, 0.8, samples), 16, longest).astype(int)
     with path.open("w") as file:
@@ -97,7 +97,7 @@ def synchronise(device: torch.device) -> None:
 
 @torch.no_grad()
 def bare_seconds(target: HFDSparkTargetModel, prepared: PreparedCapture) -> float:
-    """The backbone's forward over every batch of the plan, and nothing else."""
+    """Return the seconds of the backbone's forward over all batches of the plan."""
     device, decoder = input_device(target.model), find_decoder(target.model)
     order = prepared.batching.order
     batches = [
@@ -153,7 +153,7 @@ def main() -> None:
         prepared = prepare(options)
         case = f"{case}, {options.context_codec}+{options.last_codec}"
         target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
-        bare_seconds(target, prepared)  # to warm up
+        bare_seconds(target, prepared)  # warm-up
         bare, whole, steps = [], [], {}
         for i in range(rounds):
             bare.append(bare_seconds(target, prepared))

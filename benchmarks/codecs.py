@@ -1,36 +1,38 @@
-"""What each codec costs and keeps, on real activations, and how fast it is.
+"""Measure the size, error and speed of each codec, on real activations.
 
     python benchmarks/codecs.py                                # speed, and quality on the example's target
-    python benchmarks/codecs.py --target DIR [--gguf-file F]   # quality on another one
+    python benchmarks/codecs.py --target DIR [--gguf-file F]   # quality on another target
 
-For each codec: bits a value; the relative error of held-out rows; ridge probes; the teacher's total
+For each codec: bits per value; the relative error of held-out rows; ridge probes; the teacher's total
 variation with the codec for the last hidden state; GB/s of bf16 decoded and encoded.
 
-A probe asks what a draft would lose: it predicts the last hidden state at an anchor from the context
-features at the position before it and the anchor's embedding, by ridge regression on ENCODED features, and is
-evaluated on RAW ones, as a served draft is: the figure is the total variation between the prediction's
-next-token distribution and the target's own. Statistics, probe and figures come from three separate sets of
-samples.
+A probe estimates what a draft would lose. It predicts the last hidden state at an anchor from the context
+features at the position before it and the anchor's embedding. It is a ridge regression, fitted on ENCODED
+features and evaluated on RAW ones, as a served draft is. Its figure is the total variation between the
+prediction's next-token distribution and the target's own. Statistics, probe and figures come from three
+separate sets of samples.
 
 A probe's only defence against noise is its ridge, so there are two: one of 0.3 of the mean diagonal, and a
-light one of 0.001, which serves raw features better (of six tried it was best) and leans on directions that
-hardly vary, where a codec's noise is largest beside the signal. Which of them a draft resembles is what
-quality.py measures.
+light one of 0.001. The light one serves raw features better (the best of six tried), but it relies on
+directions with little variance, where a codec's noise is largest relative to the signal. quality.py measures
+which of them a draft resembles.
 
-Position 0 of a sample is left out: its states are hundreds of times larger in a few channels, which decide
-the relative error of the row, and are the same whatever the sample says.
+Position 0 of a sample is left out. Its states are hundreds of times larger in a few channels, which decide
+the relative error of the row, and they are the same in every sample.
 
-What was tried beside the codecs, on the same rows of SmolLM2-135M-Instruct, and left out:
+Tried in addition to the codecs, on the same rows of SmolLM2-135M-Instruct, and dropped:
 
-- A lossless code, measured below as `planes`: exponents apart from the rest, compressed by zstd for 128 rows
-  at a time, so that a sample can be read alone. It saves a third; a core decodes slower than a disk reads.
-- int8 for the teacher with steps weighted by the head's Fisher information F, deviation^(1-a) * F^(-a/2):
-  total variation 0.0074 at a = 0 (plain int8), 0.0075 at 0.25, 0.0091 at 0.5. Decoding to bf16 is what is
-  left: in fp32 it is 0.0072, then 0.0067 at a = 0.15 and 0.0073 at 0.25. Four bits gain from it (0.082,
-  0.075, 0.074) and remain ten times too coarse for a teacher.
-- nf4 with the best of three or of seven scales a group: relative error 6.2% and 6.1% for 6.4%, encoded at a
-  third or less of the speed.
-- lm3 without its second table, which has a zero: relative error 12.8% for 12.4%, and outlier rows inexact.
+- A lossless code, measured below as `planes`: exponents separate from the rest, compressed by zstd for 128
+  rows at a time, so that a sample can be read alone. It saves a third, but a core decodes slower than a disk
+  reads.
+- int8 for the teacher with quantisation intervals weighted by the head's Fisher information F,
+  deviation^(1-a) * F^(-a/2): total variation 0.0074 at a = 0 (plain int8), 0.0075 at 0.25, 0.0091 at 0.5.
+  Decoding to bf16 limits it: decoded to fp32 it is 0.0072, then 0.0067 at a = 0.15 and 0.0073 at 0.25. Four
+  bits gain from it (0.082, 0.075, 0.074) and remain ten times too coarse for a teacher.
+- nf4 with the best of three or of seven scales per group: relative error 6.2% and 6.1% instead of 6.4%,
+  encoded at a third of the speed or less.
+- lm3 without its second table, which has a zero: relative error 12.8% instead of 12.4%, and inexact outlier
+  rows.
 """
 
 from __future__ import annotations
@@ -70,14 +72,14 @@ from pipeline.target_model.options import TargetOptions
 
 STATISTICS_TOKENS, TRAIN_TOKENS, TEST_TOKENS = 5000, 30000, 4000
 LOSSLESS_ROWS = 128
-# Logits of which distributions are compared: all rows of SmolLM2, every fourth of a vocabulary of 262,144.
+# Maximum of compared logits: all rows of SmolLM2, every fourth row for a vocabulary of 262,144.
 MAX_LOGITS = 2**28
-# Shares of the mean diagonal.
+# Ridges, as shares of the mean diagonal.
 RIDGES = {"ridge probe TV": 0.3, "light ridge probe TV": 1e-3}
 
 
 def options(target: str | None, gguf_file: str | None, folder: Path) -> CaptureOptions:
-    """The example's conversations, through the target's chat template; as plain text where it has none."""
+    """Return options for the example's conversations, as plain text if the target has no chat template."""
     from capture.example import EXAMPLE_DATA
     from pipeline.target_model.load import open_target
 
@@ -94,18 +96,18 @@ def options(target: str | None, gguf_file: str | None, folder: Path) -> CaptureO
 
 @dataclass
 class Rows:
-    """States of one set of samples. R rows in all, position 0 of every sample left out."""
+    """States of one set of samples: R rows in total, without position 0 of each sample."""
 
     context: list[Tensor]
-    """Of each layer, `[R, H]` fp32."""
+    """Context features of each layer, `[R, H]` fp32."""
     last_hidden: Tensor  # [R, H] fp32
     embedding: Tensor  # [R, H] fp32, of the row's own token
-    follows: Tensor  # [R] bool: whether the row before is the position before
+    follows: Tensor  # [R] bool, True if the previous row is the previous position
 
 
 @torch.no_grad()
 def activations(target: HFDSparkTargetModel, prepared: PreparedCapture, picks: np.ndarray) -> Rows:
-    """Run the target over some samples, one by one."""
+    """Return the target's states of some samples, run one by one."""
     context: list[list[Tensor]] = [[] for _ in prepared.layer_ids]
     last, embedding, follows = [], [], []
     embed = target.get_input_embeddings().weight
@@ -123,7 +125,7 @@ def activations(target: HFDSparkTargetModel, prepared: PreparedCapture, picks: n
 
 
 def pick(lengths: np.ndarray, tokens: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first samples of `order` that have so many tokens, and the others."""
+    """Split `order` into its first samples that together have more than `tokens` tokens, and the others."""
     count = int(np.searchsorted(np.cumsum(lengths[order]), tokens)) + 1
     return order[:count], order[count:]
 
@@ -135,7 +137,7 @@ def statistics_of(rows: Tensor) -> Statistics:
 
 
 def through(codec: Codec, rows: Tensor, statistics: Statistics) -> Tensor:
-    """Rows encoded and decoded, `[R, H]` bf16."""
+    """Return rows encoded and decoded, `[R, H]` bf16."""
     out = torch.empty(rows.shape, dtype=torch.bfloat16)
     codec.decode(codec.encode(rows, statistics), out, statistics)
     return out
@@ -153,7 +155,7 @@ class Probe:
         self._embedding = rows.embedding / rows.embedding.std()
 
     def inputs(self, context: list[Tensor]) -> Tensor:
-        """`[R', L*H + H + 1]` for the rows that have a row before."""
+        """Return inputs `[R', L*H + H + 1]` of the rows that follow their previous position."""
         scaled = [(c.float() - s.mean) / s.deviation for c, s in zip(context, self._scale, strict=True)]
         before = torch.cat(scaled, dim=1)[:-1][self._follows[1:]]
         here = self._embedding[1:][self._follows[1:]]
@@ -164,7 +166,7 @@ class Probe:
 
 
 def fit(inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:
-    """Weights of each probe, `[L*H + H + 1, H]`."""
+    """Return the weights of each probe, `[L*H + H + 1, H]`."""
     square, product = (inputs.T @ inputs).double(), (inputs.T @ outputs).double()
     weights = {}
     for name, ridge in RIDGES.items():
@@ -174,7 +176,7 @@ def fit(inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:
 
 
 def variation(head: Tensor, identity: Identity, one: Tensor, other: Tensor) -> float:
-    """The mean of `teacher_variation`, some rows at a time."""
+    """Return the mean of `teacher_variation`, computed in parts to save memory."""
     pairs = zip(one.split(256), other.split(256), strict=True)
     return torch.cat([teacher_variation(head, identity, a, b) for a, b in pairs]).mean().item()
 
@@ -186,7 +188,7 @@ def gigabytes_per_second(work: Callable[[], object], values: int) -> float:
 
 
 def speed_rows() -> list[tuple[str, str, float, str]]:
-    """Encode and decode at Qwen3-4B's width, into reused buffers."""
+    """Measure encoding and decoding at Qwen3-4B's width. Decoding reuses its output buffer."""
     rows, width = 4096, 2560
     generator = torch.Generator().manual_seed(0)
     values = (torch.randn(rows, width, generator=generator) * 3).bfloat16()
@@ -207,7 +209,7 @@ ZSTD = pa.Codec("zstd", compression_level=1)
 
 
 def split_planes(rows: np.ndarray) -> tuple[pa.Buffer, np.ndarray]:
-    """bf16 rows as uint16 into their exponents, compressed, and their signs and mantissas, a byte each."""
+    """Split bf16 rows, given as uint16, into compressed exponents and one byte each of sign and mantissa."""
     turned = rows << 1 | rows >> 15  # the sign joins the mantissa
     return ZSTD.compress((turned >> 8).astype(np.uint8)), turned.astype(np.uint8)
 
@@ -245,7 +247,7 @@ def quality_rows(prepared: PreparedCapture) -> list[tuple[str, str, float, str]]
     first, train, test = sets
     scale = [statistics_of(rows) for rows in first.context]
     last_scale = statistics_of(first.last_hidden)
-    # What bf16 stores is what every codec is compared with.
+    # Every codec is compared with bf16.
     raw, raw_test = ([rows.bfloat16() for rows in each.context] for each in (train, test))
     head = target.get_output_embeddings().weight.float().cpu()
     vary = partial(variation, head, prepared.identity)
@@ -259,7 +261,7 @@ def quality_rows(prepared: PreparedCapture) -> list[tuple[str, str, float, str]]
         case = f"{codec.name} {facts.name}"
         try:
             stored = [through(codec, rows, s) for rows, s in zip(raw, scale, strict=True)]
-        except CacheError as error:  # fp16, of a target with large states
+        except CacheError as error:  # fp16 refuses targets with large states
             tqdm.write(f"{case}: refused, {error}")
             continue
         errors = [

@@ -1,9 +1,9 @@
-"""What first weights by ridge regression are worth: the example's draft from both beginnings.
+"""Measure the gain of initial weights by ridge regression on the example's draft.
 
     python benchmarks/initialise.py --cache caches/example    # about 25 minutes on two CPU cores
 
-Drafts of one seed see the same batches in the same order. Each number of steps is a run of its own, because
-the learning rate falls over the whole of it.
+Drafts of one seed see the same batches in the same order. Each number of steps is a separate run, because the
+learning rate's schedule spans the whole run.
 """
 
 from __future__ import annotations
@@ -33,9 +33,16 @@ def held_out_tau(folder: Path, cache: Path, init: str, steps: int, seed: int) ->
     run = folder / f"{init}-{steps}-{seed}"
     settings = {"draft.init": init, "train.max_steps": steps, "train.eval_every": 0, "train.seed": seed}
     dspark(
-        *("train", "--cache", cache, "--config", ROOT / "configs/example.toml", "--run", run),
+        "train",
+        "--cache",
+        cache,
+        "--config",
+        ROOT / "configs/example.toml",
+        "--run",
+        run,
         *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")),
-        *("--device", "cpu"),
+        "--device",
+        "cpu",
         threads=1,
     )
     return json.loads((run / "latest" / "training.json").read_text())["progress"]["evaluation"]["tau"]

@@ -1,21 +1,21 @@
-"""Reading a cache for training: its speed, what it reads, its memory, and NVIDIA's reader beside it.
+"""Measure reading a cache for training: speed, bytes read and memory, compared with NVIDIA's reader.
 
     python benchmarks/loader.py               # makes a cache of more than 2 GB in a temporary directory
-    python benchmarks/loader.py --keep DIR    # makes it there and keeps it, or reads what an earlier run kept
+    python benchmarks/loader.py --keep DIR    # keeps the cache in DIR, and reuses it in later runs
     pip install --no-deps nemo-automodel==0.7.0                   # first, for the part about NVIDIA's reader
 
-The features are noise: how fast they are read does not depend on what they say. GB/s are of the states' bytes
-as bf16, whatever they are stored as. A plain copy is one of as many bytes of memory, to memory as large as a
-batch, in turn with the passes over the cache, so that a noisy machine hits both alike.
+The features are noise, because speed does not depend on their values. GB/s count the states' bytes as bf16,
+however they are stored. A plain copy copies the same number of bytes from memory to memory of a batch's size.
+It runs in turn with the passes over the cache, so that noise of the machine affects both equally.
 
-Cold means that no page of the shards is in the page cache, which mincore confirms before each such pass; what
-is there after it is what was read. The memory of a pass is how far the process's resident bytes, mapped pages
-among them, rise above what they were before the first batch; whoever takes the batches waits after each until
-those ahead of it are ready, which is when most of them are in memory.
+Cold means that no page of the shards is in the page cache, which mincore confirms before each such pass. The
+pages in it after the pass are those that were read. The memory of a pass is the rise of the process's peak
+resident bytes, including mapped pages, above those before the first batch. The consumer waits after each
+batch until the batches ahead are ready, when most of them are in memory.
 
-NVIDIA's reader has a process of its own, without the settings that training here makes; the better of its two
-batch sizes counts. It reads in that process, as by default: with two workers it took twice as long. Tokens
-are the samples' own, without the padding.
+NVIDIA's reader runs in a separate process, without the memory settings of training here. The better of its
+two batch sizes is compared. It reads in that process, its default: with two workers it took twice as long.
+Tokens are those of the samples, without padding.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ BATCH_TOKENS, ANCHORS, MAX_LENGTH = 4096, 512, 4096
 SUBSET = (9, 25)  # two of the five layers
 ROUNDS, COLD_ROUNDS = 7, 3
 CPU = torch.device("cpu")
-# NVIDIA's reader: how many of the samples it gets, how many a shard holds, and its batch sizes.
+# NVIDIA's reader: number of samples, samples per shard, and batch sizes.
 THEIR_SAMPLES, THEIR_SHARD, THEIR_BATCHES = 48, 16, (1, 2)
 PACKAGE, MODULE = "nemo_automodel", "components.datasets.llm.dspark_cache"
 
 
 def make_identity(content: str) -> Identity:
-    """A target of H=1024 with five captured layers, stored as they are; `content` is the data's hash."""
+    """Return the identity of a bf16 cache: H=1024, five captured layers. `content` is the data's hash."""
     large = identity(SHARD_TOKENS)
     target = replace(large.target, name="noise", hidden_size=HIDDEN, num_layers=36, vocab_size=VOCAB)
     return replace(large, target=target, data=replace(large.data, sha256=content))
 
 
 def make_tokens() -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids and loss masks, log-normal lengths: every other sample has two turns, 60% are supervised."""
+    """Make token ids and loss masks of log-normal lengths, 60% supervised, every other with two turns."""
     rng, samples, size = np.random.default_rng(0), [], 0
     while size < CACHE_BYTES:
         length = int(np.clip(rng.lognormal(6.5, 0.8), 16, MAX_LENGTH))
@@ -95,7 +95,7 @@ def make_tokens() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def make(path: Path) -> Path:
-    """Write the cache, unless it is there."""
+    """Write the cache, or what is missing of it. Return its path."""
     samples = make_tokens()
     facts = SampleFacts(
         sample_ids=np.frombuffer(b"".join(sample_id(*s) for s in samples), dtype=np.uint8).reshape(-1, 16),
@@ -129,14 +129,14 @@ def shards_of(path: Path) -> list[Path]:
 
 
 def cached_bytes(path: Path) -> int:
-    """How much of a cache's shards is in the page cache, by mincore."""
+    """Return the bytes of a cache's shards that are in the page cache, by mincore."""
     total = 0
     for shard in shards_of(path):
         with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as data:
             pages = (ctypes.c_ubyte * -(-len(data) // mmap.PAGESIZE))()
             place = ctypes.c_char.from_buffer(data)
             address, length = ctypes.c_void_p(ctypes.addressof(place)), ctypes.c_size_t(len(data))
-            del place  # a map with views of it can't be closed
+            del place  # a map can't be closed while a view exists
             if ctypes.CDLL(None, use_errno=True).mincore(address, length, pages):
                 raise OSError(ctypes.get_errno(), "mincore", str(shard))
             total += int((np.frombuffer(pages, dtype=np.uint8) & 1).sum()) * mmap.PAGESIZE
@@ -144,7 +144,7 @@ def cached_bytes(path: Path) -> int:
 
 
 def drop_cached(path: Path) -> None:
-    """Take a cache's shards out of the page cache. No reader may be open: mapped pages stay."""
+    """Drop a cache's shards from the page cache. No reader may be open, because mapped pages stay."""
     gc.collect()
     for shard in shards_of(path):
         descriptor = os.open(shard, os.O_RDONLY)
@@ -153,7 +153,7 @@ def drop_cached(path: Path) -> None:
         os.close(descriptor)
     left = cached_bytes(path)
     if left > 2**20:
-        raise SystemExit(f"{left} bytes of {path} stay in the page cache: nothing cold can be measured here")
+        raise SystemExit(f"{left} bytes of {path} stay in the page cache: cold reads can't be measured here")
 
 
 def warm(path: Path) -> None:
@@ -167,7 +167,7 @@ def warm(path: Path) -> None:
 def one_pass(
     reader: CacheReader, layers: Sequence[int], samples: int | None = None, wait: float = 0, epochs: int = 1
 ) -> float:
-    """Seconds an epoch to take every batch of the first samples, dropping each as the next comes."""
+    """Return the seconds per epoch of reading the first samples (None: all), batch by batch."""
     order = [
         pack for e in range(epochs) for pack in epoch_packs(reader.lengths[:samples], BATCH_TOKENS, 0, e)
     ]
@@ -179,7 +179,7 @@ def one_pass(
 
 
 def state_bytes(reader: CacheReader, layers: Sequence[int]) -> int:
-    """Bytes of a cache's states as bf16."""
+    """Return the bytes of a cache's states as bf16."""
     rows = len(layers) * int(reader.lengths.sum()) + sum(map(reader.num_last_rows, range(len(reader))))
     return 2 * HIDDEN * rows
 
@@ -189,7 +189,7 @@ def batch_bytes(layers: Sequence[int]) -> int:
 
 
 def copier(layers: Sequence[int], total: int) -> Callable[[], float]:
-    """How long it takes to copy as many bytes, that lie in memory once each, to the memory of a batch."""
+    """Return a function that times copying `total` bytes to memory of a batch's size."""
     source = torch.ones(total // 2, dtype=torch.bfloat16)
     out = torch.zeros(batch_bytes(layers) // 2, dtype=torch.bfloat16)
 
@@ -203,7 +203,7 @@ def copier(layers: Sequence[int], total: int) -> Callable[[], float]:
 
 
 def medians(rounds: int, *ways: Callable[[], float]) -> list[float]:
-    """The median seconds of each, run in turn; a first round warms up."""
+    """Return the median seconds of each function, run in turn after a warm-up round."""
     times = [[way() for way in ways] for _ in range(rounds + 1)][1:]
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
@@ -212,7 +212,7 @@ Row = tuple[str, str, float, str]
 
 
 def warm_rows(case: str, path: Path, bar: str = "") -> list[Row]:
-    """Speed from the page cache, beside a plain copy."""
+    """Measure the speed from the page cache, compared with a plain copy."""
     warm(path)
     reader = CacheReader(path)
     layers, tokens = reader.layer_ids, int(reader.lengths.sum())
@@ -227,7 +227,7 @@ def warm_rows(case: str, path: Path, bar: str = "") -> list[Row]:
 
 
 def cold_rows(case: str, path: Path) -> list[Row]:
-    """Speed from storage, and what two layers take of it, in MB that came into the page cache."""
+    """Measure the speed from storage, and the MB read into the page cache, for all and for two layers."""
     rows = []
     every = CacheReader(path).layer_ids
     for name, layers in ((f"{case}, cold", every), (f"{case}, cold, two layers", SUBSET)):
@@ -239,7 +239,7 @@ def cold_rows(case: str, path: Path) -> list[Row]:
             size, tokens = state_bytes(reader, layers), int(reader.lengths.sum())
             del reader
             read = cached_bytes(path)
-        seconds, needed = statistics.median(times), size + 5 * tokens  # ids are 4 bytes a token, the mask 1
+        seconds, needed = statistics.median(times), size + 5 * tokens  # ids: 4 bytes per token, mask: 1
         rows += [
             (name, "read", size / seconds / 1e9, "GB/s of bf16"),
             (name, "read", tokens / seconds, "tokens/s"),
@@ -258,25 +258,25 @@ def _memory(path: Path, queue: multiprocessing.Queue) -> None:
     reuse_freed_memory()
     reader = CacheReader(path)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     one_pass(reader, reader.layer_ids, wait=0.1)
     queue.put(_status("VmHWM") - before)
 
 
 def memory_rows(case: str, path: Path) -> list[Row]:
-    """The memory of a warm pass, in a process of its own."""
+    """Measure the memory of a warm pass, in a separate process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_memory, args=(path, queue))
     process.start()
-    peak = queue.get(timeout=600)  # or whoever measures has died
+    peak = queue.get(timeout=600)  # a timeout means that the process died
     process.join()
     bar = 2 * batch_bytes(CacheReader(path).layer_ids) + 200 * 10**6
     return [(f"{case}, warm", "memory", peak / 1e6, f"MB (bar: below {bar / 1e6:.0f})")]
 
 
 def nvidia_module() -> types.ModuleType:
-    """NVIDIA's reader, without running its package's own imports, which want much more than it needs."""
+    """Import NVIDIA's reader without its package's own imports, which need many more dependencies."""
     root = Path(importlib.util.find_spec(PACKAGE).submodule_search_locations[0])
     *folders, _ = MODULE.split(".")
     for depth in range(len(folders) + 1):
@@ -287,7 +287,7 @@ def nvidia_module() -> types.ModuleType:
 
 
 def make_theirs(theirs: types.ModuleType, path: Path, reader: CacheReader) -> None:
-    """The first samples as NVIDIA's writer lays them out, each padded, unless they are there."""
+    """Write the first samples with NVIDIA's writer, each padded, unless they exist."""
     if (path / "manifest.json").exists():
         return
     path.mkdir(parents=True, exist_ok=True)
@@ -329,7 +329,7 @@ def make_theirs(theirs: types.ModuleType, path: Path, reader: CacheReader) -> No
 
 
 def _theirs(path: Path, connection: Connection) -> None:
-    """For each batch size that is asked for, send the seconds of an epoch."""
+    """Send the seconds of an epoch for each batch size received."""
     build = nvidia_module().build_cached_dspark_dataloader
     loaders = {n: build(cache_dir=str(path), batch_size=n, shuffle=True) for n in THEIR_BATCHES}
     while (size := connection.recv()) is not None:
@@ -340,14 +340,14 @@ def _theirs(path: Path, connection: Connection) -> None:
 
 
 def nvidia_rows(case: str, path: Path, theirs_at: Path) -> list[Row]:
-    """Our reader and NVIDIA's on the same samples, warm, in turn."""
+    """Measure our reader and NVIDIA's on the same samples, warm, in turn."""
     reader = CacheReader(path)
     make_theirs(nvidia_module(), theirs_at, reader)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_theirs, args=(theirs_at, there))
     process.start()
-    there.close()  # so that its end shows here
+    there.close()  # so that the end of the process closes the pipe
 
     def their_pass(size: int) -> float:
         here.send(size)

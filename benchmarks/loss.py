@@ -1,12 +1,12 @@
-"""The chunked loss against its definition and NVIDIA's published one: time and extra peak memory.
+"""Compare the chunked loss with its definition and NVIDIA's published loss: time and extra peak memory.
 
     python benchmarks/loss.py                  # the example's shape on the CPU, Qwen3-4B's on a GPU
     python benchmarks/loss.py --device cpu
 
-Each way goes from block states, Markov latents and teacher states to a loss and its gradients, products with
-the vocabulary included, as its own trainer does; the head is frozen. All take their turn in every round of
-one process, so a noisy machine hits them alike; read the ratios, medians over the rounds. Before anything is
-timed, losses and gradients are checked to be the same.
+Each implementation computes a loss and its gradients from block states, Markov latents and teacher states, as
+in its own trainer, including the products with the vocabulary. The head is frozen. All run in turn in each
+round of one process, so that noise of the machine affects them equally. Read the ratios, which are medians
+over the rounds. Losses and gradients are checked to be the same before any timing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ INSTALL = "pip install --no-deps nemo-automodel==0.7.0"
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, and how it is run."""
+    """Shape and numeric settings of a comparison."""
 
     name: str
     blocks: int
@@ -52,13 +52,13 @@ class Case:
     vocab: int
     rank: int
     dtype: torch.dtype = torch.float32
-    """What the operands are held in."""
+    """Dtype of the operands."""
     autocast: bool = False
-    """Whether products are bf16 nevertheless."""
+    """Compute products in bf16, whatever the dtype."""
     reuse: bool = False
-    """Whether glibc keeps freed memory, as it does in this project's training on a CPU."""
+    """Let glibc keep freed memory, as this project's training on a CPU does."""
     tolerance: float = 1e-4
-    """By how much a gradient may differ from the definition's, relative to its norm."""
+    """Largest difference of a gradient from the definition's, relative to its norm."""
 
     def __str__(self) -> str:
         shape = f"N={self.blocks} K={self.size} H={self.hidden} V={self.vocab} R={self.rank}"
@@ -66,7 +66,7 @@ class Case:
 
 
 EXAMPLE, QWEN3_4B = (128, 7, 576, 49152, 64), (512, 7, 2560, 151936, 256)
-# In bf16 the signs of L1's gradient flip where draft and teacher are nearly alike, hence the tolerance.
+# In bf16, signs of L1's gradient flip where draft and teacher are nearly equal, hence the tolerance.
 CASES = {
     "cpu": [Case("fp32", *EXAMPLE), Case("fp32, freed memory kept", *EXAMPLE, reuse=True)],
     "cuda": [
@@ -79,7 +79,7 @@ ROUNDS = {"cpu": 7, "cuda": 20}
 
 @dataclass
 class Inputs:
-    """What every way starts from. M = N*K slots, U positions that they share."""
+    """Inputs of all implementations: M = N*K slots, U positions that they share."""
 
     hidden: Tensor  # [M, H]
     latent: Tensor  # [U, R], the rows of W1
@@ -95,7 +95,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """N anchors among twice as many candidates of a sequence: their blocks overlap, as in training."""
+    """Make N anchors among twice as many candidates of a sequence. Their blocks overlap, as in training."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -121,7 +121,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def definition(x: Inputs) -> Tensor:
-    """`losses/slots.py`, on logits as `Qwen3DSparkModel.forward` makes them."""
+    """Compute the loss by `losses/slots.py`, on logits as in `Qwen3DSparkModel.forward`."""
     logits = head_logits(x.hidden, x.head) + at_least_fp32(F.linear(x.latent[x.which], x.w2))
     with torch.no_grad():
         teacher = head_logits(x.teacher[x.which], x.head)
@@ -130,7 +130,7 @@ def definition(x: Inputs) -> Tensor:
 
 
 def ours(x: Inputs) -> Tensor:
-    """`losses/fused.py`, as `DSparkTrainerModule` calls it."""
+    """Compute the loss by `losses/fused.py`, called as in `DSparkTrainerModule`."""
     weights = supervised_weights(x.mask, GAMMA)
     operands = SlotOperands(
         hidden=x.hidden,
@@ -147,16 +147,16 @@ def ours(x: Inputs) -> Tensor:
 
 
 def load_nvidia() -> Callable[[Inputs], Tensor] | None:
-    """NVIDIA's loss, unchanged, on logits as its Qwen3 draft makes them; None where it is not installed.
+    """Return NVIDIA's unchanged loss, on logits as its Qwen3 draft makes them; None if it is not installed.
 
-    Its terms are this project's: L1 is not halved and the weights are the same. It divides by the sum of the
-    weights plus 1e-6, which fp32 does not see. Without confidence logits that term is left out, as in the
-    other ways: it has nothing to do with the vocabulary.
+    It has the terms of this project: L1 is not halved and the weights are the same. It divides by the sum of
+    the weights plus 1e-6, which is lost in fp32 rounding. All implementations leave out the confidence term,
+    which does not involve the vocabulary.
     """
     spec = importlib.util.find_spec("nemo_automodel")
     if spec is None or spec.origin is None:
         return None
-    # Their packages import models and a trainer's dependencies; these two files need torch alone.
+    # NVIDIA's packages import models and a trainer's dependencies; these two files need only torch.
     package = ModuleType("nvidia_dspark")
     package.__path__ = [str(Path(spec.origin).parent / "components/speculative/dspark")]
     sys.modules[package.__name__] = package
@@ -191,7 +191,7 @@ def load_ways() -> dict[str, Callable[[Inputs], Tensor]]:
 
 
 def step(way: Callable[[Inputs], Tensor], x: Inputs, case: Case) -> float:
-    """A loss with its gradients, which replace the last step's."""
+    """Compute a loss and its gradients, which replace the previous ones. Return the loss."""
     for tensor in x.trained():
         tensor.grad = None
     with torch.autocast(x.hidden.device.type, dtype=torch.bfloat16, enabled=case.autocast):
@@ -201,7 +201,7 @@ def step(way: Callable[[Inputs], Tensor], x: Inputs, case: Case) -> float:
 
 
 def check(ways: dict[str, Callable[[Inputs], Tensor]], x: Inputs, case: Case) -> None:
-    """Every way gives the definition's loss and gradients: the same work is compared."""
+    """Check that every implementation gives the definition's loss and gradients."""
     expected = step(definition, x, case)
     gradients = [tensor.grad for tensor in x.trained()]
     for name, way in ways.items():
@@ -218,7 +218,7 @@ def check(ways: dict[str, Callable[[Inputs], Tensor]], x: Inputs, case: Case) ->
 def measure_seconds(
     ways: dict[str, Callable[[Inputs], Tensor]], x: Inputs, case: Case, rounds: int
 ) -> dict[str, list[float]]:
-    """Each way's seconds in every round; the first, to warm up, is left out."""
+    """Return the seconds of each implementation in every round after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():
@@ -231,7 +231,7 @@ def measure_seconds(
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most (getrusage would start from the parent's peak)."""
+    """Return resident bytes: VmRSS now, VmHWM at peak (getrusage would start from the parent's peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -240,7 +240,7 @@ def _extra_resident(name: str, case: Case, queue: multiprocessing.Queue) -> None
     if case.reuse:
         reuse_freed_memory()
     way, device = load_ways()[name], torch.device("cpu")
-    step(way, make_inputs(Case("tiny", 8, 2, 64, 128, 8), device), case)  # libraries' own first buffers
+    step(way, make_inputs(Case("tiny", 8, 2, 64, 128, 8), device), case)  # libraries allocate on first use
     x = make_inputs(case, device)
     before = _resident("VmRSS")
     step(way, x, case)
@@ -248,7 +248,7 @@ def _extra_resident(name: str, case: Case, queue: multiprocessing.Queue) -> None
 
 
 def extra_memory(name: str, way: Callable[[Inputs], Tensor], x: Inputs, case: Case) -> int:
-    """What a step's peak adds to its inputs; on a CPU in a process of its own."""
+    """Return the peak memory of a step in addition to its inputs; on a CPU in a separate process."""
     for tensor in x.trained():
         tensor.grad = None
     if x.hidden.is_cuda:
@@ -260,7 +260,7 @@ def extra_memory(name: str, way: Callable[[Inputs], Tensor], x: Inputs, case: Ca
     queue = context.Queue()
     process = context.Process(target=_extra_resident, args=(name, case, queue))
     process.start()
-    extra = queue.get(timeout=600)  # or whoever measures has died
+    extra = queue.get(timeout=600)  # a timeout means that the process died
     process.join()
     return extra
 
@@ -268,9 +268,9 @@ def extra_memory(name: str, way: Callable[[Inputs], Tensor], x: Inputs, case: Ca
 def measure(
     case: Case, ways: dict[str, Callable[[Inputs], Tensor]], device: torch.device
 ) -> list[tuple[str, str, float, str]]:
-    """A case's rows."""
+    """Return a case's rows."""
     if case.reuse:
-        reuse_freed_memory()  # for the rest of this process: such cases come last
+        reuse_freed_memory()  # affects the rest of this process, so such cases come last
     x = make_inputs(case, device)
     print(f"{case}: {len(x.hidden)} slots share {len(x.teacher)} positions")
     check(ways, x, case)
@@ -291,7 +291,7 @@ def main() -> None:
     device = resolve_device(parser.parse_args().device)
     ways = load_ways()
     if "NVIDIA" not in ways:
-        print(f"NVIDIA's loss is not installed and is left out; to compare with it: {INSTALL}")
+        print(f"NVIDIA's loss is not installed and is left out; to compare with it run: {INSTALL}")
     rows = []
     for case in CASES[device.type]:
         rows += measure(case, ways, device)

@@ -1,9 +1,9 @@
-"""Opening a cache as large as the paper's: how long until the first sample could be asked for.
+"""Measure opening a cache as large as the paper's: the time until the first sample can be read.
 
     python benchmarks/opening.py
 
-The manifest, the index and the file table are real; the shards are sparse files, because opening reads
-none of them. Resident memory is what the process gained by opening.
+The manifest, the index and the file table are real. The shards are sparse files, because opening does not
+read them. Resident memory is the growth of the process by opening.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from pipeline.cache import (
 from pipeline.cache.index import index_bytes
 from pipeline.cache.manifest import FROZEN, INDEX, FileRecord, ShardFiles, shard_file, write_manifest
 
-# Samples and shard_tokens: the example's size, the paper's data (1.3M conversations) with the default
-# shards, and with shards so small that there are about 100,000.
+# Samples and shard_tokens: the example's size; the paper's data (1.3M conversations) with the default shards,
+# and with about 100,000 small shards.
 CASES = {"900 samples": (900, 32768), "1.3M samples": (1_300_000, 32768), "small shards": (1_300_000, 12288)}
 HASH = hashlib.sha256(b"").hexdigest()
 ROUNDS = 5
 
 
 def make(cache: Path, samples: int, shard_tokens: int) -> int:
-    """Write a cache whose shards are holes; return the number of shards."""
+    """Write a cache of sparse shards. Return the number of shards."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(6.55, 0.8, samples), 16, 4096).astype(int)  # mean about 950
     facts = SampleFacts(
@@ -110,13 +110,13 @@ def identity(shard_tokens: int) -> Identity:
 
 
 def resident() -> int:
-    """Anonymous resident bytes of this process: what can't be dropped like a file's pages."""
+    """Return the anonymous resident bytes of this process, without pages of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def _open(cache: Path, queue: multiprocessing.Queue) -> None:
-    CacheReader(cache)  # imports and page cache aside
+    CacheReader(cache)  # warm-up: imports and page cache
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""What Muon is worth on the example: its draft after some steps with AdamW and with Muon.
+"""Compare Muon with AdamW on the example's draft after a few hundred steps.
 
     python benchmarks/optimizers.py --cache caches/example    # about 25 minutes on two CPU cores
 
-torch's Muon orthogonalises in bf16, which a CPU without bf16 instructions emulates some forty times slower
-than the rest of the step; there this benchmark does the same iteration in fp32. Drafts of one seed see the
+torch's Muon orthogonalises in bf16. A CPU without bf16 instructions emulates that, about forty times slower
+than the rest of the step, so there this benchmark does the same iteration in fp32. Drafts of one seed see the
 same batches in the same order.
 """
 
@@ -37,7 +37,7 @@ TIMED_STEPS, ROUNDS = 10, 3
 
 
 def orthogonalised(gradient: torch.Tensor, coefficients: tuple, steps: int, eps: float) -> torch.Tensor:
-    """Newton and Schulz's iteration as Muon's, in fp32."""
+    """Return Muon's Newton-Schulz iteration of a gradient, in fp32."""
     a, b, c = coefficients
     tall = gradient.shape[0] > gradient.shape[1]
     x = gradient.T if tall else gradient
@@ -49,10 +49,10 @@ def orthogonalised(gradient: torch.Tensor, coefficients: tuple, steps: int, eps:
 
 
 def trained(cache: Path, steps: int, **settings: Any) -> tuple[float, float]:
-    """Train the example's draft with other settings; its held-out tau, and the seconds of a step."""
+    """Train the example's draft with other settings. Return its held-out tau and the seconds per step."""
     config = configuration.build(RunConfig, configuration.load_toml(ROOT / "configs/example.toml"))
     settings |= {"max_steps": steps, "eval_every": 0}
-    # The Markov head's own rate stays what the example has.
+    # The Markov head keeps the learning rate that it has in the example.
     lr = settings.setdefault("lr", config.train.lr)
     settings["markov_lr_scale"] = config.train.markov_lr_scale * config.train.lr / lr
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
@@ -73,7 +73,7 @@ def main() -> None:
         for lr in rates:
             tau, _ = trained(cache, STEPS, optimizer=optimizer, lr=lr, seed=seed)
             rows.append((f"{optimizer}, lr {lr:g}, {STEPS} steps, seed {seed}", "held-out tau", tau, ""))
-    # In turns, because a machine's speed changes.
+    # In turn, because a machine's speed changes.
     seconds = [
         {name: trained(cache, TIMED_STEPS, optimizer=name)[1] for name in RATES} for _ in range(ROUNDS)
     ]

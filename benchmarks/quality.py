@@ -1,13 +1,13 @@
-"""Whether drafts trained from quantised caches are as good as one trained from raw bf16.
+"""Compare drafts trained from quantised caches with one trained from raw bf16.
 
     python benchmarks/quality.py             # about 50 minutes on two CPU cores
-    python benchmarks/quality.py --keep DIR  # caches and runs stay there, and a later call goes on with them
+    python benchmarks/quality.py --keep DIR  # keeps caches and runs in DIR; a later call continues with them
 
-The example's target is captured once in bf16; the other caches are converted from that one, so all hold the
+The example's target is captured once in bf16. The other caches are converted from that one, so all hold the
 same samples. The example's draft is trained from each with a few seeds and fewer steps than the example's. A
-seed fixes a draft's weights, its split and the order of its data whatever the cache, so drafts of one seed
-can be compared one by one. Every draft is evaluated on the held-out samples of the RAW cache: the teacher in
-the figures is always the target's own.
+seed fixes a draft's initial weights, split and data order for every cache, so drafts of one seed can be
+compared directly. Every draft is evaluated on the held-out samples of the RAW cache, so the teacher in the
+figures is always the target's own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CACHES = {
 
 
 def dspark(*arguments: str | Path, threads: int | None = None) -> str:
-    """Run a command of this project; its output."""
+    """Run a command of this project. Return its output."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
@@ -63,13 +63,20 @@ def make_caches(folder: Path) -> None:
 
 
 def held_out_tau(folder: Path, name: str, seed: int) -> float:
-    """Train one draft, or go on with it, and evaluate it against the raw teacher."""
+    """Train one draft, or continue it. Return its held-out tau against the raw teacher."""
     run = folder / f"run-{name}-{seed}-{STEPS}"
     settings = {"train.seed": seed, "train.max_steps": STEPS, "train.eval_every": STEPS}
     dspark(
-        *("train", "--cache", folder / name, "--config", ROOT / "configs/example.toml", "--run", run),
+        "train",
+        "--cache",
+        folder / name,
+        "--config",
+        ROOT / "configs/example.toml",
+        "--run",
+        run,
         *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")),
-        *("--device", "cpu"),
+        "--device",
+        "cpu",
         threads=1,
     )
     result = dspark("evaluate", "--cache", folder / RAW, "--run", run, "--device", "cpu", "--json", threads=1)

@@ -1,4 +1,4 @@
-"""Where benchmark figures go: a table on the terminal and rows in results.csv."""
+"""Output of benchmark figures: a table on the terminal and rows in results.csv."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIELDS = ["date", "benchmark", "case", "metric", "value", "unit", "device", "tor
 
 
 def device_name(device: torch.device) -> str:
-    """What ran the benchmark: the GPU's name, or the CPU's with its threads."""
+    """Return the name of the device: the GPU's, or the CPU's with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

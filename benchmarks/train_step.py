@@ -1,12 +1,12 @@
-"""Where the time of a training step goes, and how much of the device's arithmetic it uses.
+"""Measure the time of each part of a training step, and the share of the device's peak FLOP/s.
 
     python benchmarks/train_step.py                 # the example's draft on the CPU, Qwen3-4B's on a GPU
     python benchmarks/train_step.py --device cpu
 
-A micro-batch is made up for the config's draft: documents of log-normal lengths, the latter half of each
-supervised, packed and given anchors as in training; tokens, states and weights are random. Parts are timed
-inside whole steps, on a GPU by events on its stream, and are medians over them. The vocabulary loss computes
-its gradients in the forward, so the backward is the backbone's.
+The micro-batch has documents of log-normal lengths, the second half of each supervised, packed and given
+anchors as in training. Tokens, states and weights are random. Parts are timed inside whole steps, on a GPU by
+events on its stream. The figures are medians over the steps. The vocabulary loss computes its gradients in
+the forward, so the backward is the backbone's.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PARTS = (BACKBONE, VOCABULARY, REST, BACKWARD, UPDATE)
 
 
 class Documents:
-    """What `load_pack` reads of a cache: random tokens, the latter half of each document supervised."""
+    """Stand-in for a cache in `load_pack`: random tokens, the second half of each document supervised."""
 
     def __init__(self, lengths: np.ndarray, vocab_size: int):
         self.lengths, self._vocab_size = lengths, vocab_size
@@ -72,7 +72,7 @@ class Documents:
 
 
 def make_batch(config: RunConfig, draft: Qwen3Config, mean_log: float, device: torch.device) -> Batch:
-    """The first micro-batch of an epoch, with random states."""
+    """Make the first micro-batch of an epoch, with random states."""
     size, seed, rng = config.train.batch_tokens, config.train.seed, np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(mean_log, 0.8, DOCUMENTS), 16, size).astype(np.int64)
     members = epoch_packs(lengths, size, seed, 0)[0].tolist()
@@ -90,7 +90,7 @@ def make_batch(config: RunConfig, draft: Qwen3Config, mean_log: float, device: t
 
 
 def make_draft(config: RunConfig, shape: dict[str, int], device: torch.device) -> Qwen3DSparkModel:
-    """A fresh draft for a target of a shape, its embedding and head random too and frozen."""
+    """Make a fresh draft for a target of a shape, with frozen random embedding and head."""
     layers, tokenizer = shape["num_hidden_layers"], SimpleNamespace(mask_token_id=0)
     scales = {"embedding_scale": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
     target = SimpleNamespace(**shape, num_layers=layers, **scales)
@@ -105,7 +105,7 @@ def make_draft(config: RunConfig, shape: dict[str, int], device: torch.device) -
 
 
 class Stopwatch:
-    """Times parts of a step by name: with events on a GPU's stream, which then need not be waited for."""
+    """Times parts of a step by name; on a GPU by events on its stream, without waiting for it."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -119,7 +119,7 @@ class Stopwatch:
         return event
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, each call of it timed."""
+        """Return the function with each call timed."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             begun = self._now()
@@ -130,7 +130,7 @@ class Stopwatch:
         return run
 
     def take(self) -> dict[str, float]:
-        """Seconds of what was timed since the last call."""
+        """Return the seconds timed since the last call, by name."""
         if self._cuda:
             torch.cuda.synchronize()
         spans, self._spans = self._spans, []
@@ -138,12 +138,12 @@ class Stopwatch:
 
 
 def measure(config: RunConfig, model: Qwen3DSparkModel, batch: Batch, steps: int) -> dict[str, float]:
-    """Median seconds of the parts of a step of one micro-batch, and of the step."""
+    """Return the median seconds of the parts of a step of one micro-batch, and of the whole step."""
     device, watch = batch.input_ids.device, Stopwatch(batch.input_ids.device)
     module = DSPARK.on(model, config, device)
     optimizers = build_optimizers(model, config.train, DSPARK.lr_scales(config.train))
     one = torch.ones((), device=device)
-    # Where the step itself calls them, so that what is timed is what training runs.
+    # Patch the functions that the step itself calls, so that the timed code is what training runs.
     model.hidden_states = watch.timed(BACKBONE, model.hidden_states)
     trained.vocabulary_loss = watch.timed(VOCABULARY, trained.vocabulary_loss)
 
@@ -186,7 +186,7 @@ def main() -> None:
     case = f"{name} {precision}"
     rows = [(case, part, value, "s") for part, value in seconds.items()]
     rows.append((case, "parts together", sum(seconds[part] for part in PARTS), "s"))
-    # The optimiser runs once in so many micro-batches, which the rates allow for.
+    # The rates count the optimiser's time once per optimiser step, not per micro-batch.
     accumulated = config.train.micro_batches_per_step
     lasts = seconds[WHOLE] - seconds[UPDATE] + seconds[UPDATE] / accumulated
     rates = {"tokens": batch.num_tokens, "blocks": blocks, "FLOP": batch.flops}
@@ -194,7 +194,7 @@ def main() -> None:
     peak = peak_flops(device, precision, config.train.tf32)
     rows += [(case, "share of the peak", batch.flops / lasts / peak, "")] if peak else []
     rows.append((case, "peak memory", peak_memory(device) / 2**20, "MiB"))
-    print(f"{batch.num_tokens} tokens, {blocks} blocks; {accumulated} micro-batches an optimiser step")
+    print(f"{batch.num_tokens} tokens, {blocks} blocks; {accumulated} micro-batches per optimiser step")
     record("train_step", device, rows)
 
 

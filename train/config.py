@@ -1,4 +1,4 @@
-"""What shapes a training run: the tables of its TOML file. Defaults are the paper's settings."""
+"""Settings of a training run: the tables of its TOML file. Defaults are the paper's settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from pipeline.config import show
 from pipeline.errors import ConfigError
 
-# The largest integer that every library here takes for a count or a seed.
+# The largest integer that every library used here accepts as a count or a seed.
 MOST = 2**53
 
 
@@ -19,7 +19,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check_numbers(table: object) -> None:
-    """No number is infinite, NaN or beyond what libraries count with."""
+    """Raise ConfigError when a number is infinite, NaN or above MOST in magnitude."""
     for name, value in vars(table).items():
         if isinstance(value, float):
             _require(math.isfinite(value), f"{name} must be a finite number, got {value}")
@@ -36,33 +36,33 @@ class DraftConfig:
     num_layers: int = 5
     """Draft decoder layers."""
     block_size: int = 7
-    """K, tokens drafted a block."""
+    """K, drafted tokens per block."""
     target_layer_ids: tuple[int, ...] | None = None
-    """Captured layers the draft reads, any subset of the cache's; all of them when not set."""
+    """Captured layers that the draft reads, any subset of the cache's; all of them when not set."""
     mask_token_id: int | None = None
-    """Id that stands for a token to be drafted; an unused one of the tokenizer's when not set."""
+    """Id that stands for a token to be drafted; an id that the tokenizer does not use when not set."""
     markov_head: Literal["vanilla", "gated", "rnn", "none"] = "vanilla"
-    """How a slot's logits depend on the token before it. vLLM serves the vanilla head only."""
+    """Markov head, which biases a slot's logits by the token before it. vLLM serves vanilla only."""
     markov_rank: int = 256
     """R, the rank of the Markov head."""
     confidence_head: bool = True
-    """Whether to predict how likely the target accepts each slot."""
+    """Predict each slot's probability of being accepted by the target."""
     confidence_with_markov: bool = True
-    """Whether the confidence head also sees the previous token's Markov embedding."""
+    """Feed the previous token's Markov embedding to the confidence head as well."""
     num_attention_heads: int | None = None
     """Query heads; the target's when not set."""
     num_key_value_heads: int | None = None
     """Key and value heads; the target's when not set."""
     head_dim: int | None = None
-    """Width of a head; the target's when not set."""
+    """Width of an attention head; the target's when not set."""
     intermediate_size: int | None = None
     """Width of the MLP; the target's when not set."""
     init: Literal["random", "ridge"] = "random"
-    """First weights: ridge sets fc and the first layer by regression on the cache, for short runs."""
+    """Initial weights: ridge sets fc and the first layer by regression on the cache, for short runs."""
     init_from: str | None = None
-    """A draft to start from instead: a run, one of its checkpoints, or a directory in DeepSpec's layout."""
+    """Draft to start from instead: a run, one of its checkpoints, or a directory in DeepSpec's layout."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """Attention kernel: flex_attention skips what a block can't see; auto takes it on CUDA where it runs."""
+    """Attention kernel: flex skips what a block can't see; auto is flex if it runs on the CUDA device."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -77,16 +77,16 @@ class DraftConfig:
         _require(
             self.markov_head == "none" or self.markov_rank >= 1,
             f'markov_rank must be at least 1 with markov_head "{self.markov_head}", got {self.markov_rank}: '
-            'for no Markov head set markov_head = "none"',
+            'set markov_head = "none" for a draft without a Markov head',
         )
         _require(
             not (self.confidence_head and self.confidence_with_markov) or self.markov_head != "none",
-            'confidence_with_markov needs a Markov head, and markov_head is "none": set it to false, '
-            "or confidence_head",
+            'confidence_with_markov needs a Markov head, but markov_head is "none": set '
+            "confidence_with_markov or confidence_head to false",
         )
         _require(
             self.init_from is None or self.init == "random",
-            f'init_from and init = "{self.init}" are two beginnings: set one of them',
+            f'init_from and init = "{self.init}" both set the initial weights: set only one of them',
         )
         ids = self.target_layer_ids
         _require(ids != (), "target_layer_ids must name at least one layer")
@@ -98,16 +98,16 @@ class DraftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """`[loss]`: the three terms and how slots are weighed (DSpark paper, section 3.3)."""
+    """`[loss]`: weights of the three terms and of the slots (DSpark paper, section 3.3)."""
 
     ce_alpha: float = 0.1
     """Weight of the cross entropy with the data's token."""
     l1_alpha: float = 0.9
-    """Weight of the L1 distance between draft's and target's distribution, twice the total variation."""
+    """Weight of the L1 distance between the draft's and target's distributions (2 x total variation)."""
     confidence_alpha: float = 1.0
     """Weight of the confidence head's binary cross entropy."""
     decay_gamma: float | None = 4.0
-    """Slot k weighs exp(-k / gamma); "none" weighs all alike."""
+    """Slot k has weight exp(-k / gamma); "none" gives all slots the same weight."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -132,68 +132,68 @@ _COUNTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """`[train]`: data order, optimiser, schedule and what is written when."""
+    """`[train]`: data order, optimiser, schedule, evaluation, logs and checkpoints."""
 
     epochs: int = 10
     """Passes over the training samples, unless max_steps is set."""
     max_steps: int | None = None
     """Optimiser steps; overrides epochs."""
     batch_tokens: int = 4096
-    """P, tokens of a micro-batch: samples are packed into one row of so many, none is cut."""
+    """P, tokens per micro-batch: whole samples are packed into one row of this length."""
     anchors_per_batch: int = 512
-    """N, blocks trained a micro-batch, shared among its samples in proportion to their candidates."""
+    """N, blocks trained per micro-batch, divided among its samples in proportion to their candidates."""
     micro_batches_per_step: int = 128
-    """Micro-batches of an optimiser step, shared among all ranks: their number does not change the run."""
+    """Micro-batches per optimiser step, divided among the ranks: the world size does not change the run."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon takes the matrices of fc and the layers, AdamW the rest."""
+    """muon trains the matrices of fc and the layers with Muon, the rest with AdamW."""
     lr: float = 6e-4
     """Peak learning rate."""
     markov_lr_scale: float = 1.0
-    """The Markov head learns at this multiple of lr: its rows are tokens, and most are met rarely."""
+    """Multiple of lr for the Markov head: its rows are tokens, most of which are rare."""
     warmup_ratio: float = 0.04
-    """Share of the steps in which the rate rises linearly."""
+    """Share of the steps that warm up: the learning rate rises linearly."""
     min_lr_ratio: float = 0.1
-    """The cosine schedule ends at this share of the peak."""
+    """Share of the peak learning rate at which the cosine schedule ends."""
     beta1: float = 0.9
-    """AdamW."""
+    """AdamW's decay rate of the first moment."""
     beta2: float = 0.95
-    """AdamW."""
+    """AdamW's decay rate of the second moment."""
     weight_decay: float = 0.0
-    """AdamW, on matrices only."""
+    """AdamW's weight decay, applied to matrices only."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm."""
+    """Global norm that gradients are clipped to."""
     seed: int = 0
-    """Decides initial weights, data order and anchors."""
+    """Seed of the initial weights, the data order and the anchors."""
     held_out: float = 0.05
     """Share of the samples kept for evaluation, chosen by a hash of their content."""
     eval_anchors: int = 32
-    """Anchors of a held-out sample, evenly spread over its candidates."""
+    """Anchors per held-out sample, evenly spread over its candidates."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute precision: auto is bf16 autocast where the device has bf16 in hardware. Weights stay fp32."""
+    """Compute precision: auto is bf16 autocast if the hardware supports bf16. Weights stay fp32."""
     tf32: bool = True
-    """Whether what CUDA computes in fp32 may use TF32."""
+    """Allow TF32 in CUDA's fp32 matrix products."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the draft's backbone and of the loss; auto is on for CUDA."""
+    """torch.compile for the draft's backbone and the loss; auto is on for CUDA."""
     activation_checkpointing: bool = False
-    """Recompute each draft layer in the backward instead of keeping its activations."""
+    """Recompute each draft layer in the backward pass instead of keeping its activations."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun: a whole draft on every rank, or parameters and optimiser sharded over them (FSDP2)."""
+    """Under torchrun: ddp replicates the draft on each rank, fsdp (FSDP2) shards parameters and optimiser."""
     log_every: int = 10
     """Steps between log lines."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where figures are logged beside metrics.jsonl."""
+    """Trackers that figures are logged to, in addition to metrics.jsonl."""
     eval_every: int = 0
-    """Steps between evaluations on the held-out samples; 0: at the end only."""
+    """Steps between evaluations on the held-out samples; 0 evaluates only at the end."""
     early_stopping_patience: int = 0
-    """Stop after so many evaluations in a row without a better held-out tau; 0: never."""
+    """Evaluations in a row without a better held-out tau after which the run stops; 0 never stops early."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: by time and at the end only."""
+    """Steps between checkpoints; 0 saves by time and at the end only."""
     checkpoint_minutes: float = 15.0
-    """Minutes between checkpoints; 0: by steps and at the end only."""
+    """Minutes between checkpoints; 0 saves by steps and at the end only."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept, beside the one of the best held-out tau."""
+    """Newest checkpoints to keep, in addition to the one with the best held-out tau."""
     max_skipped_steps: int = 10
-    """Steps in a row that may be skipped because loss or gradient is not finite, before the run fails."""
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run fails."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -216,7 +216,7 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         _require(
             not self.early_stopping_patience or (self.eval_every and self.held_out),
-            "early_stopping_patience needs evaluations on the way: set eval_every, and held_out above 0",
+            "early_stopping_patience needs evaluations during training: set eval_every and held_out above 0",
         )
         _require(len(set(self.report_to)) == len(self.report_to), "report_to names a tracker twice")
         for name in ("warmup_ratio", "min_lr_ratio"):
@@ -237,7 +237,7 @@ PAPER = {
     "loss.confidence_alpha": "1.0",
     "loss.decay_gamma": "4.0",
     "train.epochs": "10",
-    "train.anchors_per_batch": "512 a sample",
+    "train.anchors_per_batch": "512 per sample",
     "train.micro_batches_per_step": "512 samples",
     "train.optimizer": "adamw",
     "train.lr": "6e-4",
@@ -252,7 +252,7 @@ PAPER = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The whole file."""
+    """All settings of a run: the whole TOML file."""
 
     draft: DraftConfig = field(default_factory=DraftConfig)
     loss: LossConfig = field(default_factory=LossConfig)

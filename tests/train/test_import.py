@@ -100,10 +100,10 @@ def test_training_an_imported_run_changes_nothing(tmp_path: Path, cache_dir: Pat
     arguments = ["train", "--cache", cache_dir, "--run", run, "--device", "cpu"]
     assert "nothing is left to train" in run_ok(*arguments, "--config", run / "config.toml")
     other = run_cli(*train_arguments(cache_dir, run))
-    assert_refused(other, 1, "is a run of other settings", f"another --run, with draft.init_from = {run}")
+    assert_refused(other, 1, "is a run with other settings", f"another --run and set draft.init_from = {run}")
     assert "--fresh" not in other.output
     fresh = run_cli(*train_arguments(cache_dir, run), "--fresh")
-    assert_refused(fresh, 1, "holds an imported draft", f"another --run, with draft.init_from = {run}")
+    assert_refused(fresh, 1, "holds an imported draft", f"another --run and set draft.init_from = {run}")
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
     assert progress_of(run)["complete"]
@@ -212,7 +212,9 @@ def test_rotary_positions_that_a_config_does_not_name(
 def test_a_run_that_nothing_can_measure(tmp_path: Path, cache_dir: Path, released: Path) -> None:
     arguments = ["import", released, "--cache", cache_dir, "--run", tmp_path / "run"]
     result = run_cli(*arguments, "--set", "train.held_out=0.0001")
-    assert_refused(result, 2, "leaves no sample held out of the cache's 40", "--set train.held_out= sets")
+    assert_refused(
+        result, 2, "leaves no sample held out of the cache's 40", "set the share with --set train.held_out="
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -270,21 +272,21 @@ def test_both_names_of_its_class(tmp_path: Path, cache_dir: Path, released: Path
 @pytest.mark.parametrize(
     ("fields", "code", "parts"),
     [
-        ({"target_layer_ids": None}, 1, ["is no DSpark draft", "target_layer_ids"]),
-        ({"mask_token_id": None}, 1, ["is no DSpark draft", "mask_token_id"]),
+        ({"target_layer_ids": None}, 1, ["is not a DSpark draft", "target_layer_ids"]),
+        ({"mask_token_id": None}, 1, ["is not a DSpark draft", "mask_token_id"]),
         ({"target_layer_ids": [0, 2, 3]}, 1, ["holds layers [0, 2, 4]", "asks for 3"]),
         ({"target_layer_ids": [4, 2, 0]}, 2, ["target_layer_ids must be strictly increasing"]),
         ({"target_layer_ids": "all"}, 2, ["config.json.draft.target_layer_ids"]),
         ({"target_layer_ids": []}, 2, ["at least one layer"]),
-        ({"target_layer_ids": [0, 2]}, 1, ["fc.weight", "is of shape [32, 96], here of [32, 64]"]),
-        ({"mask_token_id": 325}, 2, ["mask_token_id 325 is outside the vocabulary"]),
+        ({"target_layer_ids": [0, 2]}, 1, ["fc.weight", "is of shape [32, 96], expected [32, 64]"]),
+        ({"mask_token_id": 325}, 2, ["mask_token_id must be in [0, 325), the vocabulary, got 325"]),
         ({"mask_token_id": "320"}, 2, ["config.json.draft.mask_token_id"]),
         (
             {"vocab_size": 999},
             1,
             ["another target than tiny-llama", "vocab_size: 999 there, 325 in the cache"],
         ),
-        ({"hidden_size": 64}, 1, ["hidden_size: 64 there, 32 in the cache", "--cache of its own target"]),
+        ({"hidden_size": 64}, 1, ["hidden_size: 64 there, 32 in the cache", "--cache of the draft's target"]),
         ({"num_target_layers": 7}, 1, ["num_target_layers: 7 there, 6 in the cache"]),
         ({"block_size": 0}, 2, ["block_size must be at least 1"]),
         ({"markov_head_type": "other"}, 2, ["markov_head"]),
@@ -310,11 +312,11 @@ def test_both_names_of_its_class(tmp_path: Path, cache_dir: Path, released: Path
             1,
             ["rope_parameters", "linear"],
         ),
-        ({"dspark_block_size": 3}, 1, ["has dspark_block_size, which engines read before"]),
+        ({"dspark_block_size": 3}, 1, ["has dspark_block_size, which engines read instead of"]),
         ({"dspark_config": {}}, 1, ["has dspark_config, which engines"]),
         ({"dspark_target_layer_ids": [0, 2, 4]}, 1, ["has dspark_target_layer_ids"]),
         ({"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, 1, ["has eagle_aux_hidden_state_layer_ids"]),
-        ({"quantization_config": {"quant_method": "fp8"}}, 1, ["quantization_config", "plain weights"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, 1, ["quantization_config", "unquantized weights"]),
         ({"architectures": ["Gemma4DSparkModel"]}, 1, ["'Gemma4DSparkModel'", "Qwen3DSparkModel or DSpark"]),
         ({"architectures": []}, 1, ["architectures = []", "another kind of draft"]),
         ({"logit_scale": 0.5}, 1, ["logit_scale: 0.5 there, 1.0 here"]),
@@ -338,7 +340,7 @@ def test_a_draft_that_no_run_can_have_is_one_line(
     [
         ("missing", ["no draft at"]),
         ("json", ["config.json can't be read"]),
-        ("list", ["config.json can't be read", "no object"]),
+        ("list", ["config.json can't be read", "expected a JSON object"]),
         ("gone", ["can't be read"]),
         ("cut", ["can't be read"]),
         ("lacks", ["lacks fc.weight"]),

@@ -191,7 +191,7 @@ def test_a_rank_that_dies_ends_the_job(tmp_path: Path, cache_dir: Path, monkeypa
     said = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(said) <= 1
     if said:  # unless torchrun was quicker
-        assert "rank 0 lost the others" in said[0]
+        assert "rank 0 lost the other ranks" in said[0]
     # And the same command continues it: one process here, stopped at once.
     real = parts.machine_facts
 

@@ -196,7 +196,7 @@ def test_fresh_clears_only_what_is_a_runs(tmp_path: Path, cache_dir: Path) -> No
     stranger.mkdir()
     (stranger / "thesis.tex").write_text("precious")
     for more in ((), ("--fresh",)):
-        assert_refused(run_cli(*train_arguments(cache_dir, stranger), *more), 1, "is no run")
+        assert_refused(run_cli(*train_arguments(cache_dir, stranger), *more), 1, "is not a run")
     assert [path.name for path in stranger.iterdir()] == ["thesis.tex"]
 
 
@@ -206,7 +206,7 @@ def test_one_process_a_run(tmp_path: Path, cache_dir: Path) -> None:
     process = Dspark(tmp_path / "out", *arguments, before=one_thread)
     assert process.wait_until(lambda: _count_lines(run))
     for more in ((), ("--fresh",)):
-        assert_refused(run_cli(*arguments, *more), 1, "another process trains")
+        assert_refused(run_cli(*arguments, *more), 1, "another process is training")
     process.send(signal.SIGTERM)
     assert process.wait() == 143
 

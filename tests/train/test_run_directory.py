@@ -190,7 +190,7 @@ def test_lost_figures_are_said(tmp_path: Path, cache_dir: Path) -> None:
 def test_what_only_looks_left_over_is_not_removed(tmp_path: Path, cache_dir: Path) -> None:
     (tmp_path / "home" / ".thesis.partial").mkdir(parents=True)
     result = run_cli(*train_arguments(cache_dir, tmp_path / "home"))
-    assert_refused(result, 1, "is no run")
+    assert_refused(result, 1, "is not a run")
     run_ok(*train_arguments(cache_dir, tmp_path / "run", **SHORT))
     (tmp_path / "run" / ".thesis.partial").mkdir()
     run_ok(*train_arguments(cache_dir, tmp_path / "run", **SHORT))
@@ -340,7 +340,7 @@ def test_another_machine_is_said(tmp_path: Path, cache_dir: Path, whole: Path) -
     path.write_text(json.dumps(page))
     said = run_cli(*train_arguments(cache_dir, run, **SHORT)).stderr
     wanted = f"device: NVIDIA H200, now cpu; precision: bf16, now fp32; torch: 2.8.0, now {torch.__version__}"
-    assert f"not as it was saved ({wanted}" in said
+    assert f"changed since the checkpoint ({wanted}" in said
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_prompts_are_what_the_target_was_asked(cache_dir: Path) -> None:
         by_hand.append(ids[: mask.index(1)])
     assert all(prompt in by_hand for prompt in prompts)
     assert held_out_prompts(reader, held_out, 1000) == by_hand
-    with pytest.raises(ConfigError, match="held nothing out"):
+    with pytest.raises(ConfigError, match="held out no samples"):
         held_out_prompts(reader, held_out[:0], 3)
 
 
@@ -304,5 +304,5 @@ def test_every_form_of_a_prompt(tmp_path: Path) -> None:
 def test_what_is_no_prompt_is_refused_by_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
-    with pytest.raises(DataError, match=r"line 1 is no prompt|holds no prompt"):
+    with pytest.raises(DataError, match=r"line 1 is not a prompt|has no prompt"):
         read_prompts(path, make_tokenizer(), V, 4)

@@ -209,7 +209,7 @@ def test_one_that_can_not_be_opened_ends_the_run_in_one_line(run: Path, wandb, t
         opened(run, "trackio", "wandb")
     assert str(caught.value) == (
         "train.report_to: wandb can't be opened (init failed: no network): fix that, "
-        "or leave it out of train.report_to"
+        "or remove wandb from train.report_to"
     )
     assert len(trackio.of("finish")) == 1  # the one that was open already
 
@@ -226,8 +226,8 @@ def test_one_that_fails_is_dropped_and_the_others_go_on(run: Path, wandb, tracki
     assert len(trackio.of("finish")) == 1
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert warnings == [
-        "warning: wandb failed at step 2 (log failed: no network) and is logged to no more; "
-        "metrics.jsonl has every figure"
+        "warning: wandb failed at step 2 (log failed: no network) and gets no more figures; "
+        "metrics.jsonl has all of them"
     ]
 
 
@@ -250,7 +250,7 @@ def test_close_fails_with_a_warning_only(run: Path, wandb: StandIn, trackio: Sta
     trackers.close()
     trackers.close()
     assert len(wandb.of("finish")) == len(trackio.of("finish")) == 1
-    assert "warning: trackio failed when it was closed (finish failed: no network)" in capsys.readouterr().err
+    assert "warning: trackio failed on closing (finish failed: no network)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

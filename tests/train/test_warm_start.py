@@ -83,7 +83,7 @@ def test_embedding_and_head_stay_the_caches(tmp_path: Path, cache_dir: Path, fir
         ({"draft__num_layers": 2}, ["num_hidden_layers: 2 here, 1 there"]),
         ({"draft__markov_head": "rnn"}, ["markov_head_type: rnn here, vanilla there"]),
         ({"draft__mask_token_id": 3}, ["mask_token_id: 3 here, 320 there", "set [draft] as there"]),
-        ({"draft__init": "ridge"}, ["init_from", "two beginnings"]),
+        ({"draft__init": "ridge"}, ["init_from", "set only one of them"]),
     ],
 )
 def test_another_kind_of_draft_is_refused(
@@ -103,7 +103,7 @@ def test_another_block_size_may_start_from_it(tmp_path: Path, cache_dir: Path, f
     ("breakage", "parts"),
     [
         ("config", ["config.json can't be read"]),
-        ("other", ["is no DSpark draft", "target_layer_ids"]),
+        ("other", ["is not a DSpark draft", "target_layer_ids"]),
         ("weights", ["can't be read"]),
         ("gone", ["can't be read"]),
         ("lacks", ["lacks fc.weight", "another kind of draft"]),

@@ -1,1 +1,1 @@
-"""The commands of stage 2, a file per group."""
+"""Commands of training, evaluation, experiments and export, one file per group."""

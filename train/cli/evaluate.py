@@ -20,7 +20,7 @@ run_option = click.option(
     "run",
     type=click.Path(path_type=Path),
     required=True,
-    help="A run with a checkpoint.",
+    help="A run that has a checkpoint.",
 )
 cache_option = click.option(
     "--cache", type=click.Path(path_type=Path), required=True, help="A complete cache."
@@ -29,7 +29,7 @@ checkpoint_option = click.option(
     "--checkpoint",
     default=BEST,
     show_default=True,
-    help="best (the latest where nothing was held out), latest, or a name as step-000400.",
+    help="Checkpoint: best (the latest if nothing was held out), latest, or a name such as step-000400.",
 )
 device_option = click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -54,11 +54,11 @@ anchors_seed_option = click.option(
 def evaluate_command(
     cache: Path, run: Path, checkpoint: str, anchors: int | None, seed: int, device: str, as_json: bool
 ) -> None:
-    """Measure a draft on a cache's held-out samples; no target is needed.
+    """Measure a draft on a cache's held-out samples. The target is not needed.
 
-    Loss terms, acceptance by position, expected tokens per round (tau) when sampling and when greedy, the
-    calibration of the confidence head, all by source and length. The figures are also written to
-    evaluation.json in the checkpoint's folder. Under torchrun processes share the samples.
+    Prints loss terms, acceptance by position, expected tokens per round (tau) for sampling and for greedy
+    decoding, and the calibration of the confidence head, also by source and length. Writes the figures to
+    evaluation.json in the checkpoint's folder. Under torchrun, processes share the samples.
     """
     from train.eval.evaluate import evaluate, format_evaluation
     from train.runs.open import open_on_cache
@@ -86,7 +86,7 @@ def evaluate_command(
 
 
 def _check_temperatures(_ctx: click.Context, _param: click.Parameter, values: tuple[float, ...]) -> Any:
-    """Check `--temperature`. Below a thousandth, softmax is greedy or overflows."""
+    """Check `--temperature`. Below 0.001, softmax is greedy but may overflow."""
     for value in values:
         if not (value == 0 or 1e-3 <= value <= 1e3):
             raise UsageError(f"--temperature expects 0, or a number from 0.001 to 1000, got {value}")
@@ -110,15 +110,23 @@ def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float)
     help="JSON Lines as for capture, or .txt with one prompt per line.",
 )
 @click.option(
-    "--cache", type=click.Path(path_type=Path), help="Take prompts from its held-out samples instead."
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="Instead of --prompts: a cache, for its held-out prompts.",
 )
-@click.option("--num-prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Most prompts.")
+@click.option(
+    "--num-prompts",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Maximum number of prompts.",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(2, 2**20),
     default=128,
     show_default=True,
-    help="Most new tokens per text.",
+    help="Limit of each text.",
 )
 @click.option(
     "--temperature",
@@ -128,7 +136,7 @@ def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float)
     multiple=True,
     default=(0.0, 1.0),
     show_default=True,
-    help="0 is greedy. Repeat the option for several temperatures.",
+    help="Sampling temperature; 0 is greedy. Pass it several times to measure several.",
 )
 @click.option(
     "--threshold",
@@ -136,8 +144,8 @@ def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float)
     callback=_check_threshold,
     default=0.0,
     show_default=True,
-    help="Verify a token only if the block is accepted up to it with this probability, by the confidence "
-    "head (calibrated, if `dspark calibrate` was run). 0: all.",
+    help="Verify a drafted token only if the block is accepted up to it with at least this probability, by "
+    "the confidence head (calibrated, if `dspark calibrate` was run). 0 verifies all.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Seed of sampling.")
 @click.option("--show", is_flag=True, help="Print the texts.")
@@ -158,12 +166,12 @@ def speculate_command(
 ) -> None:
     """Decode with a draft and its live target, and compare with the target alone.
 
-    Prints accepted tokens live and as `dspark evaluate` expected them, the time of both, and whether the
-    greedy text is the target's own. The figures are also written to speculation.json in the checkpoint's
-    folder.
+    Prints the accepted tokens next to those that `dspark evaluate` predicts, the decoding times with and
+    without the draft, and whether the greedy text equals the target's own. Writes the figures to
+    speculation.json in the checkpoint's folder.
     """
     if (prompts is None) == (cache is None):
-        raise UsageError("expected prompts from one place: give --prompts FILE or --cache CACHE")
+        raise UsageError("expected prompts from one place: pass either --prompts FILE or --cache CACHE")
     from pipeline.cache import CacheReader
     from pipeline.quiet import quiet_transformers
     from pipeline.target_model.load import open_target
@@ -212,11 +220,11 @@ def speculate_command(
 def calibrate_command(
     cache: Path, run: Path, checkpoint: str, anchors: int | None, seed: int, device: str, as_json: bool
 ) -> None:
-    """Fit a temperature per position, so that confidences are probabilities of acceptance.
+    """Fit a temperature per position, so that confidence predicts how often tokens are accepted.
 
-    Sequential temperature scaling on one half of the held-out samples, reported on the other. The
-    temperatures are written to calibration.json in the checkpoint's folder; speculation and exports take
-    them from there, and SGLang by --speculative-dspark-confidence-sts-path.
+    Fits sequential temperature scaling on one half of the held-out samples and reports it on the other.
+    Writes the temperatures to calibration.json in the checkpoint's folder. `dspark speculate` and `dspark
+    export` read them there; SGLang takes them by --speculative-dspark-confidence-sts-path.
     """
     from train.eval.calibrate import calibrate, format_calibration
     from train.runs.open import open_on_cache

@@ -18,11 +18,11 @@ import click
     "settings",
     multiple=True,
     metavar="TABLE.KEY=VALUE[,VALUE...]",
-    help="Override a setting; with several values, train one run with each.",
+    help="Override a setting. With several values, train one run per value.",
 )
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
 @click.option(
-    "--jobs", type=click.IntRange(min=1), help="Runs trained at once. Default: the number of GPUs, or 1."
+    "--jobs", type=click.IntRange(min=1), help="Runs to train at once. Default: the number of GPUs, or 1."
 )
 def sweep_command(
     config_file: Path,
@@ -34,10 +34,10 @@ def sweep_command(
 ) -> None:
     """Train a grid of drafts over one cache, and compare them.
 
-    CONFIG is what the runs have in common. Every combination of the values of --set is a run in a folder of
-    --runs, with its output in a log beside it; brackets and quotes keep commas together, as in
-    `--set draft.target_layer_ids=[0,2],[0,4]`. The same command again continues unfinished runs, tries
-    failed ones again and leaves complete ones as they are.
+    CONFIG has the settings that the runs share. Every combination of the values of --set is a run in a
+    folder of --runs, with its log next to the folder. Commas in brackets or quotes do not separate values,
+    as in `--set draft.target_layer_ids=[0,2],[0,4]`. The same command again continues unfinished runs,
+    retries failed ones and skips complete ones.
     """
     from train.experiments.sweep import sweep
 
@@ -52,12 +52,12 @@ def sweep_command(
     type=click.Choice(["text", "csv", "json"]),
     default="text",
     show_default=True,
-    help="csv and json hold raw numbers: seconds, tokens a second.",
+    help="csv and json hold raw numbers: seconds, tokens per second.",
 )
 def compare_command(runs: tuple[Path, ...], style: str) -> None:
-    """Put runs side by side: the settings that differ, and how good each draft is.
+    """Compare runs: the settings that differ, and the figures of each draft.
 
-    A RUN that is a folder of runs stands for all of them. Runs at work are shown as far as they are.
+    A RUN that is a folder of runs stands for all of them. Unfinished runs are shown with their progress.
     """
     from train.experiments.compare import FORMATS, compare
 

@@ -1,4 +1,4 @@
-"""Every setting of a run, as a table for the terminal."""
+"""Table of all settings of a run, for the terminal."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from train.config import PAPER, RunConfig
 
 
 def explain(width: int | None = None) -> Iterator[str]:
-    """Lines of a table: each setting with its default, the paper's value and its meaning.
+    """Yield the lines of a table: each setting with its default, the paper's value and its meaning.
 
     Args:
-        width: of a line; the terminal's when not given.
+        width: characters per line; None takes the terminal's width.
     """
     rows = [("setting", "default", "paper", "meaning"), *_rows()]
     columns = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -40,7 +40,7 @@ def _rows() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _choices(hint: Any) -> str:
-    """What a setting may be, where that is a list of words; else nothing."""
+    """Return a sentence with a setting's allowed words; an empty string if it is not limited to words."""
     if typing.get_origin(hint) is typing.Literal:
         return f" One of {', '.join(typing.get_args(hint))}."
     several = [_choices(part) for part in typing.get_args(hint)]

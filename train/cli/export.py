@@ -18,7 +18,7 @@ from train.cli.evaluate import cache_option, checkpoint_option
     "--to",
     type=click.Choice(["hf", "vllm", "sglang"]),
     required=True,
-    help="Who is to load it. hf takes every draft; an engine refuses what it can't serve.",
+    help="Reader of the export. hf takes every draft; vllm and sglang refuse drafts that they can't serve.",
 )
 @checkpoint_option
 @click.option(
@@ -26,12 +26,12 @@ from train.cli.evaluate import cache_option, checkpoint_option
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Of the weights.",
+    help="Dtype of the weights.",
 )
 @click.option(
     "--with-embeddings",
     is_flag=True,
-    help="Bring the target's embedding and head along. Engines share the target's; SGLang ignores others.",
+    help="Include the target's embedding and head. Engines use the target's own; SGLang ignores these.",
 )
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="A cache of the draft's target, for --with-embeddings."
@@ -45,15 +45,17 @@ def export_command(
     with_embeddings: bool,
     cache: Path | None,
 ) -> None:
-    """Write RUN's draft to the new directory DIR as inference engines load it.
+    """Write RUN's draft to the new directory DIR, in the layout that inference engines load.
 
-    config.json and model.safetensors, a model card, and the confidence head's temperatures where `dspark
-    calibrate` found some. Embedding and head are the target's, and left out unless asked for.
+    Writes config.json, model.safetensors, a model card, and the confidence head's temperatures if `dspark
+    calibrate` was run. Leaves out the embedding and head, which are the target's, unless asked for them.
     """
     if with_embeddings and cache is None:
-        raise UsageError("--with-embeddings needs --cache: the target's embedding and head are in its cache")
+        raise UsageError(
+            "--with-embeddings needs --cache, which holds the target's embedding and head: pass both"
+        )
     if cache is not None and not with_embeddings:
-        raise UsageError("--cache is read for --with-embeddings only: pass both, or neither")
+        raise UsageError("--cache is read only for --with-embeddings: pass both, or neither")
     from pipeline.quiet import quiet_transformers
     from train.export.writer import export
 
@@ -61,8 +63,7 @@ def export_command(
     draft = export(run, folder, to, checkpoint=checkpoint, dtype=dtype, cache=cache)
     click.echo(
         f"{format_filename(folder)}: the draft of {format_filename(run)} at step {draft.step:,} for "
-        f"{draft.target.name}, {dtype}; {format_filename(folder / 'README.md')} says how to serve "
-        "it"
+        f"{draft.target.name}, {dtype}; to serve it see {format_filename(folder / 'README.md')}"
     )
 
 
@@ -70,24 +71,26 @@ def export_command(
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @cache_option
 @click.option(
-    *("--run", "--run-dir", "run"),
+    "--run",
+    "--run-dir",
+    "run",
     type=click.Path(path_type=Path),
     required=True,
-    help="Directory to write; nothing may be in it.",
+    help="Directory to write; new or empty.",
 )
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="TABLE.KEY=VALUE",
-    help="A setting of [loss] or [train] that the draft is to be measured by, as train.held_out.",
+    help="Set a setting of [loss] or [train] for measuring the draft, such as train.held_out.",
 )
 def import_command(folder: Path, cache: Path, run: Path, overrides: tuple[str, ...]) -> None:
     """Make a run of a released draft in DeepSpec's layout: DIR has config.json and safetensors weights.
 
-    The run has one checkpoint, at step 0, and nothing left to train: `dspark evaluate`, `compare` and
-    `export` take it like any other, and draft.init_from continues from it. Embedding and head are the
-    cache's; it has to be of the draft's target, with the layers that the draft reads.
+    The run has one checkpoint, at step 0, and is complete. `dspark evaluate`, `compare` and `export` take it
+    like any other run, and another run can start from it with draft.init_from. The embedding and head come
+    from the cache, which must be of the draft's target and hold the layers that the draft reads.
     """
     from pipeline.quiet import quiet_transformers
     from train.export.deepspec import import_draft
@@ -96,5 +99,5 @@ def import_command(folder: Path, cache: Path, run: Path, overrides: tuple[str, .
     config = import_draft(folder, cache, run, overrides)
     click.echo(
         f"{format_filename(run)}: the draft of {format_filename(folder)}, reads layers "
-        f"{list(config.target_layer_ids)}, drafts {config.block_size} tokens a block"
+        f"{list(config.target_layer_ids)}, drafts {config.block_size} tokens per block"
     )

@@ -19,21 +19,23 @@ _SUFFIXES = (".html", ".htm")
     type=click.Path(path_type=Path),
     default="report.html",
     show_default=True,
-    help="The page to write. One that is there is replaced; a file of another kind is not.",
+    help="HTML file to write. An existing .html file is replaced, any other file is not.",
 )
-@click.option("--title", help="Of the page. Default: what it is about.")
+@click.option("--title", help="Title of the report. Default: made from the runs.")
 def report_command(runs: tuple[Path, ...], out: Path, title: str | None) -> None:
-    """Write a page about runs: curves, acceptance, calibration, costs.
+    """Write a report about runs: curves, acceptance, calibration, costs.
 
-    One HTML file that needs no other and asks no network, for one run or for several side by side; a RUN
-    that is a folder of runs stands for all of them. What nobody measured yet is named on the page,
-    with the command that does.
+    The report is one HTML file without other files or network access, for one run or several side by side.
+    A RUN that is a folder of runs stands for all of them. The report names missing measurements, with the
+    commands to run.
     """
     from train.experiments.report.svg import require_matplotlib
 
     require_matplotlib()
     if os.path.lexists(out) and not out.is_dir() and out.suffix.lower() not in _SUFFIXES:
-        raise UsageError(f"--out {out} is there and is no page: name a new file, or one that ends in .html")
+        raise UsageError(
+            f"--out {out} exists and is not an .html file: pass a new file, or one ending in .html"
+        )
     from pipeline.files import publish_bytes
     from train.experiments.report.data import gather
     from train.experiments.report.page import render

@@ -11,7 +11,7 @@ from train.runs.names import LATEST
 
 
 def _explain(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
-    """Print every setting and end, whatever else was given."""
+    """Print every setting and exit, whatever the other options are."""
     if asked:
         from train.cli.explain import explain
 
@@ -27,17 +27,22 @@ def _explain(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
     is_eager=True,
     expose_value=False,
     callback=_explain,
-    help="Print every setting with its default and the paper's value, and do nothing else.",
+    help="Print every setting with its default and the paper's value, and exit.",
 )
 @click.option("--cache", type=click.Path(path_type=Path), required=True, help="A complete cache.")
 @click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="TOML; default: paper settings."
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="TOML file. Default: the paper's settings.",
 )
 @click.option(
-    *("--run", "--run-dir", "run"),  # torchrun takes --run for its own --run-path before Python 3.12.8
+    "--run",
+    "--run-dir",  # torchrun takes --run for its own --run-path before Python 3.12.8
+    "run",
     type=click.Path(path_type=Path),
     required=True,
-    help="Directory to write, or to continue.",
+    help="Directory of the run, new or to continue.",
 )
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a setting.")
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
@@ -57,10 +62,10 @@ def train_command(
     fresh: bool,
     profile: int | None,
 ) -> None:
-    """Train a DSpark draft from a cache, or continue a run; the target is never loaded.
+    """Train a DSpark draft from a cache, or continue a run. The target is never loaded.
 
-    Killed or stopped at any moment, the same command continues from the last checkpoint. Under torchrun all
-    its processes share each step.
+    If training is stopped or killed, the same command continues from the last checkpoint. Under torchrun,
+    all processes share each step.
     """
     from pipeline import config as configuration
     from train.config import RunConfig

@@ -1,1 +1,1 @@
-"""From the cache to packed batches: which samples, which anchors, in which order."""
+"""Packed batches from the cache: order of the samples, choice of the anchors, loading."""

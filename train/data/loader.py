@@ -1,8 +1,8 @@
-"""From the cache to packed device batches.
+"""Load packed batches from the cache onto a device.
 
-A batch is one row of `P = batch_tokens` positions: samples end to end, then padding (document -1). Features
-go from the page cache straight to where the device takes them from: on a CPU decoded into the batch, for a
-GPU as they are stored into pinned memory, to be decoded there.
+A batch is one row of `P = batch_tokens` positions: samples end to end, then padding (document -1). For a
+CPU, features are decoded from the page cache straight into the batch. For a GPU, stored bytes are copied
+from the page cache into pinned memory and decoded on the GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.cache.layout import LAST_HIDDEN, context_name
 
 Loaded = TypeVar("Loaded")
 
-# Tokens of a batch after which the pages that they were read from leave this process's memory.
+# Tokens read before this process releases the memory-mapped pages that they were read from.
 RELEASE_TOKENS = 2048
 # Batches read ahead, and threads that read them.
 DEPTH, THREADS = 2, 2
@@ -32,7 +32,7 @@ DEPTH, THREADS = 2, 2
 
 @dataclass(frozen=True)
 class PackedSample:
-    """A sample's place in a pack."""
+    """A sample and its position in a pack."""
 
     id: bytes
     start: int
@@ -41,7 +41,7 @@ class PackedSample:
 
 
 Collate = Callable[[Sequence[PackedSample]], dict[str, Tensor]]
-"""From the samples of a pack to what a kind of draft adds, `[1, ..]`, named as its module's arguments."""
+"""Function from a pack's samples to the tensors that a kind of draft adds, `[1, ..]`, by argument name."""
 
 
 @dataclass(kw_only=True)
@@ -52,29 +52,29 @@ class Pack:
     loss_mask: Tensor  # [1, P] uint8
     document_ids: Tensor  # [1, P] int32, -1 after the last sample
     collated: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that only this kind of draft has."""
+    """Tensors that this kind of draft adds."""
     num_tokens: int
     flops: float = 0.0
-    """Operations of a training step, where whoever loaded the pack counted them."""
+    """FLOPs of a forward and backward over the pack; 0 unless the loader counted them."""
 
     def fields(self) -> dict[str, Tensor]:
         """Return the fields that are tensors."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors, named as the module's arguments."""
+        """Return all tensors by the names of the module's arguments."""
         return self.fields() | self.collated
 
 
 @dataclass(kw_only=True)
 class Batch(Pack):
-    """A pack with the target's states: what a draft's module takes."""
+    """A pack with the target's states, the input of a draft's module."""
 
     target_hidden_states: Tensor  # [1, P, L, H] bfloat16, of any strides, zero after the last sample
     target_last_hidden_states: Tensor  # [1, P, H] bfloat16, zero where no loss can use it
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the batch to a device; return it as it is where that is the CPU."""
+        """Return the batch on a device; on a CPU the batch itself."""
         if device.type == "cpu":
             return self
         collated = {name: tensor.to(device) for name, tensor in self.collated.items()}
@@ -84,18 +84,18 @@ class Batch(Pack):
 
 @dataclass(kw_only=True)
 class EncodedBatch(Pack):
-    """A pack with the target's states as they are stored, in memory that a GPU can copy from."""
+    """A pack with the target's states as stored, in memory that a GPU can copy from."""
 
     reader: CacheReader
     context: dict[int, dict[str, Tensor]]
     """The stored tensors of each layer, by layer id and suffix, `[num_tokens, ..]`."""
     last_hidden: dict[str, Tensor]
-    """Likewise, `[M, ..]`."""
+    """The stored tensors of the last hidden states, by suffix, `[M, ..]`."""
     last_positions: Tensor
-    """Where those M rows go, in the pack."""
+    """Positions of those M rows in the pack, `[M]`."""
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to a device and decode there, on its current stream."""
+        """Copy to a device and decode there, on the device's current stream."""
 
         def there(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
@@ -120,11 +120,11 @@ def _states(context: Tensor, last_hidden: Tensor) -> dict[str, Tensor]:
 
 
 def load_pack(reader: CacheReader, samples: Sequence[int], batch_tokens: int, collate: Collate) -> Pack:
-    """Lay samples' tokens into one row. No features are touched.
+    """Lay the tokens of samples into one row. Read no features.
 
     Args:
-        samples: sample numbers, `batch_tokens` tokens at most; none at all makes a pack of padding.
-        collate: adds what the kind of draft needs.
+        samples: sample numbers, of at most `batch_tokens` tokens together; no sample gives a pack of padding.
+        collate: function that makes the tensors of the kind of draft.
     """
     input_ids = torch.zeros(batch_tokens, dtype=torch.int64)
     loss_mask = torch.zeros(batch_tokens, dtype=torch.uint8)
@@ -153,14 +153,14 @@ def load_batch(
     collate: Collate,
     memory: Tensor | None = None,
 ) -> Batch:
-    """Read samples into a batch on the CPU, each feature row decoded straight into its place.
+    """Read samples into a batch on the CPU. Decode each feature row straight into its place.
 
     Args:
-        memory: of `batch_memory`, for the states; None allocates.
+        memory: memory for the states, from `batch_memory`; None allocates it.
     """
     pack = load_pack(reader, samples, batch_tokens, collate)
     memory = batch_memory(reader, layer_ids, batch_tokens) if memory is None else memory
-    *context, last_hidden = memory  # a layer after the other, so that stored rows fill memory in one piece
+    *context, last_hidden = memory  # layer by layer, so that stored rows fill contiguous memory
     memory[:-1, pack.num_tokens :] = 0
     last_hidden.zero_()
     for i, rows in _places(reader, samples, layer_ids):
@@ -175,7 +175,7 @@ def load_batch(
 
 
 def batch_memory(reader: CacheReader, layer_ids: Sequence[int], batch_tokens: int) -> Tensor:
-    """Memory for the states of a batch, `[L + 1, P, H]` bfloat16: the layers, then the last hidden states."""
+    """Allocate the states of a batch, `[L + 1, P, H]` bfloat16: the layers, then the last hidden states."""
     return torch.empty(len(layer_ids) + 1, batch_tokens, reader.hidden_size, dtype=torch.bfloat16)
 
 
@@ -188,10 +188,10 @@ def load_encoded_batch(
     *,
     pin: bool = True,
 ) -> EncodedBatch:
-    """Read samples into a batch that `EncodedBatch.to` takes to a GPU: stored bytes, copied once.
+    """Read samples as stored into a batch that `EncodedBatch.to` copies to a GPU and decodes.
 
     Args:
-        pin: whether to read into page-locked memory, which copies to a GPU need not wait for.
+        pin: read into page-locked memory, so that copies to a GPU are asynchronous.
     """
     pack = load_pack(reader, samples, batch_tokens, collate)
     num_last = sum(reader.num_last_rows(i) for i in samples)
@@ -224,7 +224,7 @@ def load_encoded_batch(
 def _places(
     reader: CacheReader, samples: Sequence[int], layer_ids: Sequence[int]
 ) -> Iterator[tuple[int, slice]]:
-    """Each sample with its rows of the pack; the kernel reads ahead, and what was read is let go."""
+    """Yield each sample with its rows of the pack. Request readahead first, and release the pages read."""
     states = [*map(context_name, layer_ids), LAST_HIDDEN]
     for i in samples:
         reader.read_ahead(i, states)
@@ -241,7 +241,7 @@ def _places(
 
 
 def _runs(positions: Tensor) -> list[slice]:
-    """Ascending positions `[M]` as slices of neighbours."""
+    """Return ascending positions `[M]` as slices of consecutive ones."""
     places = positions.numpy()
     breaks = np.flatnonzero(np.diff(places) != 1) + 1
     return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(places, breaks) if len(run)]
@@ -252,7 +252,7 @@ def prefetch(
 ) -> Iterator[Loaded]:
     """Run loading jobs on threads, `depth` ahead, and yield their results in order.
 
-    An error is raised where its batch was due.
+    A job's error is raised in place of its result.
     """
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="batches") as pool:
         pending: deque[Future[Loaded]] = deque()
@@ -276,16 +276,16 @@ def loaded(
     device: torch.device,
     count_flops: Callable[[Pack], float] = lambda _pack: 0.0,
 ) -> Iterator[Batch]:
-    """Batches on a device, in order, read ahead by threads.
+    """Yield batches on a device, in order. Threads read ahead.
 
-    A batch is to be used before the next one is asked for: on a CPU its memory then serves another.
+    Use a batch before asking for the next one: on a CPU its memory is then reused.
 
     Args:
-        packs: the samples of each batch, and what the kind of draft adds to them.
-        count_flops: what is put into each batch's `flops`.
+        packs: the samples of each batch and their collate function.
+        count_flops: function that computes each batch's `flops`.
 
     Raises:
-        CacheError: where a damaged sample's batch was due, or on a GPU one batch before.
+        CacheError: a sample is damaged; raised in place of its batch, on a GPU one batch earlier.
     """
     if device.type == "cuda":
 
@@ -296,9 +296,9 @@ def loaded(
 
         yield from _copied(prefetch(partial(load_pinned, *pack) for pack in packs), device)
         return
-    # Memory that was used before costs no page faults, which would take longer than the copying.
+    # Reuse memory: page faults on fresh memory take longer than the copying.
     free: SimpleQueue[Tensor] = SimpleQueue()
-    for _ in range(DEPTH + 1):  # those ahead, and the one in use
+    for _ in range(DEPTH + 1):  # the batches ahead, and the one in use
         free.put(batch_memory(reader, layer_ids, batch_tokens))
 
     def load(samples: Sequence[int], collate: Collate) -> tuple[Batch, Tensor]:
@@ -313,7 +313,7 @@ def loaded(
 
 
 def _copied(batches: Iterator[EncodedBatch], device: torch.device) -> Iterator[Batch]:
-    """Copy and decode one batch ahead of the one in use, on a stream of its own."""
+    """Copy and decode one batch ahead of the one in use, on a separate stream."""
     stream = torch.cuda.Stream(device)
     ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
 
@@ -322,7 +322,7 @@ def _copied(batches: Iterator[EncodedBatch], device: torch.device) -> Iterator[B
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
         for tensor in batch.tensors().values():
-            tensor.record_stream(current)  # its memory is not given away while that stream still reads it
+            tensor.record_stream(current)  # so that its memory is not reused while that stream reads it
         return batch
 
     for encoded in batches:

@@ -1,7 +1,7 @@
-"""Which samples make which batch: pure functions of (lengths, seed, epoch, rank, world).
+"""Assignment of samples to batches: pure functions of (lengths, seed, epoch, rank, world).
 
 A batch is a *pack*: samples laid end to end in one row of a fixed number of tokens. An optimiser step is a
-group of packs, the same ones however many ranks share them.
+group of packs, which does not depend on the world size.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy as np
 
 from train.config import TrainConfig
 
-# Packs filled together from one stretch of the shuffled samples. More fill better and mix less.
+# Packs filled together from consecutive shuffled samples. More packs fill better and mix less.
 WINDOW_PACKS = 64
 
 
 def pack(lengths: Sequence[int], order: Iterable[int], batch_tokens: int) -> list[list[int]]:
-    """Lay samples into packs of at most `batch_tokens` tokens: the longest first, each where it fits best.
+    """Lay samples into packs of at most `batch_tokens` tokens (best-fit decreasing).
 
     Args:
         lengths: tokens of every sample, none above `batch_tokens`.
-        order: the samples to pack; which of them come first decides between equals.
+        order: the samples to pack; samples of equal length keep this order.
 
     Returns:
-        The samples of each pack, in the order that packs were begun.
+        The samples of each pack, in the order that the packs were started.
     """
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # tokens left and number of each pack, ascending
@@ -45,17 +45,17 @@ def pack(lengths: Sequence[int], order: Iterable[int], batch_tokens: int) -> lis
 
 
 def epoch_packs(lengths: np.ndarray, batch_tokens: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """An epoch's packs: each sample once, shuffled.
+    """Return an epoch's packs: each sample once, shuffled.
 
-    Samples are shuffled and packed window by window; what fills a window's last packs badly waits for the
-    next window. Then the packs are shuffled.
+    Samples are shuffled and packed window by window. Samples of a window's last packs, which are filled
+    badly, move to the next window. Then the packs are shuffled.
 
     Args:
         lengths: tokens of each sample, `[n]`, none above `batch_tokens`.
-        batch_tokens: P, what a pack holds.
+        batch_tokens: P, tokens per pack.
 
     Returns:
-        Arrays of sample numbers.
+        The sample numbers of each pack.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths)).tolist()
@@ -84,17 +84,17 @@ def epoch_steps(
     rank: int = 0,
     world: int = 1,
 ) -> list[list[np.ndarray]]:
-    """One rank's share of an epoch: for each optimiser step, its packs.
+    """Return one rank's share of an epoch: its packs of each optimiser step.
 
-    A step is the same `packs_per_step` packs however many ranks there are; they are dealt out in turn.
+    A step has the same `packs_per_step` packs for any world size. The ranks take them in turn.
 
     Args:
         lengths: tokens of each sample, `[n]`.
         batch_tokens: P.
-        packs_per_step: of all ranks together; the last step of an epoch may have fewer.
+        packs_per_step: packs of a step over all ranks; the last step of an epoch may have fewer.
 
     Returns:
-        As many steps, of as many packs each, for every rank; a rank without a sample gets an empty pack.
+        The packs of each step. All ranks get the same number; a rank that lacks a pack gets an empty one.
     """
     packs = epoch_packs(lengths, batch_tokens, seed, epoch)
     groups = (packs[start : start + packs_per_step] for start in range(0, len(packs), packs_per_step))
@@ -102,13 +102,13 @@ def epoch_steps(
 
 
 def share(packs: list[np.ndarray], rank: int, world: int) -> list[np.ndarray]:
-    """One rank's packs of a group that is dealt out in turn; empty ones are added until all have as many."""
+    """Return one rank's packs of a group that ranks take in turn. Empty packs make the shares equal."""
     empty = [np.empty(0, dtype=np.int64)] * (-len(packs) % world)
     return (packs + empty)[rank::world]
 
 
 def sequential_packs(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Packs for evaluation: every sample once, always the same."""
+    """Return the packs of an evaluation: every sample once, in a fixed order."""
     packs = pack(lengths.tolist(), range(len(lengths)), batch_tokens)
     return [np.array(members, dtype=np.int64) for members in packs]
 
@@ -119,7 +119,7 @@ class Step:
 
     epoch: int
     number: int
-    """In its epoch, from 0."""
+    """Number of the step in its epoch, from 0."""
     packs: list[list[int]]
     """Sample numbers of each micro-batch."""
 
@@ -133,11 +133,13 @@ def steps_from(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Step]:
-    """Yield one rank's steps, epoch after epoch without end, from a place in the data order on.
+    """Yield one rank's steps without end, epoch by epoch, from a position in the data order.
 
     Args:
         lengths: tokens of each training sample, `[n]`.
-        samples: their numbers in the cache, `[n]`.
+        samples: the samples' numbers in the cache, `[n]`.
+        epoch: epoch of the first step.
+        number: number of the first step in its epoch.
     """
     shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)
     for each in itertools.count(epoch):
@@ -147,7 +149,7 @@ def steps_from(
 
 
 def count_steps(lengths: np.ndarray, config: TrainConfig) -> int:
-    """Return the optimiser steps of a run over samples of these lengths `[n]`."""
+    """Return the number of optimiser steps of a run over samples of these lengths `[n]`."""
     if config.max_steps is not None:
         return config.max_steps
     shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)

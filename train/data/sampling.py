@@ -1,4 +1,4 @@
-"""Which positions of a sample are drafted from: pure functions of (candidates, sample id, seed, epoch)."""
+"""Choice of a sample's anchors: pure functions of (candidates, sample id, seed, epoch)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 AnchorChoice = Callable[[list[np.ndarray], list[bytes]], list[np.ndarray]]
-"""From each sample's candidates, ascending, and the samples' ids to each sample's anchors, ascending."""
+"""Function from each sample's candidates and id to its anchors. Candidates and anchors ascend."""
 
 
 def anchor_quotas(candidates: Sequence[int], total: int) -> np.ndarray:
-    """How many anchors each sample gets: in proportion to its candidates, `total` in all if there are enough.
+    """Return each sample's number of anchors: `total` divided in proportion to the candidates.
 
-    Shares are rounded down; what is left goes to the largest remainders, the first of equals first.
+    With fewer than `total` candidates, every candidate is an anchor. Shares are rounded down; the rest goes
+    to the largest remainders, on a tie to the earlier sample.
     """
     counts = np.asarray(candidates, dtype=np.int64)
     if counts.sum() <= total:
@@ -25,10 +26,10 @@ def anchor_quotas(candidates: Sequence[int], total: int) -> np.ndarray:
 
 
 def random_anchors(total: int, seed: int, epoch: int) -> AnchorChoice:
-    """Training's choice: `total` a batch, in each sample uniform without replacement.
+    """Return training's choice: `total` anchors per batch, in each sample uniform without replacement.
 
-    A sample's anchors come from (seed, epoch, sample id) and its quota alone: whatever else is random, and
-    the number of ranks, can't change them.
+    A sample's anchors depend only on (seed, epoch, sample id) and its quota. The world size and other random
+    draws don't change them.
     """
 
     def choose(candidates: list[np.ndarray], sample_ids: list[bytes]) -> list[np.ndarray]:
@@ -45,7 +46,7 @@ def random_anchors(total: int, seed: int, epoch: int) -> AnchorChoice:
 
 
 def spread_anchors(each: int) -> AnchorChoice:
-    """Evaluation's choice: up to `each` a sample, evenly spread over its candidates, always the same."""
+    """Return evaluation's choice: up to `each` anchors per sample, evenly spread over its candidates."""
 
     def choose(candidates: list[np.ndarray], _sample_ids: list[bytes]) -> list[np.ndarray]:
         places = [np.linspace(0, len(c) - 1, min(each, len(c))).round().astype(np.int64) for c in candidates]
@@ -55,7 +56,7 @@ def spread_anchors(each: int) -> AnchorChoice:
 
 
 def drawn_anchors(each: int | None, seed: int) -> AnchorChoice:
-    """Up to `each` a sample, uniform without replacement from (seed, sample id); None takes all."""
+    """Return a choice of up to `each` anchors per sample, uniform by (seed, sample id); None takes all."""
 
     def choose(candidates: list[np.ndarray], sample_ids: list[bytes]) -> list[np.ndarray]:
         return [draw(c, s) for c, s in zip(candidates, sample_ids, strict=True)]

@@ -1,4 +1,4 @@
-"""Samples to train on, and samples to measure on."""
+"""Split of the cache into training samples and held-out samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def split(reader: CacheReader, fraction: float) -> tuple[np.ndarray, np.ndarray]
     """Return the numbers of the training samples and of the held-out ones, by a hash of their content.
 
     Raises:
-        ConfigError: either side is empty.
+        ConfigError: no sample is left to train on, or none is held out although `fraction` is above 0.
     """
     out = held_out(reader.sample_ids, fraction)
     train, test = np.flatnonzero(~out), np.flatnonzero(out)

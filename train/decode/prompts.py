@@ -1,4 +1,4 @@
-"""What a draft is tried on live: prompts from a file, or the beginnings of a cache's held-out samples."""
+"""Prompts for decoding: from a file, or the beginnings of a cache's held-out samples."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, DataError
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
-# Of a sample in which everything is supervised, as plain text is, this many tokens are the prompt.
+# Tokens of the prompt, if a sample is supervised from its first token on, as plain text is.
 _TEXT_PROMPT = 16
 
 
 def held_out_prompts(reader: CacheReader, samples: np.ndarray, count: int) -> list[list[int]]:
-    """Token ids up to each sample's first supervised one: what the target was asked.
+    """Return the token ids of up to `count` samples, each up to its first supervised token.
 
     Args:
-        samples: of the held-out split; taken evenly from it.
+        samples: numbers of the held-out samples; `count` of them are taken, evenly spread.
 
     Raises:
         ConfigError: nothing was held out.
     """
     if not len(samples):
-        raise ConfigError("the run held nothing out (train.held_out = 0): give --prompts FILE instead")
+        raise ConfigError("the run held out no samples (train.held_out = 0): pass --prompts FILE instead")
     chosen = samples[np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)]
     prompts = []
     for i in chosen.tolist():
@@ -38,17 +38,18 @@ def held_out_prompts(reader: CacheReader, samples: np.ndarray, count: int) -> li
 
 
 def read_prompts(path: Path, tokenizer: Any, vocab_size: int, count: int) -> list[list[int]]:
-    """Token ids of the first `count` prompts of a file.
+    """Return the token ids of the first `count` prompts of a file.
 
-    A `.txt` file holds one a line. A JSON Lines file holds rows with `messages` (or `conversations`), of
-    which everything before the last answer is the prompt, or with `prompt`, `text` or `input_ids`. What is
-    said to an assistant goes through the tokenizer's chat template, where it has one.
+    A `.txt` file has one prompt per line. A JSON Lines file has rows with `messages` (or `conversations`),
+    whose prompt is everything before the last answer, or with `prompt`, `text` or `input_ids`. Messages and
+    prompts are rendered with the tokenizer's chat template, if it has one.
 
     Args:
-        vocab_size: V; token ids are below it.
+        vocab_size: V; token ids must be below it.
 
     Raises:
-        DataError: the file can't be read, holds no prompt, or a line of it is none, with its number.
+        DataError: the file can't be read or has no prompt, or a line is not a prompt; the message has its
+            number.
     """
     prompts: list[list[int]] = []
     for number, line in _lines(path):
@@ -59,23 +60,23 @@ def read_prompts(path: Path, tokenizer: Any, vocab_size: int, count: int) -> lis
             if not ids:
                 raise ValueError("it has no tokens")
             if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-                raise ValueError(f"token ids are integers from 0 to {vocab_size - 1}")
+                raise ValueError(f"token ids must be integers from 0 to {vocab_size - 1}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}, line {number} is no prompt ({error}): expected an object with messages, "
-                "conversations, prompt, text or input_ids; in a .txt file a prompt a line"
+                f"{path}, line {number} is not a prompt ({error}): expected an object with messages, "
+                "conversations, prompt, text or input_ids, or in a .txt file one prompt per line"
             ) from None
-        except Exception as error:  # whatever a chat template raises
+        except Exception as error:  # chat templates raise anything
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{path}, line {number} can't be rendered ({reason})") from None
+            raise DataError(f"{path}, line {number} can't be rendered ({reason}): fix or remove it") from None
         prompts.append(ids)
     if not prompts:
-        raise DataError(f"--prompts {path} holds no prompt: expected one a line")
+        raise DataError(f"--prompts {path} has no prompt: expected one per line")
     return prompts
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, empty ones left out; only a line feed ends one, as in JSON Lines."""
+    """Yield non-empty lines with their numbers. Only a line feed ends a line, as in JSON Lines."""
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
@@ -99,17 +100,17 @@ def _encode(row: Any, tokenizer: Any) -> list[int]:
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
-        raise ValueError("nobody asks anything in it")
+        raise ValueError("it has no message before the last answer")
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(_text(message["content"]) for message in messages))["input_ids"]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def _messages(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """OpenAI's form of a conversation, from that or ShareGPT's."""
+    """Yield the messages of a conversation in OpenAI's form, from that form or ShareGPT's."""
     name = next((name for name in ("messages", "conversations", "prompt") if name in row), None)
     if name is None:
-        raise ValueError(f"it has {', '.join(sorted(row)) or 'nothing'}")
+        raise ValueError(f"it has the keys {', '.join(sorted(row)) or 'none'}")
     for turn in row[name]:
         if "from" in turn:
             yield {"role": _SHAREGPT.get(turn["from"], turn["from"]), "content": _text(turn["value"])}

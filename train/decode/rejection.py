@@ -1,4 +1,4 @@
-"""Which drafted tokens the target accepts, and the one after: its own distribution, whatever was drafted.
+"""Accept or reject drafted tokens so that the output has the target's own distribution.
 
 Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", section 2.3; Chen et
 al. 2023. V vocabulary, n drafted tokens.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """A token from logits `[V]`: the most likely one at temperature 0, else sampled."""
+    """Return a token from logits `[V]`: the most likely one at temperature 0, else a sample."""
     if temperature == 0:
         return logits.argmax()
     return torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)[0]
@@ -24,21 +24,22 @@ def accept(
     temperature: float,
     generator: torch.Generator | None = None,
 ) -> tuple[int, Tensor]:
-    """Verify a block.
+    """Return the number of accepted tokens of a block, and the token after them.
 
     Token i is accepted with probability min(1, q(x_i) / p(x_i)), p the draft's distribution and q the
-    target's. The first one rejected is replaced by a sample of max(q - p, 0), normalised; if all are
+    target's. The first rejected token is replaced by a sample of max(q - p, 0), normalised. If all are
     accepted, the target's next token is added. At temperature 0 a token is accepted if it is the target's.
 
     Args:
-        drafted: `[n]`.
-        draft_probs: what they were sampled from, `[n, V]`; None at temperature 0.
-        target_logits: the target's, before each of them and behind the last, `[n + 1, V]`.
-        temperature: of both.
-        generator: on their device.
+        drafted: drafted tokens, `[n]`.
+        draft_probs: distributions that they were sampled from, `[n, V]`; None at temperature 0.
+        target_logits: the target's logits for each drafted token and for the token after the last,
+            `[n + 1, V]`.
+        temperature: sampling temperature of draft and target.
+        generator: random generator on the device of the tensors.
 
     Returns:
-        How many are accepted, and the token after those.
+        The number of accepted tokens, and the token after them.
     """
     n = len(drafted)
     if temperature == 0:
@@ -56,5 +57,5 @@ def accept(
     left = target_probs[count]
     if count < n:
         rest = (left - draft_probs[count]).clamp(min=0)
-        left = rest if rest.sum() > 0 else left  # equal to the last digit
+        left = rest if rest.sum() > 0 else left  # the sum is 0 if both are equal up to rounding
     return count, torch.multinomial(left, 1, generator=generator)[0]

@@ -1,7 +1,7 @@
-"""How much of each request's block is worth verifying, when a server verifies many at once.
+"""Hardware-aware prefix scheduler: choose the number of drafted tokens to verify per request.
 
-DSpark paper, Algorithm 1, the hardware-aware prefix scheduler. It is for engines; `dspark speculate`, which
-has one request, uses a threshold.
+DSpark paper, Algorithm 1. It is for engines that verify many requests at once. `dspark speculate` has one
+request and uses a threshold instead.
 """
 
 from __future__ import annotations
@@ -11,27 +11,28 @@ from collections.abc import Callable, Sequence
 
 
 def schedule(confidences: Sequence[Sequence[float]], steps_per_second: Callable[[int], float]) -> list[int]:
-    """How many drafted tokens of each request to verify, so that most tokens come out a second.
+    """Return the number of drafted tokens to verify per request, for the highest expected throughput.
 
-    Tokens are admitted one by one, over all requests the one first that is most likely reached and accepted
-    (the product of its request's confidences up to it), for as long as each raises the expected throughput
+    Tokens are admitted one by one over all requests. The next is the token with the largest product of its
+    request's confidences up to it: the probability that it is reached and accepted. Admission continues while
+    each token raises the expected throughput
 
         (requests + sum of admitted products) * steps_per_second(requests + admitted)
 
-    The first that does not ends it, though later ones together might: a token's admission must not depend
-    on confidences behind it, which depend on the token itself. With them the output would not have the
-    target's distribution any more (the paper's appendix A; `tests/train/test_schedule.py` has such a case).
+    It ends at the first token that does not, even if further ones together would. A token's admission must
+    not depend on confidences after it, because they depend on the token itself: the output would no longer
+    have the target's distribution (the paper's appendix A; `tests/train/test_schedule.py` has such a case).
 
     Args:
-        confidences: of each request, how likely each drafted token is accepted if those before it are.
-        steps_per_second: steps a second of the engine with so many tokens in a batch.
+        confidences: per request, the probability that each drafted token is accepted if all before it are.
+        steps_per_second: engine steps per second, as a function of the tokens in a batch.
 
     Returns:
-        One number a request, from 0 to its drafted tokens.
+        One number per request, from 0 to the number of its drafted tokens.
     """
     lengths = [0] * len(confidences)
     waiting = [(-own[0], 0, request) for request, own in enumerate(confidences) if own]
-    heapq.heapify(waiting)  # the likeliest first; of equals the earlier position, then the earlier request
+    heapq.heapify(waiting)  # most probable first; on a tie the earlier position, then the earlier request
     batch, expected = len(confidences), float(len(confidences))
     best = expected * steps_per_second(batch) if batch else 0.0
     while waiting:

@@ -1,9 +1,12 @@
-"""Decoding with the live target: plain, and speculative with a draft. One sequence, key-value caches in both.
+"""Decode one sequence with the live target, alone or speculatively with a draft. Both use key-value caches.
 
-A round: the draft proposes a block behind the anchor (the last token, whose states nobody knows yet); one
-target forward over anchor and block gives the target's logits and, by hooks, the context features of both;
-the accepted prefix and the target's next token are emitted; what was rejected leaves the target's cache,
-the features of what was accepted enter the draft's.
+A round of speculative decoding:
+
+1. The draft proposes a block after the anchor, the last emitted token, which the target has not seen yet.
+2. One target forward over anchor and block gives the target's logits and, by hooks, the context features.
+3. The accepted prefix and the target's next token are emitted.
+4. Rejected tokens are removed from the target's cache. Features of anchor and accepted tokens are added to
+   the draft's.
 """
 
 from __future__ import annotations
@@ -26,16 +29,16 @@ from train.draft.kind import Decoder
 
 
 class CachedTarget:
-    """A target with a key-value cache, and hooks for the layers that a draft reads.
+    """A target with a key-value cache and hooks for the layers that a draft reads.
 
-    Use it in a `with` block; leaving it removes the hooks.
+    Use it in a `with` block, which removes the hooks at the end.
 
     Args:
         model: a Hugging Face causal LM in eval mode.
-        layer_ids: in the convention of `pipeline.features`; none for plain decoding.
+        layer_ids: layers in the convention of `pipeline.features`; empty for decoding without a draft.
 
     Raises:
-        TargetError: its state can't be taken back, as that of recurrent models.
+        TargetError: the target keeps a recurrent state, from which tokens can't be removed.
     """
 
     def __init__(self, model: nn.Module, layer_ids: Sequence[int]):
@@ -65,17 +68,17 @@ class CachedTarget:
 
         Args:
             ids: `[T]`.
-            logits: how many of the last positions' logits are wanted.
+            logits: number of last positions whose logits are returned.
 
         Returns:
-            Logits `[logits, V]` fp32, and context features `[T, L*H]` where layers were asked for; both on
-            the device that takes the ids, where a draft belongs.
+            Logits `[logits, V]` in at least fp32, and context features `[T, L*H]`, None without `layer_ids`.
+            Both are on the device that takes the ids, where the draft must be.
         """
         few = {"logits_to_keep": logits} if self._few_logits else {}
         self._states.clear()
         ids = ids.to(self.device)[None]
         output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **few)
-        wanted = at_least_fp32(output.logits[0, -logits:].to(self.device))  # of a target on several
+        wanted = at_least_fp32(output.logits[0, -logits:].to(self.device))  # a target may span devices
         if not self.layer_ids:
             return wanted, None
         check_states(self.model, self._states, self.layer_ids, ids.shape)
@@ -83,27 +86,30 @@ class CachedTarget:
         return wanted, torch.cat([state.to(self.device) for state in states], dim=-1)
 
     def take_back(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens, and what a sliding window has left."""
+        """Remove the last `tokens` tokens from the cache, and states that have left a sliding window."""
         if tokens or hasattr(self._cache, "activate_past_recording"):
             self._cache.crop(-tokens)
 
 
 def _empty_cache(model: nn.Module, *, take_back: bool) -> DynamicCache:
-    """A cache of the model's own kind.
+    """Return an empty cache that fits the model.
 
     Args:
-        take_back: whether tokens are going to be: of sliding windows more has to be kept then.
+        take_back: tokens will be removed again, so sliding windows must keep more.
+
+    Raises:
+        TargetError: the model keeps a recurrent state.
     """
     cache = DynamicCache(config=model.config)
     kinds = {type(layer).__name__ for layer in cache.layers}
     if getattr(model, "_is_stateful", False) or any("Linear" in kind for kind in kinds):
         raise TargetError(
-            f"{type(model).__name__} keeps a recurrent state, from which no token can be taken back: "
-            "expected a target with attention only; serve it with vLLM or SGLang instead"
+            f"{type(model).__name__} keeps a recurrent state, from which no token can be removed: expected "
+            "a target with attention only; serve it with vLLM or SGLang instead"
         )
     if not take_back:
         return cache
-    if not hasattr(cache, "activate_past_recording"):  # before transformers 5.2x; masks hide what is outside
+    if not hasattr(cache, "activate_past_recording"):  # older transformers: keep all, masks hide the rest
         return DynamicCache()
     cache.activate_past_recording()
     return cache
@@ -111,25 +117,25 @@ def _empty_cache(model: nn.Module, *, take_back: bool) -> DynamicCache:
 
 @dataclass
 class Decoded:
-    """What came out, and how. K is the draft's block size."""
+    """Emitted tokens of a decoding, with counts and times. K is the draft's block size."""
 
     tokens: list[int]
-    """Emitted, the one that ended it included."""
+    """Emitted tokens, including the one that ended the text."""
     seconds: float = 0.0
-    """All but taking in the prompt."""
+    """Seconds of decoding, without processing the prompt."""
     rounds: int = 0
     emitted: int = 0
-    """Tokens that the rounds gave, those beyond the last one asked for included."""
+    """Tokens emitted by the rounds, including those past `max_new_tokens`."""
     verified: int = 0
-    """Drafted tokens that the target looked at."""
+    """Drafted tokens that the target verified."""
     tried: list[int] = field(default_factory=list)
-    """How often a slot was verified with all before it accepted, `[K]`."""
+    """Times that a slot was verified with all slots before it accepted, `[K]`."""
     accepted: list[int] = field(default_factory=list)
-    """How often it was accepted then, `[K]`."""
+    """Times that the slot was then accepted, `[K]`."""
     draft_seconds: float = 0.0
-    """Drafting, and taking in the context features of what was accepted."""
+    """Seconds of drafting, and of adding context features to the draft's cache."""
     verify_seconds: float = 0.0
-    """Target forwards, and the decision."""
+    """Seconds of target forwards and of accepting tokens."""
 
 
 def decode_plain(
@@ -141,11 +147,14 @@ def decode_plain(
     stop: frozenset[int] = frozenset(),
     generator: torch.Generator | None = None,
 ) -> Decoded:
-    """The target alone, a token a forward.
+    """Decode with the target alone, one token per forward.
 
     Args:
-        stop: token ids that end it.
-        generator: on the target's device.
+        stop: token ids that end the text.
+        generator: random generator on the target's device.
+
+    Raises:
+        TargetError: the logits of the prompt are not finite.
     """
     target.reset()
     logits = _first_logits(target, prompt)[0]
@@ -161,7 +170,7 @@ def decode_plain(
 
 
 def _first_logits(target: CachedTarget, prompt: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """`CachedTarget.forward` of a prompt. Raises TargetError where nothing can be chosen from its logits."""
+    """Run the target on a prompt. Raise TargetError if the logits of its last position are not finite."""
     logits, features = target.forward(torch.tensor(prompt), 1)
     if not torch.isfinite(logits).all():
         raise TargetError(
@@ -183,15 +192,18 @@ def decode_speculative(
     confidence_temperatures: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Decoded:
-    """The target's own text, or at a temperature its own distribution, in fewer target forwards.
+    """Decode with a draft. The text (at a temperature, its distribution) is the target's own.
 
     Args:
-        draft: on `target.device`.
-        stop: token ids that end it.
-        threshold: verify a slot only while the block is accepted up to it with this probability, by the
-            confidence head; 0 verifies all.
-        confidence_temperatures: of `dspark calibrate`, `[K]`.
-        generator: on the device of both.
+        draft: a decoder on `target.device`.
+        stop: token ids that end the text.
+        threshold: verify a slot only if the block is accepted up to it with at least this probability, by
+            the confidence head; 0 verifies all.
+        confidence_temperatures: temperatures from `dspark calibrate`, `[K]`.
+        generator: random generator on the device of both.
+
+    Raises:
+        TargetError: the logits of the prompt are not finite.
     """
     target.reset()
     draft.reset()
@@ -225,12 +237,12 @@ def decode_speculative(
         result.draft_seconds += clock - before
         _count(result, len(drafted.tokens), count, emitted, stop)
     result.seconds = _now(logits) - started
-    del result.tokens[max_new_tokens:]  # whole blocks to the end: cut ones would count as bad ones
+    del result.tokens[max_new_tokens:]  # cut only here: counts of a cut last block would be too low
     return result
 
 
 def _count(result: Decoded, verified: int, count: int, emitted: list[int], stop: frozenset[int]) -> None:
-    """Add a round; what was drafted behind an end counts as neither tried nor accepted."""
+    """Count a round. Slots after a stop token count as neither tried nor accepted."""
     end = next((i + 1 for i, token in enumerate(emitted) if token in stop), len(emitted))
     result.rounds += 1
     result.verified += verified
@@ -242,7 +254,7 @@ def _count(result: Decoded, verified: int, count: int, emitted: list[int], stop:
 
 
 def _now(tensor: Tensor) -> float:
-    """The time when everything asked of the tensor's device so far is done."""
+    """Return the time after all pending work on the tensor's device is done."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
     return time.perf_counter()

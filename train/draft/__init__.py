@@ -1,11 +1,11 @@
-"""Kinds of drafts: what the others see of one is its `DraftKind`."""
+"""Kinds of drafts. Other packages use a kind only through its `DraftKind`."""
 
 from pipeline.lazy import lazy_exports
 from train.draft.dspark.kind import DSPARK
 from train.draft.kind import DraftKind
 
 DRAFTS: dict[str, DraftKind] = {"dspark": DSPARK}
-"""By `draft.kind`."""
+"""Kinds by their name in `draft.kind`."""
 
 __getattr__, __all__ = lazy_exports(
     __name__,

@@ -1,4 +1,4 @@
-"""The parts of a draft's Hugging Face config that it takes from its target: Qwen3's body, the mask token."""
+"""Parts of a draft's Hugging Face config that come from its target: Qwen3's body and the mask token."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def qwen3_body(draft: DraftConfig, target: PretrainedConfig, manifest: Manifest)
     """Return the fields of a `Qwen3Config` with the target's dimensions, without biases.
 
     Args:
-        draft: the run's `[draft]` table; None means as in the target.
+        draft: the run's `[draft]` table; a setting that is None is taken from the target.
         target: the target's own config.
-        manifest: the cache's; says H, V, the scales and the soft-cap.
+        manifest: the cache's manifest; gives H, V, the scales and the soft-cap.
 
     Raises:
-        ConfigError: the heads don't fit.
+        ConfigError: the query heads are not a multiple of the key and value heads.
     """
     identity, text = manifest.identity.target, target.get_text_config()
 
@@ -32,7 +32,8 @@ def qwen3_body(draft: DraftConfig, target: PretrainedConfig, manifest: Manifest)
     kv_heads = draft.num_key_value_heads or own("num_key_value_heads") or heads
     if heads % kv_heads:
         raise ConfigError(
-            f"draft: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            f"draft.num_attention_heads must be a multiple of draft.num_key_value_heads, got {heads} and "
+            f"{kv_heads}"
         )
     return {
         "vocab_size": identity.vocab_size,
@@ -56,23 +57,26 @@ def qwen3_body(draft: DraftConfig, target: PretrainedConfig, manifest: Manifest)
 
 
 def mask_token_id(draft: DraftConfig, manifest: Manifest) -> int:
-    """Return the id of the token that stands for one to be drafted.
+    """Return the id of the mask token, which stands for a token to be drafted.
 
     Raises:
-        ConfigError: it is outside the vocabulary, or none can be found.
+        ConfigError: the id is outside the vocabulary, or the tokenizer offers none.
     """
     token, vocab = draft.mask_token_id, manifest.identity.target.vocab_size
     token = default_mask_token_id(manifest) if token is None else token
     if not 0 <= token < vocab:
-        raise ConfigError(f"draft.mask_token_id {token} is outside the vocabulary of {vocab}")
+        raise ConfigError(f"draft.mask_token_id must be in [0, {vocab}), the vocabulary, got {token}")
     return token
 
 
 def default_mask_token_id(manifest: Manifest) -> int:
-    """Return a token id that conversations don't use, to stand for a token to be drafted.
+    """Return a token id that conversations don't use, as the mask token.
 
-    The tokenizer's mask token; else the first id after its vocabulary, where the target's embedding
-    has padding rows (Qwen3: 151669); else its unknown token; else its padding token.
+    It is the first that exists of: the tokenizer's mask token; the first id after its vocabulary, if the
+    target's embedding has padding rows (Qwen3: 151669); its unknown token; its padding token.
+
+    Raises:
+        ConfigError: none of them exists.
     """
     tokenizer = manifest.identity.tokenizer
     if tokenizer.mask_token_id is not None:
@@ -86,10 +90,10 @@ def default_mask_token_id(manifest: Manifest) -> int:
 
 
 def _rope_parameters(text: PretrainedConfig) -> dict[str, Any]:
-    """Return the target's rotary settings; of several sets (Gemma 3) those of its global layers."""
+    """Return the target's rotary settings. If it has several sets (Gemma 3), return its global layers'."""
     rope = getattr(text, "rope_parameters", None) or {}
     rope = dict(rope.get("full_attention", rope))
     if rope.pop("partial_rotary_factor", 1.0) != 1 and rope.get("rope_type") == "longrope":
-        # It has a factor per rotated pair of the target's heads; the draft's heads rotate whole.
+        # longrope has one factor per rotated pair of the target's heads; the draft rotates all pairs.
         rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
     return {"rope_theta": getattr(text, "rope_theta", None) or 10000.0, "rope_type": "default", **rope}

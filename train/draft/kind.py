@@ -1,6 +1,6 @@
-"""What training, measuring, decoding and export have to know of a kind of draft.
+"""Interface of a kind of draft, for training, evaluation, decoding and export.
 
-To add a kind: a folder beside `dspark/` with a `DraftKind`, and a row in `train.draft.DRAFTS`. Nothing
+To add a kind: add a folder next to `dspark/` with a `DraftKind`, and a row in `train.draft.DRAFTS`. No code
 outside that folder names the kind's classes.
 """
 
@@ -24,7 +24,7 @@ from train.losses.slots import LossSums, Objective, SlotFigures
 
 
 class StepResult(Protocol):
-    """The outcome of a module's forward."""
+    """Result of a module's forward."""
 
     loss: Tensor
     sums: LossSums
@@ -32,7 +32,7 @@ class StepResult(Protocol):
 
 
 class TrainerModule(Protocol):
-    """A draft with its objective, an `nn.Module`: batches in, losses out."""
+    """A draft with its objective, an `nn.Module` that maps batches to losses."""
 
     draft_model: Any
     """The draft, a `PreTrainedModel` with `embed_tokens`, `lm_head`, `layers`, `attention` and
@@ -44,20 +44,20 @@ class TrainerModule(Protocol):
         """Draft and compute the loss.
 
         Args:
-            denominator: sum of slot weights over the whole optimiser step, when this is a part of it.
-            observe: find out where draft and target agree.
-            tensors: of `Pack.tensors`.
+            denominator: divisor of the loss; None takes the sum of slot weights of this forward.
+            observe: record the slots where draft and target have the same most likely token.
+            tensors: tensors of a batch, from `Batch.tensors`.
         """
 
     def prepare(self, config: RunConfig, device: torch.device, *, by_layer: bool = False) -> None:
         """Set how the draft runs on a device: attention kernel, compilation, checkpointing.
 
         Args:
-            by_layer: compile layer by layer, as sharded layers need it.
+            by_layer: compile layer by layer, which sharded layers need.
         """
 
     def pieces(self, tensors: dict[str, Tensor], blocks: int) -> Iterator[dict[str, Tensor]]:
-        """Split the arguments of a forward into ones of at most so many blocks each."""
+        """Split the arguments of a forward into parts of at most `blocks` blocks each."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Drafted:
     tokens: Tensor
     """`[n]` int64."""
     probs: Tensor | None
-    """The distribution that each was sampled from, `[n, V]` fp32; None at temperature 0."""
+    """Distribution that each token was sampled from, `[n, V]` fp32; None at temperature 0."""
 
 
 class Decoder(Protocol):
@@ -76,13 +76,13 @@ class Decoder(Protocol):
     block_size: int
     """K."""
     has_confidence: bool
-    """Whether it predicts what is accepted, so that a threshold can be set."""
+    """True if the draft has a confidence head, which a threshold needs."""
 
     def reset(self) -> None:
         """Forget the context."""
 
     def extend(self, features: Tensor) -> None:
-        """Take in the context features of the next positions, `[T, L*H]`."""
+        """Append the context features of the next positions, `[T, L*H]`."""
 
     def draft(
         self,
@@ -93,63 +93,65 @@ class Decoder(Protocol):
         confidence_temperatures: Sequence[float] | None = None,
         generator: torch.Generator | None = None,
     ) -> Drafted:
-        """Draft the tokens after an anchor, which stands right after the context.
+        """Draft the tokens after an anchor, which follows the context directly.
 
         Args:
             anchor: token id.
-            temperature: 0 takes the most likely token.
-            threshold: end before the first slot that the block reaches with a lower probability. 0 drafts
-                all.
-            confidence_temperatures: divide each slot's confidence logit, `[K]`.
-            generator: on the draft's device.
+            temperature: sampling temperature; 0 takes the most likely token.
+            threshold: stop before the first slot at which the product of the confidences, the slot's own
+                included, is lower. 0 drafts all slots.
+            confidence_temperatures: divisor of each slot's confidence logit, `[K]`.
+            generator: random generator on the draft's device.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftKind:
-    """One kind of draft."""
+    """A kind of draft: its classes and functions."""
 
     name: str
-    """In `draft.kind`."""
+    """Name of the kind in `draft.kind`."""
     config_class: type[PretrainedConfig]
-    """Of its Hugging Face config."""
+    """Class of the draft's Hugging Face config."""
     config: Callable[[DraftConfig, PretrainedConfig, Manifest, tuple[int, ...], int], PretrainedConfig]
-    """From `[draft]`, the target's config, the cache's manifest, the layers and N to its own config."""
+    """Build the draft's config from `[draft]`, the target's config, the cache's manifest, layers and N."""
     config_fields: tuple[str, ...]
-    """The fields of that config which Qwen3's has not: engines read them."""
+    """Fields of that config that Qwen3's lacks and that engines read."""
     declared: Mapping[str, Any]
     """Facts that an exported config states for engines, the same for every draft of this kind."""
     describe: Callable[[PretrainedConfig], list[str]]
     """Facts of a draft for its model card, a line each in Markdown."""
     weight_fields: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """Of a config's values those that decide what weights mean, though their shapes may be the same."""
+    """Return the values of a config that decide what weights mean, even if shapes are equal."""
     check_released: Callable[[Mapping[str, Any], str], None]
-    """Check a released config.json. Raises RunError where this project has no such draft."""
+    """Check a released config.json. Raise RunError if it describes no draft of this kind."""
     released_settings: Callable[
         [Mapping[str, Any], Mapping[str, Tensor], str], tuple[dict[str, Any], dict[str, Any]]
     ]
-    """From a released config and weights to `[draft]`, and to the config with its defaults."""
+    """Return `[draft]` for a released config and weights, and the config with defaults filled in."""
     build: Callable[[PretrainedConfig], Any]
-    """A draft in fp32 with random weights."""
+    """Build a draft in fp32 with random weights."""
     initialise: Callable[[Any, DraftConfig, CacheReader, np.ndarray], None]
-    """Set the first weights that are learned from training samples, on the draft's device."""
+    """Set initial weights that come from training samples (`draft.init`), on the draft's device."""
     module: Callable[[Any, Objective], TrainerModule]
+    """Combine a draft and an objective."""
     attention: Callable[[str, PretrainedConfig, torch.device], str]
-    """The kernel that a setting of `draft.attention` stands for. Raises ConfigError where there is none."""
+    """Return the kernel that a value of `draft.attention` selects. Raise ConfigError if it can't run."""
     collate: Callable[[AnchorChoice], Collate]
-    """From a choice of positions to the tensors that the kind adds to a pack."""
+    """Return the collate function for a choice of anchors."""
     decoder: Callable[[Any], Decoder]
+    """Return a decoder of a draft."""
     flops: Callable[[PretrainedConfig, Pack], float]
-    """Operations of a forward and a backward over a pack."""
+    """Return the FLOPs of a forward and backward over a pack."""
     lr_scales: Callable[[TrainConfig], Mapping[str, float]]
-    """Multiples of the learning rate by the prefix of parameters' names; all others have 1."""
+    """Return multiples of the learning rate by prefix of parameter names; other parameters have 1."""
     rules: Mapping[str, tuple[Rule, ...]]
-    """What each engine asks of such a draft, by the names that `dspark export --to` takes."""
+    """Rules of each engine, by the names that `dspark export --to` takes."""
 
     def on(
         self, model: nn.Module, config: RunConfig, device: torch.device, *, by_layer: bool = False
     ) -> TrainerModule:
-        """Return a draft, which is on the device, with a run's objective, ready to run there."""
+        """Return a draft, which must be on the device, with a run's objective, ready to run there."""
         module = self.module(model, Objective.of(config.loss))
         module.prepare(config, device, by_layer=by_layer)
         return module

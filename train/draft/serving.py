@@ -1,4 +1,4 @@
-"""Rules of inference engines for drafts, kind by kind in `draft/<kind>/serving.py`."""
+"""Rule of an inference engine for drafts. Each kind has its rules in `draft/<kind>/serving.py`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True)
 class Rule:
-    """Something that an engine asks of a draft."""
+    """A requirement of an engine on a draft."""
 
     field: str
-    """Of the draft's config."""
+    """Field of the draft's config that breaks the rule."""
     holds: Callable[[PretrainedConfig], bool]
     reason: str
-    """What the engine does instead."""
+    """Reason why the engine can't serve other values."""
     remedy: str | None = None
-    """The setting of a draft that it serves; `{last}` is the last layer but one."""
+    """Setting of a draft that the engine serves; `{last}` stands for the last layer but one."""
 
 
 def scale_of(config: PretrainedConfig, name: str) -> float:
-    """Return a scale that a draft shares with its target; 1 where the config names none."""
+    """Return a scale that a draft shares with its target; 1 if the config has none."""
     return getattr(config, name, None) or 1.0

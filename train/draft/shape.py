@@ -1,4 +1,4 @@
-"""The Hugging Face config of a run's draft, whatever its kind."""
+"""Hugging Face config of a run's draft of any kind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draft_shape(reader: CacheReader, config: RunConfig) -> PretrainedConfig:
 
     Raises:
         CacheError: the config asks for a layer that the cache lacks.
-        ConfigError: a combination no draft can have.
+        ConfigError: the settings fit no draft for this target.
     """
     layer_ids = reader.require_layers(config.draft.target_layer_ids or reader.layer_ids)
     target = read_target_config(reader.path / "target")
@@ -28,23 +28,23 @@ def draft_shape(reader: CacheReader, config: RunConfig) -> PretrainedConfig:
 
 
 def resolved(draft: DraftConfig, shape: PretrainedConfig) -> DraftConfig:
-    """Fill in the settings of `[draft]` that the cache and its target decide."""
+    """Return `[draft]` with the settings filled in that the cache and its target decide."""
     same = ("mask_token_id", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
     values = {name: getattr(shape, name) for name in same}
     return replace(draft, target_layer_ids=tuple(shape.target_layer_ids), **values)
 
 
 def read_target_config(folder: Path) -> PretrainedConfig:
-    """Read the target's own config from a cache's `target/`; its code, if it brings any, is not run.
+    """Read the target's own config from a cache's `target/`. Code that comes with it is not run.
 
     Raises:
-        CacheError: it can't be read.
+        CacheError: the config can't be read.
     """
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-    try:  # a model type that only its own code knows: the dimensions have the field's usual names
+    try:  # an unknown model type with its own code: read the dimensions by their usual names
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in values:
             return PretrainedConfig.from_dict(values.get("text_config", values))

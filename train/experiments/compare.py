@@ -1,4 +1,4 @@
-"""Runs side by side: the settings in which they differ, and what came of each."""
+"""Compare runs: the settings that differ, and the figures of each run."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _FIGURES = ("tau", "accept_by_position", "loss", "ce_loss", "l1_loss", "confiden
 def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """Return one row per run, in the order given, all with the same keys and raw numbers.
 
-    After `run` come the settings that are not the same everywhere, as they stand in config.toml, and the
-    fields of the cache's identity that are not, as `cache.features.context_codec`. What a run does not have
-    yet is None; so are `best_tau` and `best_step` where the best evaluation is the last one.
+    After `run` come the settings that differ between runs, as in config.toml, and the fields of the cache's
+    identity that differ, such as `cache.features.context_codec`. A figure that a run does not have yet is
+    None. `best_tau` and `best_step` are None if the best evaluation is the last one.
 
     Args:
-        runs: directories of runs, or folders of such, which stand for these sorted by name.
+        runs: directories of runs, or folders of runs, which stand for their runs sorted by name.
 
     Raises:
-        RunError: a directory that is neither, or a run that can't be read.
+        RunError: a directory is neither, or a run can't be read.
     """
     folders = run_folders(runs)
     facts = [{**_settings(run), **_cache(run)} for run in folders]
@@ -52,7 +52,7 @@ def run_folders(runs: Sequence[Path]) -> list[Path]:
         )
         if not inside:
             raise RunError(
-                f"no run at {run}, and none in its folders: expected {run / CONFIG}; "
+                f"no run at {run} or in its folders: expected {run / CONFIG}; "
                 f"run `dspark train --run {run}` first"
             )
         for path in inside:
@@ -103,7 +103,7 @@ def _differs(key: str, facts: Sequence[dict[str, Any]]) -> bool:
 
 
 def _figures(run: Path) -> dict[str, Any]:
-    """Return how far a run is, and how good its last evaluation says it is."""
+    """Return a run's progress and the figures of its last evaluation."""
     progress = read_progress(run) if checkpoints(run) else None
     evaluation = (progress and progress.evaluation) or {}
     best = progress and progress.best
@@ -184,7 +184,7 @@ def format_text(rows: Sequence[dict[str, Any]]) -> str:
     ]
     if all(row["best_tau"] is None for row in rows):
         columns = [column for column in columns if column[0] != "best tau"]
-    left = {"run", "acceptance by position"}  # and settings in words
+    left = {"run", "acceptance by position"}  # and settings that are text
     left |= {key for key in settings if any(isinstance(row[key], str | list) for row in rows)}
     padded = []
     for title, cell in columns:
@@ -224,6 +224,6 @@ def parameter_count(count: int | None) -> str:
     if count is None:
         return ""
     for unit, one in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= 0.9995 * one:  # which three digits round up to one
+        if count >= 0.9995 * one:  # rounds to 1 with three digits
             return f"{count / one:.3g}{unit}"
     return str(count)

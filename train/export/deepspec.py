@@ -1,6 +1,6 @@
-"""A released draft in DeepSpec's layout as a run of its own: `dspark import`.
+"""Import a released draft in DeepSpec's layout as a run: `dspark import`.
 
-The run has one checkpoint at step 0 and is complete, so that training it again changes nothing.
+The run has one checkpoint at step 0 and is complete, so `dspark train` changes nothing in it.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ _KIND = DRAFTS["dspark"]
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGETS = ("vocab_size", "hidden_size", "num_target_layers")
-# A run takes these from the target, as drafts for it do.
+# A run takes these from the target, so the released draft must have the same.
 _AS_TARGET = ("rms_norm_eps", "hidden_act", "attention_bias", "layer_types")
-# And these too, of which other trainers' configs say nothing.
+# A run takes these from the target as well. Configs of other trainers may lack them.
 _SCALES = ("embedding_scale", "logit_scale", "final_logit_softcapping")
 
 
 def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] = ()) -> Qwen3Config:
-    """Make a run of a draft in DeepSpec's layout. It appears whole or not at all.
+    """Make a run of a draft in DeepSpec's layout. The run appears complete or not at all.
 
-    Says so on stderr if the draft brings another embedding or head than the cache's, which the run uses, or
-    says nothing of rotary positions.
+    Warns on stderr if the draft comes with another embedding or head than the cache's, which the run uses,
+    or if its config lacks rotary settings.
 
     Args:
-        folder: has config.json and model.safetensors, or several files with an index; fp64, fp32, fp16 or
-            bf16.
-        cache: of the draft's target, with the layers that it reads.
-        run: to be made; an empty directory may be there.
-        overrides: `table.key=value` of [loss] and [train], which say how the draft is measured.
+        folder: directory with config.json and model.safetensors, or several files with an index, in fp64,
+            fp32, fp16 or bf16.
+        cache: cache of the draft's target, with the layers that the draft reads.
+        run: directory to make; it may exist if it is empty.
+        overrides: `table.key=value` settings of [loss] and [train], for measuring the draft.
 
     Returns:
         The draft's config.
@@ -65,8 +65,8 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
     Raises:
         RunError: there is no such draft, it can't be read, or no run can describe it.
         CacheError: there is no such cache, or it lacks a layer.
-        UsageError: `run` is not empty.
-        ConfigError: a setting is wrong, or nothing of the cache is held out to measure by.
+        UsageError: `run` is not empty, or `overrides` sets [draft].
+        ConfigError: a setting is wrong, or no sample of the cache is held out.
         WriteError: `run` can't be written.
     """
     check_new(run)
@@ -109,12 +109,12 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Read a released config.json, without what is null."""
+    """Read a released config.json, without null values."""
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise ValueError("no object")
+            raise ValueError("expected a JSON object")
     except (OSError, ValueError) as error:
         raise RunError(f"{_ASKER}: {path} can't be read ({error})") from None
     values = {name: value for name, value in values.items() if value is not None}
@@ -123,15 +123,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_split(reader: CacheReader, config: RunConfig) -> None:
-    """Whether the run can be measured. Raises ConfigError where it can't."""
+    """Check that the cache has samples for both sides of the split. Raise ConfigError if not."""
     try:
         split(reader, config.train.held_out)
     except ConfigError as error:
-        raise ConfigError(f"{_ASKER}: {error}; --set train.held_out= sets the share") from None
+        raise ConfigError(f"{_ASKER}: {error}; set the share with --set train.held_out=") from None
 
 
 def _check_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    """Whether a run can go on with the weights that it takes. Raises RunError with the tensor's name."""
+    """Check that weights are finite and of a known dtype. Raise RunError naming the tensor."""
     for name in sorted(weights.keys() - {*FROZEN}):
         if weights[name].dtype not in _DTYPES:
             kind = str(weights[name].dtype).removeprefix("torch.")
@@ -142,23 +142,23 @@ def _check_weights(weights: dict[str, Tensor], folder: Path) -> None:
             )
         if not torch.isfinite(weights[name].float()).all():
             raise RunError(
-                f"{_ASKER}: {name} of {folder} is not finite in float32: the file is damaged, or of a "
-                "training that went astray; import another"
+                f"{_ASKER}: {name} of {folder} is not finite in float32: the file is damaged, or its "
+                "training diverged; import another draft"
             )
 
 
 def _run_config(
     folder: Path, values: dict[str, Any], weights: dict[str, Tensor], overrides: Iterable[str]
 ) -> RunConfig:
-    """Return the run's settings: [draft] is what the files say, the rest is free."""
+    """Return the run's settings: [draft] from the files, the other tables from the overrides."""
     where = str(folder / "config.json")
     tables = configuration.apply_overrides({}, overrides)
     if "draft" in tables:
-        raise UsageError(f"--set draft.* says what {where} says already: set only [loss] and [train]")
+        raise UsageError(f"--set draft.* is not allowed, {where} decides it: set only [loss] and [train]")
     draft, values = _KIND.released_settings(values, weights, f"{_ASKER}: {where}")
     config = configuration.build(RunConfig, {**tables, "draft": {"kind": _KIND.name, **draft}}, where)
     anchors, asked = values.get("num_anchors"), tables.get("train", {})
-    # Others draw theirs of every sample: what no batch here has room for says nothing, and takes memory.
+    # Other trainers count anchors per sample, so a number that no batch here has room for is ignored.
     if type(anchors) is int and 1 <= anchors < config.train.batch_tokens and "anchors_per_batch" not in asked:
         train = dataclasses.replace(config.train, anchors_per_batch=anchors)
         config = dataclasses.replace(config, train=train)
@@ -168,10 +168,10 @@ def _run_config(
 def _checked_shape(
     folder: Path, values: dict[str, Any], reader: CacheReader, config: RunConfig
 ) -> Qwen3Config:
-    """The draft's config as a run has it.
+    """Return the draft's config as a run has it.
 
     Raises:
-        RunError: it is not the released one: that is for another target, or no run can describe it.
+        RunError: the released config differs: it is for another target, or no run can describe it.
     """
     target = reader.manifest.identity.target
     theirs = Qwen3Config.from_dict(dict(values))
@@ -182,7 +182,7 @@ def _checked_shape(
     if differing:
         raise RunError(
             f"{_ASKER}: {folder} is a draft for another target than {target.name} ({'; '.join(differing)}): "
-            "pass --cache of its own target"
+            "pass a --cache of the draft's target"
         )
     shape = draft_shape(reader, config)
     names = (*_AS_TARGET, *(name for name in _SCALES if name in values))
@@ -193,20 +193,20 @@ def _checked_shape(
     differing = [f"{name}: {a} there, {b} here" for name, (a, b) in both.items() if a != b]
     if differing:
         raise RunError(
-            f"{_ASKER}: {folder} has what no run can have with this target ({'; '.join(differing)}): runs "
-            "take these from the target"
+            f"{_ASKER}: {folder} has other values than this target ({'; '.join(differing)}), but runs take "
+            "these from the target: import another draft"
         )
     return shape
 
 
 def _rope(config: Qwen3Config) -> dict[str, Any]:
-    """Rotary settings without what says nothing."""
+    """Return the rotary settings without defaults, for comparison."""
     rope = {"rope_type": "default", **config.rope_parameters}
     return {name: v for name, v in rope.items() if not (name == "partial_rotary_factor" and v == 1)}
 
 
 def _same(found: Tensor, ours: Tensor) -> bool:
-    """Whether two are the same weights, of which one may have been rounded."""
+    """Return whether two tensors hold the same weights, one of them possibly rounded."""
     if found.shape != ours.shape or not found.is_floating_point():
         return False
     return torch.equal(found.to(ours.dtype), ours) or torch.equal(ours.to(found.dtype), found)

@@ -1,7 +1,7 @@
-"""Which engine serves which draft for which target.
+"""Drafts and targets that each engine serves.
 
-From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23. To add one: a row in `TARGETS` and `VERSIONS`, its
-command in the model card, and its rules in `draft/<kind>/serving.py`.
+From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23. To add an engine: add a row to `TARGETS` and
+`VERSIONS`, its command to the model card, and its rules to `draft/<kind>/serving.py`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from pipeline.errors import UsageError
 from train.draft.serving import Rule
 
 Rules = Mapping[str, tuple[Rule, ...]]
-"""A kind of draft's, by engine."""
+"""Rules of a kind of draft, by engine."""
 
 VERSIONS = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23"}
-# Weights that an engine would load as something else (SGLang: srt/configs/model_config.py).
+# Dtypes that an engine would convert on loading (SGLang: srt/configs/model_config.py).
 DTYPES_REFUSED = {("sglang", "float32"): "it rounds float32 to float16"}
 
-# Which targets hand their hidden states to a draft, by the names of their classes in transformers: in vLLM
-# those that it serves by a class with SupportsEagle3 (model_executor/models/registry.py, its Transformers
-# backend included), in SGLang those with set_dspark_layers_to_capture or set_dflash_layers_to_capture
-# (srt/models).
+# Targets that pass their hidden states to a draft, by class name in transformers. In vLLM: those served by a
+# class with SupportsEagle3 (model_executor/models/registry.py, including its Transformers backend). In
+# SGLang: those with set_dspark_layers_to_capture or set_dflash_layers_to_capture (srt/models).
 _BOTH = frozenset(
     {
         "BeamForCausalLM",
@@ -128,11 +127,11 @@ def check_engine(rules: Rules, config: PretrainedConfig, engine: str, dtype: str
     """Check that an engine can serve a draft.
 
     Args:
-        rules: of the draft's kind.
-        dtype: of the exported weights.
+        rules: rules of the draft's kind.
+        dtype: dtype of the exported weights.
 
     Raises:
-        UsageError: it can't, with every reason and what to do.
+        UsageError: the engine can't serve the draft; the message has every reason and the remedies.
     """
     broken = broken_rules(rules, config, engine)
     if broken:
@@ -152,7 +151,7 @@ def check_engine(rules: Rules, config: PretrainedConfig, engine: str, dtype: str
 
 
 def obstacle(rules: Rules, config: PretrainedConfig, engine: str, dtype: str) -> str:
-    """Return why an engine can't serve a draft; nothing where it can."""
+    """Return the reasons why an engine can't serve a draft; an empty string if it can."""
     refused = DTYPES_REFUSED.get((engine, dtype))
     found = [
         _reasons(config, broken_rules(rules, config, engine)),
@@ -162,10 +161,10 @@ def obstacle(rules: Rules, config: PretrainedConfig, engine: str, dtype: str) ->
 
 
 def unknown_target(architecture: str, engine: str) -> str | None:
-    """Return the warning that an engine's known version serves no draft for a target; None where it does.
+    """Return a warning if an engine's known version serves no draft for a target; None if it does.
 
     Args:
-        architecture: the target's class.
+        architecture: name of the target's class.
     """
     if engine not in TARGETS or architecture in TARGETS[engine]:
         return None
@@ -173,5 +172,5 @@ def unknown_target(architecture: str, engine: str) -> str | None:
 
 
 def _reasons(config: PretrainedConfig, broken: list[Rule]) -> str:
-    """Return what is wrong with a draft, field by field."""
+    """Return the broken rules of a draft as text, field by field."""
     return "; ".join(f"{r.field} is {getattr(config, r.field, None)}, and {r.reason}" for r in broken)

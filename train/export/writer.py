@@ -1,9 +1,9 @@
-"""A trained draft as inference engines load it: `dspark export`.
+"""Export a trained draft in the layout that inference engines load: `dspark export`.
 
     DIR/config.json         a Qwen3 config with DSpark's fields at its top level
         model.safetensors   the draft's weights, without a prefix; the target's embedding and head on request
         README.md           the model card
-        calibration.json    temperatures of the confidence head, where `dspark calibrate` found some
+        calibration.json    temperatures of the confidence head, if `dspark calibrate` was run
 
 What an engine can't serve is refused before anything is written: engines load much of it without an error,
 and then accept hardly any token.
@@ -60,10 +60,10 @@ _BODY = (
 
 
 def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
-    """Return the values of `config.json`: none of them None, every name where both engines look for it.
+    """Return the values of `config.json`: none is None, and each has the names that both engines read.
 
     Args:
-        dtype: of the weights, a key of `DTYPES`. SGLang takes fp16 where none is named.
+        dtype: dtype of the weights, a key of `DTYPES`. Without it SGLang would load fp16.
     """
     config = draft.shape
     rope = dict(config.rope_parameters)
@@ -71,10 +71,10 @@ def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
         "architectures": config.architectures,
         "model_type": "qwen3",
         "dtype": dtype,
-        "torch_dtype": dtype,  # its name before transformers 5
+        "torch_dtype": dtype,  # name of dtype before transformers 5
         **{name: getattr(config, name) for name in _BODY},
         "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],  # and these two are the older way to say it
+        "rope_theta": rope["rope_theta"],  # the older names, with rope_scaling below
     }
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -84,7 +84,7 @@ def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
         **{name: getattr(config, name) for name in draft.kind.config_fields},
         **draft.kind.declared,
     }
-    for name in ("embedding_scale", "logit_scale"):  # no engine reads the first: for our own class
+    for name in ("embedding_scale", "logit_scale"):  # only our own class reads embedding_scale
         if scale_of(config, name) != 1:
             values[name] = getattr(config, name)
     if getattr(config, "final_logit_softcapping", None) is not None:
@@ -101,7 +101,7 @@ def export(
     dtype: str = "bfloat16",
     cache: Path | None = None,
 ) -> TrainedDraft:
-    """Write one of a run's drafts as `to` loads it, with a model card. It appears whole or not at all.
+    """Export one of a run's drafts, with a model card. The folder appears complete or not at all.
 
     Warns on stderr if the engine is not known to serve drafts for the target.
 
@@ -109,12 +109,12 @@ def export(
         folder: created; may exist if it is empty.
         to: `hf` takes every draft; an engine refuses what it can't serve.
         checkpoint: as in `train.runs.open.find_checkpoint`.
-        dtype: of the weights, a key of `DTYPES`.
-        cache: one of the target's, to bring its embedding and head along: `embed_tokens.weight` and
-            `lm_head.weight`, both `[V, H]`. Engines have them from the target.
+        dtype: dtype of the weights, a key of `DTYPES`.
+        cache: cache of the target, to include its embedding and head: `embed_tokens.weight` and
+            `lm_head.weight`, both `[V, H]`. None leaves them out; engines use the target's own.
 
     Returns:
-        What was exported.
+        The exported draft.
 
     Raises:
         UsageError: the engine can't serve the draft, the dtype can't hold it, or `folder` is not empty.
@@ -160,7 +160,7 @@ def _card(draft: TrainedDraft, values: dict[str, Any], **parts: bool) -> str:
 
 
 def _embeddings(draft: TrainedDraft, reader: CacheReader) -> dict[str, Tensor]:
-    """Return the target's embedding and head, two tensors of their own even where it ties them."""
+    """Return the target's embedding and head, as separate tensors even if the target ties them."""
     draft.require_target_of(reader)
     frozen = reader.frozen()
     embedding, head = (frozen[name] for name in FROZEN)

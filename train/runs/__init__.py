@@ -1,1 +1,1 @@
-"""A run on disk: its directory, its checkpoints, and the figures beside them."""
+"""A run on disk: its directory, its checkpoints, and the figures next to them."""

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: the draft in Hugging Face layout, and what training needs to go on exactly.
+"""Checkpoints of a run: the draft in Hugging Face layout, and the state to continue training exactly.
 
     RUN/checkpoints/step-000400/config.json           the draft's config
-                                model.safetensors     its weights, but the target's embedding and head
+                                model.safetensors     its weights, without the target's embedding and head
                                 training.safetensors  optimiser states and random generators
                                 training.json         progress, settings, cache identity, code version
-    RUN/latest -> checkpoints/step-000400             RUN/best: the one of the best held-out tau
+    RUN/latest -> checkpoints/step-000400             RUN/best: the one with the best held-out tau
 
-Tensors are whole, whatever they were sharded over, so any number of ranks can go on. Nothing is pickled.
+Tensors are saved unsharded, so a run can continue with another world size. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from train.runs.state import Progress
 from train.runtime.distributed import Ranks, whole
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
-# What an optimiser remembers of each parameter, once it took a step.
+# State that an optimiser keeps for each parameter after its first step.
 STATE_NAMES = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """A run's finished checkpoints, the oldest first."""
+    """Return a run's finished checkpoints, the oldest first."""
     found = (path for path in (run / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal())
     return sorted(
         (path for path in found if (path / TRAINING).is_file()), key=lambda path: int(path.name[5:])
@@ -47,7 +47,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest(run: Path) -> Path | None:
-    """The checkpoint that a run goes on from."""
+    """Return the checkpoint that a run continues from; None if it has none."""
     return next(reversed(checkpoints(run)), None)
 
 
@@ -64,16 +64,16 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> None:
-    """Write `RUN/checkpoints/step-N`, point `latest` and `best` at what they name, remove old ones.
+    """Write `RUN/checkpoints/step-N`, update the links `latest` and `best`, remove old checkpoints.
 
-    All ranks call it; the first one writes. A checkpoint appears whole, under its name, or not at all.
+    All ranks must call this; the first one writes. A checkpoint appears complete or not at all.
 
     Args:
-        page: its `training.json`.
-        keep: newest checkpoints that stay, beside the best.
+        page: content of the checkpoint's `training.json`.
+        keep: newest checkpoints to keep, in addition to the best.
 
     Raises:
-        WriteError: the disk is full or the like; the last checkpoint is as it was.
+        WriteError: the disk is full, or another error of writing. The last checkpoint is unchanged.
     """
     weights = {n: _gathered(p, ranks) for n, p in model.state_dict().items() if _trained(model, n)}
     states = _optimizer_tensors(model, optimizers, ranks)
@@ -87,18 +87,18 @@ def save_checkpoint(
                 _prune(run, page.progress, keep)
             except OSError as error:
                 raise WriteError(
-                    f"{run}: no checkpoint can be written ({error.strerror or error}): fix that, then run "
-                    "the same command again; it continues from the last one"
+                    f"{run}: the checkpoint can't be written ({error.strerror or error}): fix that, then run "
+                    "the same command again; it continues from the last checkpoint"
                 ) from None
 
 
 def _trained(model: PreTrainedModel, name: str) -> bool:
-    """Whether a weight belongs into a checkpoint: the target's own, as long as they are frozen, do not."""
+    """Return whether a checkpoint holds a weight: all but the target's embedding and head while frozen."""
     return name not in FROZEN or model.get_parameter(name).requires_grad
 
 
 def _gathered(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """A tensor in one piece on the CPU; the other ranks help to gather it and keep nothing."""
+    """Return a tensor unsharded on the first rank's CPU; an empty one on the other ranks."""
     tensor = whole(tensor.detach())
     return tensor.cpu().contiguous() if ranks.leads else tensor.new_empty(0)
 
@@ -106,7 +106,7 @@ def _gathered(tensor: Tensor, ranks: Ranks) -> Tensor:
 def _optimizer_tensors(
     model: PreTrainedModel, optimizers: Sequence[Optimizer], ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Optimiser states, named `optimizer.<parameter>.<state>`."""
+    """Return the optimiser states, named `optimizer.<parameter>.<state>`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"optimizer.{names[parameter]}.{key}": _gathered(value, ranks)
@@ -143,11 +143,11 @@ def _write(
         (partial / TRAINING).write_text(json.dumps(page.values(), indent=1) + "\n", encoding="utf-8")
         mode = (partial / TRAINING).stat().st_mode
         for path in partial.iterdir():
-            path.chmod(mode)  # as the user's umask has it; safetensors makes files that only they can read
+            path.chmod(mode)  # follows the user's umask; safetensors makes files that only the user can read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         files.sync_directory(partial)
-        if folder.exists():  # a run that was stopped within an evaluation comes by again
+        if folder.exists():  # a run that was stopped during an evaluation saves this step again
             folder.rename(_aside(folder))
         partial.rename(folder)
         shutil.rmtree(_aside(folder), ignore_errors=True)
@@ -159,12 +159,12 @@ def _write(
 
 
 def _aside(folder: Path) -> Path:
-    """Where a checkpoint is while another of the same step takes its name."""
+    """Return the temporary name of a checkpoint that another of the same step replaces."""
     return folder.with_name(f".{folder.name}.old")
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint; killed half way, it has no name of a checkpoint any more."""
+    """Remove a checkpoint. Rename it first, so that a half-removed one does not look like a checkpoint."""
     partial = folder.with_name(f".{folder.name}.removed.partial")
     shutil.rmtree(partial, ignore_errors=True)
     folder.rename(partial)
@@ -172,13 +172,13 @@ def _remove(folder: Path) -> None:
 
 
 def _point(run: Path, progress: Progress) -> None:
-    """Let `latest` name the checkpoint of this progress, and `best` that of the best evaluation."""
+    """Point `latest` to the checkpoint of this progress, and `best` to that of the best evaluation."""
     steps = {LATEST: progress.step, BEST: progress.best.step if progress.best else None}
     for name, step in steps.items():
         link = run / name
         if step is None or not (run / CHECKPOINTS / _name(step)).is_dir():
             continue
-        if link.is_dir() and not link.is_symlink():  # a copy that knew no links
+        if link.is_dir() and not link.is_symlink():  # the run was copied without symlinks
             shutil.rmtree(link)
         partial = run / f".{name}.partial"
         partial.unlink(missing_ok=True)
@@ -188,7 +188,7 @@ def _point(run: Path, progress: Progress) -> None:
 
 
 def _prune(run: Path, progress: Progress, keep: int) -> None:
-    """Remove all but the newest checkpoints and the best."""
+    """Remove all checkpoints but the newest and the best."""
     best = _name(progress.best.step) if progress.best else None
     for folder in checkpoints(run)[:-keep]:
         if folder.name != best:
@@ -196,10 +196,10 @@ def _prune(run: Path, progress: Progress, keep: int) -> None:
 
 
 def repair(run: Path, keep: int) -> None:
-    """Tidy up after a process that was killed while it saved: no checkpoint is lost, no link is behind.
+    """Finish or undo a save that was killed. Lose no checkpoint, and update the links.
 
     Args:
-        keep: newest checkpoints that stay, beside the best.
+        keep: newest checkpoints to keep, in addition to the best.
 
     Raises:
         RunError: the newest checkpoint is damaged.
@@ -220,10 +220,10 @@ def repair(run: Path, keep: int) -> None:
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Put a checkpoint's weights into a draft that has the target's embedding and head.
+    """Load a checkpoint's weights into a draft that has the target's embedding and head.
 
     Raises:
-        RunError: they can't be read, or are those of another draft.
+        RunError: the weights can't be read, or belong to another draft.
     """
     try:
         weights = load_file(folder / WEIGHTS)
@@ -234,13 +234,13 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def check_shapes(weights: dict[str, Tensor], wanted: dict[str, torch.Size]) -> None:
-    """Raise ValueError where a checkpoint's tensors are not those that its config describes."""
+    """Raise ValueError if a checkpoint's tensors are not those that its config describes."""
     if {name: weight.shape for name, weight in weights.items()} != wanted:
-        raise ValueError(f"{WEIGHTS} has other tensors than its config says")
+        raise ValueError(f"{WEIGHTS} has other tensors than config.json describes")
 
 
 def copy_tensors(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put weights into a draft's parameters, by name."""
+    """Copy weights into a draft's parameters, by name."""
     with torch.no_grad():
         for name, weight in weights.items():
             model.get_parameter(name).copy_(weight)
@@ -253,13 +253,13 @@ def load_states(
     progress: Progress,
     ranks: Ranks,
 ) -> None:
-    """Give optimisers and random generators the states that a checkpoint has.
+    """Load a checkpoint's states into optimisers and random generators.
 
     Args:
-        progress: the checkpoint's.
+        progress: the checkpoint's progress.
 
     Raises:
-        RunError: they can't be read, or do not fit.
+        RunError: the states can't be read, or do not fit.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     stepped = progress.step > progress.skipped_steps
@@ -280,18 +280,18 @@ def load_states(
 
 
 def _load_optimizer(optimizer: Optimizer, names: dict[Tensor, str], file: Any, *, stepped: bool) -> None:
-    page = optimizer.state_dict()  # parameters by number, as they stand in its groups
+    saved = optimizer.state_dict()  # parameters by their number in the groups
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    page["state"] = {}
+    saved["state"] = {}
     for number, parameter in enumerate(parameters) if stepped else ():
-        page["state"][number] = state = {}
+        saved["state"][number] = state = {}
         for key in STATE_NAMES[type(optimizer).__name__]:
             value = file.get_tensor(f"optimizer.{names[parameter]}.{key}")
             if value.shape != (() if key == "step" else parameter.shape) or not value.is_floating_point():
-                raise ValueError(f"{key} of {names[parameter]} is of shape {list(value.shape)}")
+                raise ValueError(f"{key} of {names[parameter]} is {value.dtype} {list(value.shape)}")
             if isinstance(parameter, DTensor) and value.ndim:
                 value = value.to(parameter.device)
                 where = (parameter.device_mesh, parameter.placements)
-                value = distribute_tensor(value, *where, src_data_rank=None)  # all ranks read all of it
+                value = distribute_tensor(value, *where, src_data_rank=None)  # every rank has read it whole
             state[key] = value
-    optimizer.load_state_dict(page)
+    optimizer.load_state_dict(saved)

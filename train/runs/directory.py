@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, what is in it, and whether a command may go on with it."""
+"""Directory of a run: its lock, its files, and the checks before a command continues or clears it."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from train.runs.state import Progress
 from train.runtime.console import warn
 
 _LOCK = ".lock"
-# What is cleared, in this order; config and identity are written over.
+# Removed by --fresh, in this order. The config and the identity are overwritten.
 _OURS = (CHECKPOINTS, LATEST, BEST, TRACE, METRICS, TRACKERS, *TRACKER_FOLDERS)
 _LIMIT = 16 * 2**20
 
 
 def load_run_config(run: Path) -> RunConfig:
-    """The resolved config of a run. Raises RunError when there is no run."""
+    """Return the resolved config of a run. Raise RunError if there is no run."""
     if not (run / CONFIG).is_file():
         raise RunError(f"no run at {run}: expected {run / CONFIG}; run `dspark train --run {run}` first")
     return configuration.build(RunConfig, configuration.load_toml(run / CONFIG), str(run / CONFIG))
 
 
 def load_run_cache(run: Path) -> Identity:
-    """The identity of the cache that a run trains from. Raises RunError when it can't be read."""
+    """Return the identity of the cache that a run trains from. Raise RunError if it can't be read."""
     try:
         values = json.loads(files.read_small(run / RUN, _LIMIT))["cache"]
         return configuration.build(Identity, values, str(run / RUN))
@@ -58,10 +58,10 @@ def load_run_cache(run: Path) -> Identity:
 
 
 def read_progress(run: Path) -> Progress:
-    """How far a run is, by its newest checkpoint.
+    """Return the progress of a run, from its newest checkpoint.
 
     Raises:
-        RunError: it has none, or that is damaged.
+        RunError: the run has no checkpoint, or the newest one is damaged.
     """
     folder = newest(run)
     if folder is None:
@@ -70,11 +70,11 @@ def read_progress(run: Path) -> Progress:
 
 
 def check_run(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> None:
-    """Check that a run may begin or continue in a directory; change nothing.
+    """Check that a run may begin or continue in a directory. Change nothing.
 
     Raises:
-        RunError: it holds something else, or a run of another config or cache.
-        ConfigError: it would be cleared, and holds the draft to start from.
+        RunError: the directory holds something else, or a run with another config or cache.
+        ConfigError: the directory would be cleared, but holds the draft to start from.
     """
     if not _holds_run(run):
         return
@@ -85,19 +85,19 @@ def check_run(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) 
 
 
 def _holds_run(run: Path) -> bool:
-    """Return whether there is a run. Raises RunError where something else is in its place."""
+    """Return whether the directory holds a run. Raise RunError if something else is in its place."""
     if run.exists() and not run.is_dir():
-        raise RunError(f"{run} is a file, and a run is a directory: choose another --run")
+        raise RunError(f"{run} is a file, expected a directory: choose another --run")
     names = {path.name for path in run.iterdir()} if run.exists() else set()
     if all(name in (_LOCK, RUN) or _is_left_over(name) for name in names):
         return False
     if not (run / CONFIG).is_file():
-        raise RunError(f"{run} is not empty and is no run (it has no {CONFIG}): choose another --run")
+        raise RunError(f"{run} is not empty and is not a run (it has no {CONFIG}): choose another --run")
     return True
 
 
 def _check_clearing(run: Path, config: RunConfig) -> None:
-    """Check that clearing a run loses nothing that training would not make again."""
+    """Check that clearing a run loses only files that training makes again."""
     source = config.draft.init_from
     if source is not None and run.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
         raise ConfigError(
@@ -105,53 +105,53 @@ def _check_clearing(run: Path, config: RunConfig) -> None:
         )
     if _is_imported(run):
         raise RunError(
-            f"{run} holds an imported draft, which --fresh would clear: choose another --run, with "
+            f"{run} holds an imported draft, which --fresh would clear: choose another --run and set "
             f"draft.init_from = {run} to train that draft further"
         )
 
 
 def _check_same(run: Path, config: RunConfig, identity: Identity) -> None:
-    """Check that a run has this config and this cache."""
+    """Check that a run has this config and this cache. Raise RunError naming what differs."""
     differing = [f"cache {line}" for line in differing_fields(load_run_cache(run), identity)]
     differing += differing_settings(load_run_config(run), config)
     if not differing:
         return
-    remedy = "or pass --fresh to start it over"
+    remedy = ", or pass --fresh to start over"
     if _is_imported(run):
-        remedy = f"with draft.init_from = {run} to train its imported draft further"
+        remedy = f" and set draft.init_from = {run} to train its imported draft further"
     raise RunError(
-        f"{run} is a run of other settings (its own, against what is asked for: {'; '.join(differing)}): "
-        f"choose another --run, {remedy}"
+        f"{run} is a run with other settings (the run's against yours: {'; '.join(differing)}): choose "
+        f"another --run{remedy}"
     )
 
 
 def _is_imported(run: Path) -> bool:
-    """Whether a run's draft came from elsewhere; no training would make it again."""
+    """Return whether a run's draft was imported, so that training can't make it again."""
     folder = newest(run)
-    with suppress(RunError):  # a damaged one is nothing to keep
+    with suppress(RunError):  # a damaged draft need not be kept
         return folder is not None and read_training(folder).imported is not None
     return False
 
 
 def differing_settings(ours: RunConfig, theirs: RunConfig) -> list[str]:
-    """The settings in which two configs differ, one `table.key: ours against theirs` each."""
+    """Return the settings in which two configs differ, as `table.key: ours against theirs`."""
     others = flat_settings(theirs)
     return [f"{key}: {v} against {others[key]}" for key, v in flat_settings(ours).items() if v != others[key]]
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Settings by their dotted names, as `--set` takes them."""
+    """Return settings by their dotted names, as `--set` takes them."""
     tables = dataclasses.asdict(config).items()
     return {f"{table}.{key}": value for table, values in tables for key, value in values.items()}
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Make a run's directory if need be and have it alone; the lock ends with the process.
+    """Lock a run's directory, and make it if it does not exist. The lock ends with the process.
 
     Raises:
-        RunError: another process is at work in it.
-        WriteError: it can't be made.
+        RunError: another process holds the lock.
+        WriteError: the directory can't be made.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -163,17 +163,20 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"another process trains {run} just now: wait for it, or choose another --run"
+                f"another process is training {run}: wait for it, or choose another --run"
             ) from None
         except OSError:
-            pass  # a file system that knows no locks
+            pass  # the file system has no locks
         yield
 
 
 def begin(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> None:
-    """Write what a new run is, or repair an existing one; `fresh` clears it first.
+    """Write the config and the identity of a new run, or repair an existing run.
 
-    Killed at any moment, it leaves a run: the old one, or one that has no checkpoint yet.
+    If the process is killed, the directory still holds a run: the old one, or one without a checkpoint.
+
+    Args:
+        fresh: clear an existing run first.
     """
     _remove_left_overs(run)
     if fresh:
@@ -193,28 +196,28 @@ def _remove_left_overs(run: Path) -> None:
 
 
 def _clear(run: Path) -> None:
-    """Remove everything that training made; config and identity are written over."""
+    """Remove all files that training made, except the config and the identity, which are overwritten."""
     for name in _OURS:
         path, gone = run / name, run / f".{name}.partial"
         if path.is_symlink() or path.is_file():
             path.unlink()
         elif path.exists():
             shutil.rmtree(gone, ignore_errors=True)
-            path.rename(gone)  # at once: half of it is worth nothing
+            path.rename(gone)  # atomic, so that a kill leaves no half of it
             shutil.rmtree(gone)
 
 
 def _is_left_over(name: str) -> bool:
-    """Whether it is the temporary name of one of a run's own files or folders."""
+    """Return whether a name is the temporary name of one of a run's files or folders."""
     ours = "|".join(map(re.escape, (*_OURS, RUN, CONFIG)))
     return re.fullmatch(rf"\.({ours})(~.+)?\.partial", name) is not None
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line.
+    """File metrics.jsonl: one JSON object per line.
 
     Args:
-        size: bytes of it that count; later ones belong to steps that are taken again.
+        size: bytes to keep; later bytes belong to steps that will be repeated.
     """
 
     def __init__(self, run: Path, size: int):
@@ -222,17 +225,18 @@ class MetricsFile:
         self._path.touch()
         found = self._path.stat().st_size
         if found < size:
-            lost = f"{self._path} has {found} bytes where the checkpoint knows of {size}"
-            warn(f"{lost}: figures of earlier steps are gone")
+            warn(
+                f"{self._path} has {found} bytes, expected {size} or more: figures of earlier steps are gone"
+            )
         os.truncate(self._path, min(size, found))
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line."""
+        """Append a line."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def sync(self) -> int:
-        """Flush it to the disk; its size in bytes."""
+        """Flush the file to disk. Return its size in bytes."""
         with self._path.open("rb") as file:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size

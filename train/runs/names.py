@@ -1,11 +1,11 @@
-"""The files of a run directory, and of the checkpoints in it.
+"""Names of the files in a run directory and in its checkpoints.
 
 RUN/config.toml           its settings, resolved
     run.json              the cache's identity, the code's version
     metrics.jsonl         an object per logged step
-    trace.json            of --profile
-    trackers.json         which run of a tracker this is
-    tensorboard/, wandb/  what these trackers write
+    trace.json            Chrome trace of --profile
+    trackers.json         id that trackers know the run by
+    tensorboard/, wandb/  files of these trackers
     checkpoints/step-N/   config.json and the files below
     latest, best          links to checkpoints
 """
@@ -22,11 +22,11 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 BEST = "best"
 
-# In a checkpoint, beside config.json.
+# In a checkpoint, next to config.json.
 WEIGHTS = "model.safetensors"
 STATES = "training.safetensors"
 TRAINING = "training.json"
-# Figures of its draft.
+# Figures of a checkpoint's draft.
 EVALUATION = "evaluation.json"
 SPECULATION = "speculation.json"
 CALIBRATION = "calibration.json"

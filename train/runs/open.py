@@ -1,4 +1,4 @@
-"""Open a trained draft: the one way to it for measuring, decoding and export."""
+"""Open a trained draft, for evaluation, decoding and export."""
 
 from __future__ import annotations
 
@@ -29,43 +29,43 @@ class TrainedDraft:
     """A checkpoint's draft, read without a cache and without its target."""
 
     folder: Path
-    """Of the checkpoint; figures of the draft lie in it."""
+    """Folder of the checkpoint, which also holds figures of the draft."""
     page: TrainingPage
     shape: PretrainedConfig
     """The draft's Hugging Face config."""
     weights: dict[str, Tensor]
-    """All but the target's embedding and head, finite."""
+    """All weights but the target's embedding and head, checked to be finite."""
 
     @property
     def kind(self) -> DraftKind:
-        """The kind of draft."""
+        """Kind of the draft."""
         return DRAFTS[self.page.config.draft.kind]
 
     @property
     def step(self) -> int:
-        """The optimiser step that the draft was saved at."""
+        """Optimiser step that the draft was saved at."""
         return self.page.progress.step
 
     @property
     def target(self) -> TargetIdentity:
-        """The target that the draft is for."""
+        """Target that the draft was trained for."""
         return self.page.cache.target
 
     def require_target_of(self, reader: CacheReader) -> None:
-        """Check that a cache is of the draft's target. Raises RunError."""
+        """Check that a cache belongs to the draft's target. Raise RunError if not."""
         theirs = reader.manifest.identity.target
         if self.target.weights != theirs.weights:
             raise RunError(
-                f"{self.folder} was trained for target {self.target.name}, the cache {reader.path} holds "
-                f"{theirs.name} with other weights: pass --cache of its own target"
+                f"{self.folder} was trained for target {self.target.name}, but the cache {reader.path} holds "
+                f"{theirs.name} with other weights: pass a --cache of the draft's target"
             )
 
     def model(self, reader: CacheReader | None = None) -> PreTrainedModel:
-        """Build the draft in fp32, its embedding and head frozen.
+        """Build the draft in fp32, with frozen embedding and head.
 
         Args:
-            reader: a cache of its target, to take embedding and head from; without it these two are random,
-                for the caller to replace.
+            reader: cache of the draft's target, which provides embedding and head. Without it both are
+                random, and the caller must replace them.
         """
         model = self.kind.build(self.shape)
         copy_tensors(model, self.weights)
@@ -81,10 +81,10 @@ def find_checkpoint(run: Path, which: str = BEST) -> Path:
     """Return the folder of one of a run's checkpoints.
 
     Args:
-        which: `latest`, `best` (the latest where nothing was held out) or a name, as `step-000400`.
+        which: `latest`, `best` (the latest if nothing was held out) or a name such as `step-000400`.
 
     Raises:
-        RunError: there is none.
+        RunError: there is no such checkpoint.
     """
     folder = run / which if which in (LATEST, BEST) else run / CHECKPOINTS / which
     if which == BEST and not folder.exists():
@@ -94,7 +94,7 @@ def find_checkpoint(run: Path, which: str = BEST) -> Path:
         raise RunError(
             f"no finished checkpoint at {folder}: {run} has {names}; `dspark train --run {run}` makes them"
         )
-    return folder.resolve()  # not by a link that training moves on
+    return folder.resolve()  # training may move the link
 
 
 def open_draft(run: Path, which: str = BEST) -> TrainedDraft:
@@ -122,36 +122,38 @@ def open_draft(run: Path, which: str = BEST) -> TrainedDraft:
         raise damaged(folder, error) from None
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
-            raise RunError(f"{folder}: {name} is not finite, so the draft is worth nothing: take another one")
+            raise RunError(
+                f"{folder}: {name} is not finite, so the draft is useless: pass another --checkpoint"
+            )
     return TrainedDraft(folder, page, shape, weights)
 
 
 @dataclass(frozen=True)
 class DraftOnCache:
-    """A trained draft with its objective on a device, and the held-out samples it was never trained on."""
+    """A trained draft with its objective on a device, and held-out samples that it was not trained on."""
 
     trained: TrainedDraft
     config: RunConfig
-    """Of its run."""
+    """Config of the draft's run."""
     reader: CacheReader
     module: TrainerModule
     held_out: np.ndarray
-    """Sample numbers."""
+    """Numbers of the held-out samples."""
 
 
 def open_on_cache(cache: Path, run: Path, ranks: Ranks, which: str = BEST) -> DraftOnCache:
-    """Open a draft and the cache it is to be measured on.
+    """Open a draft and the cache to measure it on.
 
     Args:
         which: as in `find_checkpoint`.
 
     Raises:
-        DSparkError: no such run, checkpoint or cache, or they do not belong together.
+        DSparkError: there is no such run, checkpoint or cache, or they do not belong together.
     """
     config = load_run_config(run)
-    if ranks.device.type != "cuda":  # the attention kernel of its training may not run here
+    if ranks.device.type != "cuda":  # the attention kernel used in training may need CUDA
         config = replace(config, draft=replace(config.draft, attention="auto"))
-    find_checkpoint(run, which)  # before the cache, whose index takes longer to read
+    find_checkpoint(run, which)  # fail early: reading the cache's index takes longer
     reader = CacheReader(cache)
     reader.check_shards()
     draft = open_draft(run, which)

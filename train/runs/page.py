@@ -1,4 +1,4 @@
-"""The page of a checkpoint, training.json: everything that it knows besides tensors."""
+"""Page of a checkpoint (training.json): its progress, settings, cache, versions and machine."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ _LIMIT = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where an imported draft comes from."""
+    """Origin of an imported draft."""
 
     name: str
-    """Of its directory."""
+    """Name of the directory that it was imported from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPage:
-    """training.json."""
+    """Content of training.json."""
 
     progress: Progress
     config: RunConfig
     cache: Identity
-    """Of the cache that the draft was trained on."""
+    """Identity of the cache that the draft was trained on."""
     version: dict[str, str]
-    """Of this project and of libraries."""
+    """Versions of this project and of its libraries."""
     machine: dict[str, Any]
-    """What a run computes on; empty for an imported draft."""
+    """Device, ranks, precision and attention kernel of the run; empty for an imported draft."""
     imported: Origin | None = None
     """Set for a draft that was trained elsewhere."""
 
     def values(self) -> dict[str, Any]:
-        """Return the page as plain values, as its JSON has them."""
+        """Return the page as the plain values of its JSON."""
         values = json.loads(json.dumps(asdict(self)))
         return values if self.imported else {k: v for k, v in values.items() if k != "imported"}
 
@@ -52,7 +52,7 @@ def read_training(folder: Path) -> TrainingPage:
     """Read a checkpoint's `training.json`.
 
     Raises:
-        RunError: it can't be read.
+        RunError: the file can't be read.
     """
     try:
         values = json.loads(files.read_small(folder / TRAINING, _LIMIT))
@@ -62,11 +62,11 @@ def read_training(folder: Path) -> TrainingPage:
 
 
 def damaged(folder: Path, error: Exception) -> RunError:
-    """Return the error for a checkpoint that can't be read, for whatever reason."""
+    """Return the error for a checkpoint that can't be read. It says whether to fix or to remove it."""
     reason = " ".join(str(error).split())[:150] or type(error).__name__
-    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # not its own fault
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # not damage
         return RunError(f"the checkpoint {folder} can't be read ({reason}): fix that, then run it again")
     return RunError(
         f"the checkpoint {folder} is damaged ({reason}): remove it, and the run continues from the one "
-        "before, or from the start if there is none"
+        "before it, or starts over if there is none"
     )

@@ -1,4 +1,4 @@
-"""Which code trained a draft, and on what."""
+"""Versions of the code that trained a draft, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.runtime.distributed import Ranks
 
 
 def code_version() -> dict[str, str]:
-    """This project's version, its git commit where it runs from a checkout, and the libraries'."""
+    """Return the versions of this project and its libraries; in a git checkout also the commit."""
     version = {"dspark-pipeline": __version__, "torch": torch.__version__}
     version["transformers"] = transformers.__version__
     root = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def code_version() -> dict[str, str]:
 
 
 def machine_facts(ranks: Ranks, precision: str, attention: str) -> dict[str, Any]:
-    """What a run computes on, which its config leaves to be found out."""
+    """Return the device, ranks, precision and attention kernel of a run, as found on this machine."""
     device = ranks.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

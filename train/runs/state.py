@@ -1,4 +1,4 @@
-"""The state of a run between two optimiser steps."""
+"""State of a run between two optimiser steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Best:
-    """An evaluation."""
+    """The best evaluation so far: its optimiser step and its held-out tau."""
 
     step: int
     tau: float
@@ -16,43 +16,43 @@ class Best:
 
 @dataclass(kw_only=True)
 class Progress:
-    """The state of a run between two optimiser steps."""
+    """State of a run between two optimiser steps."""
 
     total_steps: int
-    """Optimiser steps of the whole run: the learning rate's schedule depends on it."""
+    """Optimiser steps of the whole run, which the learning rate's schedule depends on."""
     parameters: int
-    """Of the draft, those that are trained."""
+    """Number of trained parameters of the draft."""
     step: int = 0
-    """Optimiser steps done, skipped ones among them."""
+    """Optimiser steps done, including skipped ones."""
     epoch: int = 0
     """Epoch of the next step."""
     steps_of_epoch: int = 0
-    """Steps of that epoch that are done."""
+    """Steps done in that epoch."""
     evaluated: int = 0
     """Step of the last evaluation."""
     evaluation: dict[str, Any] | None = None
-    """Figures of the last evaluation: a plain dict, since every loss term adds one."""
+    """Figures of the last evaluation. A plain dict, because every loss term adds a figure."""
     best: Best | None = None
-    """The evaluation of the best held-out tau."""
+    """Evaluation with the best held-out tau."""
     evaluations_without_gain: int = 0
     """Evaluations since the best one."""
     skipped_steps: int = 0
     """Steps whose loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-    """Skipped steps since the last good one."""
+    """Steps skipped in a row since the last one that was not."""
     seconds: float = 0.0
-    """Spent on steps, in all sessions together."""
+    """Seconds spent on steps, over all sessions."""
     tokens: int = 0
-    """Drafted from, over all ranks."""
+    """Tokens trained on, over all ranks."""
     metrics_bytes: int = 0
-    """Size of metrics.jsonl; later bytes belong to steps that will be taken again."""
+    """Size of metrics.jsonl in bytes; later bytes belong to steps that will be repeated."""
     window: dict[str, Any] | None = None
     """Sums since the last log line."""
     complete: bool = False
-    """Nothing is left to train."""
+    """True if nothing is left to train."""
 
     @property
     def measured(self) -> dict[str, Any] | None:
-        """Figures of the evaluation at this very step, if there was one."""
+        """Figures of the evaluation at the current step; None without one."""
         last = self.evaluation
         return last if last and last.get("step") == self.step else None

@@ -1,4 +1,4 @@
-"""First weights from an existing draft: a run's, or a released one in DeepSpec's layout."""
+"""Initial weights from an existing draft: a run's, or a released one in DeepSpec's layout."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from train.draft.kind import DraftKind
 from train.runs.checkpoint import FROZEN
 from train.runs.names import BEST, LATEST, WEIGHTS
 
-# Who asks, at the head of every message.
+# Prefix of error messages: the setting or command that names the draft.
 _SETTING = "draft.init_from"
 
 
 def find_draft(source: Path, asker: str = _SETTING) -> Path:
-    """Return the folder with config.json: of a run its best checkpoint, or without one its latest.
+    """Return the folder with config.json: a run's best or else latest checkpoint, or the source itself.
 
     Args:
-        asker: at the head of every message.
+        asker: prefix of error messages.
 
     Raises:
-        RunError: there is none.
+        RunError: there is no draft.
     """
     for folder in (source / BEST, source / LATEST, source):
         if (folder / "config.json").is_file():
@@ -38,16 +38,17 @@ def find_draft(source: Path, asker: str = _SETTING) -> Path:
 
 
 def check_warm_start(kind: DraftKind, shape: PretrainedConfig, source: Path) -> None:
-    """Check that a draft's weights mean the same in a run as where they come from.
+    """Check that a draft's weights mean the same in a run as in their source.
 
-    A released config may leave out any field but the layers and the mask token.
+    A released config may lack any field but the layers and the mask token.
 
     Args:
-        kind: of the run's draft.
-        shape: of the run's draft.
+        kind: kind of the run's draft.
+        shape: Hugging Face config of the run's draft.
+        source: run or directory that the weights come from.
 
     Raises:
-        RunError: there is no draft, or its config differs, with the fields and what to do.
+        RunError: there is no draft, or its config differs; the message names the fields.
     """
     folder = find_draft(source)
     try:
@@ -64,16 +65,19 @@ def check_warm_start(kind: DraftKind, shape: PretrainedConfig, source: Path) -> 
     differing = [f"{n}: {ours[n]} here, {theirs[n]} there" for n in names if theirs[n] != ours[n]]
     missing = [name for name in ("target_layer_ids", "mask_token_id") if name not in theirs]
     if missing:
-        raise RunError(f"draft.init_from: {folder} is no DSpark draft: its config.json has no {missing[0]}")
+        raise RunError(
+            f"draft.init_from: {folder} is not a DSpark draft (its config.json has no {missing[0]}): pass "
+            "another"
+        )
     if differing:
         raise RunError(
-            f"draft.init_from: {folder} is another draft ({'; '.join(differing)}): set [draft] as there, or "
-            "start from another one"
+            f"draft.init_from: {folder} differs from this run's draft ({'; '.join(differing)}): set [draft] "
+            "as there, or start from another draft"
         )
 
 
 def warm_start(model: PreTrainedModel, source: Path) -> None:
-    """Copy a draft's weights; embedding and head stay the cache's, whatever comes with it.
+    """Copy a draft's weights into a model. Its embedding and head stay the cache's.
 
     Raises:
         RunError: weights are missing, unknown, of another shape or unreadable.
@@ -85,12 +89,12 @@ def warm_start(model: PreTrainedModel, source: Path) -> None:
 def copy_weights(
     model: PreTrainedModel, found: dict[str, Tensor], folder: Path, asker: str = _SETTING
 ) -> None:
-    """Copy all but embedding and head into a draft.
+    """Copy weights into a draft, except embedding and head.
 
     Args:
         found: tensors by name.
-        folder: where they come from.
-        asker: at the head of every message.
+        folder: source of the tensors, for messages.
+        asker: prefix of error messages.
 
     Raises:
         RunError: weights are missing, unknown or of another shape.
@@ -99,26 +103,26 @@ def copy_weights(
     names = {*wanted} ^ {n for n in found if n not in FROZEN}
     if names:
         lacks = sorted(names & {*wanted})
-        what = f"lacks {lacks[0]}" if lacks else f"has {min(names)}, which this one does not"
+        what = f"lacks {lacks[0]}" if lacks else f"has {min(names)}, which this run's draft lacks"
         raise RunError(f"{asker}: {folder} {what}: it is another kind of draft")
     for name, parameter in wanted.items():
         if found[name].shape != parameter.shape:
             raise RunError(
-                f"{asker}: {name} of {folder} is of shape {list(found[name].shape)}, here of "
-                f"{list(parameter.shape)}"
+                f"{asker}: {name} of {folder} is of shape {list(found[name].shape)}, expected "
+                f"{list(parameter.shape)}: it is another kind of draft"
             )
         with torch.no_grad():
             parameter.copy_(found[name])
 
 
 def read_weights(folder: Path, asker: str = _SETTING) -> dict[str, Tensor]:
-    """Read every tensor of a folder's safetensors files: one, or several with an index.
+    """Read all tensors of a folder's safetensors files: one file, or several with an index.
 
     Args:
-        asker: at the head of every message.
+        asker: prefix of error messages.
 
     Raises:
-        RunError: they can't be read.
+        RunError: the weights can't be read.
     """
     weights: dict[str, Tensor] = {}
     try:

@@ -1,1 +1,1 @@
-"""What a process computes on and how it speaks: ranks, precision, compiler, profiler, console, trackers."""
+"""The process a run executes in: ranks, precision, compiler, profiler, console and trackers."""

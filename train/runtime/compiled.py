@@ -1,4 +1,4 @@
-"""torch.compile, when it is first needed: loading the compiler takes seconds that a CPU run can save."""
+"""Compile functions on first use: loading the compiler takes seconds, which most CPU runs save."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ import torch
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function compiled once for all callers, for any sizes."""
+    """Return the compiled function, with dynamic shapes. All callers share one compilation."""
     return torch.compile(function, dynamic=True)

@@ -1,4 +1,4 @@
-"""What a run shows: a bar on a terminal, plain lines in a pipe or a file, one process of many."""
+"""Console output of a run: a progress bar on a terminal, else plain lines. Only the first rank writes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from train.runtime.distributed import Ranks
 
 
 def say(text: str, *, err: bool = True) -> None:
-    """Print a line. That nobody listens any more ends no run.
+    """Print a line. Ignore a closed pipe, so that the run continues without its reader.
 
     Args:
-        err: on stderr, where progress goes; else on stdout.
+        err: print to stderr, where progress goes, instead of stdout.
     """
     with suppress(OSError):
         click.echo(text, err=err)
@@ -28,17 +28,17 @@ def warn(text: str) -> None:
 
 
 def bar(items: Any, ranks: Ranks, **options: Any) -> tqdm:
-    """A progress bar, where there is somebody to look at it."""
+    """Return a progress bar, which shows only on the first rank and on a terminal."""
     return tqdm(items, disable=not (ranks.leads and sys.stderr.isatty()), **options)
 
 
 class Display:
-    """Says how training goes, on stderr. That nobody listens any more ends no run.
+    """Show training progress on stderr. A closed stderr does not stop the run.
 
     Args:
-        ranks: the first of them speaks.
+        ranks: all ranks; only the first one prints.
         total: optimiser steps of the run.
-        step: those done before.
+        step: optimiser steps done before.
     """
 
     def __init__(self, ranks: Ranks, total: int, step: int):
@@ -46,12 +46,12 @@ class Display:
         self._bar = bar(None, ranks, total=total, initial=step, unit="step", desc="train")
 
     def stepped(self) -> None:
-        """A step was done."""
+        """Advance the bar by one optimiser step."""
         with suppress(OSError):
             self._bar.update()
 
     def figures(self, line: dict[str, Any]) -> None:
-        """Show a log line's main figures."""
+        """Show the main figures of a log line."""
         wanted = {"loss": ".3f", "tau": ".3f", "lr": ".2e", "tokens_per_s": ".0f", "data_wait_percent": ".0f"}
         shown = {key: f"{line[key]:{form}}" for key, form in wanted.items() if line[key] is not None}
         names = {"tokens_per_s": "tok_s", "data_wait_percent": "wait%"}
@@ -65,12 +65,12 @@ class Display:
                 self._bar.set_postfix(shown)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line above the bar."""
         if self._speaks:
             with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
                 click.echo(text, err=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and leave it on the screen."""
         with suppress(OSError):
             self._bar.close()

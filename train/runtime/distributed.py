@@ -1,4 +1,4 @@
-"""Processes that train one draft together, as torchrun starts them; one alone is the simplest case."""
+"""Ranks that train one draft together, started by torchrun; a single process is a world of size 1."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from pipeline.device import resolve_device
 from pipeline.errors import DSparkError, RunError, UsageError, WriteError
 from pipeline.process import WorkerPlace, torchrun_place
 
-# How long a rank waits for the others; torchrun ends a job sooner when one of its processes dies.
+# Time that a rank waits for the others. When a process dies, torchrun ends the job sooner.
 TIMEOUT = timedelta(minutes=30)
 
 
 class Ranks:
-    """All processes of a run, and this one's place among them.
+    """The ranks of a run, seen from this one.
 
     Args:
-        place: of this process.
-        device: that it computes on.
+        place: rank and world size of this process.
+        device: device that this rank computes on.
     """
 
     def __init__(self, place: WorkerPlace, device: torch.device):
         self.rank, self.world, self.device = place.rank, place.world, device
         self.met = False
-        """Whether all have come to the end."""
+        """True after all ranks have met at the end of the run."""
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that talks and writes."""
+        """True on the first rank, which prints and writes files."""
         return self.rank == 0
 
     def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor, added up over all ranks."""
+        """Return the sum of each tensor over all ranks."""
         if self.world == 1:
             return list(tensors)
         flat = torch.cat([t.detach().to(self.device, torch.float64).flatten() for t in tensors])
@@ -65,7 +65,7 @@ class Ranks:
         return self.any_of(flag)[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks."""
+        """Return every rank's value, in rank order."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
@@ -73,14 +73,14 @@ class Ranks:
         return values
 
     def copy_from_first(self, module: nn.Module) -> None:
-        """Give every rank the first one's parameters and buffers."""
+        """Broadcast the first rank's parameters and buffers to all ranks."""
         if self.world > 1:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.detach(), 0)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that no rank leaves alone: what one of them can't do ends all, with one message."""
+        """Run a `with` block on all ranks. An error on any rank ends all of them, with one message."""
         problem: DSparkError | None = None
         try:
             yield
@@ -97,10 +97,14 @@ class Ranks:
             self.fail(problem or error)
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """End the run where ranks are not about to do the same: names what differs.
+        """Check that all ranks hold the same facts; end the run if they don't.
+
+        Args:
+            facts: values by the names that the message gives them.
 
         Raises:
-            RunError: on the first rank.
+            RunError: the facts differ; raised on the first rank.
+            SystemExit: the facts differ; raised on the other ranks.
         """
         seen = self.gather(facts)
         for name, value in facts.items():
@@ -110,40 +114,40 @@ class Ranks:
                 what = f"{name} ({', '.join(other or 'none' for other in values)})" if short else name
                 self.fail(
                     RunError(
-                        f"the ranks see different things: {what}. Cache and --run have to be the same on all "
+                        f"the ranks disagree on {what}: use the same settings, cache and --run on all "
                         "machines, on a file system that they share"
                     )
                 )
 
     def fail(self, error: DSparkError) -> NoReturn:
-        """End the run for a reason that every rank knows: one of them says it."""
+        """End the run for a reason that every rank knows. The first rank raises it, the others exit."""
         self.meet()
         if self.leads:
             raise error
         raise SystemExit(error.exit_code)
 
     def meet(self) -> None:
-        """Wait for all ranks, and for gloo's threads; the end of a run begins with it.
+        """Wait for all ranks and for gloo's threads. Call it before the process group is destroyed.
 
-        A thread of gloo's that has not let go of its last tensor yet needs Python's lock for that, which
-        whoever ends the process group holds while waiting for the thread: a deadlock (seen with torch 2.13).
+        Destroying the process group holds Python's lock while it waits for gloo's threads. A thread that
+        still has to release its last tensor needs that lock: a deadlock (seen with torch 2.13).
         """
         if self.world > 1:
             dist.barrier()
             if self.device.type == "cpu":
-                time.sleep(0.3)  # without the lock
+                time.sleep(0.3)  # releases the lock
             self.met = True
 
 
 @contextmanager
 def open_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun's environment says, connected; without one, this process alone.
+    """Connect the ranks named in torchrun's environment; without torchrun, a world of size 1.
 
     Args:
-        device: `auto`, `cuda` (a GPU a process), `cuda:1`, `cpu`.
+        device: `auto`, `cuda` (one GPU per process), `cuda:1`, `cpu`.
 
     Raises:
-        UsageError: a device that torch lacks, or fewer GPUs than processes.
+        UsageError: torch lacks the device, or there are fewer GPUs than processes.
         RunError: another rank died.
     """
     place = torchrun_place()
@@ -157,11 +161,11 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     if cuda:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if processes > torch.cuda.device_count() or device not in ("auto", "cuda"):
-            if place.local_rank:  # one of them says so
+            if place.local_rank:  # the machine's first process prints the message
                 raise SystemExit(UsageError.exit_code)
             raise UsageError(
                 f"{processes} processes on this machine for {torch.cuda.device_count()} GPUs and --device "
-                f"{device}: start one a GPU, with --device cuda"
+                f"{device}: start one process per GPU, with --device cuda"
             )
     try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=here if cuda else None)
@@ -179,23 +183,23 @@ def open_ranks(device: str) -> Iterator[Ranks]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise RunError(
-            f"rank {place.rank} lost the others ({reason}): see what ended them; the same command continues "
-            "from the last checkpoint"
+            f"rank {place.rank} lost the other ranks ({reason}): fix the error in their output, then run the "
+            "same command again; it continues from the last checkpoint"
         ) from None
     finally:
-        if ranks.met:  # else it could wait for one that never comes
+        if ranks.met:  # else this could wait forever for a rank that died
             dist.destroy_process_group()
 
 
 class SpreadModule:
-    """A module on all ranks, called like the module itself; gradients are means over the ranks.
+    """A module on all ranks, called like the module itself. Gradients are means over the ranks.
 
     Args:
-        module: the trainer module; the first rank's weights count.
-        ranks: who trains it.
-        layers: its parts of which there are many, sharded one by one.
-        parallelism: `ddp`, a copy a rank, or `fsdp`, what is trained sharded over the ranks.
-        precision: `bf16` gathers sharded parameters in that precision.
+        module: the trainer module; all ranks start from the first rank's weights.
+        ranks: the ranks that train it.
+        layers: its layers, each sharded on its own by `fsdp`.
+        parallelism: `ddp` replicates the module on each rank, `fsdp` shards its trained parameters.
+        precision: `bf16` gathers sharded parameters in bf16.
     """
 
     def __init__(
@@ -204,7 +208,7 @@ class SpreadModule:
         self._module: Callable[..., Any] = module
         if ranks.world == 1:
             return
-        if parallelism == "ddp":  # it copies the first rank's weights itself
+        if parallelism == "ddp":  # DDP broadcasts the first rank's weights itself
             known = inspect.signature(DistributedDataParallel).parameters
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             self._module = DistributedDataParallel(
@@ -228,7 +232,7 @@ class SpreadModule:
         return self._module(*args, **kwargs)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager:
-        """Around a forward and its backward: only in a step's last one do ranks exchange gradients."""
+        """Return the context of a micro-batch. Ranks exchange gradients in the last one of a step only."""
         if isinstance(self._module, FSDPModule):
             self._module.set_requires_gradient_sync(last)
             self._module.set_is_last_backward(last)
@@ -238,10 +242,10 @@ class SpreadModule:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded over the ranks, in one piece. All ranks ask for the same one at once."""
+    """Return a tensor unsharded. For a sharded tensor, all ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor that may be sharded."""
+    """Return this rank's shard of a tensor; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""The precision a run computes in."""
+"""Compute precision of a run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pipeline.device import native_bf16
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
-    """`auto` is bf16 where the device multiplies bf16 matrices in hardware, else fp32."""
+    """Return `bf16` or `fp32`: `auto` is bf16 if the device multiplies bf16 matrices in hardware."""
     if precision != "auto":
         return precision
     return "bf16" if native_bf16(device) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of a run. Weights, gradients, logits and losses stay fp32."""
+    """Return the autocast context of a run. Weights, gradients, logits and losses stay fp32."""
     enabled = resolve_precision(device, precision) == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether CUDA's fp32 products may round their operands to TF32, in this process."""
+    """Set whether CUDA's fp32 matrix products in this process may round their operands to TF32."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")

@@ -1,4 +1,4 @@
-"""A Chrome trace of a few training steps."""
+"""Chrome trace of a few training steps."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from pipeline.errors import UsageError
 
-# Steps before those that are traced: compilation and first allocations, if the run has so many.
+# Steps left out before the trace, fewer in a short run: they compile and allocate.
 SKIPPED = 5
 
 
 class _NoProfiler:
     def step(self) -> None:
-        """Nothing is traced."""
+        """Do nothing."""
 
 
 def check_profile(steps: int, total_steps: int) -> None:
-    """Raises UsageError when so many steps of a run, or of what is left of it, can't be traced."""
+    """Raise UsageError if a run with `total_steps` left to train is too short to trace `steps` of them."""
     if steps >= total_steps:
         raise UsageError(
-            f"--profile {steps}: there are {total_steps} steps to train, so at most {max(total_steps - 1, 0)}"
+            f"--profile {steps} is too large: {total_steps} steps are left to train, so pass at most "
+            f"{max(total_steps - 1, 0)}"
         )
 
 
 def step_profiler(steps: int, total_steps: int, path: Path) -> profile | _NoProfiler:
-    """A profiler whose `step` is called after each step; it writes `path` when it has traced `steps`."""
+    """Return a profiler. Call its `step` after each step; after tracing `steps` of them it writes `path`."""
     if steps == 0:
         return _NoProfiler()
     activities = [ProfilerActivity.CPU]

@@ -1,7 +1,7 @@
-"""Where a run's figures are also logged, as `train.report_to` asks: TensorBoard, wandb, trackio.
+"""Trackers that a run's figures are also logged to (`train.report_to`): TensorBoard, wandb, trackio.
 
-The packages are optional and imported only when named. What they show is a copy: metrics.jsonl, which
-the loop writes itself, has every figure, so a tracker that fails is dropped and the run goes on.
+The packages are optional and imported only when named. They receive copies: metrics.jsonl, which the
+training loop writes itself, has every figure. So a tracker that fails is dropped and the run continues.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from pipeline.errors import ConfigError, RunError, StoppedError
 from pipeline.files import publish_bytes
 from train.runtime.console import say, warn
 
-PROJECT = "dspark"  # unless $WANDB_PROJECT or $TRACKIO_PROJECT says otherwise
-FINISH_SECONDS = 300.0  # wandb would wait for ever for a network that is gone; `wandb sync` sends the rest
+PROJECT = "dspark"  # $WANDB_PROJECT or $TRACKIO_PROJECT overrides it
+FINISH_SECONDS = 300.0  # without a limit wandb waits forever for a lost network; `wandb sync` sends the rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What a tracker is opened with."""
+    """Arguments that a tracker is opened with."""
 
     run: Path
-    """The run's directory; its name is what the run is called."""
+    """The run's directory; its name is the run's name."""
     id: str
-    """Stays the same over every resume of the run."""
+    """Id of the run, the same each time the run is resumed."""
     config: dict[str, Any]
     """Flat settings, `table.key` -> value."""
     step: int
-    """Optimiser steps done before: the next figures are of a later one."""
+    """Optimiser steps done before; the next figures belong to a later step."""
 
 
 class Tracker(Protocol):
-    """One place figures are logged to. What it raises, on opening or later, is handled by `Trackers`."""
+    """A destination of figures. `Trackers` handles every exception that it raises."""
 
     where: str
-    """Where a user looks at the figures."""
+    """Address or path at which a user finds the figures."""
 
     def __init__(self, start: Start) -> None: ...
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Log figures of a step; a step may be logged more than once, with other names."""
+        """Log figures of a step. A step may be logged several times, with different names."""
 
     def close(self, *, failed: bool) -> None:
-        """Write out what is pending; `failed` when the run ended by an error."""
+        """Write pending figures. `failed` means that the run ended with an error."""
 
 
 class TensorBoard:
@@ -61,7 +61,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.where = str(start.run / "tensorboard")
-        # Of a run that died after its last checkpoint, the steps that are now done again are not shown twice.
+        # A run that died after its last checkpoint repeats steps: purge them, so that none is shown twice.
         self._writer = SummaryWriter(self.where, purge_step=start.step + 1)
         settings = "\n".join(f"    {name} = {value}" for name, value in start.config.items())
         self._writer.add_text("config", settings, start.step)
@@ -70,7 +70,7 @@ class TensorBoard:
     def log(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a killed run has what it logged
+        self._writer.flush()  # so that a killed run keeps its figures
 
     def close(self, *, failed: bool) -> None:
         self._writer.close()
@@ -94,7 +94,7 @@ class Wandb:
         self.where = str(start.run / "wandb") if self._run.offline else str(self._run.url)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        self._run.log(scalars, step=step)  # a step it has already, from before a crash, stays as it was
+        self._run.log(scalars, step=step)  # wandb ignores steps that it already has from before a crash
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -103,7 +103,7 @@ class Wandb:
 class Trackio:
     """A run in trackio's own folder ($TRACKIO_DIR), or on a Space ($TRACKIO_SPACE_ID).
 
-    It keeps whatever it is given: steps done again after a crash have two points.
+    Trackio keeps duplicates: a step repeated after a crash has two points.
     """
 
     def __init__(self, start: Start):
@@ -111,7 +111,7 @@ class Trackio:
 
         self._trackio = trackio
         project = os.environ.get("TRACKIO_PROJECT") or PROJECT
-        # Resumed by name: no other run may have it.
+        # Trackio resumes by name, so the name must be unique.
         name = f"{start.run.resolve().name}-{start.id}"
         with redirect_stdout(io.StringIO()):
             trackio.init(project=project, name=name, config=start.config, resume="allow")
@@ -126,16 +126,16 @@ class Trackio:
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
-"""By the name in `train.report_to`, which is also the package's and the extra's."""
+"""Trackers by their name in `train.report_to`, which is also the name of the package and of the extra."""
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raises ConfigError when a tracker's package is not installed; imports none."""
+    """Raise ConfigError if a tracker's package is not installed. Import none of them."""
     for name in names:
         found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # no origin: a mere folder of that name, as wandb leaves
+        if found is None or found.origin is None:  # no origin: only a folder of that name, such as RUN/wandb
             raise ConfigError(
-                f'train.report_to names "{name}", which is not installed: '
+                f'train.report_to names "{name}", but that package is not installed: '
                 f"pip install 'dspark-pipeline[{name}]'"
             )
 
@@ -143,17 +143,17 @@ def check_trackers(names: Iterable[str]) -> None:
 class Trackers:
     """The trackers of a run, opened together; a context manager.
 
-    Only one process of a run may have them (rank 0).
+    Only the first rank of a run may open them.
 
     Args:
-        names: of TRACKERS, their packages checked by `check_trackers`.
-        run: the run's directory, which exists.
-        identity_file: keeps the id that trackers know the run by.
+        names: keys of TRACKERS, their packages checked by `check_trackers`.
+        run: the run's directory, which must exist.
+        identity_file: file that keeps the run's id.
         config: flat settings, `table.key` -> value.
         step: optimiser steps done before, 0 for a new run.
 
     Raises:
-        RunError: one of them can't be opened.
+        RunError: a tracker can't be opened.
     """
 
     def __init__(
@@ -164,16 +164,16 @@ class Trackers:
             start = Start(run=run, id=_identity(identity_file), config=config, step=step)
             try:
                 tracker = self._open[name] = TRACKERS[name](start)
-            except Exception as error:  # whatever a foreign library raises
+            except Exception as error:  # third-party libraries raise anything
                 self.close(failed=True)
                 raise RunError(
                     f"train.report_to: {name} can't be opened ({_reason(error)}): fix that, "
-                    "or leave it out of train.report_to"
+                    f"or remove {name} from train.report_to"
                 ) from error
             say(f"{name}: {tracker.where}")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Log a line of metrics.jsonl. Raises nothing: a tracker that fails is warned of and dropped."""
+        """Log a line of metrics.jsonl. Raise nothing: a tracker that fails is dropped with a warning."""
         scalars = flat_scalars(values)
         for name, tracker in list(self._open.items()):
             try:
@@ -181,22 +181,22 @@ class Trackers:
             except Exception as error:
                 del self._open[name]
                 warn(
-                    f"{name} failed at step {step} ({_reason(error)}) and is logged to no more; "
-                    "metrics.jsonl has every figure"
+                    f"{name} failed at step {step} ({_reason(error)}) and gets no more figures; "
+                    "metrics.jsonl has all of them"
                 )
                 with suppress(Exception):
                     tracker.close(failed=True)
 
     def close(self, *, failed: bool = False) -> None:
-        """Close what is open. Raises nothing, and may be called again."""
+        """Close the open trackers. Raise nothing; a second call does nothing."""
         while self._open:
             name, tracker = self._open.popitem()
             try:
                 tracker.close(failed=failed)
             except Exception as error:
                 warn(
-                    f"{name} failed when it was closed ({_reason(error)}) and may lack figures; "
-                    "metrics.jsonl has every one"
+                    f"{name} failed on closing ({_reason(error)}) and may lack figures; "
+                    "metrics.jsonl has all of them"
                 )
 
     def __enter__(self) -> Trackers:
@@ -207,9 +207,9 @@ class Trackers:
 
 
 def flat_scalars(values: dict[str, Any], prefix: str = "train/") -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl, by the names they are logged under.
+    """Return the numbers of a line of metrics.jsonl, by the names that they are logged under.
 
-    A list is one scalar a position, counted from 1; the held-out figures are under `held_out/`.
+    A list becomes one scalar per position, counted from 1. The held-out figures are under `held_out/`.
     """
     found: dict[str, float] = {}
     for name, value in values.items():
@@ -224,7 +224,7 @@ def flat_scalars(values: dict[str, Any], prefix: str = "train/") -> dict[str, fl
 
 
 def _identity(path: Path) -> str:
-    """Return the id that trackers know a run by: made at its first start, read ever after."""
+    """Return the id that trackers know a run by. The first start creates it; later starts read it."""
     if not path.exists():
         identity = uuid.uuid4().hex[:12]
         publish_bytes(path, json.dumps({"id": identity}).encode() + b"\n")
@@ -235,11 +235,11 @@ def _identity(path: Path) -> str:
         identity = None
     if not isinstance(identity, str) or not identity.isalnum():
         raise RunError(
-            f'{path}: expected {{"id": "..."}} as a run writes it; remove it to be logged as a new run'
+            f'{path}: expected {{"id": "..."}}, got something else; remove it to log this run as a new one'
         )
     return identity
 
 
 def _reason(error: Exception) -> str:
-    """An error of another library in one short line."""
+    """Return another library's error as one short line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""What a run did since its last log line: sums divided once, and how fast it was."""
+"""Figures of a log line: losses, divided once, and speed since the last line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from train.losses.slots import LossSums, Objective, divide
 
-# Dense bf16 and TF32 FLOP/s by a part of the device's name, from NVIDIA's datasheets; the first match counts.
+# Dense bf16 and TF32 FLOP/s by part of the device's name, from NVIDIA's datasheets. The first match is used.
 _PEAKS = {
     "GB200": (2.5e15, 1.25e15),
     "B200": (2.25e15, 1.125e15),
@@ -32,7 +32,7 @@ _PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str, tf32: bool = True) -> float | None:
-    """Return the device's dense FLOP/s in a precision, `bf16` or `fp32`; None where it is not known."""
+    """Return the device's dense FLOP/s in a precision, `bf16` or `fp32`; None if it is not known."""
     if device.type != "cuda" or (precision == "fp32" and not tf32):
         return None
     name = torch.cuda.get_device_name(device)
@@ -40,11 +40,11 @@ def peak_flops(device: torch.device, precision: str, tf32: bool = True) -> float
 
 
 class Window:
-    """Adds up optimiser steps between two log lines.
+    """Sums of the optimiser steps since the last log line.
 
     Args:
-        objective: what is minimised.
-        device: where the draft is trained.
+        objective: the loss terms and their weights.
+        device: device that this rank trains on.
         peak: FLOP/s of all devices together in the run's precision, if known.
     """
 
@@ -59,21 +59,21 @@ class Window:
 
     @property
     def empty(self) -> bool:
-        """Whether no step was taken since the last line."""
+        """True if no step was taken since the last line."""
         return not self._numbers["seconds"]
 
     def add(self, sums: LossSums, norm: Tensor) -> None:
-        """Count a step's losses, and the norm of its gradient before clipping."""
+        """Add a step's losses, and keep the norm of its gradient before clipping."""
         self._sums = sums if self._sums is None else self._sums + sums
         self._norm = norm.item()
 
     def count(self, **numbers: float) -> None:
-        """Count `tokens`, `flops`, `seconds`, those of them `waited` for data, and steps `skipped`."""
+        """Add to `tokens`, `flops`, `seconds`, seconds `waited` for data, and `skipped` steps."""
         for name, number in numbers.items():
             self._numbers[name] += number
 
     def line(self, step: int, epoch: int, lr: float) -> dict[str, Any]:
-        """The log line, and a new beginning. Figures of no step at all are None."""
+        """Return the log line, and reset the sums. Losses and the norm are None if all steps were skipped."""
         terms = [f"{name}_loss" for name in self._objective.weights]
         names = ["loss", *terms, "accept_rate", "tau"]
         values: dict[str, Any] = {"step": step, **dict.fromkeys(names)}
@@ -101,14 +101,14 @@ class Window:
         return values
 
     def state(self) -> dict[str, Any]:
-        """What was added so far, for JSON, which keeps every bit of it."""
+        """Return the sums as values for JSON, which keeps them exactly."""
         sums = None if self._sums is None else [value.tolist() for value in self._sums.tensors()]
         return {"sums": sums, "norm": self._norm, **self._numbers}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`. Raises ValueError when it is none."""
+        """Continue from the result of `state`. Raise ValueError if it has other names than this version's."""
         if set(state) != {"sums", "norm", *self._numbers}:
-            raise ValueError("the sums since the last log line are not what this version writes")
+            raise ValueError("the sums since the last log line are those of another version")
         sums = state["sums"]
         if sums is not None:
             tensors = [torch.tensor(value, device=self._device) for value in sums]
@@ -118,7 +118,7 @@ class Window:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that tensors on a GPU, or on a CPU this whole process, ever held."""
+    """Return the peak memory in bytes: of tensors on a GPU, or of this whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

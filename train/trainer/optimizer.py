@@ -1,4 +1,4 @@
-"""The optimisers and their schedule."""
+"""Optimisers, learning rate schedule and gradient clipping."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from train.runtime.distributed import own_part, whole
 
 
 def check_optimizer(config: TrainConfig) -> None:
-    """Raises ConfigError when torch lacks the optimiser."""
+    """Raise ConfigError if torch lacks the optimiser."""
     if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise ConfigError(
-            f'train.optimizer = "muon" needs torch 2.9 or newer, this is {torch.__version__}: update it, or '
-            'take "adamw"'
+            f'train.optimizer = "muon" needs torch 2.9 or newer, got {torch.__version__}: update torch, or '
+            'set "adamw"'
         )
 
 
 def build_optimizers(
     model: nn.Module, config: TrainConfig, lr_scales: Mapping[str, float] | None = None
 ) -> list[Optimizer]:
-    """Build the optimisers over what trains. A group's `lr_scale` multiplies its rate.
+    """Build the optimisers of the trained parameters. A group's `lr_scale` multiplies its learning rate.
 
-    AdamW takes everything, with weight decay on matrices only; or Muon (Jordan et al. 2024) the matrices of
-    `fc` and the layers, with updates scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so
-    that one rate serves both.
+    AdamW trains all parameters, with weight decay on matrices only. With `muon`, Muon (Jordan et al. 2024)
+    trains the matrices of `fc` and the layers instead. Its updates are scaled to the size of AdamW's (Liu et
+    al. 2025, arXiv 2502.16982), so that both use the same learning rate.
 
     Args:
-        lr_scales: by the prefix of parameters' names; all others have 1.
+        lr_scales: multiples of the learning rate by prefix of parameter names; other parameters have 1.
     """
     scales = lr_scales or {}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -61,14 +61,14 @@ def build_optimizers(
 
 
 def set_learning_rate(optimizers: Sequence[Optimizer], lr: float) -> None:
-    """Give every group its rate."""
+    """Set the learning rate of every group, scaled by the group's `lr_scale`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The rate of optimiser step `step` (from 0): linear warm-up, then cosine to `min_lr_ratio`."""
+    """Return the learning rate of step `step` (from 0): linear warm-up, then cosine to `min_lr_ratio`."""
     warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -80,14 +80,15 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 def normalise_gradients(model: nn.Module, weight: Tensor, max_norm: float) -> Tensor:
     """Divide a step's summed gradients by its weight, then clip them to a global norm.
 
-    So nobody needs to know the weight of a step before its last micro-batch was drafted.
+    Dividing here means that a step's weight need not be known before its last micro-batch.
 
     Args:
-        weight: the sum of slot weights over the step; a step without any leaves the gradients zero.
-            Where gradients are means over ranks, this is a mean too.
+        weight: sum of slot weights over the step; if gradients are means over ranks, the mean over ranks of
+            that sum. With a weight of 0 the gradients stay zero.
+        max_norm: largest norm after clipping.
 
     Returns:
-        The norm before clipping, of all ranks' parts together.
+        The norm before clipping, over all ranks' shards.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     weight = positive(weight)

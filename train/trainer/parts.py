@@ -1,4 +1,4 @@
-"""The parts of a run at work, built once from what was set up and from the checkpoint to continue from."""
+"""Parts of a running training, built from its `Setup` and the checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.trainer.setup import Setup, build_draft, count_run_steps
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint that a run continues from."""
+    """Checkpoint that a run continues from."""
 
     folder: Path
     page: TrainingPage
@@ -33,30 +33,30 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Everything that a run at work consists of, on this rank."""
+    """Parts of a running training on this rank."""
 
     module: TrainerModule
-    """The draft with its objective."""
+    """Draft with its objective."""
     spread: SpreadModule
-    """The module on all ranks."""
+    """Module on all ranks."""
     optimizers: list[Optimizer]
     progress: Progress
-    """Changed as the run advances."""
+    """Progress of the run, updated in place."""
     window: Window
     """Sums since the last log line."""
     metrics: MetricsFile | None
-    """On the first rank."""
+    """File metrics.jsonl; None except on the first rank."""
     machine: dict[str, Any]
-    """What the run computes on."""
+    """Device, ranks, precision and attention kernel."""
     version: dict[str, str]
-    """Of the code."""
+    """Versions of the code and its libraries."""
 
     def page(self, config: RunConfig, identity: Any) -> TrainingPage:
-        """Return what a checkpoint made now says of itself.
+        """Return the page of a checkpoint saved now.
 
         Args:
-            config: the run's.
-            identity: the cache's.
+            config: the run's config.
+            identity: the cache's identity.
         """
         return TrainingPage(
             progress=self.progress, config=config, cache=identity, version=self.version, machine=self.machine
@@ -64,11 +64,11 @@ class Parts:
 
 
 def build_parts(ranks: Ranks, setup: Setup, run: Path, checkpoint: Checkpoint | None) -> Parts:
-    """Build a run's parts; all ranks do it together.
+    """Build a run's parts. All ranks must call this together.
 
     Args:
-        run: its directory.
-        checkpoint: to continue from; None begins the run.
+        run: the run's directory.
+        checkpoint: checkpoint to continue from; None begins the run.
 
     Raises:
         RunError: the checkpoint is damaged.

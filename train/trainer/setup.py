@@ -1,4 +1,4 @@
-"""From a cache and a config to what is trained: everything is checked before anything is built."""
+"""Check a cache and a config, and build the draft to train. All checks come before any building."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from train.trainer.optimizer import check_optimizer
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that could begin: nothing is loaded yet and nothing written."""
+    """A checked run. Nothing is loaded or written yet."""
 
     reader: CacheReader
     config: RunConfig
-    """Resolved: what depends on the cache is filled in."""
+    """Resolved config, with the settings that depend on the cache filled in."""
     kind: DraftKind
     shape: PretrainedConfig
     """The draft's Hugging Face config."""
@@ -44,12 +44,12 @@ def set_up(
     """Read a cache's index and check a config against it.
 
     Args:
-        device: what will be trained on.
-        world: the number of ranks.
-        begins: whether first weights are needed; a run that goes on has its own.
+        device: device to train on.
+        world: world size.
+        begins: the run starts from its initial weights instead of from a checkpoint.
 
     Raises:
-        DSparkError: there is no such cache, or the config asks for what it lacks or no draft can have.
+        DSparkError: there is no such cache, or the config fits neither it nor any draft.
     """
     check_trackers(config.train.report_to)
     check_optimizer(config.train)
@@ -69,7 +69,7 @@ def set_up(
 
 
 def check_lengths(reader: CacheReader, batch_tokens: int) -> None:
-    """Every sample fits a batch. Raises ConfigError naming what would be enough."""
+    """Check that every sample fits a batch. Raise ConfigError with the smallest value that fits."""
     longest = int(reader.lengths.max())
     if longest > batch_tokens:
         raise ConfigError(
@@ -79,7 +79,7 @@ def check_lengths(reader: CacheReader, batch_tokens: int) -> None:
 
 
 def check_anchors(reader: CacheReader, samples: np.ndarray, config: TrainConfig) -> None:
-    """Some batch could have as many anchors as are asked for. Raises ConfigError naming how many."""
+    """Check that a batch can have the config's number of anchors. Raise ConfigError with the limit."""
     most = most_candidates(reader.lengths[samples], reader.candidates[samples], config.batch_tokens)
     if config.anchors_per_batch > most:
         raise ConfigError(
@@ -89,7 +89,7 @@ def check_anchors(reader: CacheReader, samples: np.ndarray, config: TrainConfig)
 
 
 def most_candidates(lengths: np.ndarray, candidates: np.ndarray, batch_tokens: int) -> int:
-    """No batch has more candidates than this: the densest samples first, the last one in part."""
+    """Return an upper bound on a batch's candidates: the densest samples first, the last one in part."""
     order = np.argsort(-candidates / lengths, kind="stable")
     ends = np.cumsum(lengths[order])
     full = int(np.searchsorted(ends, batch_tokens, side="right"))
@@ -102,16 +102,16 @@ def most_candidates(lengths: np.ndarray, candidates: np.ndarray, batch_tokens: i
 
 
 def check_world(config: TrainConfig, world: int) -> None:
-    """Every rank has something to do. Raises ConfigError."""
+    """Check that every rank gets a micro-batch. Raise ConfigError if not."""
     if world > config.micro_batches_per_step:
         raise ConfigError(
             f"train.micro_batches_per_step = {config.micro_batches_per_step} leaves some of {world} "
-            f"processes without work: set it to at least {world}, better a multiple of it, or start fewer"
+            f"processes without work: set it to {world} or a multiple of it, or start fewer processes"
         )
 
 
 def count_run_steps(setup: Setup) -> int:
-    """Return the optimiser steps of the whole run."""
+    """Return the number of optimiser steps of the whole run."""
     return count_steps(setup.reader.lengths[setup.samples], setup.config.train)
 
 
@@ -119,7 +119,7 @@ def build_draft(setup: Setup, *, fresh: bool = True) -> PreTrainedModel:
     """Build a run's draft in fp32 with the target's embedding and head, frozen.
 
     Args:
-        fresh: give it its first weights; without that they are random, to be loaded over.
+        fresh: load the weights of `draft.init_from`, if set. Otherwise all other weights are random.
     """
     config = setup.config
     torch.manual_seed(config.train.seed)

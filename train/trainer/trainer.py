@@ -1,4 +1,4 @@
-"""The training loop: cache in, draft out."""
+"""Training loop: trains a draft from a cache."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def train(
     fresh: bool = False,
     profile_steps: int = 0,
 ) -> dict[str, Any] | None:
-    """Train a draft from a cache, or go on where a run in that directory stopped; the target is never loaded.
+    """Train a draft from a cache, or continue the run in that directory. The target is never loaded.
 
-    Under torchrun all its processes call this and share each step. Writes to `run`: `config.toml`,
-    `run.json`, `metrics.jsonl` (a JSON object a logged step), `checkpoints/step-N`, `latest` and `best`.
+    Under torchrun, all processes must call this; they share each step. Writes to `run`: `config.toml`,
+    `run.json`, `metrics.jsonl` (one JSON object per logged step), `checkpoints/step-N`, `latest` and `best`.
 
     Args:
-        fresh: clear an existing run.
-        profile_steps: write a Chrome trace of so many steps, the first few left out, to `trace.json`.
+        fresh: clear an existing run first.
+        profile_steps: write a Chrome trace of this many steps, after the first few, to `trace.json`.
 
     Returns:
-        The held-out evaluation of the last step, if anything was held out.
+        The last held-out evaluation; None if nothing was held out.
 
     Raises:
         DSparkError: see `pipeline.errors`.
@@ -67,7 +67,7 @@ def train(
     with open_ranks(device) as ranks, stop_on_signals() as stop, ExitStack() as held:
         if ranks.device.type == "cpu":
             reuse_freed_memory()
-        # A job that torchrun starts again continues with what it did itself.
+        # A job that torchrun restarts continues from its own checkpoints.
         fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         with ranks.together():
             begins = fresh or not any(run.glob(f"{CHECKPOINTS}/*step-*"))
@@ -81,7 +81,7 @@ def train(
         with ranks.together():
             if ranks.leads:
                 held.enter_context(locked(run))
-                check_run(run, setup.config, identity, fresh=fresh)  # now that nobody else changes it
+                check_run(run, setup.config, identity, fresh=fresh)  # again, now under the lock
                 begin(run, setup.config, identity, fresh=fresh)
         with ranks.together():
             checkpoint = _newest(run)
@@ -111,15 +111,15 @@ def _check_profile(steps: int, setup: Setup, checkpoint: Checkpoint | None) -> N
 
 
 class Training:
-    """A run at work.
+    """A running training.
 
     Args:
-        ranks: who trains.
-        setup: what.
-        run: its directory.
-        parts: what it consists of.
+        ranks: the ranks that train.
+        setup: the checked config, cache and samples.
+        run: the run's directory.
+        parts: draft, optimisers, progress and files.
         stop: set by a signal that asks to stop.
-        checkpoint: the one that it continues from, if any.
+        checkpoint: checkpoint that the run continues from, if any.
     """
 
     def __init__(
@@ -138,15 +138,15 @@ class Training:
         self.model = parts.module.draft_model
         self.display = Display(ranks, self.progress.total_steps, self.progress.step)
         self.saved = time.monotonic()
-        self.stop_agreed = False  # what all ranks know of signals
+        self.stop_agreed = False  # a signal that all ranks know of
         self.denominator = torch.ones((), device=ranks.device)
 
     def run(self, profile_steps: int = 0) -> Progress:
-        """Train to the end, or to a signal.
+        """Train to the end, or until a signal.
 
         Raises:
-            StoppedError: a signal came; everything up to here is saved.
-            RunError: too many steps in a row were not finite.
+            StoppedError: a signal stopped the run, after a checkpoint was saved.
+            RunError: too many steps in a row had a non-finite loss or gradient.
         """
         train, progress = self.config.train, self.progress
         left = progress.total_steps - progress.step
@@ -181,7 +181,7 @@ class Training:
                 step=progress.step,
             )
         with self.trackers, closing(self.display):
-            if self._evaluation_due() and progress.evaluated < progress.step:  # it was interrupted
+            if self._evaluation_due() and progress.evaluated < progress.step:  # a signal interrupted it
                 self._between_steps(checkpoint_due=False)
             for step in steps:
                 if progress.complete:
@@ -192,7 +192,7 @@ class Training:
         return progress
 
     def _say_where(self) -> None:
-        """Say what the run computes on, and what has changed since its checkpoint was saved."""
+        """Print the machine's facts, and those that have changed since the checkpoint was saved."""
         progress, parts = self.progress, self.parts
         self.display.say(", ".join(f"{name} {value}" for name, value in parts.machine.items()))
         if self.checkpoint is None or not progress.step:
@@ -201,14 +201,14 @@ class Training:
         last, now = ({**page.machine, **page.version} for page in (self.checkpoint.page, self._page()))
         changed = [f"{k}: {last[k]}, now {v}" for k, v in now.items() if last.get(k, v) != v]
         if changed:
-            self.display.say(f"not as it was saved ({'; '.join(changed)}): sums may round otherwise")
+            self.display.say(f"changed since the checkpoint ({'; '.join(changed)}): rounding may differ")
 
     def _collate(self, epoch: int) -> Collate:
         train = self.config.train
         return self.setup.kind.collate(random_anchors(train.anchors_per_batch, train.seed, epoch))
 
     def _step(self, step: Step) -> bool:
-        """Take an optimiser step. Return whether it is time for a checkpoint."""
+        """Take an optimiser step. Return whether a checkpoint is due by time."""
         started, waited = time.perf_counter(), 0.0
         train, progress, ranks = self.config.train, self.progress, self.ranks
         lr = learning_rate(progress.step, progress.total_steps, train)
@@ -256,7 +256,7 @@ class Training:
         return due
 
     def _skip(self, step: Step, losses: list[Tensor]) -> None:
-        """Count a step whose loss or gradient is not finite, and end the run after too many."""
+        """Count a step whose loss or gradient is not finite. End the run after too many in a row."""
         progress, most = self.progress, self.config.train.max_skipped_steps
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
@@ -298,7 +298,7 @@ class Training:
         if last or self.stop_agreed or checkpoint_due or better:
             self._save()
         if self.stop_agreed and not progress.complete:
-            number = self.stop.signal or signal.SIGTERM  # it may have come to another rank
+            number = self.stop.signal or signal.SIGTERM  # another rank may have received the signal
             kept = f"{self.path} is saved at step {progress.step}, the same command continues"
             self.ranks.fail(StoppedError(number, f"stopped by {number.name}: {kept}"))
 
@@ -308,7 +308,7 @@ class Training:
         return bool(len(self.setup.held_out) and due)
 
     def _evaluate(self) -> bool:
-        """Measure the draft on the held-out samples. Return whether it is the best so far."""
+        """Measure the draft on the held-out samples. Return whether its tau is the best so far."""
         progress, ranks = self.progress, self.ranks
         figures = validate(
             self.parts.module,
@@ -333,7 +333,7 @@ class Training:
         return False
 
     def _log_window(self) -> None:
-        """Log what was added up since the last line, if a step was taken."""
+        """Log the sums since the last line, if a step was taken."""
         progress = self.progress
         if not self.window.empty:
             lr = learning_rate(progress.step - 1, progress.total_steps, self.config.train)
@@ -342,7 +342,7 @@ class Training:
             self.display.figures(line)
 
     def _log(self, line: dict[str, Any]) -> None:
-        """Write a line to metrics.jsonl, and its figures to whatever else the run reports to."""
+        """Write a line to metrics.jsonl, and its figures to the trackers."""
         with self.ranks.together():
             if self.parts.metrics is not None:
                 self.parts.metrics.append(line)

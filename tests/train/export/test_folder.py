@@ -151,7 +151,7 @@ def test_damaged_checkpoints_are_one_line(tmp_path: Path, run_dir: Path) -> None
         )
         assert not (tmp_path / "out").exists()
 
-    refused(changed(run_dir, tmp_path / "a", markov_rank=4), 1, "other tensors than its config says")
+    refused(changed(run_dir, tmp_path / "a", markov_rank=4), 1, "other tensors than config.json describes")
     refused(changed(run_dir, tmp_path / "b", mask_token_id=None), 1, "is damaged", "mask_token_id")
     run = changed(run_dir, tmp_path / "c")
     (run / "latest" / "config.json").write_text("{")

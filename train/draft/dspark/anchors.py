@@ -1,11 +1,11 @@
-"""Anchors: where blocks start, what they predict, and which of their slots count.
+"""Anchors: the positions that blocks start at, their labels, and the supervised slots.
 
 An anchor is a position p with `loss_mask[p]` and `loss_mask[p + 1]`. Its block of K slots drafts tokens
 p+1 .. p+K: slot k predicts token p+k+1. (DSpark paper, section 3.1; names follow NVIDIA
 NeMo-Automodel's documented API, nemo_automodel.components.speculative.dspark.common.)
 
-A row may hold several documents (a pack). `document_ids` `[B, S]` then says which position belongs to
-which; a block begins and ends in one of them. None stands for one document a row.
+A row may hold several documents (a pack). `document_ids` `[B, S]` then gives the document of each position.
+A block's supervised slots stay in its anchor's document. None stands for one document per row.
 
 Shapes: B rows, S tokens, N anchors, K block size, H hidden size.
 """
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 def build_anchor_candidate_mask(
     seq_len: int, loss_mask: Tensor, document_ids: Tensor | None = None
 ) -> Tensor:
-    """Which positions can be an anchor: supervised, with a supervised successor in the same document.
+    """Return the positions that can be an anchor: supervised, with a supervised successor in their document.
 
     Args:
-        seq_len: S, the tokens of a row that count.
+        seq_len: S; later tokens of a row are ignored.
         loss_mask: `[B, S]`, non-zero on supervised tokens.
         document_ids: `[B, S]`, or None.
 
@@ -45,14 +45,14 @@ def sample_anchor_positions(
     generator: torch.Generator | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw anchors uniformly without replacement, each row on its own.
+    """Draw anchors uniformly without replacement, independently per row.
 
     Args:
         seq_len: S.
         loss_mask: `[B, S]`.
         num_anchors: N.
-        device: where the result goes.
-        generator: the source of randomness, on `loss_mask`'s device; torch's own when None.
+        device: device of the result.
+        generator: random generator on `loss_mask`'s device; None uses torch's default.
         document_ids: `[B, S]`, or None.
 
     Returns:
@@ -61,7 +61,7 @@ def sample_anchor_positions(
     """
     candidates = build_anchor_candidate_mask(seq_len, loss_mask, document_ids)  # [B, S]
     order = torch.rand(candidates.shape, generator=generator, device=candidates.device)
-    order = order.masked_fill(~candidates, 2.0)  # beyond every draw, so that candidates come first
+    order = order.masked_fill(~candidates, 2.0)  # above every draw, so that candidates come first
     width = min(num_anchors, candidates.shape[1])
     positions = order.argsort(dim=1)[:, :width]  # [B, <=N]
     keep = candidates.gather(1, positions)
@@ -79,13 +79,13 @@ def build_eval_mask(
     block_keep_mask: Tensor,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """Which slots are supervised: labels inside the document that form an unbroken supervised prefix.
+    """Return the supervised slots: labels in the anchor's document that form an unbroken supervised prefix.
 
     Args:
         seq_len: S.
         loss_mask: `[B, S]`.
-        label_indices: positions of the labels, `[B, N, K]`; may lie beyond the row.
-        safe_label_indices: the same, clamped into the row.
+        label_indices: positions of the labels, `[B, N, K]`; may be past the end of the row.
+        safe_label_indices: these positions, clamped into the row.
         block_keep_mask: `[B, N]`, False for dummy blocks.
         document_ids: `[B, S]`, or None.
 
@@ -102,16 +102,16 @@ def build_eval_mask(
 
 
 def label_positions(anchor_positions: Tensor, block_size: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Where each slot's label is: `[B, N, K]` as it is, and clamped into the row."""
+    """Return the position of each slot's label `[B, N, K]`, first unclamped, then clamped into the row."""
     slots = torch.arange(1, block_size + 1, device=anchor_positions.device)
     labels = anchor_positions[..., None] + slots
     return labels, labels.clamp(max=seq_len - 1)
 
 
 def restarting_positions(document_ids: Tensor) -> Tensor:
-    """Positions counted from the start of each document: `[B, S]` to `[B, S]` int64.
+    """Return positions counted from the start of each document: `[B, S]` to `[B, S]` int64.
 
-    The positions of a document are neighbours.
+    Each document must be contiguous.
     """
     positions = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
     begins = torch.ones_like(document_ids, dtype=torch.bool)
@@ -120,7 +120,7 @@ def restarting_positions(document_ids: Tensor) -> Tensor:
 
 
 def create_position_ids(anchor_positions: Tensor, block_size: int) -> Tensor:
-    """Position ids of the block slots: anchor + k. `[B, N]` to `[B, N*K]`."""
+    """Return the position ids of the blocks' slots, anchor + k: `[B, N]` to `[B, N*K]`."""
     slots = torch.arange(block_size, device=anchor_positions.device)
     return (anchor_positions[..., None] + slots).flatten(1)
 
@@ -133,14 +133,14 @@ def create_noise_embed(
     mask_token_id: int,
     block_size: int,
 ) -> Tensor:
-    """The blocks' input: slot 0 is the anchor token's embedding, the others the mask token's.
+    """Return the blocks' input: the anchor token's embedding in slot 0, the mask token's in the others.
 
     Args:
         embed_tokens: token embedding, `[..]` to `[.., H]`.
         input_ids: `[B, S]`.
         anchor_positions: `[B, N]`.
-        block_keep_mask: `[B, N]`; a dummy block is all mask tokens.
-        mask_token_id: the id that stands for a token to be drafted.
+        block_keep_mask: `[B, N]`; a dummy block consists of mask tokens.
+        mask_token_id: id that stands for a token to be drafted.
         block_size: K.
 
     Returns:

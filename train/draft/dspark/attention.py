@@ -1,4 +1,4 @@
-"""Attention from a block to its context and itself, and the rotary embedding it uses."""
+"""Attention from a block to its context and itself, with its rotary embedding."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from train.runtime.compiled import compiled
 
 
 class DSparkRotaryEmbedding(Qwen3RotaryEmbedding):
-    """Qwen3's rotary embedding whose frequencies stay fp32 when the model is cast.
+    """Qwen3's rotary embedding with frequencies that stay fp32 when the model is cast.
 
-    In bf16 they are off by up to 0.4%, which at position 4,000 is several radians.
+    Rounding to bf16 changes them by up to 0.4%, which is several radians at position 4,000.
     """
 
     def _apply(self, fn, recurse=True):
@@ -38,15 +38,16 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def resolve_attention(name: str, config: Qwen3Config, device: torch.device) -> Literal["sdpa", "flex"]:
-    """`auto` is flex where a forward and backward of the draft's dimensions run on the device, else sdpa.
+    """Return the attention kernel to use: `auto` is flex if it runs on the device, else sdpa.
 
-    Its kernels don't fit every GPU's shared memory, and need a compiler.
+    For `auto` on CUDA, a forward and backward with the draft's dimensions are tried: flex needs a compiler,
+    and its kernels don't fit every GPU's shared memory.
 
     Raises:
-        ConfigError: flex is asked for elsewhere than on CUDA, where it has no backward.
+        ConfigError: `name` is flex and the device is not CUDA, where flex has no backward.
     """
     if name == "flex" and device.type != "cuda":
-        raise ConfigError(f'draft.attention = "flex" needs CUDA, the device is {device}: set it to "auto"')
+        raise ConfigError(f'draft.attention = "flex" needs CUDA, got device {device}: set it to "auto"')
     if name != "auto":
         return name
     if device.type != "cuda":
@@ -60,7 +61,7 @@ def resolve_attention(name: str, config: Qwen3Config, device: torch.device) -> L
         states = [torch.randn(1, h, n, dim, device=device, dtype=torch.bfloat16) for h, n in shapes]
         attend(*(state.requires_grad_(True) for state in states), mask).sum().backward()
         torch.cuda.synchronize(device)
-    except Exception as error:  # whatever a compiler or a driver raises
+    except Exception as error:  # compilers and drivers raise anything
         reason = " ".join(str(error).split())[:150]
         warnings.warn(f"flex_attention does not run here ({reason}): using sdpa", stacklevel=2)
         return "sdpa"
@@ -68,25 +69,25 @@ def resolve_attention(name: str, config: Qwen3Config, device: torch.device) -> L
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask) -> Tensor:
-    """Attention by the kernel that the mask is for.
+    """Compute attention with the kernel that the mask belongs to.
 
     Args:
         query: `[B, heads, N*K, D]`.
         keys: `[B, kv heads, S + N*K, D]`; heads are a multiple of kv heads.
-        values: likewise.
-        mask: of `masks`: a tensor for scaled_dot_product_attention, else for flex_attention.
+        values: as `keys`.
+        mask: from `masks`: a tensor selects scaled_dot_product_attention, a BlockMask flex_attention.
 
     Returns:
         `[B, heads, N*K, D]`.
     """
-    # Under autocast the weights of their norms have made these two fp32.
+    # RMSNorm's fp32 weights promote query and keys under autocast.
     query, keys = query.to(values.dtype), keys.to(values.dtype)
     if isinstance(mask, BlockMask):
-        # Uncompiled it is the plain formula, which holds all scores: right for tests on a CPU only.
+        # Uncompiled flex_attention holds all scores in memory, which is acceptable only in CPU tests.
         alone = query.is_cuda and not torch.compiler.is_compiling()
         flex = compiled(flex_attention) if alone else flex_attention
         return flex(query, keys, values, block_mask=mask, enable_gqa=True)
-    # Repeated by hand: with enable_gqa and a mask, CUDA is left with the kernel that holds all scores.
+    # Repeat by hand: with enable_gqa and a mask, CUDA falls back to the kernel that holds all scores.
     repeats = query.shape[1] // keys.shape[1]
     keys, values = (states.repeat_interleave(repeats, dim=1) for states in (keys, values))
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
@@ -112,7 +113,7 @@ class DSparkAttention(nn.Module):
         return states.unflatten(-1, (-1, self.head_dim))
 
     def keys_values(self, states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, kv heads, T, D]` of states `[B, T, H]`, for a cache of them."""
+        """Return the keys and values `[B, kv heads, T, D]` of states `[B, T, H]`, for a key-value cache."""
         cos, sin = (part[:, None] for part in rotary)
         keys = rotate(self.k_norm(self._heads(self.k_proj(states))).transpose(1, 2), cos, sin)
         return keys, self._heads(self.v_proj(states)).transpose(1, 2)
@@ -120,13 +121,14 @@ class DSparkAttention(nn.Module):
     def decode(
         self, block: Tensor, keys: Tensor, values: Tensor, length: int, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Attend from one block that stands behind all of its context, as `forward` would.
+        """Attend from one block that follows its whole context, as `forward` would.
 
         Args:
             block: normed block states `[B, K, H]`.
-            keys: of the context `[B, kv heads, >= length + K, D]`; the block's are written behind them.
-            values: likewise.
-            length: S, the context positions that are there.
+            keys: cached keys of the context `[B, kv heads, >= length + K, D]`; the block's are written after
+                them.
+            values: as `keys`.
+            length: S, the number of cached context positions.
             rotary: cos and sin of the block, `[B, K, D]`.
 
         Returns:
@@ -144,13 +146,13 @@ class DSparkAttention(nn.Module):
     def forward(
         self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask
     ) -> Tensor:
-        """Attend.
+        """Attend from all blocks to their context and themselves.
 
         Args:
             block: normed block states `[B, N*K, H]`.
             context: normed context states `[B, S, H]`, the same for every layer.
             rotary: cos and sin `[B, S + N*K, D]`, context positions first.
-            mask: what a slot sees of `[context ; block]`, from `train.draft.dspark.masks`.
+            mask: positions of `[context ; block]` that a slot sees, from `train.draft.dspark.masks`.
 
         Returns:
             `[B, N*K, H]`.
@@ -159,7 +161,7 @@ class DSparkAttention(nn.Module):
         cos, sin = (part[:, None] for part in rotary)  # [B, 1, S + N*K, D]
         query = self.q_norm(self._heads(self.q_proj(block))).transpose(1, 2)  # [B, heads, N*K, D]
         query = rotate(query, cos[:, :, seq_len:], sin[:, :, seq_len:])
-        # Projected apart: the context is what is long, and joining it to the block first would copy it.
+        # Project separately: joining first would copy the context, which is long.
         keys = torch.cat([self.k_proj(context), self.k_proj(block)], dim=1)
         values = torch.cat([self.v_proj(context), self.v_proj(block)], dim=1)
         keys = rotate(self.k_norm(self._heads(keys)).transpose(1, 2), cos, sin)  # [B, kv heads, S + N*K, D]

@@ -1,4 +1,4 @@
-"""Where the blocks of a pack start."""
+"""Collate function of block drafters: the anchors of a pack."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from train.data.loader import Collate, PackedSample
 from train.data.sampling import AnchorChoice
 
-# The number of blocks is a multiple of it, so that a GPU meets few shapes; the last few may be dummies.
+# Dummy blocks round the number of blocks up to a multiple of this, so that a GPU sees few shapes.
 ANCHOR_MULTIPLE = 16
 
 
 def collate_anchors(choose: AnchorChoice) -> Collate:
     """Return the collate function of block drafters: each sample's anchors, as positions of the pack.
 
-    It gives `anchor_positions` `[1, N]` int64 and `block_keep_mask` `[1, N]` bool; a dummy block has
+    It returns `anchor_positions` `[1, N]` int64 and `block_keep_mask` `[1, N]` bool. A dummy block has
     position 0 and is not kept.
     """
 

@@ -1,4 +1,4 @@
-"""The confidence head: how likely the target is to accept a slot's token."""
+"""Confidence head: predicts the probability that the target accepts a slot's token."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ class AcceptRatePredictor(nn.Module):
         self.proj = nn.Linear(input_dim, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[.., input_dim]` to logits `[..]`."""
+        """Map features `[.., input_dim]` to logits `[..]`."""
         return self.proj(features).squeeze(-1)

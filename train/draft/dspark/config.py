@@ -1,6 +1,6 @@
-"""From a run's `[draft]` table and the target's config to the draft's Hugging Face config.
+"""Build the draft's Hugging Face config from a run's `[draft]` table and the target's config.
 
-This is the one place where a run's short names become the names that vLLM and SGLang read.
+This is the only place that maps a run's short names to the names that vLLM and SGLang read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pipeline.cache import Manifest
 from train.config import DraftConfig
 from train.draft.body import mask_token_id, qwen3_body
 
-# The fields that Qwen3's config has not.
+# Fields that Qwen3's config lacks.
 FIELDS = (
     "block_size",
     "num_anchors",
@@ -41,7 +41,7 @@ _SAY_NOTHING_OF_WEIGHTS = ("block_size", "num_anchors")
 
 
 def weight_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a config's values that decide what weights mean."""
+    """Return the values of a config that decide what its weights mean."""
     names = [*_BODY, *(name for name in FIELDS if name not in _SAY_NOTHING_OF_WEIGHTS)]
     if values.get("markov_rank") == 0:
         names.remove("markov_head_type")
@@ -58,14 +58,14 @@ def draft_config(
     """Return the draft's config: Qwen3's body with the target's dimensions, and DSpark's own fields.
 
     Args:
-        draft: the run's `[draft]` table; None means as in the target.
+        draft: the run's `[draft]` table; a setting that is None is taken from the target.
         target: the target's own config.
-        manifest: the cache's.
+        manifest: the cache's manifest.
         layer_ids: the captured layers the draft reads.
-        num_anchors: N, recorded for whoever draws anchors by the config.
+        num_anchors: N, recorded for code that draws anchors by the config.
 
     Raises:
-        ConfigError: a combination no draft can have.
+        ConfigError: the heads don't fit each other, or there is no valid mask token.
     """
     markov = draft.markov_head != "none"
     return Qwen3Config(

@@ -1,7 +1,7 @@
-"""The draft at work: block after block behind a context that grows, with a cache of keys and values.
+"""Drafting for decoding: block after block, with a key-value cache of the growing context.
 
-What `Qwen3DSparkModel.forward` computes for one anchor with the true tokens given, this computes with the
-drafted ones, and without computing the context again.
+It computes what `Qwen3DSparkModel.forward` computes for one anchor, but with the drafted tokens instead of
+the true ones, and without computing the context again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class DraftDecoder:
     """Drafts for one sequence.
 
     Args:
-        model: a draft in eval mode; it computes in the dtype that its weights have.
-        capacity: positions that there is room for at first; the caches grow as they must.
+        model: a draft in eval mode; the dtype of its weights is the compute dtype.
+        capacity: positions allocated at first; the cache grows as needed.
     """
 
     def __init__(self, model: Qwen3DSparkModel, capacity: int = 1024):
@@ -29,7 +29,7 @@ class DraftDecoder:
         self.block_size = model.block_size
         self.has_confidence = model.confidence_head is not None
         self.length = 0
-        """Context positions that are known."""
+        """Number of cached context positions."""
         self.device = model.fc.weight.device
         config = model.config
         ids = [config.mask_token_id] * model.block_size
@@ -48,13 +48,13 @@ class DraftDecoder:
             self._cache = grown
 
     def _rotary(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Of positions from `length` on, as many as `states` `[1, T, H]` has."""
+        """Return cos and sin of the T positions from `length` on, for `states` `[1, T, H]`."""
         positions = torch.arange(self.length, self.length + states.shape[1], device=self.device)
         return self.model.rotary_emb(states, positions[None])
 
     @torch.no_grad()
     def extend(self, features: Tensor) -> None:
-        """Take in the context features of the next positions, `[T, L*H]`."""
+        """Append the context features of the next positions, `[T, L*H]`."""
         model = self.model
         context = model.hidden_norm(model.fc(features.to(self.device, model.fc.weight.dtype)))[None]
         rotary, end = self._rotary(context), self.length + len(features)
@@ -66,7 +66,7 @@ class DraftDecoder:
 
     @torch.no_grad()
     def block_states(self, anchor: int | Tensor) -> Tensor:
-        """The states `[K, H]` of a block whose anchor token stands right behind the context."""
+        """Return the states `[K, H]` of a block whose anchor token follows the context directly."""
         model = self.model
         self._make_room(self.length + model.block_size)
         self._ids[0, 0] = anchor
@@ -86,18 +86,18 @@ class DraftDecoder:
         confidence_temperatures: Sequence[float] | None = None,
         generator: torch.Generator | None = None,
     ) -> Drafted:
-        """Draft the tokens behind an anchor, which stands right behind the context.
+        """Draft the tokens after an anchor, which follows the context directly.
 
-        Whether a slot is drafted is decided by confidences that do not depend on its own token, so that
-        drafting less does not change what comes out (losslessness).
+        The confidence that decides whether a slot is drafted does not depend on the slot's own token. So
+        drafting less does not change the distribution of the output (losslessness).
 
         Args:
             anchor: token id.
-            temperature: 0 takes the most likely token.
-            threshold: end before the first slot that the block reaches with a lower probability, by the
-                confidence head. 0 drafts all.
-            confidence_temperatures: what each slot's confidence logit is divided by, `[K]`.
-            generator: on the draft's device.
+            temperature: sampling temperature; 0 takes the most likely token.
+            threshold: stop before the first slot at which the product of the confidences, the slot's own
+                included, is lower. 0 drafts all slots.
+            confidence_temperatures: divisor of each slot's confidence logit, `[K]`.
+            generator: random generator on the draft's device.
         """
         model, head = self.model, self.model.markov_head
         hidden = self.block_states(anchor)  # [K, H]
@@ -132,7 +132,7 @@ class DraftDecoder:
         )
 
     def _confidence(self, hidden: Tensor, embedded: Tensor | None, temperature: float) -> Tensor:
-        """How likely a slot is accepted if those before it are."""
+        """Return the probability that a slot is accepted if all slots before it are."""
         model = self.model
         assert model.confidence_head is not None
         with_markov = model.config.confidence_head_with_markov and embedded is not None

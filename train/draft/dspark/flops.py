@@ -1,7 +1,7 @@
-"""Operations of a training step, the basis of model FLOP/s utilisation.
+"""FLOPs of a forward and backward, the basis of model FLOP/s utilisation.
 
-Counted as usual (Chowdhery et al. 2022, PaLM, appendix B): two operations a multiply-add, a forward and a
-backward without recomputation, matrix products and attention only.
+Counted as usual (Chowdhery et al. 2022, PaLM, appendix B): two operations per multiply-add, one forward and
+one backward without recomputation, matrix products and attention only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from train.draft.dspark.markov import MARKOV_HEADS
 def training_flops(config: PretrainedConfig, pack: Pack) -> float:
     """Return the model FLOPs of one forward and backward over a pack, the teacher's logits included.
 
-    A matrix that is trained costs its forward three times, once more each for the gradients of its input
-    and itself; the frozen head costs it twice, and `fc`, whose input needs no gradient, too.
+    A trained matrix costs three times its forward: the forward, the gradient of its input and its own
+    gradient. The frozen head and `fc` cost two times their forward: the head has no gradient of its own, and
+    the input of `fc` needs none.
 
     Args:
-        config: the draft's.
+        config: the draft's config.
+        pack: the pack, with its anchors.
     """
     size, tokens = config.block_size, pack.num_tokens
     width = pack.input_ids.shape[1]

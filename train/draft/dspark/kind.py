@@ -1,4 +1,4 @@
-"""The DSpark draft as a kind of draft."""
+"""`DraftKind` of the DSpark draft."""
 
 from __future__ import annotations
 

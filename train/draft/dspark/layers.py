@@ -1,4 +1,4 @@
-"""A draft decoder layer: Qwen3's, with the context beside the block in its attention."""
+"""Draft decoder layer: Qwen3's layer, whose attention also reads the context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from train.draft.dspark.attention import DSparkAttention
 
 
 class DSparkDecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU on the block; the context, normed once before, is only read."""
+    """Pre-norm attention and SwiGLU on the block. The context, already normed, is only read."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -23,13 +23,13 @@ class DSparkDecoderLayer(nn.Module):
     def forward(
         self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask
     ) -> Tensor:
-        """`[B, N*K, H]` to `[B, N*K, H]`; arguments as in `DSparkAttention.forward`, `block` not normed."""
+        """Return `[B, N*K, H]`; arguments as in `DSparkAttention.forward`, with `block` not normed."""
         block = block + self.self_attn(self.input_layernorm(block), context, rotary, mask)
         return block + self.mlp(self.post_attention_layernorm(block))
 
     def decode(
         self, block: Tensor, keys: Tensor, values: Tensor, length: int, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """`[B, K, H]` to `[B, K, H]`; arguments as in `DSparkAttention.decode`, `block` not normed."""
+        """Return `[B, K, H]`; arguments as in `DSparkAttention.decode`, with `block` not normed."""
         block = block + self.self_attn.decode(self.input_layernorm(block), keys, values, length, rotary)
         return block + self.mlp(self.post_attention_layernorm(block))

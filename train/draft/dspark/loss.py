@@ -1,4 +1,4 @@
-"""The DSpark loss of one forward, and its figures (NeMo-Automodel's documented dspark API)."""
+"""DSpark loss and figures of one forward (NeMo-Automodel's documented dspark API)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.losses.slots import LossSums, Objective, SlotFigures, divide, slot_lo
 
 @dataclass
 class DSparkStepMetrics:
-    """A step's loss, its three terms, and how much the target would accept."""
+    """Loss of a forward, its three terms, and the acceptance by the target."""
 
     loss: Tensor
     ce_loss: Tensor
@@ -23,17 +23,17 @@ class DSparkStepMetrics:
     tau: Tensor | None = None
     """Expected tokens per round: 1 + the mean of `LossSums.prefix`."""
     accept_by_position: Tensor | None = None
-    """Mean acceptance of each slot `[K]`, given its label's own prefix."""
+    """Mean acceptance of each slot `[K]`, given the true tokens before its label."""
     sums: LossSums | None = None
     """Numerators and denominators of the figures above."""
     slots: SlotFigures | None = None
-    """Each slot's own figures."""
+    """Figures of each slot."""
 
 
 def step_metrics(
     slots: SlotFigures, objective: Objective, denominator: Tensor | None = None
 ) -> DSparkStepMetrics:
-    """Add up the slots of a forward and divide.
+    """Sum the figures of a forward's slots and divide.
 
     Args:
         denominator: as in `divide`.
@@ -62,8 +62,8 @@ def compute_dspark_loss(
     """Compute ce_alpha * CE + l1_alpha * L1 + confidence_alpha * BCE of one forward.
 
     Args:
-        outputs: of `Qwen3DSparkModel.forward`.
-        loss_decay_gamma: slot k weighs exp(-k / gamma); None weighs all alike.
+        outputs: returned by `Qwen3DSparkModel.forward`.
+        loss_decay_gamma: slot k has weight exp(-k / gamma); None gives all slots the same weight.
         ce_loss_alpha: weight of the cross entropy with the data's token.
         l1_loss_alpha: weight of the L1 distance to the target's distribution.
         confidence_head_alpha: weight of the confidence head's binary cross entropy.

@@ -1,4 +1,4 @@
-"""Markov heads: a low-rank bias on each slot's logits from the token before it.
+"""Markov heads: add a low-rank bias to each slot's logits, by the token before it.
 
 DSpark paper, section 3.1. Shapes: R rank, V vocabulary, H hidden size. To add a head: subclass `MarkovHead`,
 put it in `MARKOV_HEADS`, and name it in `train.config.DraftConfig`.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class MarkovHead(nn.Module, ABC):
-    """A head: W1 of the previous token x, something in between, then W2 onto the vocabulary.
+    """Base of all heads: W1 embeds the previous token x, `latent` transforms it, W2 maps to the vocabulary.
 
     Args:
         vocab_size: V.
@@ -22,7 +22,7 @@ class MarkovHead(nn.Module, ABC):
     """
 
     by_position: bool
-    """Whether the bias depends on the previous token alone: then it is computed once per position."""
+    """True if the bias depends on the previous token alone. It is then computed once per position."""
 
     def __init__(self, vocab_size: int, hidden_size: int, rank: int):
         super().__init__()
@@ -39,12 +39,12 @@ class MarkovHead(nn.Module, ABC):
         """Return the input of W2 `[.., K, R]`, from W1[x] `[.., K, R]` and the states `[.., K, H]`."""
 
     def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Compute one slot of `latent`, for drafting token by token.
+        """Compute `latent` for one slot, for drafting token by token.
 
         Args:
             embedded: W1[x] `[.., R]`.
             hidden: the slot's state `[.., H]`.
-            state: returned by the slot before, None for the first.
+            state: state returned for the slot before; None for the first slot.
 
         Returns:
             The input of W2 `[.., R]`, and the state for the next slot.
@@ -87,7 +87,7 @@ class GatedMarkovHead(MarkovHead):
 
 
 class RNNMarkovHead(MarkovHead):
-    """A recurrent state s over the block's slots, s0 = 0.
+    """Recurrent head with a state s over the block's slots, s0 = 0.
 
     z = [s; W1[x]; h], [g, c, o] = J z, s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c), bias = W2 tanh(o).
     """

@@ -1,8 +1,8 @@
-"""What a block may attend to, for scaled_dot_product_attention and for flex_attention.
+"""Attention masks of blocks, for scaled_dot_product_attention and for flex_attention.
 
-A block sees the context of its own document strictly before its anchor, and its own K slots in both
-directions; nothing else. So a dummy block (anchor 0) sees only itself: no row of a mask is empty and none
-gives NaN. Keys are `[context ; blocks]`: S context positions, then N*K slots.
+A block sees only the context of its own document strictly before its anchor, and its own K slots in both
+directions. So a dummy block (anchor 0) sees only itself: no row of a mask is empty, and none gives NaN. Keys
+are `[context ; blocks]`: S context positions, then N*K slots.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from train.runtime.compiled import compiled
 def block_attention_mask(
     anchor_positions: Tensor, seq_len: int, block_size: int, document_ids: Tensor | None = None
 ) -> Tensor:
-    """The mask as a tensor, for scaled_dot_product_attention.
+    """Return the mask as a tensor, for scaled_dot_product_attention.
 
     Args:
         anchor_positions: `[B, N]`.
         seq_len: S.
         block_size: K.
-        document_ids: `[B, S]`, the same number for the positions of one document; None: a row is one.
+        document_ids: `[B, S]`, the document of each position; None if a row is one document.
 
     Returns:
         `[B, 1, N*K, S + N*K]` bool, True where attention is allowed.
@@ -40,7 +40,7 @@ def block_attention_mask(
 def flex_block_mask(
     anchor_positions: Tensor, seq_len: int, block_size: int, document_ids: Tensor | None = None
 ) -> BlockMask:
-    """The same mask for flex_attention, which skips tiles that it hides; arguments as above."""
+    """Return the same mask for flex_attention, which skips hidden tiles; arguments as above."""
     device, (rows, num_anchors) = anchor_positions.device, anchor_positions.shape
     if document_ids is None:
         document_ids = torch.zeros(rows, seq_len, dtype=torch.int32, device=device)
@@ -48,7 +48,7 @@ def flex_block_mask(
 
     def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // block_size
-        before = key < anchor_positions[row, block]  # never so for the blocks' own keys
+        before = key < anchor_positions[row, block]  # always False for keys of blocks
         same = document_ids[row, key.clamp(max=seq_len - 1)] == documents[row, block]
         own = (key >= seq_len) & ((key - seq_len) // block_size == block)
         return (before & same) | own

@@ -1,4 +1,4 @@
-"""The draft model: context in, K drafted tokens for every anchor out.
+"""Draft model: maps the context to K drafted tokens per anchor.
 
 Public names follow NVIDIA NeMo-Automodel's documented API (draft_qwen3.Qwen3DSparkModel,
 dspark.common.DSparkForwardOutput); parameter names are those that vLLM and SGLang load.
@@ -36,8 +36,8 @@ from train.draft.dspark.masks import block_attention_mask, flex_block_mask
 class DSparkForwardOutput:
     """Outputs of one DSpark training forward. B rows, N anchors, K slots, V vocabulary.
 
-    Slots count where `eval_mask` is set: an unbroken supervised prefix of each block that is kept.
-    Dummy blocks stand in for missing anchors and are masked by both masks.
+    The slots with `eval_mask` set are supervised: an unbroken prefix of each kept block. Dummy blocks stand
+    in for missing anchors; both masks are False for them.
     """
 
     draft_logits: Tensor
@@ -56,16 +56,16 @@ class DSparkForwardOutput:
 
 @dataclass
 class DraftBlocks:
-    """The blocks of a training forward, before anything the size of the vocabulary is made."""
+    """Blocks of a training forward, before any tensor of the vocabulary's size is made."""
 
     hidden: Tensor
     """`[B, N, K, H]`, after the final norm."""
     latent: Tensor | None
-    """What the Markov head's W2 is applied to, `[B, N, K, R]`."""
+    """Input of the Markov head's W2, `[B, N, K, R]`; None without a Markov head."""
     target_ids: Tensor
     """Labels `[B, N, K]`."""
     teacher_positions: Tensor
-    """Where each label's teacher is, `[B, N, K]`: the position before the label's."""
+    """Position of each label's teacher, `[B, N, K]`: the position before the label."""
     eval_mask: Tensor
     """`[B, N, K]` bool."""
     block_keep_mask: Tensor
@@ -80,9 +80,9 @@ class Qwen3DSparkModel(PreTrainedModel):
     """A DSpark draft with Qwen3's body, for a target of any family.
 
     Args:
-        config: a `Qwen3Config` (or anything with its fields) that also has `block_size`,
+        config: a `Qwen3Config` (or an object with its fields) that also has `block_size`,
             `mask_token_id`, `target_layer_ids`, `num_target_layers`, `num_anchors`, `markov_rank`,
-            `markov_head_type`, `enable_confidence_head`, `confidence_head_with_markov`, and where the
+            `markov_head_type`, `enable_confidence_head`, `confidence_head_with_markov`, and if the
             target has them `embedding_scale`, `logit_scale` and `final_logit_softcapping`.
     """
 
@@ -99,7 +99,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         self.embedding_scale = getattr(config, "embedding_scale", None) or 1.0
         self.logit_scale = getattr(config, "logit_scale", None) or 1.0
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        # How it is run, not what it is, so not in the config.
+        # Not in the config: these two change how the draft runs, not what it computes.
         self.attention: Literal["sdpa", "flex"] = "sdpa"
         self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
@@ -128,12 +128,12 @@ class Qwen3DSparkModel(PreTrainedModel):
     def initialize_embeddings_and_head(
         self, embed_tokens: nn.Module | Tensor, lm_head: nn.Module | Tensor, freeze: bool = True
     ) -> None:
-        """Copy the target's embedding and head in, and freeze them unless told otherwise.
+        """Copy the target's embedding and head into the draft.
 
         Args:
-            embed_tokens: module with a `weight`, or the weight, `[V, H]`.
-            lm_head: likewise.
-            freeze: whether training leaves them as they are.
+            embed_tokens: the embedding's weight `[V, H]`, or a module that has it as `weight`.
+            lm_head: the head's weight `[V, H]`, or a module that has it as `weight`.
+            freeze: exclude both from training.
         """
         for module, source in ((self.embed_tokens, embed_tokens), (self.lm_head, lm_head)):
             weight = source if isinstance(source, Tensor) else source.weight
@@ -148,13 +148,13 @@ class Qwen3DSparkModel(PreTrainedModel):
         anchor_positions: Tensor,
         document_ids: Tensor | None = None,
     ) -> Tensor:
-        """The backbone: the blocks' final states.
+        """Compute the blocks' final states.
 
         Args:
             noise: the blocks' input `[B, N*K, H]`, from `create_noise_embed`.
             context_features: `[B, S, L*H]`, or `[B, S, L, H]` of any strides.
             anchor_positions: `[B, N]`.
-            document_ids: `[B, S]`, where a row holds several documents.
+            document_ids: `[B, S]`, if a row holds several documents.
 
         Returns:
             `[B, N, K, H]`, after the final norm.
@@ -167,7 +167,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         else:
             positions = restarting_positions(document_ids)
         slots = create_position_ids(positions.gather(1, anchor_positions), self.block_size)
-        # Autocast would only cast them back. Layers are joined, where they are not yet, by the same copy.
+        # Under autocast keep the dtype: autocast casts them anyway. The same copy joins separate layers.
         keep = torch.is_autocast_enabled(noise.device.type)
         dtype = context_features.dtype if keep else self.fc.weight.dtype
         context_features = context_features.to(dtype, memory_format=torch.contiguous_format).flatten(2)
@@ -176,13 +176,13 @@ class Qwen3DSparkModel(PreTrainedModel):
     def backbone(
         self, noise: Tensor, context_features: Tensor, positions: Tensor, mask: Tensor | BlockMask
     ) -> Tensor:
-        """Everything that has the blocks' width: what is compiled.
+        """Compute the blocks' final states from prepared inputs. This is the part that is compiled.
 
         Args:
             noise: `[B, N*K, H]`.
             context_features: `[B, S, L*H]`.
-            positions: of context and slots, `[B, S + N*K]`.
-            mask: of `train.draft.dspark.masks`.
+            positions: position ids of context and slots, `[B, S + N*K]`.
+            mask: mask from `train.draft.dspark.masks`.
 
         Returns:
             `[B, N, K, H]`.
@@ -206,10 +206,11 @@ class Qwen3DSparkModel(PreTrainedModel):
         block_keep_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> DraftBlocks:
-        """Everything of a training forward but the vocabulary; arguments as in `forward`.
+        """Compute a training forward up to the vocabulary; arguments as in `forward`.
 
         Raises:
-            ValueError: the context features' width does not fit the draft's layers.
+            ValueError: the context features' width does not fit the draft's layers, or only one of
+                `anchor_positions` and `block_keep_mask` is given.
         """
         width = target_hidden_states.shape[2:].numel()
         if width != self.fc.in_features:
@@ -264,7 +265,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         )
 
     def draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
-        """The draft's logits `[.., V]` in fp32, from block states `[.., H]` and Markov latents `[.., R]`."""
+        """Return the fp32 logits `[.., V]` of block states `[.., H]` and Markov latents `[.., R]`."""
         logits = head_logits(hidden, self.lm_head.weight, self.softcap, self.logit_scale)
         return logits if latent is None else logits + at_least_fp32(self.markov_head(latent))
 
@@ -285,13 +286,13 @@ class Qwen3DSparkModel(PreTrainedModel):
             target_hidden_states: context features `[B, S, L*H]`, or `[B, S, L, H]` of any strides.
             loss_mask: `[B, S]`, 0 on padding.
             target_last_hidden_states: the teacher's post-norm states `[B, S, H]`, or None for no teacher.
-            anchor_positions: `[B, N]`; drawn here (`config.num_anchors` of them) when None.
-            block_keep_mask: `[B, N]` bool; needed with `anchor_positions`.
-            document_ids: `[B, S]`, which position belongs to which document where a row holds several; those
-                of one are neighbours. Positions restart and nothing sees another document.
+            anchor_positions: `[B, N]`; None draws `config.num_anchors` per row.
+            block_keep_mask: `[B, N]` bool; required with `anchor_positions`.
+            document_ids: `[B, S]`, the document of each position, if a row holds several; each document is
+                contiguous. Position ids restart at each document, and no block sees another document.
 
         Raises:
-            ValueError: the context features' width does not fit the draft's layers.
+            ValueError: as in `draft_blocks`.
         """
         blocks = self.draft_blocks(
             input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask, document_ids

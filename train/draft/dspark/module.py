@@ -1,4 +1,4 @@
-"""The draft together with its objective (NeMo-Automodel's documented dspark.core API)."""
+"""Draft with its objective (NeMo-Automodel's documented dspark.core API)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.runtime.precision import allow_tf32, resolve_precision
 
 __all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
 
-# Terms whose gradients the pass over the vocabulary computes; those of the others flow through their sums.
+# Terms whose gradients the pass over the vocabulary computes. The others backpropagate from their sums.
 _OF_THE_VOCABULARY = ("ce", "l1")
 
 
@@ -27,11 +27,11 @@ class DSparkTrainerModule(nn.Module):
 
     Args:
         draft_model: the draft.
-        loss_decay_gamma: slot k weighs exp(-k / gamma); None weighs all alike.
+        loss_decay_gamma: slot k has weight exp(-k / gamma); None gives all slots the same weight.
         ce_loss_alpha: weight of the cross entropy with the data's token.
         l1_loss_alpha: weight of the L1 distance to the target's distribution.
         confidence_head_alpha: weight of the confidence head's binary cross entropy.
-        objective: all of these, and the weights of further terms, in place of them.
+        objective: replaces the four arguments above, and may weigh further terms.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class DSparkTrainerModule(nn.Module):
         """Draft and compute the loss; arguments as in `Qwen3DSparkModel.forward`.
 
         Args:
-            denominator: sum of slot weights over the whole optimiser step, when this is a part of it.
-            observe: whether to find out where draft and target agree; needs a teacher.
+            denominator: divisor of the loss; None takes the sum of slot weights of this forward.
+            observe: record the slots where draft and target have the same most likely token; needs a teacher.
 
         Raises:
-            ValueError: the L1 term is asked for and there is no teacher to take it from.
+            ValueError: the L1 term has a weight, but there is no teacher.
         """
         weights = self.objective.weights
         if target_last_hidden_states is None and weights["l1"] > 0:
@@ -100,16 +100,16 @@ class DSparkTrainerModule(nn.Module):
         return dataclasses.replace(metrics, loss=loss / total)
 
     def _operands(self, blocks: DraftBlocks, input_ids: Tensor, last_hidden: Tensor | None) -> SlotOperands:
-        """Select the supervised slots, which alone meet the vocabulary, and each of their positions once.
+        """Select the supervised slots, and each of their teachers' positions once.
 
-        With many anchors a position is the teacher of up to K slots.
+        Only these meet the vocabulary. With many anchors, a position is the teacher of up to K slots.
         """
         model, mask = self.draft_model, blocks.eval_mask
         rows = mask.nonzero()[:, 0] * input_ids.shape[1]
         used, positions = torch.unique(rows + blocks.teacher_positions[mask], return_inverse=True)
         bias, head = None, model.markov_head
         if head is not None:
-            # The token before a label is the one at its teacher's position.
+            # The token before a label is at its teacher's position.
             latent = head.markov_w1(input_ids.flatten()[used]) if head.by_position else blocks.latent[mask]
             bias = LowRankBias(latent=latent, weight=head.markov_w2.weight, by_position=head.by_position)
         weights = supervised_weights(mask, self.objective.decay_gamma)
@@ -130,17 +130,17 @@ class DSparkTrainerModule(nn.Module):
         """Set how the draft runs on a device: attention kernel, compilation, checkpointing.
 
         Args:
-            by_layer: compile layer by layer, as sharded layers need it.
+            by_layer: compile layer by layer, which sharded layers need.
         """
         model, train = self.draft_model, config.train
         allow_tf32(train.tf32)
         model.attention = resolve_attention(config.draft.attention, model.config, device)
         model.activation_checkpointing = train.activation_checkpointing
         if resolve_precision(device, train.precision) == "bf16" and not model.lm_head.weight.requires_grad:
-            model.lm_head.to(torch.bfloat16)  # as its products take it: no copy per step
+            model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
         if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
             self.compile_loss = True
-            # Under DDP it would split graphs between its buckets, which it can't do where flex_attention is.
+            # Under DDP, Dynamo would split graphs at gradient buckets, which flex_attention does not allow.
             torch._dynamo.config.optimize_ddp = False
             if by_layer:
                 for layer in model.layers:
@@ -150,7 +150,7 @@ class DSparkTrainerModule(nn.Module):
 
     @staticmethod
     def pieces(tensors: dict[str, Tensor], blocks: int) -> Iterator[dict[str, Tensor]]:
-        """Split the arguments of a forward into ones of at most so many blocks each."""
+        """Split the arguments of a forward into parts of at most `blocks` blocks each."""
         names = ("anchor_positions", "block_keep_mask")
         for parts in zip(*(tensors[name].split(blocks, dim=1) for name in names), strict=True):
             yield {**tensors, **dict(zip(names, parts, strict=True))}

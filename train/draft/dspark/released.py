@@ -1,4 +1,4 @@
-"""Released DSpark drafts in DeepSpec's layout: what their config.json says, as settings of a run."""
+"""Translate the config.json of a released DSpark draft (DeepSpec's layout) into settings of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.errors import RunError
 from train.draft.dspark.config import DECLARED
 
 _REQUIRED = ("target_layer_ids", "mask_token_id")
-# A run describes its draft by these, under the names of its [draft] table.
+# Names in config.json -> names in a run's [draft] table.
 _SETTINGS = {
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_attention_heads",
@@ -25,13 +25,13 @@ _SETTINGS = {
     "enable_confidence_head": "confidence_head",
     "confidence_head_with_markov": "confidence_with_markov",
 }
-# What engines take where a config does not say (SGLang 0.5.23: dspark_config.py; vLLM 0.33.0 has them alike).
+# Engines' defaults for fields that a config lacks (SGLang 0.5.23: dspark_config.py; vLLM 0.33.0: the same).
 _DEFAULTS = {"block_size": 7, "markov_rank": 0, "markov_head_type": "vanilla"}
-# What every draft of this project is; elsewhere there are others.
+# Values that every draft of this project has. Drafts of other projects may have others.
 _FIXED = {"model_type": "qwen3", **DECLARED, "is_causal": False, "dflash_config": None}
-# The draft's classes in vLLM and SGLang; another class has weights of another meaning.
+# The draft's class in vLLM and in SGLang. Weights of another class mean something else.
 _ARCHITECTURES = (["Qwen3DSparkModel"], ["DSparkDraftModel"])
-# Where one of these is, an engine reads it instead of the field that is read here.
+# Engines read these, if present, instead of the field that is read here.
 _READ_FIRST = (
     "dspark_config",
     "dspark_block_size",
@@ -43,40 +43,40 @@ _READ_FIRST = (
 
 
 def check_released(values: Mapping[str, Any], where: str) -> None:
-    """Check that a released config describes a draft as this project has them.
+    """Check that a released config describes a draft of this project's kind.
 
     Args:
-        values: of config.json, without those that are null.
-        where: its path, for messages.
+        values: values of config.json, without null ones.
+        where: path of config.json, for messages.
 
     Raises:
-        RunError: it does not, with the field.
+        RunError: the config describes another kind of draft; the message names the field.
     """
     for name in _REQUIRED:
         if name not in values:
-            raise RunError(f"{where} has no {name}, so it is no DSpark draft")
+            raise RunError(f"{where} has no {name}, so it is not a DSpark draft: import another")
     for name, value in _FIXED.items():
         if name in values and values[name] != value:
             raise RunError(
-                f"{where} has {name} = {values[name]!r}, and a draft here has {value!r}: it is another kind "
-                "of draft"
+                f"{where} has {name} = {values[name]!r}, expected {value!r}: it is another kind of draft, "
+                "import another"
             )
     for name in _READ_FIRST:
         if name in values:
             raise RunError(
-                f"{where} has {name}, which engines read before what is read here: write it as block_size, "
-                "markov_rank, mask_token_id or target_layer_ids, and take it away"
+                f"{where} has {name}, which engines read instead of block_size, markov_rank, mask_token_id "
+                "or target_layer_ids: move its values to those fields and remove it"
             )
     if "quantization_config" in values:
         raise RunError(
-            f"{where} has a quantization_config, and a draft here has plain weights: import it from before "
+            f"{where} has a quantization_config, expected unquantized weights: import the draft from before "
             "it was quantized"
         )
     if "architectures" in values and values["architectures"] not in _ARCHITECTURES:
         known = " or ".join(name for (name,) in _ARCHITECTURES)
         raise RunError(
-            f"{where} has architectures = {values['architectures']!r}, and {known} is expected: it is "
-            "another kind of draft"
+            f"{where} has architectures = {values['architectures']!r}, expected {known}: it is another kind "
+            "of draft, import another"
         )
 
 
@@ -86,9 +86,9 @@ def released_settings(
     """Return the `[draft]` settings that describe a released draft, and its config with defaults filled in.
 
     Args:
-        values: checked by `check_released`.
-        weights: by name; they tell what the config leaves open.
-        where: its path, for messages.
+        values: values of config.json, checked by `check_released`.
+        weights: tensors by name; they decide what the config leaves open.
+        where: path of config.json, for messages.
 
     Raises:
         RunError: the config can't be read.
@@ -105,7 +105,7 @@ def released_settings(
     draft["markov_head"] = values["markov_head_type"] if rank else "none"
     if rank:
         draft["markov_rank"] = values["markov_rank"]
-    # Where a config does not say, vLLM and SGLang do not agree, but the weights tell.
+    # For fields that the config lacks, vLLM and SGLang differ, so take them from the weights.
     confidence = weights.get("confidence_head.proj.weight")
     wider = confidence is not None and confidence.shape[-1] > body.hidden_size
     draft = {"confidence_head": confidence is not None, "confidence_with_markov": wider} | draft

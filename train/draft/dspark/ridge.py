@@ -1,15 +1,15 @@
-"""First weights of a draft from the cache itself, by linear regression.
+"""Initial weights of a draft from the cache, by linear regression.
 
-A draft that starts at random spends most of a short run on finding out which context matters and what it
-says. Both are known roughly beforehand: what matters most is the last position seen, and a linear map of its
-features predicts much of the target's next state. So `draft.init = "ridge"` sets
+A draft with random weights spends most of a short run on learning which context matters and what it
+predicts. Both are roughly known: the last context position matters most, and a linear map of its features
+predicts much of the target's next state. So `draft.init = "ridge"` sets
 
 - `fc` to the ridge regression of the target's post-norm state on the features one position before it,
-- the first layer's queries and keys so that attention begins at the nearest context,
-- its values and output to hand the main directions of that prediction on,
+- the first layer's queries and keys so that attention starts on the nearest context,
+- its values and output to pass on the main directions of that prediction,
 - the final norm to the target's scale.
 
-All of it is trained from there on. What it is worth: benchmarks/initialise.py.
+Training then changes all of these. benchmarks/initialise.py measures the gain.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from pipeline.cache import CacheReader
 from train.draft.dspark.model import Qwen3DSparkModel
 
-# Rows that are regressed on, from samples spread evenly over the training split.
+# Approximate maximum of rows in the regression, from samples spread evenly over the training split.
 MAX_ROWS = 65_536
-# Rows that the first layer's weights are fitted to.
+# Rows after which no more are kept to fit the first layer's weights.
 SOME_ROWS = 8_192
-# Weight of the penalty, as a share of the features' mean square once each channel is scaled to 1.
+# Weight of the penalty, with every channel of the features scaled to a mean square of 1.
 PENALTY = 0.1
-# How much stronger than the random weights: attention's preference for what is near, and what it hands on.
+# Strength relative to the random weights: of attention's preference for near context, and of its output.
 NEARNESS, HANDED_ON = 3.0, 5.0
 
 
@@ -37,11 +37,12 @@ NEARNESS, HANDED_ON = 3.0, 5.0
 def ridge_initialise(
     model: Qwen3DSparkModel, reader: CacheReader, samples: Sequence[int] | np.ndarray
 ) -> None:
-    """Set a fresh draft's first weights from a cache's training samples.
+    """Set a fresh draft's initial weights from a cache's training samples.
 
     Args:
-        model: with embedding and head in place; changed in place, on whatever device it is.
-        samples: sample numbers to learn from.
+        model: a draft that has the target's embedding and head, on any device; changed in place.
+        reader: the cache.
+        samples: numbers of the training samples.
     """
     layer_ids = tuple(model.config.target_layer_ids)
     device = model.fc.weight.device
@@ -72,7 +73,7 @@ def ridge_initialise(
 def _rows(
     reader: CacheReader, samples: Sequence[int] | np.ndarray, layer_ids: tuple[int, ...]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Features `[n, L*H]`, the target's states one position later `[n, H]`, and the tokens there `[n]`."""
+    """Yield features `[n, L*H]`, with the target's states `[n, H]` and tokens `[n]` one position later."""
     samples = np.asarray(samples)
     rows = reader.candidates[samples]
     share = min(1.0, MAX_ROWS / max(1, rows.sum()))
@@ -81,13 +82,13 @@ def _rows(
     )
     for i in samples[chosen].tolist():
         sample = reader.read(i, layer_ids)
-        later = sample.last_positions >= 2  # position 0 is like no other
+        later = sample.last_positions >= 2  # without the features of position 0, which are outliers
         places = sample.last_positions[later]
         yield sample.context[places - 1], sample.last_hidden[later], sample.input_ids[places].long()
 
 
 def _ridge(gram: Tensor, products: Tensor) -> Tensor:
-    """The map `[L*H, H]` of least squared error plus penalty, each channel penalised as if its rms were 1."""
+    """Return the ridge regression `[L*H, H]`, each channel penalised as if its rms were 1."""
     scale = gram.diagonal().sqrt().clamp(min=1e-6)
     gram = gram / scale / scale[:, None]
     gram.diagonal().add_(PENALTY)
@@ -96,18 +97,20 @@ def _ridge(gram: Tensor, products: Tensor) -> Tensor:
 
 
 def _hand_on(model: Qwen3DSparkModel, context: Tensor) -> None:
-    """Let the first layer add what it attends to to the block, as far as its values are wide.
+    """Make the first layer's attention add the context that it attends to to the block.
+
+    The values keep the main directions of the context, as many as they are wide.
 
     Args:
         context: normed context states `[n, H]`.
     """
     attention = model.layers[0].self_attn
-    directions = torch.linalg.eigh(context.T @ context).eigenvectors.flip(1)  # the main ones first
+    directions = torch.linalg.eigh(context.T @ context).eigenvectors.flip(1)  # largest eigenvalue first
     width = attention.v_proj.out_features
     main = torch.zeros_like(attention.v_proj.weight)
     main[: min(width, len(directions))] = directions.T[:width]
     attention.v_proj.weight.copy_(main)
-    # Query heads of one group read the same values: each hands on its share.
+    # Query heads of one group read the same values, so each passes on an equal share.
     groups = main.view(-1, attention.head_dim, main.shape[1])
     sharing = attention.q_proj.out_features // width
     output = groups.repeat_interleave(sharing, dim=0).flatten(0, 1).T / sharing
@@ -115,25 +118,26 @@ def _hand_on(model: Qwen3DSparkModel, context: Tensor) -> None:
 
 
 def _look_at_the_nearest(model: Qwen3DSparkModel, context: Tensor, tokens: Tensor) -> None:
-    """Give the first layer's queries and context keys a common part, turned by the fastest rotations only.
+    """Make the first layer attend to the nearest context.
 
-    Their product then falls off with distance. Keys of the block's own slots get little of it.
+    Queries and context keys get a common part, in the dimensions of the fastest rotations only. Their
+    product then falls with distance. Keys of the block's own slots get little of it.
 
     Args:
         context: normed context states `[n, H]`.
-        tokens: ids that anchors could have, `[n]`.
+        tokens: ids of tokens that may be anchors, `[n]`.
     """
     layer = model.layers[0]
     attention, dim = layer.self_attn, layer.self_attn.head_dim
     common = torch.zeros(dim, device=context.device)
-    fastest = min(dim // 2, max(4, dim // 8))  # of one alone, what is far would look near again
+    fastest = min(dim // 2, max(4, dim // 8))  # one rotation alone is periodic: far would look near again
     common[:fastest] = fastest**-0.5
     mask = torch.tensor([model.config.mask_token_id], device=context.device)
     anchors, masks = (
         layer.input_layernorm(model.embed_tokens(ids) * model.embedding_scale).mean(dim=0)
         for ids in (tokens, mask)
     )
-    # Readouts that give 1 for the mean context, and for the mean anchor as for the mask token.
+    # Readouts: of_context gives 1 for the mean context, of_block 1 for the mean anchor and the mask token.
     of_context = context.mean(dim=0) / context.mean(dim=0).square().sum()
     of_block = torch.linalg.pinv(torch.stack([anchors, masks], dim=1)).sum(dim=0)
     for projection, readout, states in (

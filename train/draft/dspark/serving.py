@@ -1,4 +1,4 @@
-"""What each inference engine asks of a DSpark draft, as far as a draft of this project can lack it.
+"""Rules of each inference engine that a DSpark draft of this project may break.
 
 From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23.
 """
@@ -16,7 +16,7 @@ _HEAD = Rule(
 _MASK = Rule(
     "mask_token_id",
     lambda c: 0 <= c.mask_token_id < c.vocab_size,
-    "it has to be a row of the embedding",
+    "it must be a row of the embedding",
     "draft.mask_token_id below the vocabulary's size",
 )
 _SOFTCAP = Rule(
@@ -36,15 +36,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             "target_layer_ids",
-            # Of the last layer the draft learned from states after the final norm; it gets those before it.
+            # Drafts learn the last layer's states after the final norm; vLLM passes those before it.
             lambda c: min(c.target_layer_ids) >= -1 and max(c.target_layer_ids) <= c.num_target_layers - 2,
-            "its states of the last layer are not those that the draft learned from",
+            "it passes other states of the last layer than the draft was trained on",
             "draft.target_layer_ids within [-1, {last}]",
         ),
         _MASK,
         Rule(
             "embedding_scale",
-            # It would load a scaled copy, but targets that scale embeddings cap or scale logits as well.
+            # vLLM would load a scaled copy, but targets that scale embeddings also cap or scale logits.
             lambda c: scale_of(c, "embedding_scale") == 1,
             "it embeds the draft's tokens unscaled",
         ),
@@ -66,7 +66,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             "enable_confidence_head",
             lambda c: c.enable_confidence_head,
-            "it wants the confidence head's weights for all but its static mode",
+            "it needs the confidence head's weights in all modes but static",
             "draft.confidence_head = true",
         ),
         Rule(
