@@ -21,19 +21,23 @@ import torch
 _FORCED = "DSPARK_TEST_BF16"  # yes, no, flip; unset: the truth
 _NOTES = "DSPARK_TEST_ASKED"  # a file that grows by a byte each time somebody asks
 _ANSWERS = ("avx512_bf16", "amx_bf16", "bf16")
-_truth: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+_capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+
+
+def truth() -> bool:
+    """Whether this processor multiplies bf16 matrices."""
+    return any(_capabilities().get(name) for name in _ANSWERS)
 
 
 def _answer(bf16: bool) -> dict[str, Any]:
     """What torch says of this processor, but for bf16."""
-    return {**_truth(), **dict.fromkeys(_ANSWERS, bf16)}
+    return {**_capabilities(), **dict.fromkeys(_ANSWERS, bf16)}
 
 
 def install() -> None:
     """Answer as the environment asks for, in this process, and note each time that somebody asks."""
     forced = os.environ.get(_FORCED, "truth")
-    own = any(_truth().get(name) for name in _ANSWERS)
-    bf16 = {"truth": own, "yes": True, "no": False, "flip": not own}[forced]
+    bf16 = {"truth": truth(), "yes": True, "no": False, "flip": not truth()}[forced]
 
     def asked() -> dict[str, Any]:
         if name := os.environ.get(_NOTES):

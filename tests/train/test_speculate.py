@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, DataError, RunError
-from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
+from tests.conftest import FP32, assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target, make_tokenizer
 from tests.train.runs import train_arguments
 from train.decode.benchmark import _add_up, _check_partings, _parting
@@ -31,7 +31,6 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 
 
 V = 325
-FP32 = ("--dtype", "float32", "--device", "cpu")
 
 
 def speculated(target: Path, run: Path, *options: str | Path) -> dict:
