@@ -83,7 +83,7 @@ def test_live_beside_offline(target_dir: Path, run_dir: Path, cache_dir: Path) -
     assert sampled["offline"] == evaluation["decoding"]["sampling"]
     assert other["offline"] is None
     assert [run["identical"] for run in result["runs"]] == [2, None, None]
-    text = run_ok("speculate", "--target", target_dir, "--run", run_dir, *options)
+    text = run_ok("speculate", "--target", target_dir, "--run", run_dir, *FP32, *options)
     assert "live  offline" in text
     assert f"{evaluation['decoding']['greedy']['tokens_per_round']:.3f}" in text
 
@@ -131,7 +131,7 @@ def test_a_threshold_verifies_less(target_dir: Path, run_dir: Path, cache_dir: P
 
 
 def test_another_targets_draft_is_said_or_refused(run_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
-    options = ("--run", run_dir, "--cache", cache_dir, "--num-prompts", "1", "--max-new-tokens", "4")
+    options = ("--run", run_dir, "--cache", cache_dir, "--num-prompts", "1", "--max-new-tokens", "4", *FP32)
     tuned = make_target(tmp_path / "tuned", seed=9)
     result = run_cli("speculate", "--target", tuned, *options)
     assert result.exit_code == 0, result.output
@@ -142,7 +142,7 @@ def test_another_targets_draft_is_said_or_refused(run_dir: Path, cache_dir: Path
 
 
 def test_usage(target_dir: Path, run_dir: Path, cache_dir: Path, data_file: Path, tmp_path: Path) -> None:
-    command = ("speculate", "--target", target_dir, "--run", run_dir)
+    command = ("speculate", "--target", target_dir, "--run", run_dir, *FP32)
     assert_refused(run_cli(*command), 2, "--prompts FILE or --cache")
     assert_refused(run_cli("speculate", "--run", run_dir), 2, "--target")
     assert_refused(run_cli(*command, "--prompts", tmp_path / "none.txt"), 1, "none.txt can't be read")
@@ -168,14 +168,14 @@ def test_usage(target_dir: Path, run_dir: Path, cache_dir: Path, data_file: Path
     settings = {"draft__confidence_head": "false", "train__max_steps": 1}
     run_ok(*train_arguments(cache_dir, plain, **settings))
     refused = run_cli(
-        "speculate", "--target", target_dir, "--run", plain, "--cache", cache_dir, "--threshold", "0.5"
+        "speculate", "--target", target_dir, "--run", plain, "--cache", cache_dir, *FP32, "--threshold", "0.5"
     )
     assert_refused(refused, 2, "--threshold needs a confidence head")
     damaged = tmp_path / "damaged"
     shutil.copytree(run_dir, damaged)
     (damaged / "latest" / "model.safetensors").write_bytes(b"1234")
     (damaged / "best" / "model.safetensors").write_bytes(b"1234")
-    refused = run_cli("speculate", "--target", target_dir, "--run", damaged, "--cache", cache_dir)
+    refused = run_cli("speculate", "--target", target_dir, "--run", damaged, "--cache", cache_dir, *FP32)
     assert_refused(refused, 1, "best is damaged")
 
 
@@ -185,7 +185,7 @@ def test_positions_that_the_target_never_learned_are_refused(tmp_path: Path, dat
     cache, run = tmp_path / "cache", tmp_path / "run"
     run_ok(*capture_arguments(target, data_file, cache), "--max-length", "200")
     run_ok(*train_arguments(cache, run, train__max_steps=1))
-    command = ("speculate", "--target", target, "--run", run, "--cache", cache, "--max-new-tokens")
+    command = ("speculate", "--target", target, "--run", run, "--cache", cache, *FP32, "--max-new-tokens")
     assert_refused(run_cli(*command, "300"), 1, "learned 256 positions", "--max-new-tokens")
     run_ok(*command, "4", "--num-prompts", "1")
 
