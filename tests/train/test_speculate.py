@@ -96,13 +96,13 @@ def test_live_acceptance_is_what_the_cache_promises(target_dir: Path, tmp_path: 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
     rows = []
-    for i in range(40):
-        prompt = torch.randint(3, 300, (1, 3 + i % 5))
+    for length in range(3, 8):
+        prompts = torch.randint(3, 300, (8, length))
         sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
-        ones = torch.ones_like(prompt)
-        text = model.generate(prompt, attention_mask=ones, max_new_tokens=40, **sampling)
-        mask = [0] * prompt.shape[1] + [1] * (text.shape[1] - prompt.shape[1])
-        rows.append({"input_ids": text[0].tolist(), "loss_mask": mask})
+        ones = torch.ones_like(prompts)
+        texts = model.generate(prompts, attention_mask=ones, max_new_tokens=40, **sampling)
+        mask = [0] * length + [1] * (texts.shape[1] - length)
+        rows += [{"input_ids": text, "loss_mask": mask} for text in texts.tolist()]
     data = tmp_path / "own.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     cache, run = tmp_path / "cache", tmp_path / "run"
