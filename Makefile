@@ -88,8 +88,9 @@ evaluate: $(STAMP)
 		--target $(or $(TARGET),"$$($(BIN)/python -m capture.example)")
 	$(BIN)/dspark report $(RUN) --out $(RUN)/report.html
 
+# A process for each core, each with whole files: what the tests of a file share is made once.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # `auto` is bf16 on some processors and fp32 on others: neither kind may hide a failure from the other.
 test-flipped: $(STAMP)
