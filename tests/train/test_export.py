@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,7 @@ def test_a_head_that_only_one_engine_has(tmp_path: Path, rnn_dir: Path, cache_di
         names = set(load_file(tmp_path / head / "model.safetensors"))
         assert {f"markov_head.{own}.weight", f"markov_head.{own}.bias"} <= names
         assert json.loads((tmp_path / head / "config.json").read_text())["markov_head_type"] == head
-        card = (tmp_path / head / "README.md").read_text()
+        card = (tmp_path / head / "README.md").read_text(encoding="utf-8")
         assert f"vLLM can't serve it: markov_head_type is {head}" in card
         assert "vllm serve" not in card
         assert "--speculative-algorithm DSPARK" in card
@@ -258,7 +259,7 @@ def test_a_target_that_an_engine_does_not_know(
         assert result.exit_code == 0, result.output
         said = f"{version} serves no draft for a {architecture} target; a newer version may"
         assert (f"warning: {said}\n" in result.stderr) == (engine not in serving)
-        card = (tmp_path / engine / "README.md").read_text()
+        card = (tmp_path / engine / "README.md").read_text(encoding="utf-8")
         assert (said in card) == (engine not in serving)
         assert (f"{version.removesuffix('.0')} or later" in card) == (engine in serving)
         assert front_matter(card)["tags"][3:] == serving
@@ -270,7 +271,7 @@ def test_sglang_would_round_float32(tmp_path: Path, run_dir: Path) -> None:
     assert_refused(refused, 2, "sglang can't serve this draft in float32", "export --dtype bfloat16")
     assert not (tmp_path / "out").exists()
     run_ok("export", run_dir, tmp_path / "out", "--to", "vllm", "--dtype", "float32")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "SGLang can't serve it: dtype is float32" in card
     assert "vllm serve" in card
     run_ok("export", run_dir, tmp_path / "half", "--to", "sglang", "--dtype", "float16")
@@ -283,7 +284,7 @@ def front_matter(card: str) -> dict:
 
 def test_the_model_card(tmp_path: Path, run_dir: Path, cache_dir: Path) -> None:
     run_ok("export", run_dir, tmp_path / "out", "--to", "vllm")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     page = json.loads((run_dir / "latest" / "training.json").read_text())
     assert front_matter(card) == {
         "base_model": "tiny-llama",
@@ -345,7 +346,7 @@ def test_the_card_has_what_was_measured(tmp_path: Path, run_dir: Path, cache_dir
     (run / "latest" / "calibration.json").write_text(json.dumps({**temperatures, **others}))
     run_ok("export", run, tmp_path / "out", "--to", "sglang")
     assert json.loads((tmp_path / "out" / "calibration.json").read_text()) == temperatures
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"{figures['greedy_tau']:.3f} when greedy" in card
     assert f"{figures['blocks']:,} blocks of {figures['samples']:,}" in card
     first = figures["accept_by_position"][0], figures["accept_given_prefix"][0]
@@ -375,7 +376,7 @@ def test_whole_blocks_have_no_threshold(tmp_path: Path, run_dir: Path) -> None:
     run = changed(run_dir, tmp_path / "run")
     (run / "latest" / "speculation.json").write_text(json.dumps({**LIVE, "threshold": 0.0}))
     run_ok("export", run, tmp_path / "out", "--to", "hf")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "1,024 new tokens each.\nThe speed-up" in card
 
 
@@ -389,13 +390,13 @@ def test_the_card_sizes_the_data_that_it_was_trained_on(
     run_ok(*capture_arguments(target, questions, tmp_path / "cache"))
     run_ok("evaluate", "--cache", tmp_path / "cache", "--run", run)
     run_ok("export", run, tmp_path / "out", "--to", "hf")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     cache = json.loads((run / "latest" / "evaluation.json").read_text())["cache"]
     assert "of another cache (`questions.jsonl`, data of SHA-256 `" + cache["data_sha256"] in card
     assert "held-out ones included" not in card
     run_ok("evaluate", "--cache", cache_dir, "--run", run)
     run_ok("export", run, tmp_path / "own", "--to", "hf")
-    card = (tmp_path / "own" / "README.md").read_text()
+    card = (tmp_path / "own" / "README.md").read_text(encoding="utf-8")
     assert "another cache" not in card
     assert "40 samples, 3,006 tokens, held-out ones included" in card
 
@@ -407,7 +408,7 @@ def test_a_checkpoint_between_two_evaluations(tmp_path: Path, cache_dir: Path) -
     for number, measured in ((2, True), (3, False), (4, True)):
         out = tmp_path / str(number)
         run_ok("export", run, out, "--to", "hf", "--checkpoint", f"step-{number:06d}")
-        card = (out / "README.md").read_text()
+        card = (out / "README.md").read_text(encoding="utf-8")
         assert ("Not measured." in card) != measured
         assert f"up to step {number} of 4, over" in card
         assert "not finished" not in card
@@ -416,7 +417,7 @@ def test_a_checkpoint_between_two_evaluations(tmp_path: Path, cache_dir: Path) -
 def test_a_card_of_a_draft_that_nobody_measured(tmp_path: Path, cache_dir: Path) -> None:
     run = trained(tmp_path / "run", cache_dir, train__held_out=0.0)
     run_ok("export", run, tmp_path / "out", "--to", "hf")
-    assert "Not measured." in (tmp_path / "out" / "README.md").read_text()
+    assert "Not measured." in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -429,7 +430,7 @@ def test_odd_names_do_not_break_the_card(tmp_path: Path, run_dir: Path, name: st
     page["cache"]["data"]["sources"] = ["{{ 7 * 7 }}.jsonl"]
     (run / "latest" / "training.json").write_text(json.dumps(page))
     run_ok("export", run, tmp_path / "out", "--to", "hf")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     expected = " ".join("".join(c if c.isprintable() else " " for c in name).split())
     assert front_matter(card)["base_model"] == expected
     assert "`{{ 7 * 7 }}.jsonl`" in card
@@ -440,7 +441,7 @@ def test_odd_names_do_not_break_the_card(tmp_path: Path, run_dir: Path, name: st
 def test_paths_of_the_machine_stay_at_home(tmp_path: Path, run_dir: Path, cache_dir: Path) -> None:
     run = trained(tmp_path / "run", cache_dir, draft__init_from=run_dir)
     run_ok("export", run, tmp_path / "out", "--to", "hf")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "draft.init_from = vanilla\n" in card
     assert str(run_dir.parent) not in card
 
@@ -536,7 +537,8 @@ def test_odd_directories(tmp_path: Path, run_dir: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     assert_refused(run_cli("export", run_dir, tmp_path / "loop", "--to", "hf"), 1, "can't be written")
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
-    assert "�: the draft of" in run_ok("export", run_dir, odd, "--to", "hf")
+    shown = b"\xff".decode(sys.getfilesystemencoding(), "replace")  # no character in UTF-8
+    assert f"{shown}: the draft of" in run_ok("export", run_dir, odd, "--to", "hf")
     assert (odd / "config.json").is_file()
 
 
