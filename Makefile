@@ -22,7 +22,7 @@ OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
 STAGE := $(if $(NPROC),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan capture train evaluate test lint format bench clean
+.PHONY: help setup plan capture train evaluate test test-flipped lint format bench clean
 
 help:
 	@echo 'make setup      make .venv with everything the example needs (the others do it for you)'
@@ -33,6 +33,7 @@ help:
 	@echo 'make evaluate   measure a trained draft on held-out samples and beside its live target, and write'
 	@echo '                RUN/report.html'
 	@echo 'make test       run the tests'
+	@echo 'make test-flipped  run those that ask whether the CPU has bf16 as if the answer were the other one'
 	@echo 'make lint       check style; changes nothing'
 	@echo 'make format     rewrite to style'
 	@echo 'make bench      run the benchmarks (but those that train for long: quality.py, initialise.py, optimizers.py)'
@@ -87,8 +88,13 @@ evaluate: $(STAMP)
 		--target $(or $(TARGET),"$$($(BIN)/python -m capture.example)")
 	$(BIN)/dspark report $(RUN) --out $(RUN)/report.html
 
+# A process for each core, each with whole files: what the tests of a file share is made once.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+# `auto` is bf16 on some processors and fp32 on others: neither kind may hide a failure from the other.
+test-flipped: $(STAMP)
+	DSPARK_TEST_BF16=flip $(BIN)/python -m pytest -m capability
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,8 +19,8 @@ from tests.capture.conftest import tree
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")]
-_STAGES = ["tests.processes", "capture.run", "train.trainer.trainer", "pipeline.cli"]
-_CONTEXT.set_forkserver_preload([*_STAGES, *_MODELS])
+_STAGES = ["tests.processes", "capture.run", "capture.cli", "train.trainer.trainer", "train.cli.train"]
+_CONTEXT.set_forkserver_preload([*_STAGES, "pipeline.cli", *_MODELS, "tests.warm"])
 PATIENCE_SECONDS = 120
 
 

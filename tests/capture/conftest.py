@@ -16,7 +16,8 @@ from tests.tiny import make_conversations, make_target
 def arguments(target: Path, data: Path, cache: Path, **options: Any) -> list[str | Path]:
     usual = {"layers": LAYERS, "shard_tokens": 512, "batch_tokens": 256}
     exact = {"context_codec": "bf16", "last_codec": "bf16"}
-    options = {**usual, **exact, **options}
+    fp32 = {"dtype": "float32", "device": "cpu"}  # also where bf16 is fast, or a GPU is
+    options = {**usual, **exact, **fp32, **options}
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
     return ["capture", "--target", target, "--data", data, "--cache", cache, *sum(pairs, ())]
 

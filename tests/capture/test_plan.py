@@ -40,7 +40,7 @@ def estimate(target: Path, data: Path, cache: Path, **options: Any) -> int:
     values = {"shard_tokens": 512, "batch_tokens": 256, **options}
     prepared = prepare(
         CaptureOptions(
-            target=TargetOptions(target=str(target), dtype=values.pop("dtype", "auto")),
+            target=TargetOptions(target=str(target), dtype=values.pop("dtype", "float32")),
             data=DataOptions(data=(str(data),)),
             cache=cache,
             layer_ids=tuple(map(int, LAYERS.split(","))),
@@ -93,6 +93,7 @@ def test_a_plan_says_what_a_capture_will_do_and_loads_and_writes_nothing(
     assert f"free at {tmp_path / 'cache'}" in lines[-1]
 
 
+@pytest.mark.capability
 def test_the_default_is_nf4_context_and_int8_last_hidden(tmp_path, target_dir, data_file):
     common = ["--target", target_dir, "--data", data_file, "--cache", tmp_path / "cache"]
     said = run_ok("plan", *common)

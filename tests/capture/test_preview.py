@@ -6,6 +6,7 @@ import re
 
 import click
 import numpy as np
+import pytest
 from click.testing import CliRunner
 
 from capture.data.summary import histogram
@@ -14,6 +15,7 @@ from tests.capture.test_tokens import talk, write
 from tests.conftest import assert_refused, run_cli, run_ok
 
 
+@pytest.mark.capability
 def test_samples_and_summary(tmp_path, target_dir):
     path = write(tmp_path / "a.jsonl", talk("the sky is blue"), "", talk("two", "plus two"), talk("a mat"))
     said = run_ok("preview", "--target", target_dir, "--data", path, "--count", "2")
@@ -30,6 +32,7 @@ def test_samples_and_summary(tmp_path, target_dir):
     assert "\x1b[" not in said, "no colours where the output is no terminal"
 
 
+@pytest.mark.capability
 def test_supervised_tokens_are_coloured_on_a_terminal(tmp_path, target_dir):
     path = write(tmp_path / "a.jsonl", talk("the sky"))
     arguments = ["preview", "--target", str(target_dir), "--data", str(path)]
@@ -38,6 +41,7 @@ def test_supervised_tokens_are_coloured_on_a_terminal(tmp_path, target_dir):
     assert click.unstyle(said) == run_ok(*arguments)
 
 
+@pytest.mark.capability
 def test_one_row(tmp_path, target_dir):
     path = write(tmp_path / "a.jsonl", talk("the sky"), "", talk("a mat"))
     said = run_ok("preview", "--target", target_dir, "--data", path, "--row", "3")

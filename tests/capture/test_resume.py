@@ -191,7 +191,7 @@ def test_other_data_or_another_target_in_the_same_directory_is_refused(
     assert hashlib.sha256(b"".join(ids)).hexdigest() in result.stderr
     twin = make_target(tmp_path / target_dir.name, seed=1)  # same shape and name, other weights
     result = run_cli(*capture_arguments(twin, data_file, cache_dir))
-    theirs = open_target(TargetOptions(target=str(twin))).identity().weights
+    theirs = open_target(TargetOptions(target=str(twin), dtype="float32")).identity().weights
     assert_names_both(result, cache_dir, "target.weights", held.target.weights, theirs)
     assert "target.hidden_size" not in result.stderr
     assert tree(cache_dir) == before
@@ -201,7 +201,7 @@ def load_as(target: Path, data: Path) -> list[TokenizedSample]:
     """Samples of a file in the order of a cache of it."""
     prepared = prepare(
         CaptureOptions(
-            target=TargetOptions(target=str(target)),
+            target=TargetOptions(target=str(target), dtype="float32"),
             data=DataOptions(data=(str(data),)),
             cache=data.parent / "nowhere",
             batch_tokens=256,
@@ -252,6 +252,7 @@ def example_is_tiny(monkeypatch, target_dir, data_file):
     monkeypatch.setattr(capture.example, "EXAMPLE_DATA", data_file)
 
 
+@pytest.mark.capability
 @pytest.mark.usefixtures("example_is_tiny")
 def test_the_example_is_captured_and_reused_without_options(tmp_path):
     cache = tmp_path / "example"
@@ -260,6 +261,7 @@ def test_the_example_is_captured_and_reused_without_options(tmp_path):
     assert "already complete" in run_ok("capture", "--cache", cache)
 
 
+@pytest.mark.capability
 @pytest.mark.usefixtures("example_is_tiny")
 def test_the_example_with_another_setting_is_refused(tmp_path):
     cache = tmp_path / "example"

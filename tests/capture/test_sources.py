@@ -16,7 +16,7 @@ from capture.data.sources import open_sources
 from pipeline.cache import CacheReader
 from pipeline.errors import DataError, UsageError
 from tests.capture.conftest import in_data_order, places
-from tests.conftest import assert_refused, run_cli, run_ok
+from tests.conftest import FP32, assert_refused, run_cli, run_ok
 
 Rows = list[dict[str, Any]]
 
@@ -111,7 +111,7 @@ SOURCES = {
 
 
 def capture(target: Path, cache: Path, *arguments: str | Path) -> CacheReader:
-    run_ok("capture", "--target", target, "--cache", cache, "--layers", "0,2", *arguments)
+    run_ok("capture", "--target", target, "--cache", cache, "--layers", "0,2", *FP32, *arguments)
     return CacheReader(cache)
 
 
@@ -173,7 +173,7 @@ def test_splits_of_a_saved_dataset(tmp_path, target_dir, expected):
         reader = capture(target_dir, cache, "--data", tmp_path / "saved", *arguments)
         assert ids(reader) == [expected["messages"][i] for i in rows]
     wrong = ("--data", tmp_path / "saved", "--split", "dev", "--cache", tmp_path / "new")
-    assert_refused(run_cli("capture", "--target", target_dir, *wrong), 1, "train, test", "--split")
+    assert_refused(run_cli("capture", "--target", target_dir, *FP32, *wrong), 1, "train, test", "--split")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,8 @@ def test_splits_of_a_saved_dataset(tmp_path, target_dir, expected):
     ],
 )
 def test_data_that_is_not_there_is_one_line(tmp_path, target_dir, data, words):
-    result = run_cli("capture", "--target", target_dir, "--cache", tmp_path / "cache", "--data", data)
+    files = ("--cache", tmp_path / "cache", "--data", data)
+    result = run_cli("capture", "--target", target_dir, *files, *FP32)
     assert_refused(result, 1, *words)
     assert not (tmp_path / "cache").exists()
 

@@ -188,6 +188,7 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatc
     assert not list((tmp_path / "kept").iterdir())
 
 
+@pytest.mark.capability
 def test_preview_and_capture_tokenise_once(tmp_path, target_dir, monkeypatch):
     monkeypatch.setenv("DSPARK_TOKENS", str(tmp_path / "kept"))
     path = write(tmp_path / "a.jsonl", talk("yes yes yes"))
@@ -268,6 +269,7 @@ def test_duplicates_across_sources(tmp_path):
     assert data.rows["dropped: a duplicate"] == 1
 
 
+@pytest.mark.capability
 def test_options_reach_the_samples_from_the_command_line(tmp_path, target_dir):
     rows = [talk(f"<think>hm {i}</think>yes {i}", f"no {i}") for i in range(9)]
     path = write(tmp_path / "a.jsonl", *rows)

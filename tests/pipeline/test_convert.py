@@ -322,6 +322,7 @@ def test_a_draft_trains_from_a_converted_cache(tmp_path, cache_dir):
         "draft.markov_rank": 8,
         "train.max_steps": 2,
         "train.held_out": 0.2,
+        "train.precision": "fp32",
     }
     given = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     run_ok("train", "--cache", tmp_path / "new", "--run", tmp_path / "run", "--device", "cpu", *given)

@@ -25,6 +25,7 @@ from pipeline.errors import DSparkError, TargetError, UsageError
 from pipeline.target_model.find import resolve_directory, weights_hash
 from pipeline.target_model.load import Target, gguf_options, open_target, resolve_dtype
 from pipeline.target_model.options import TargetOptions
+from tests import machine
 from tests.tiny import make_target, make_tokenizer
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -50,6 +51,7 @@ def assert_line(caught: pytest.ExceptionInfo[DSparkError], *parts: str) -> None:
 # Finding
 
 
+@pytest.mark.capability
 def test_a_directory(target_dir):
     target = open_target(options(target_dir, dtype="auto"))
     assert target.name == target_dir.name
@@ -192,6 +194,27 @@ def test_dtype(target_dir, dtype):
     target = open_target(options(target_dir, dtype=dtype))
     assert target.identity().dtype == dtype
     assert target.model().dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    ("stored", "bf16", "computed"),
+    [
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float16, True, torch.float16),
+        (torch.float16, False, torch.float16),
+        (torch.float32, True, torch.float32),
+        (torch.float32, False, torch.float32),
+    ],
+)
+def test_auto_is_the_checkpoints_dtype_unless_bf16_is_emulated(
+    target_dir, monkeypatch, stored, bf16, computed
+):
+    machine.pretend(monkeypatch, bf16)
+    config = AutoConfig.from_pretrained(target_dir)
+    config.dtype = stored
+    assert resolve_dtype("auto", config, torch.device("cpu")) == computed
+    assert resolve_dtype("bfloat16", config, torch.device("cpu")) == torch.bfloat16
 
 
 def test_a_config_that_names_no_dtype_means_float32(target_dir):
@@ -436,10 +459,12 @@ def test_a_directorys_files_load_without_its_weights(target_dir, tmp_path):
     transformers.AutoTokenizer.from_pretrained(tmp_path)
 
 
-def test_gguf_weights_are_computed_in_bf16_unless_told(gguf_dir):
+@pytest.mark.parametrize("bf16", [True, False])
+def test_gguf_weights_are_computed_in_bf16_unless_told(gguf_dir, monkeypatch, bf16):
+    machine.pretend(monkeypatch, bf16)
     target = open_target(options(gguf_dir, gguf_file="tiny.gguf", dtype="auto"))
     assert target.config.get_text_config().dtype == torch.bfloat16
-    assert target.dtype in (torch.bfloat16, torch.float32)  # float32 where bf16 is emulated
+    assert target.dtype == (torch.bfloat16 if bf16 else torch.float32)  # where bf16 is emulated
 
 
 def test_a_gguf_file_that_is_not_there_names_those_that_are(gguf_dir):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.cache import CacheReader
-from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
+from tests.conftest import FP32, assert_refused, capture_arguments, run_cli, run_ok
 from tests.train.runs import train_arguments
 from train.data.sampling import drawn_anchors
 from train.data.split import split
@@ -177,7 +177,7 @@ def test_temperatures_that_are_none_are_refused(run_dir: Path, cache_dir: Path, 
     path = find_checkpoint(run_dir) / CALIBRATION
     for content in ('{"temperatures": [1, -1, 2]}', '{"temperatures": "1"}', "{}", "[1]", "{", *WRONG):
         path.write_text(content)
-        speculate = ("speculate", "--target", target_dir, "--run", run_dir, "--cache", cache_dir)
+        speculate = ("speculate", "--target", target_dir, "--run", run_dir, "--cache", cache_dir, *FP32)
         refused = run_cli(*speculate, "--threshold", "0.5", "--max-new-tokens", "2", "--num-prompts", "1")
         assert_refused(refused, 1, str(path))
     run_ok("calibrate", "--cache", cache_dir, "--run", run_dir)

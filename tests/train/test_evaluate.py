@@ -12,7 +12,7 @@ import torch
 
 from pipeline.cache import CacheReader
 from tests import reference
-from tests.conftest import EXACT, assert_refused, run_cli, run_ok
+from tests.conftest import EXACT, FP32, assert_refused, run_cli, run_ok
 from tests.processes import start_ranks
 from tests.tiny import make_conversations
 from tests.train.drafts import spec_of
@@ -29,7 +29,7 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory, target_dir: Path) -> P
     folder = tmp_path_factory.mktemp("sources")
     files = [make_conversations(folder / f"{name}.jsonl", 20, seed) for seed, name in enumerate("ab")]
     arguments = ["capture", "--target", target_dir, "--cache", folder / "cache", "--layers", "0,2,4", *EXACT]
-    run_ok(*arguments, *(word for file in files for word in ("--data", file)))
+    run_ok(*arguments, *FP32, *(word for file in files for word in ("--data", file)))
     return folder / "cache"
 
 

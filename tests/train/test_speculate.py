@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, DataError, RunError
-from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
+from tests.conftest import FP32, assert_refused, capture_arguments, run_cli, run_ok
 from tests.tiny import make_target, make_tokenizer
 from tests.train.runs import train_arguments
 from train.data.split import split
@@ -34,7 +34,6 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 
 
 V = 325
-FP32 = ("--dtype", "float32", "--device", "cpu")
 
 
 def speculated(target: Path, run: Path, *options: str | Path) -> dict:
@@ -90,7 +89,7 @@ def test_live_beside_offline(target_dir: Path, run_dir: Path, cache_dir: Path) -
     assert sampled["offline"] == evaluation["decoding"]["sampling"]
     assert other["offline"] is None
     assert [run["identical"] for run in result["runs"]] == [2, None, None]
-    text = run_ok("speculate", "--target", target_dir, "--run", run_dir, *options)
+    text = run_ok("speculate", "--target", target_dir, "--run", run_dir, *FP32, *options)
     assert "live  offline" in text
     assert f"{evaluation['decoding']['greedy']['tokens_per_round']:.3f}" in text
     some = read_evaluation(folder)
@@ -120,13 +119,13 @@ def test_live_acceptance_is_what_the_cache_promises(target_dir: Path, tmp_path: 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
     rows = []
-    for i in range(40):
-        prompt = torch.randint(3, 300, (1, 3 + i % 5))
+    for length in range(3, 8):
+        prompts = torch.randint(3, 300, (8, length))
         sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
-        ones = torch.ones_like(prompt)
-        text = model.generate(prompt, attention_mask=ones, max_new_tokens=40, **sampling)
-        mask = [0] * prompt.shape[1] + [1] * (text.shape[1] - prompt.shape[1])
-        rows.append({"input_ids": text[0].tolist(), "loss_mask": mask})
+        ones = torch.ones_like(prompts)
+        texts = model.generate(prompts, attention_mask=ones, max_new_tokens=40, **sampling)
+        mask = [0] * length + [1] * (texts.shape[1] - length)
+        rows += [{"input_ids": text, "loss_mask": mask} for text in texts.tolist()]
     data = tmp_path / "own.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     cache, run = tmp_path / "cache", tmp_path / "run"
@@ -155,7 +154,7 @@ def test_a_threshold_verifies_less(target_dir: Path, run_dir: Path, cache_dir: P
 
 
 def test_another_targets_draft_is_said_or_refused(run_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
-    options = ("--run", run_dir, "--cache", cache_dir, "--num-prompts", "1", "--max-new-tokens", "4")
+    options = ("--run", run_dir, "--cache", cache_dir, "--num-prompts", "1", "--max-new-tokens", "4", *FP32)
     tuned = make_target(tmp_path / "tuned", seed=9)
     result = run_cli("speculate", "--target", tuned, *options)
     assert result.exit_code == 0, result.output
@@ -166,7 +165,7 @@ def test_another_targets_draft_is_said_or_refused(run_dir: Path, cache_dir: Path
 
 
 def test_usage(target_dir: Path, run_dir: Path, cache_dir: Path, data_file: Path, tmp_path: Path) -> None:
-    command = ("speculate", "--target", target_dir, "--run", run_dir)
+    command = ("speculate", "--target", target_dir, "--run", run_dir, *FP32)
     assert_refused(run_cli(*command), 2, "--prompts FILE or --cache")
     assert_refused(run_cli("speculate", "--run", run_dir), 2, "--target")
     assert_refused(run_cli(*command, "--prompts", tmp_path / "none.txt"), 1, "none.txt can't be read")
@@ -192,14 +191,14 @@ def test_usage(target_dir: Path, run_dir: Path, cache_dir: Path, data_file: Path
     settings = {"draft__confidence_head": "false", "train__max_steps": 1}
     run_ok(*train_arguments(cache_dir, plain, **settings))
     refused = run_cli(
-        "speculate", "--target", target_dir, "--run", plain, "--cache", cache_dir, "--threshold", "0.5"
+        "speculate", "--target", target_dir, "--run", plain, "--cache", cache_dir, *FP32, "--threshold", "0.5"
     )
     assert_refused(refused, 2, "--threshold needs a confidence head")
     damaged = tmp_path / "damaged"
     shutil.copytree(run_dir, damaged)
     (damaged / "latest" / "model.safetensors").write_bytes(b"1234")
     (damaged / "best" / "model.safetensors").write_bytes(b"1234")
-    refused = run_cli("speculate", "--target", target_dir, "--run", damaged, "--cache", cache_dir)
+    refused = run_cli("speculate", "--target", target_dir, "--run", damaged, "--cache", cache_dir, *FP32)
     assert_refused(refused, 1, "best is damaged")
 
 
@@ -209,7 +208,7 @@ def test_positions_that_the_target_never_learned_are_refused(tmp_path: Path, dat
     cache, run = tmp_path / "cache", tmp_path / "run"
     run_ok(*capture_arguments(target, data_file, cache), "--max-length", "200")
     run_ok(*train_arguments(cache, run, train__max_steps=1))
-    command = ("speculate", "--target", target, "--run", run, "--cache", cache, "--max-new-tokens")
+    command = ("speculate", "--target", target, "--run", run, "--cache", cache, *FP32, "--max-new-tokens")
     assert_refused(run_cli(*command, "300"), 1, "learned 256 positions", "--max-new-tokens")
     run_ok(*command, "4", "--num-prompts", "1")
 

@@ -522,6 +522,7 @@ def test_two_drafts_are_trained(tmp_path: Path, cache_dir: Path) -> None:
         "--device",
         "cpu",
     ]
+    grid += ["--set", "train.precision=fp32"]
     grid += ["--set", "draft.num_layers=1", "--set", "draft.markov_head=vanilla,rnn"]
     run_ok(*grid)
     rows = json.loads(run_ok("compare", tmp_path / "runs", "--format", "json"))

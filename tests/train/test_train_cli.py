@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.cache import CacheReader
+from tests import machine
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.processes import Dspark, one_thread
 from tests.tiny import make_target
@@ -212,6 +213,12 @@ def test_a_run_is_evaluated_on_its_own_target_only(tmp_path: Path, run_dir: Path
     assert_refused(run_cli("evaluate", "--cache", other, "--run", run_dir), 1, "was trained for target")
 
 
+def one_thread_of_nobody() -> None:
+    """Root, too, may not write to what is read-only."""
+    one_thread()
+    machine.obey_permissions()
+
+
 def test_runs_share_a_cache_that_nobody_may_write(tmp_path: Path, cache_dir: Path) -> None:
     """Three at once over a read-only copy; each is what it is alone."""
     cache = tmp_path / "cache"
@@ -223,7 +230,7 @@ def test_runs_share_a_cache_that_nobody_may_write(tmp_path: Path, cache_dir: Pat
             Dspark(
                 tmp_path / f"out{seed}",
                 *train_arguments(cache, tmp_path / f"run{seed}", train__seed=seed),
-                before=one_thread,
+                before=one_thread_of_nobody,
             )
             for seed in range(3)
         ]

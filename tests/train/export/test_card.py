@@ -17,7 +17,7 @@ from tests.train.runs import train_arguments
 
 def test_the_model_card(tmp_path: Path, run_dir: Path, cache_dir: Path) -> None:
     run_ok("export", run_dir, tmp_path / "out", "--to", "vllm")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     page = json.loads((run_dir / "latest" / "training.json").read_text())
     assert front_matter(card) == {
         "base_model": "tiny-llama",
@@ -96,7 +96,7 @@ def test_the_card_has_what_was_measured(tmp_path: Path, run_dir: Path, cache_dir
     (run / "latest" / "calibration.json").write_text(json.dumps({**temperatures, **others}))
     run_ok("export", run, tmp_path / "out", "--to", "sglang")
     assert json.loads((tmp_path / "out" / "calibration.json").read_text()) == temperatures
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"{figures['greedy_tau']:.3f} when greedy" in card
     assert f"{figures['blocks']:,} blocks of {figures['samples']:,}" in card
     first = figures["accept_by_position"][0], figures["accept_given_prefix"][0]
@@ -126,7 +126,7 @@ def test_whole_blocks_have_no_threshold(tmp_path: Path, run_dir: Path) -> None:
     run = changed(run_dir, tmp_path / "run")
     (run / "latest" / "speculation.json").write_text(json.dumps({**LIVE, "threshold": 0.0}))
     run_ok("export", run, tmp_path / "out", "--to", "hf")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "1,024 new tokens each.\nThe speed-up" in card
 
 
@@ -140,13 +140,13 @@ def test_the_card_sizes_the_data_that_it_was_trained_on(
     run_ok(*capture_arguments(target, questions, tmp_path / "cache"))
     run_ok("evaluate", "--cache", tmp_path / "cache", "--run", run)
     run_ok("export", run, tmp_path / "out", "--to", "hf")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     cache = json.loads((run / "latest" / "evaluation.json").read_text())["cache"]
     assert "of another cache (`questions.jsonl`, data of SHA-256 `" + cache["data_sha256"] in card
     assert "held-out ones included" not in card
     run_ok("evaluate", "--cache", cache_dir, "--run", run)
     run_ok("export", run, tmp_path / "own", "--to", "hf")
-    card = (tmp_path / "own" / "README.md").read_text()
+    card = (tmp_path / "own" / "README.md").read_text(encoding="utf-8")
     assert "another cache" not in card
     assert "40 samples, 3,006 tokens, held-out ones included" in card
 
@@ -158,7 +158,7 @@ def test_a_checkpoint_between_two_evaluations(tmp_path: Path, cache_dir: Path) -
     for number, measured in ((2, True), (3, False), (4, True)):
         out = tmp_path / str(number)
         run_ok("export", run, out, "--to", "hf", "--checkpoint", f"step-{number:06d}")
-        card = (out / "README.md").read_text()
+        card = (out / "README.md").read_text(encoding="utf-8")
         assert ("Not measured." in card) != measured
         assert f"up to step {number} of 4, over" in card
         assert "not finished" not in card
@@ -167,7 +167,7 @@ def test_a_checkpoint_between_two_evaluations(tmp_path: Path, cache_dir: Path) -
 def test_a_card_of_a_draft_that_nobody_measured(tmp_path: Path, cache_dir: Path) -> None:
     run = trained(tmp_path / "run", cache_dir, train__held_out=0.0)
     run_ok("export", run, tmp_path / "out", "--to", "hf")
-    assert "Not measured." in (tmp_path / "out" / "README.md").read_text()
+    assert "Not measured." in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_odd_names_do_not_break_the_card(tmp_path: Path, run_dir: Path, name: st
     page["cache"]["data"]["sources"] = ["{{ 7 * 7 }}.jsonl"]
     (run / "latest" / "training.json").write_text(json.dumps(page))
     run_ok("export", run, tmp_path / "out", "--to", "hf")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     expected = " ".join("".join(c if c.isprintable() else " " for c in name).split())
     assert front_matter(card)["base_model"] == expected
     assert "`{{ 7 * 7 }}.jsonl`" in card
@@ -191,6 +191,6 @@ def test_odd_names_do_not_break_the_card(tmp_path: Path, run_dir: Path, name: st
 def test_paths_of_the_machine_stay_at_home(tmp_path: Path, run_dir: Path, cache_dir: Path) -> None:
     run = trained(tmp_path / "run", cache_dir, draft__init_from=run_dir)
     run_ok("export", run, tmp_path / "out", "--to", "hf")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "draft.init_from = vanilla\n" in card
     assert str(run_dir.parent) not in card

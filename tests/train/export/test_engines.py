@@ -127,7 +127,7 @@ def test_a_head_that_only_one_engine_has(tmp_path: Path, rnn_dir: Path, cache_di
         names = set(load_file(tmp_path / head / "model.safetensors"))
         assert {f"markov_head.{own}.weight", f"markov_head.{own}.bias"} <= names
         assert json.loads((tmp_path / head / "config.json").read_text())["markov_head_type"] == head
-        card = (tmp_path / head / "README.md").read_text()
+        card = (tmp_path / head / "README.md").read_text(encoding="utf-8")
         assert f"vLLM can't serve it: markov_head_type is {head}" in card
         assert "vllm serve" not in card
         assert "--speculative-algorithm DSPARK" in card
@@ -229,7 +229,7 @@ def test_a_target_that_an_engine_does_not_know(
         assert result.exit_code == 0, result.output
         said = f"{version} serves no draft for a {architecture} target; a newer version may"
         assert (f"warning: {said}\n" in result.stderr) == (engine not in serving)
-        card = (tmp_path / engine / "README.md").read_text()
+        card = (tmp_path / engine / "README.md").read_text(encoding="utf-8")
         assert (said in card) == (engine not in serving)
         assert (f"{version.removesuffix('.0')} or later" in card) == (engine in serving)
         assert front_matter(card)["tags"][3:] == serving
@@ -241,7 +241,7 @@ def test_sglang_would_round_float32(tmp_path: Path, run_dir: Path) -> None:
     assert_refused(refused, 2, "sglang can't serve this draft in float32", "export --dtype bfloat16")
     assert not (tmp_path / "out").exists()
     run_ok("export", run_dir, tmp_path / "out", "--to", "vllm", "--dtype", "float32")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "SGLang can't serve it: dtype is float32" in card
     assert "vllm serve" in card
     run_ok("export", run_dir, tmp_path / "half", "--to", "sglang", "--dtype", "float16")

@@ -1,0 +1,12 @@
+"""What the process that tests fork commands from has done once, so that none of them need do it again."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pandas  # noqa: F401  pyarrow imports it where it first meets an array of numpy's: half of a short life
+
+with suppress(ImportError, AttributeError):  # a thousand regular expressions, which `from_pretrained` wants
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
