@@ -1,15 +1,16 @@
-"""Text for people: sizes, spans of time, samples with what the loss covers marked."""
+"""Text for people: sizes, durations, errors in one line, tables, samples with marked supervised tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import click
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def size(count: float) -> str:
-    """Bytes for people, in decimal units as disks are sold."""
+    """Format a number of bytes, in decimal units as disks are sold."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:,.0f} {unit}" if unit in ("B", "kB") else f"{count:,.1f} {unit}"
@@ -18,7 +19,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A span of time for people."""
+    """Format a duration."""
     minutes, hours = seconds / 60, seconds / 3600
     if hours >= 48:
         return f"{hours / 24:.1f} days"
@@ -27,11 +28,43 @@ def duration(seconds: float) -> str:
     return f"{int(minutes)} min {int(seconds) % 60:02d} s" if minutes >= 1 else f"{seconds:.0f} s"
 
 
-def marked_text(input_ids: np.ndarray, loss_mask: np.ndarray, decode: Callable[[list[int]], str]) -> str:
-    """Text of `input_ids` `[S]`, supervised tokens (`loss_mask` `[S]`) in green.
+def one_line(error: Any, limit: int | None = 200) -> str:
+    """Return an exception's text (or any other value's) in one line; its type's name where it has no text.
 
-    Runs of one kind are decoded together: a character may be several tokens.
+    Args:
+        limit: the most characters; None for all.
     """
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """Return why something failed: the system's own words for an OSError, else the error in one line."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def table(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> Iterator[str]:
+    """Yield rows of equal length as lines with aligned columns, two spaces apart.
+
+    Args:
+        left: numbers of the columns that are aligned to the left; the others are to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.ljust(width) if number in left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def marked_text(input_ids: np.ndarray, loss_mask: np.ndarray, decode: Callable[[list[int]], str]) -> str:
+    """Return the text of `input_ids` `[S]` with supervised tokens (`loss_mask` `[S]` is 1) in green.
+
+    Neighbours of one kind are decoded together, because a character may take several tokens.
+    """
+    import click
+    import numpy as np
+
     pieces = []
     for run in np.split(np.arange(len(input_ids)), np.flatnonzero(np.diff(loss_mask)) + 1):
         text = decode(input_ids[run].tolist())
