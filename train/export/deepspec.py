@@ -19,11 +19,11 @@ from transformers import Qwen3Config
 from pipeline import config as configuration
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, RunError, UsageError
+from pipeline.files import check_new, new_folder
 from pipeline.process import WorkerPlace
 from train.config import RunConfig
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.eval.validate import split
-from train.new_folder import check_new, new_folder
 from train.runs.checkpoint import FROZEN, save_checkpoint
 from train.runs.directory import CONFIG, begin
 from train.runs.provenance import code_version

@@ -27,10 +27,10 @@ from pipeline import config as configuration
 from pipeline.cache import CacheReader
 from pipeline.cache.manifest import Identity
 from pipeline.errors import RunError, UsageError
+from pipeline.files import check_new, new_folder
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.export.engines import TARGETS, check_engine, obstacle, scale_of, unknown_target
 from train.export.model_card import model_card
-from train.new_folder import check_new, new_folder
 from train.runs.checkpoint import BEST, FROZEN, WEIGHTS, find_checkpoint
 from train.runs.results import (
     CALIBRATION,
