@@ -16,6 +16,7 @@ import click
 
 from pipeline import __version__
 from pipeline.errors import DSparkError, LayerIdWarning
+from pipeline.text import one_line, reason
 
 # name: (where its click command is, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -76,14 +77,13 @@ class LazyGroup(click.Group):
             raise
         except OSError as error:  # disk full, no permission, ...
             place = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {place}{error.strerror or error}", err=True)
+            click.echo(f"error: {place}{reason(error)}", err=True)
             ctx.exit(1)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())[:150] or type(error).__name__
             click.echo(
-                f"error: out of memory ({reason}): lower capture's --batch-tokens, or "
+                f"error: out of memory ({one_line(error)}): lower capture's --batch-tokens, or "
                 "train.batch_tokens and train.anchors_per_batch",
                 err=True,
             )

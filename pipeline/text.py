@@ -1,16 +1,16 @@
-"""Text for people: sizes, spans of time, tables, samples with what the loss covers marked."""
+"""Text for people: sizes, durations, errors in one line, tables, samples with marked supervised tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import click
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def size(count: float) -> str:
-    """Bytes for people, in decimal units as disks are sold."""
+    """Format a number of bytes, in decimal units as disks are sold."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:,.0f} {unit}" if unit in ("B", "kB") else f"{count:,.1f} {unit}"
@@ -19,7 +19,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A span of time for people."""
+    """Format a duration."""
     minutes, hours = seconds / 60, seconds / 3600
     if hours >= 48:
         return f"{hours / 24:.1f} days"
@@ -28,27 +28,59 @@ def duration(seconds: float) -> str:
     return f"{int(minutes)} min {int(seconds) % 60:02d} s" if minutes >= 1 else f"{seconds:.0f} s"
 
 
-def table(rows: Sequence[tuple[str, Sequence[Any]]], digits: int = 3) -> Iterator[str]:
-    """Lay out rows of titles and figures in columns, a line per row; None is a dash."""
+def one_line(error: Any, limit: int | None = 200) -> str:
+    """Return an exception's text (or any other value's) in one line; its type's name where it has no text.
+
+    Args:
+        limit: the most characters; None for all.
+    """
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """Return why something failed: the system's own words for an OSError, else the error in one line."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def table(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> Iterator[str]:
+    """Yield rows of equal length as lines with aligned columns, two spaces apart.
+
+    Args:
+        left: numbers of the columns that are aligned to the left; the others are to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.ljust(width) if number in left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def figure_table(rows: Sequence[tuple[str, Sequence[Any]]], digits: int = 3) -> Iterator[str]:
+    """Yield rows of a title and figures as indented lines; None is a dash.
+
+    Args:
+        digits: after the point of a float.
+    """
 
     def cell(value: Any) -> str:
-        if value is None:
-            return "-"
+        if value is None or isinstance(value, str):
+            return value or "-"
         return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}"
 
-    cells = [(title, [v if isinstance(v, str) else cell(v) for v in values]) for title, values in rows]
-    first = max(len(title) for title, _ in cells)
-    widths = [max(map(len, column)) for column in zip(*(values for _, values in cells), strict=True)]
-    for title, values in cells:
-        columns = (value.rjust(width) for value, width in zip(values, widths, strict=True))
-        yield f"  {title:<{first}}  " + "  ".join(columns)
+    for line in table([[title, *map(cell, values)] for title, values in rows]):
+        yield f"  {line}"
 
 
 def marked_text(input_ids: np.ndarray, loss_mask: np.ndarray, decode: Callable[[list[int]], str]) -> str:
-    """Text of `input_ids` `[S]`, supervised tokens (`loss_mask` `[S]`) in green.
+    """Return the text of `input_ids` `[S]` with supervised tokens (`loss_mask` `[S]` is 1) in green.
 
-    Runs of one kind are decoded together: a character may be several tokens.
+    Neighbours of one kind are decoded together, because a character may take several tokens.
     """
+    import click
+    import numpy as np
+
     pieces = []
     for run in np.split(np.arange(len(input_ids)), np.flatnonzero(np.diff(loss_mask)) + 1):
         text = decode(input_ids[run].tolist())

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pipeline.cache.manifest import Plan
 from pipeline.errors import CacheError
+from pipeline.text import one_line
 
 SCHEMA = pa.schema(
     [
@@ -159,8 +160,7 @@ def open_index(path: Path, plan: Plan) -> pa.Table:
     except FileNotFoundError:
         raise CacheError(f"{path} is missing: the cache is damaged, capture again") from None
     except (pa.ArrowException, OSError, ValueError, struct.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CacheError(f"{path} is damaged ({reason}): capture again") from None
+        raise CacheError(f"{path} is damaged ({one_line(error)}): capture again") from None
     if not all(_lies_in(whole, column) for column in table.columns):
         raise CacheError(f"{path} is damaged (it is compressed): capture again")
     if any(column.null_count for column in table.columns):

@@ -20,6 +20,7 @@ from pipeline.cache.layout import LAST_HIDDEN, context_name
 from pipeline.cache.manifest import MANIFEST, STATISTICS, Identity, Manifest
 from pipeline.cache.shard import MAX_HEADER_BYTES, file_bytes
 from pipeline.errors import CacheError
+from pipeline.text import one_line
 
 # How many samples, evenly spread over the cache, and how many rows of each.
 SAMPLES, TOKENS = 48, 512
@@ -128,8 +129,7 @@ def read_statistics(cache: Path, identity: Identity) -> dict[str, Statistics]:
         if not all(bool((tensors[f"{state}.deviation"] > 0).all()) for state in states):
             raise ValueError("a deviation that is not positive")
     except Exception as error:  # the library's error type is not public
-        reason = str(error).partition("\n")[0]
-        raise CacheError(f"{path} is damaged ({reason}): remove it, then capture again") from None
+        raise CacheError(f"{path} is damaged ({one_line(error)}): remove it, then capture again") from None
     return {s: Statistics(tensors[f"{s}.mean"], tensors[f"{s}.deviation"]) for s in states}
 
 

@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 
-from pipeline import files
+from pipeline import files, text
 from pipeline.cache.codecs import get_codec
 from pipeline.cache.index import count_candidates, open_index, sample_id, sample_ids
 from pipeline.cache.layout import shard_specs
@@ -199,7 +199,7 @@ class FileChecks:
         except CacheError as error:
             reason = _reason(error)
         except OSError as error:
-            reason = f"it can't be read ({error.strerror or error})"
+            reason = f"it can't be read ({text.reason(error)})"
         if counted < record.bytes:
             count(record.bytes - counted)
         return Problem(record.file, reason) if reason else None

@@ -107,9 +107,7 @@ class CacheWriter:
                 self._start()
             self._join(index)
         except OSError as error:
-            raise WriteError(
-                f"{error.filename or path} can't be written ({error.strerror or error})"
-            ) from error
+            raise files.write_error(error.filename or path, error) from error
 
     def _start(self) -> None:
         if self.path.exists():

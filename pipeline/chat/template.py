@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.chat.rows import BadRowError, Conversation, Message
+from pipeline.text import one_line
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -91,8 +92,8 @@ class ChatTemplate:
                 **{**self.tokenizer.special_tokens_map, **self.arguments},
             )
         except Exception as error:  # templates raise anything: jinja errors, KeyError, ...
-            reason = " ".join(str(error).split()) or type(error).__name__
+            why = one_line(error, limit=None)
             raise BadRowError(
-                "template refuses", f"the chat template refuses this conversation: {reason}"
+                "template refuses", f"the chat template refuses this conversation: {why}"
             ) from None
         return texts[0], marks[0] if marks else []

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline import files
 from pipeline.errors import TargetError, UsageError
 from pipeline.target_model.options import TargetOptions
+from pipeline.text import one_line
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 # Besides weights: what a Hub repository is asked for.
@@ -60,7 +61,7 @@ def resolve_directory(target: str, options: TargetOptions = _PLAIN) -> Path:
         at = f" at revision {options.revision}" if options.revision else ""
         raise TargetError(
             f"no such target: {target} is neither a directory nor a Hub model that can be fetched{at} "
-            f"({' '.join(str(error).split())[:200]})"
+            f"({one_line(error)})"
         ) from None
     return _checked(directory, options.gguf_file)
 

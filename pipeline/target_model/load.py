@@ -26,6 +26,7 @@ from pipeline.hooks import find_final_norm, find_layers, learned_positions
 from pipeline.target_model.find import resolve_directory, weights_hash
 from pipeline.target_model.identity import target_identity
 from pipeline.target_model.options import TargetOptions
+from pipeline.text import one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What makes a target directory's config and tokenizer loadable again, without its weights.
@@ -356,11 +357,7 @@ def _refusal(directory: Path, what: str, error: Exception) -> TargetError:
             f"{directory} brings Python files of its own, which must run to load it: read them, then give "
             "--trust-remote-code"
         )
-    return TargetError(f"{directory}: {what} ({_first_line(error)})")
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return TargetError(f"{directory}: {what} ({one_line(error)})")
 
 
 def _contents(paths: Sequence[Path]) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.errors import RunError, UsageError
 from pipeline.hooks import input_device, learned_positions
 from pipeline.target_model.load import Target
-from pipeline.text import table
+from pipeline.text import figure_table
 from train.decode.speculative import CachedTarget, Decoded, decode_plain, decode_speculative
 from train.draft.kind import Decoder
 from train.runs.figures import Evaluation, Parting, Rounds, Speculation, SpeculationRun
@@ -303,7 +303,7 @@ def format_speculation(result: Speculation) -> str:
                 for k, pair in enumerate(zip(run.accept_given_prefix, theirs, strict=True))
             ),
         ]
-        lines += table(rows)
+        lines += figure_table(rows)
         if run.speedup is not None:
             lines += (
                 f"  {run.tokens:,} tokens in {run.rounds:,} rounds, each {run.draft_ms:.1f} ms "

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, RunError
-from pipeline.text import table
+from pipeline.text import figure_table
 from train.data.sampling import drawn_anchors
 from train.eval import metrics
 from train.eval.heldout import Blocks, measure
@@ -148,7 +148,7 @@ def format_calibration(result: Calibration) -> str:
     lines = [
         f"fitted on {fit.samples:,} held-out samples ({fit.blocks:,} blocks), reported on the other "
         f"{report.samples:,} ({report.blocks:,} blocks)",
-        *table(rows),
+        *figure_table(rows),
         f"  all up to each position: calibration error {before.prefix.ece:.4f} before, "
         f"{after.prefix.ece:.4f} after",
     ]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError
-from pipeline.text import table
+from pipeline.text import figure_table
 from train.config import RunConfig
 from train.data.sampling import drawn_anchors
 from train.draft import DRAFTS
@@ -138,7 +138,7 @@ def format_evaluation(result: Evaluation) -> str:
         f"{result.blocks:,} blocks of {result.samples:,} samples ({anchors})",
         f"  loss {result.loss:.4f}, cross entropy {result.ce_loss:.4f}, L1 {result.l1_loss:.4f}, "
         f"confidence {result.confidence_loss:.4f}",
-        *table(rows),
+        *figure_table(rows),
     ]
     if result.decoding is not None:
         sampling, greedy = result.decoding.sampling, result.decoding.greedy
@@ -148,5 +148,5 @@ def format_evaluation(result: Evaluation) -> str:
         )
     for title, groups in (("source", result.by_source), ("tokens", result.by_length)):
         found = [(name, [row.samples, row.blocks, row.tau, row.greedy_tau]) for name, row in groups.items()]
-        lines += table([(title, ["samples", "blocks", "tau", "greedy"]), *found])
+        lines += figure_table([(title, ["samples", "blocks", "tau", "greedy"]), *found])
     return "\n".join(lines)

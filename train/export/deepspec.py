@@ -18,12 +18,12 @@ from transformers import Qwen3Config
 from pipeline import config as configuration
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, RunError, UsageError
+from pipeline.files import check_new, new_folder
 from pipeline.process import WorkerPlace
 from train.config import RunConfig
 from train.data.split import split
 from train.draft import DRAFTS
 from train.draft.shape import draft_shape, resolved
-from train.new_folder import check_new, new_folder
 from train.runs.checkpoint import FROZEN, save_checkpoint
 from train.runs.directory import begin
 from train.runs.names import CONFIG

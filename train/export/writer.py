@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pipeline.cache import CacheReader
 from pipeline.errors import UsageError
+from pipeline.files import check_new, new_folder
 from train.draft.serving import scale_of
 from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
 from train.export.model_card import model_card
-from train.new_folder import check_new, new_folder
 from train.runs.checkpoint import FROZEN
 from train.runs.names import BEST, CALIBRATION, WEIGHTS
 from train.runs.open import TrainedDraft, open_draft

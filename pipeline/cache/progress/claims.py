@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pipeline import config, files, process
-from pipeline.errors import ConfigError, WriteError
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.cache.writer import CacheWriter
@@ -81,7 +81,7 @@ class Worker:
         except FileNotFoundError:  # the cache was completed
             raise
         except OSError as error:
-            raise WriteError(f"{self._file} can't be written ({error.strerror or error})") from error
+            raise files.write_error(self._file, error) from error
         for path in self.folder.glob("worker-*.json"):  # those that were killed
             if path != self._file and not self._at_work(_id_of(path)):
                 with contextlib.suppress(OSError):
@@ -184,7 +184,7 @@ class Worker:
         except (FileExistsError, FileNotFoundError):
             raise
         except OSError as error:
-            raise WriteError(f"{path} can't be written ({error.strerror or error})") from error
+            raise files.write_error(path, error) from error
 
     def _create_unnamed(self, path: Path) -> None:
         with path.open("xb", buffering=0) as file:

@@ -236,7 +236,7 @@ def summary_lines(manifest: Manifest) -> Iterator[str]:
     )
     yield (
         f"  {manifest.num_samples:,} samples, {manifest.num_tokens:,} tokens, "
-        f"{manifest.num_last_rows:,} labels, {len(manifest.plan)} shards, {manifest.num_bytes / 1e6:,.1f} MB"
+        f"{manifest.num_last_rows:,} labels, {len(manifest.plan)} shards, {size(manifest.num_bytes)}"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.cache.reader import CacheReader
 from pipeline.errors import UsageError
-from pipeline.text import marked_text
+from pipeline.text import marked_text, table
 
 
 def find_sample(reader: CacheReader, text: str) -> int:
@@ -108,10 +108,12 @@ def sample_lines(facts: dict[str, Any], decode: Callable[[list[int]], str] | Non
         yield "the tokenizer can't be loaded from the cache, so these are token ids"
     ids, mask = np.array(facts["input_ids"]), np.array(facts["loss_mask"])
     yield marked_text(ids, mask, decode or (lambda run: " ".join(map(str, run)) + " "))
-    yield f"{'':<12}{'mean':>11}{'deviation':>11}{'rms':>11}{'min':>11}{'max':>11}  largest channel"
+    keys = ("mean", "deviation", "rms", "min", "max")
+    rows = [("", *keys, "largest channel")]
     for name, s in facts["states"].items():
-        figures = "".join(f"{s[key]:>11.4g}" for key in ("mean", "deviation", "rms", "min", "max"))
-        yield f"{name:<12}{figures}  {s['largest_channel']} (rms {s['largest_channel_rms']:.4g})"
+        channel = f"{s['largest_channel']} (rms {s['largest_channel_rms']:.4g})"
+        rows.append((name, *(f"{s[key]:.4g}" for key in keys), channel))
+    yield from table(rows, left={0, len(keys) + 1})
 
 
 def cached_decoder(cache: Path) -> Callable[[list[int]], str] | None:
