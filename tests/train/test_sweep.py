@@ -16,15 +16,9 @@ import pytest
 from pipeline import process
 from pipeline.errors import UsageError
 from tests.conftest import assert_refused, run_cli, run_ok
-from train.experiments import sweep
-from train.experiments.sweep import (
-    last_error,
-    parse_settings,
-    plan_grid,
-    run_names,
-    split_values,
-    visible_gpus,
-)
+from train.experiments import processes, sweep
+from train.experiments.grid import parse_settings, plan_grid, run_names, split_values
+from train.experiments.processes import last_error, visible_gpus
 from train.runs.directory import load_run_config, read_progress
 
 # Nothing is left open that a cache would decide, so that the stand-in need not read one.
@@ -170,14 +164,14 @@ def untimed(output: str) -> list[str]:
 @pytest.fixture
 def bench(tmp_path: Path, cache_dir: Path, monkeypatch) -> Bench:
     made = Bench(tmp_path, cache_dir)
-    real = sweep.train_command
+    real = processes.train_command
 
     def stand_in(*given) -> list[str]:
         command = real(*given)
         assert command[:4] == [sys.executable, "-P", "-m", "train"]
         return [sys.executable, str(tmp_path / "stand_in.py"), *command[4:]]
 
-    monkeypatch.setattr(sweep, "train_command", stand_in)
+    monkeypatch.setattr(processes, "train_command", stand_in)
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
     return made
 
@@ -492,7 +486,7 @@ def test_gpus_that_the_environment_lists(monkeypatch, listed: str, gpus: list[st
 
 def test_gpus_that_torch_counts(monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 3)
     assert visible_gpus() == ["0", "1", "2"]
 
 
