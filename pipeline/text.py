@@ -65,8 +65,10 @@ def figure_table(rows: Sequence[tuple[str, Sequence[Any]]], digits: int = 3) -> 
     """
 
     def cell(value: Any) -> str:
-        if value is None or isinstance(value, str):
-            return value or "-"
+        if value is None:
+            return "-"
+        if isinstance(value, str):
+            return value
         return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}"
 
     for line in table([[title, *map(cell, values)] for title, values in rows]):

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline import files
 from pipeline.chat.rows import detect_form
 from pipeline.errors import DataError, UsageError
+from pipeline.text import one_line
 
 # A row as read: an unparsed line (so that workers share the parsing), or a dict.
 RawRow = bytes | dict[str, Any]
@@ -149,7 +150,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, RawRow]]:
         batches = pq.ParquetFile(path).iter_batches(batch_size=256)
         yield from _rows_of(batches)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet ({_first_line(error)})") from None
+        raise DataError(f"{path}: not readable as Parquet ({one_line(error)})") from None
 
 
 def read_arrow(path: Path) -> Iterator[tuple[int, RawRow]]:
@@ -164,7 +165,7 @@ def read_arrow(path: Path) -> Iterator[tuple[int, RawRow]]:
                 batches = iter(pa.ipc.open_stream(mapped))
             yield from _rows_of(batches)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Arrow ({_first_line(error)})") from None
+        raise DataError(f"{path}: not readable as Arrow ({one_line(error)})") from None
 
 
 def _rows_of(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, RawRow]]:
@@ -222,9 +223,7 @@ def _dataset_source(spec: str, split: str | None, subset: str | None) -> Source:
     except DataError:
         raise
     except Exception as error:  # offline, gated, no such split, ...: the libraries raise many types
-        raise DataError(
-            f"no such data: {spec} is neither a file nor a dataset ({_first_line(error)})"
-        ) from None
+        raise DataError(f"no such data: {spec} is neither a file nor a dataset ({one_line(error)})") from None
     content = f"{found._fingerprint}:{len(found)}"
     return Source(
         name=path.name if path.is_dir() else "/".join(filter(None, (spec, subset, split))),
@@ -239,7 +238,3 @@ def _choose_split(spec: str, split: str | None, splits: list[str]) -> str:
     if chosen not in splits:
         raise DataError(f"{spec} has the splits {', '.join(splits)}, not {chosen}: choose one with --split")
     return chosen
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -10,6 +10,7 @@ from typing import Any
 
 from capture.data.conversations import read_conversations
 from pipeline.errors import DataError
+from pipeline.text import one_line
 
 Message = dict[str, Any]
 
@@ -94,7 +95,7 @@ class Dialogue:
                 messages, tools=tools, add_generation_prompt=True, return_dict=True, **template_arguments
             )
         except Exception as error:  # templates raise anything: jinja errors, KeyError, ...
-            reason = " ".join(str(error).split())
+            reason = one_line(error, limit=None)
             raise DataError(f"the chat template refuses this conversation: {reason}") from None
         return list(encoded["input_ids"])
 

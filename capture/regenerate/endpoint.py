@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from capture.regenerate.dialogue import Answer, Dialogue, with_arguments
 from capture.regenerate.engine import Outcome, Report, Sampling, trim_unfinished
 from pipeline.errors import DataError, TargetError, UsageError
+from pipeline.text import one_line
 
 # Waits between tries double from the first to the longest. Jitter reduces each by up to half.
 _FIRST_WAIT_S = 0.5
@@ -276,5 +277,5 @@ def _reason(error: Any) -> str:
         words = inner.get("message", inner) if isinstance(inner, dict) else inner
     else:
         words = body or error.__cause__ or error
-    line = " ".join(str(words).split())[:300] or type(words).__name__
+    line = one_line(words, limit=300)
     return f"HTTP {status}: {line}" if status else line

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, DataError
+from pipeline.text import one_line
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 # Tokens of the prompt, if a sample is supervised from its first token on, as plain text is.
@@ -67,7 +68,7 @@ def read_prompts(path: Path, tokenizer: Any, vocab_size: int, count: int) -> lis
                 "conversations, prompt, text or input_ids, or in a .txt file one prompt per line"
             ) from None
         except Exception as error:  # chat templates raise anything
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise DataError(f"{path}, line {number} can't be rendered ({reason}): fix or remove it") from None
         prompts.append(ids)
     if not prompts:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from pipeline.cache import CacheReader
 from pipeline.errors import CacheError
+from pipeline.text import one_line
 from train.config import DraftConfig, RunConfig
 from train.draft import DRAFTS
 
@@ -43,7 +44,7 @@ def read_target_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
     try:  # an unknown model type with its own code: read the dimensions by their usual names
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in values:

@@ -12,6 +12,7 @@ from pipeline import config as configuration
 from pipeline import files
 from pipeline.cache import Identity
 from pipeline.errors import ConfigError, RunError
+from pipeline.text import one_line
 from train.config import RunConfig
 from train.runs.names import TRAINING
 from train.runs.state import Progress
@@ -63,7 +64,7 @@ def read_training(folder: Path) -> TrainingPage:
 
 def damaged(folder: Path, error: Exception) -> RunError:
     """Return the error for a checkpoint that can't be read. It says whether to fix or to remove it."""
-    reason = " ".join(str(error).split())[:150] or type(error).__name__
+    reason = one_line(error)
     if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # not damage
         return RunError(f"the checkpoint {folder} can't be read ({reason}): fix that, then run it again")
     return RunError(

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.device import resolve_device
 from pipeline.errors import DSparkError, RunError, UsageError, WriteError
 from pipeline.process import WorkerPlace, torchrun_place
+from pipeline.text import one_line
 
 # Time that a rank waits for the others. When a process dies, torchrun ends the job sooner.
 TIMEOUT = timedelta(minutes=30)
@@ -170,7 +171,7 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=here if cuda else None)
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise RunError(
             f"rank {place.rank} of {place.world} can't join the others ({reason}): start all with torchrun"
         ) from None
@@ -181,7 +182,7 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise RunError(
             f"rank {place.rank} lost the other ranks ({reason}): fix the error in their output, then run the "
             "same command again; it continues from the last checkpoint"

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import ConfigError, RunError, StoppedError
 from pipeline.files import publish_bytes
+from pipeline.text import one_line
 from train.runtime.console import say, warn
 
 PROJECT = "dspark"  # $WANDB_PROJECT or $TRACKIO_PROJECT overrides it
@@ -167,7 +168,7 @@ class Trackers:
             except Exception as error:  # third-party libraries raise anything
                 self.close(failed=True)
                 raise RunError(
-                    f"train.report_to: {name} can't be opened ({_reason(error)}): fix that, "
+                    f"train.report_to: {name} can't be opened ({one_line(error)}): fix that, "
                     f"or remove {name} from train.report_to"
                 ) from error
             say(f"{name}: {tracker.where}")
@@ -181,7 +182,7 @@ class Trackers:
             except Exception as error:
                 del self._open[name]
                 warn(
-                    f"{name} failed at step {step} ({_reason(error)}) and gets no more figures; "
+                    f"{name} failed at step {step} ({one_line(error)}) and gets no more figures; "
                     "metrics.jsonl has all of them"
                 )
                 with suppress(Exception):
@@ -195,7 +196,7 @@ class Trackers:
                 tracker.close(failed=failed)
             except Exception as error:
                 warn(
-                    f"{name} failed on closing ({_reason(error)}) and may lack figures; "
+                    f"{name} failed on closing ({one_line(error)}) and may lack figures; "
                     "metrics.jsonl has all of them"
                 )
 
@@ -238,8 +239,3 @@ def _identity(path: Path) -> str:
             f'{path}: expected {{"id": "..."}}, got something else; remove it to log this run as a new one'
         )
     return identity
-
-
-def _reason(error: Exception) -> str:
-    """Return another library's error as one short line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -13,6 +13,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
 
 from pipeline.errors import ConfigError
+from pipeline.text import one_line
 from train.draft.dspark.masks import flex_block_mask
 from train.runtime.compiled import compiled
 
@@ -62,7 +63,7 @@ def resolve_attention(name: str, config: Qwen3Config, device: torch.device) -> L
         attend(*(state.requires_grad_(True) for state in states), mask).sum().backward()
         torch.cuda.synchronize(device)
     except Exception as error:  # compilers and drivers raise anything
-        reason = " ".join(str(error).split())[:150]
+        reason = one_line(error)
         warnings.warn(f"flex_attention does not run here ({reason}): using sdpa", stacklevel=2)
         return "sdpa"
     return "flex"

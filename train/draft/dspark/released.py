@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from pipeline.errors import RunError
+from pipeline.text import one_line
 from train.draft.dspark.config import DECLARED
 
 _REQUIRED = ("target_layer_ids", "mask_token_id")
@@ -99,7 +100,7 @@ def released_settings(
         values |= {name: getattr(body, name) for name in _SETTINGS if hasattr(body, name)}
         rank = int(values["markov_rank"])
     except Exception as error:  # transformers raises errors of many kinds for a config
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise RunError(f"{where} can't be read ({reason})") from None
     draft = {ours: values[theirs] for theirs, ours in _SETTINGS.items() if theirs in values}
     draft["markov_head"] = values["markov_head_type"] if rank else "none"
