@@ -167,7 +167,7 @@ def bad_options(pages: Pages) -> list[str]:
 def bad_targets(pages: Pages) -> list[str]:
     """Return the targets and variables that the Makefile doesn't have."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.M))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.M))
     variables = set(re.findall(r"^([A-Z]+) \?=", makefile, flags=re.M))
     return [
         f"{page}: make {word}"
