@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.text import duration
+from pipeline.text import duration, table
 from train.runs.checkpoint import checkpoints
 from train.runs.directory import flat_settings, load_run_cache, load_run_config, read_progress
 from train.runs.names import CONFIG, RUN
@@ -186,12 +186,8 @@ def format_text(rows: Sequence[dict[str, Any]]) -> str:
         columns = [column for column in columns if column[0] != "best tau"]
     left = {"run", "acceptance by position"}  # and settings that are text
     left |= {key for key in settings if any(isinstance(row[key], str | list) for row in rows)}
-    padded = []
-    for title, cell in columns:
-        cells = [title, *map(cell, rows)]
-        width = max(map(len, cells))
-        padded.append([text.ljust(width) if title in left else text.rjust(width) for text in cells])
-    lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+    texts = [[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
+    lines = table(texts, left={number for number, (title, _) in enumerate(columns) if title in left})
     return "\n".join(lines) + "\n" + ("* the best held-out tau\n" if top is not None else "")
 
 
