@@ -182,7 +182,10 @@ def main() -> None:
     model = make_draft(config, shape, device)
     batch = make_batch(config, model.config, mean_log, device)
     seconds = measure(config, model, batch, steps)
-    precision, blocks = resolve_precision(device, config.train.precision), int(batch.block_keep_mask.sum())
+    precision, blocks = (
+        resolve_precision(device, config.train.precision),
+        int(batch.collated["block_keep_mask"].sum()),
+    )
     case = f"{name} {precision}"
     rows = [(case, part, value, "s") for part, value in seconds.items()]
     rows.append((case, "parts together", sum(seconds[part] for part in PARTS), "s"))
