@@ -282,9 +282,11 @@ def test_every_form_of_a_prompt(tmp_path: Path) -> None:
     path.write_text("\n\n".join(map(json.dumps, rows)))
     got = read_prompts(path, tokenizer, V, 100)
     assert [tokenizer.decode(ids) for ids in got] == [ask] * len(rows)
-    path.write_text("\ufeff" + json.dumps(rows[0]) + "\n" + json.dumps(rows[1]) + "\nthis is not read")
+    two = "\ufeff" + json.dumps(rows[0]) + "\n" + json.dumps(rows[1]) + "\nthis is not read"
+    path.write_text(two, encoding="utf-8")
     assert len(read_prompts(path, tokenizer, V, 2)) == 2
-    path.write_text(json.dumps({"prompt": "a\u2028b\x0cc"}, ensure_ascii=False))  # no ends of lines
+    no_ends = json.dumps({"prompt": "a\u2028b\x0cc"}, ensure_ascii=False)  # of lines
+    path.write_text(no_ends, encoding="utf-8")
     assert "a\u2028b" in tokenizer.decode(read_prompts(path, tokenizer, V, 2)[0])
     text = tmp_path / "plain.txt"
     text.write_text("why\n\nwhy\n")

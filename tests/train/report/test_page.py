@@ -203,7 +203,7 @@ def test_the_same_files_give_the_same_bytes(runs: list[Path], both: Page, tmp_pa
         text=True,
         check=True,
     )
-    assert (tmp_path / "other.html").read_text() == both.html
+    assert (tmp_path / "other.html").read_text(encoding="utf-8") == both.html
     assert "matplotlib.backends.backend_svg" in result.stderr
     assert "matplotlib.pyplot" not in result.stderr  # which would want a display
 
@@ -211,7 +211,7 @@ def test_the_same_files_give_the_same_bytes(runs: list[Path], both: Page, tmp_pa
 def test_a_folder_stands_for_its_runs(runs: list[Path], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "report.html: 2 runs" in run_ok("report", runs[0].parent, "--title", "A & <b>")
-    page = Page((tmp_path / "report.html").read_text())
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.column("Main figures", "run") == ["bare", "full"]
     assert "<h1>A &amp; &lt;b&gt;</h1>" in page.html
 
