@@ -177,10 +177,11 @@ def sample_ids(table: pa.Table) -> np.ndarray:
 
 
 def _is_plain(data: memoryview, num_samples: int) -> bool:
-    """Whether an Arrow file's record batches have so many rows and none is compressed.
+    """Return whether an Arrow file's record batches have so many rows and none is compressed.
 
-    Looks at their metadata alone: Arrow itself would tell only by unpacking them. Fields are numbered as in
-    Arrow's File.fbs and Message.fbs.
+    This reads the flatbuffers of the metadata, because pyarrow tells of compression only by unpacking. Its
+    own `count_rows` (pyarrow 26) is not enough: metadata may claim the right rows over a buffer that unpacks
+    to gigabytes. Fields are numbered as in Arrow's File.fbs and Message.fbs.
     """
     (size,) = struct.unpack_from("<i", data, len(data) - 10)
     footer = data[len(data) - 10 - size : len(data) - 10]
