@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.errors import TargetError
 from tests.train.drafts import small_config
 from train.decode import rejection
-from train.decode.speculative import CachedTarget, decode_plain, decode_speculative
+from train.decode.speculative import decode_plain, decode_speculative
+from train.decode.target import CachedTarget
 from train.draft.dspark.decoder import DraftDecoder
 from train.draft.dspark.model import Qwen3DSparkModel
 

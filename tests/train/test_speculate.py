@@ -19,7 +19,8 @@ from tests.train.runs import train_arguments
 from train.data.split import split
 from train.decode.benchmark import _add_up, _check_partings, _parting, offline_figures
 from train.decode.prompts import held_out_prompts, read_prompts
-from train.decode.speculative import CachedTarget, Decoded
+from train.decode.speculative import Decoded
+from train.decode.target import CachedTarget
 from train.runs.figures import Parting
 from train.runs.names import EVALUATION, SPECULATION
 from train.runs.open import find_checkpoint

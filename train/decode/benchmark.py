@@ -18,7 +18,8 @@ from pipeline.errors import RunError, UsageError
 from pipeline.hooks import input_device, learned_positions
 from pipeline.target_model.load import Target
 from pipeline.text import figure_table
-from train.decode.speculative import CachedTarget, Decoded, decode_plain, decode_speculative
+from train.decode.speculative import Decoded, decode_plain, decode_speculative
+from train.decode.target import CachedTarget
 from train.draft.kind import Decoder
 from train.runs.figures import Evaluation, Parting, Rounds, Speculation, SpeculationRun
 from train.runs.open import TrainedDraft
