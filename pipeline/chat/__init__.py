@@ -1,1 +1,1 @@
-"""Rows of chat data and the chat template: what conversations look like before they are tokens."""
+"""Rows of chat data and the chat template: conversations before tokenisation."""

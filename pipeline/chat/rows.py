@@ -1,7 +1,7 @@
-"""What a row says, in any of the common forms: a conversation, a text, or tokens.
+"""Rows in any of the common forms, read as a conversation, a text or tokens.
 
-To add a form: write a function from a row to one of the three and put it in `FORMS`, with the keys it is
-recognised by.
+To add a form: write a function from a row to one of the three and put it in `FORMS`, with the keys that
+identify it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Message = dict[str, Any]
 
 
 class BadRowError(Exception):
-    """A row that can't be used. `kind` is what such rows are counted under, `str()` the whole story."""
+    """A row that can't be used. Such rows are counted by `kind`; `str()` is the full message."""
 
     def __init__(self, kind: str, message: str):
-        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # of keys, say
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # keys may hold surrogates
         self.kind = kind
 
 
@@ -48,7 +48,7 @@ class Tokens:
 
 Content = Conversation | Text | Tokens
 
-# What ShareGPT-style data calls the roles.
+# Names of roles in ShareGPT-style data.
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -66,7 +66,7 @@ _ROLES = {
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """A line of JSONL as a row. Raises BadRowError when it is not a JSON object."""
+    """Parse a line of JSONL as a row. Raises BadRowError if it is not a JSON object."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -77,7 +77,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def _text(value: Any, what: str) -> str:
-    """A string that a tokenizer can take; content in parts is joined where all of them are text."""
+    """Return a string that a tokenizer accepts. Content in parts is joined if all of them are text."""
     if (
         isinstance(value, list)
         and value
@@ -89,7 +89,7 @@ def _text(value: Any, what: str) -> str:
             "malformed message", f"{what} is no text: expected a string, got {type(value).__name__}"
         )
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRowError("not text", f"{what} holds half of a surrogate pair, which is no text: fix the row")
+        raise BadRowError("not text", f"{what} has half of a surrogate pair, which is not text: fix the row")
     return value
 
 
@@ -99,20 +99,20 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
         try:
             tools = json.loads(tools) or None
         except (ValueError, RecursionError) as error:
-            raise BadRowError("malformed tools", f'"tools" is text that is not JSON ({error})') from None
+            raise BadRowError("malformed tools", f'"tools" is text but not JSON ({error})') from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRowError("malformed tools", '"tools" is not a list of JSON schemas')
     return tools
 
 
 def _tool_call(call: Any, what: str) -> dict[str, Any]:
-    """An OpenAI tool call with its arguments as an object, which is what chat templates expect."""
+    """Return an OpenAI tool call with its arguments as an object, which chat templates expect."""
     if not isinstance(call, dict):
         raise BadRowError("malformed message", f"{what} has a tool call that is not an object")
     function = call.get("function")
     inner = dict(function) if isinstance(function, dict) else dict(call)
     if isinstance(inner.get("arguments"), str):
-        # A model's own slip stays the text it is.
+        # Arguments that are not JSON, a mistake of the model, stay text.
         with contextlib.suppress(ValueError, RecursionError):
             inner["arguments"] = json.loads(inner["arguments"])
     return {**call, "function": inner} if isinstance(function, dict) else inner
@@ -139,7 +139,7 @@ def _message(message: Any, number: int) -> Message:
 
 
 def from_messages(row: dict[str, Any]) -> Conversation:
-    """OpenAI's form: `messages`, with `tools` beside them."""
+    """Read OpenAI's form: `messages`, with optional `tools`."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRowError("no messages", _expected(row))
@@ -147,7 +147,7 @@ def from_messages(row: dict[str, Any]) -> Conversation:
 
 
 def from_conversations(row: dict[str, Any]) -> Conversation:
-    """ShareGPT's form: `conversations` of from/value (or role/content), `system` and `tools` beside them."""
+    """Read ShareGPT's form: `conversations` of from/value or role/content, optional `system` and `tools`."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadRowError("no messages", _expected(row))
@@ -174,7 +174,7 @@ def from_conversations(row: dict[str, Any]) -> Conversation:
 
 
 def from_prompt(row: dict[str, Any]) -> Conversation:
-    """`prompt` with `response` or `completion`: each a text, or a list of messages (TRL's form)."""
+    """Read `prompt` with `response` or `completion`: each a text, or a list of messages (TRL's form)."""
     answer = row.get("response", row.get("completion"))
 
     def turns(value: Any, role: str, what: str) -> list[Message]:
@@ -189,12 +189,12 @@ def from_prompt(row: dict[str, Any]) -> Conversation:
 
 
 def from_text(row: dict[str, Any]) -> Text:
-    """Plain `text`."""
+    """Read plain `text`."""
     return Text(_text(row.get("text"), 'the "text" of this row'))
 
 
 def from_tokens(row: dict[str, Any]) -> Tokens:
-    """Tokens already: `input_ids` and `loss_mask`, of one length."""
+    """Read tokens: `input_ids` and `loss_mask` of equal length."""
     ids, mask = row.get("input_ids"), row.get("loss_mask")
     if not isinstance(ids, list) or not isinstance(mask, list):
         raise BadRowError("malformed tokens", 'expected lists "input_ids" and "loss_mask"')
@@ -205,7 +205,7 @@ def from_tokens(row: dict[str, Any]) -> Tokens:
     return Tokens(ids, [int(m) for m in mask])
 
 
-# name: (keys of which a row must have one of each group, how to read it); tried in this order
+# name: (groups of keys, of each of which a row must have one; function that reads it), tried in this order
 FORMS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[dict[str, Any]], Content]]] = {
     "messages": ((("messages",),), from_messages),
     "conversations": ((("conversations",),), from_conversations),
@@ -215,7 +215,7 @@ FORMS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[dict[str, Any]], C
 }
 
 
-# Every key that says what a row holds, and what stands beside it in some of them.
+# Every key that identifies a form, and "system", which some forms allow.
 FORM_KEYS = {"system", *(key for groups, _ in FORMS.values() for group in groups for key in group)}
 
 
@@ -232,21 +232,21 @@ def _expected(row: dict[str, Any]) -> str:
 
 
 def detect_form(row: dict[str, Any]) -> str | None:
-    """The first form whose keys a row has (null is none), if any."""
+    """Return the first form whose keys a row has, if any. A key whose value is null does not count."""
     present = {key: value for key, value in row.items() if value is not None}
     return next((form for form in FORMS if _has(present, form)), None)
 
 
 def read_row(row: dict[str, Any], form: str | None = None) -> Content:
-    """A row's content.
+    """Return a row's content.
 
     Args:
-        form: a name in `FORMS`; None takes the row as what its keys say.
+        form: a name in `FORMS`; None detects it from the row's keys.
 
     Raises:
-        BadRowError: it has no known form, or another one, or is malformed in its form.
+        BadRowError: the row has no known form, or not this one, or is malformed.
     """
-    row = {key: value for key, value in row.items() if value is not None}  # a null key is no key
+    row = {key: value for key, value in row.items() if value is not None}  # null counts as no key
     found = form or detect_form(row)
     if found is None:
         raise BadRowError("no known form", _expected(row))

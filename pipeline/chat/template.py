@@ -1,4 +1,4 @@
-"""The chat template: a conversation as the served model will see it, as text."""
+"""The chat template: renders a conversation as the text that the served model will see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template, or one from a file, with the arguments it is called with."""
+    """A tokenizer's chat template, or one from a file, with its arguments."""
 
     tokenizer: Any
     template: str | None = None
@@ -26,11 +26,11 @@ class ChatTemplate:
     arguments: dict[str, Any] = field(default_factory=dict)
     """Extra template variables, such as `enable_thinking`."""
     today: str = field(default_factory=lambda: datetime.date.today().isoformat())
-    """What templates that print the date print, so that a capture of several days has one."""
+    """The date that templates print, fixed so that a capture of several days has one."""
 
     @property
     def own(self) -> Any:
-        """The template as it was given: text, texts by name, or None."""
+        """The template as given: text, texts by name, or None."""
         return self.template if self.template is not None else self.tokenizer.chat_template
 
     @property
@@ -39,17 +39,17 @@ class ChatTemplate:
 
     @cached_property
     def special_ids(self) -> list[int]:
-        """Ids of the tokens that stand for no text of their own, such as the end of a turn."""
+        """Ids of the special tokens, such as the end of a turn, which stand for no text."""
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return sorted(special | set(self.tokenizer.all_special_ids))
 
     @cached_property
     def special_texts(self) -> list[str]:
-        """The same tokens' texts."""
+        """Texts of the added tokens that are special."""
         return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def source(self, tools: Any = None) -> str:
-        """The Jinja text in use. Raises BadRowError when there is none."""
+        """Return the Jinja text in use. Raises BadRowError without one."""
         if not self.own:
             raise BadRowError(
                 "no chat template",
@@ -63,22 +63,22 @@ class ChatTemplate:
         return _TODAY.sub(lambda match: repr(date.strftime(match[2])), source)
 
     def has_marks(self, tools: Any = None) -> bool:
-        """Whether the template says with generation marks what the assistant writes."""
+        """Return whether the template has generation marks around the assistant's text."""
         return _GENERATION_MARK.search(_COMMENT.sub("", self.source(tools))) is not None
 
     def render(self, conversation: Conversation, *, prompt: bool = False) -> str:
-        """The conversation as text, with the prompt for the next answer if asked."""
+        """Render the conversation as text; with `prompt`, add the prompt for the next answer."""
         return self.render_marked(conversation.messages, conversation.tools, prompt=prompt)[0]
 
     def render_marked(
         self, messages: list[Message], tools: Any, *, prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the character ranges of its generation marks (none where the template has none).
+        """Render the text, and return it with the character ranges of its generation marks, if it has any.
 
         Raises:
             BadRowError: the template refuses the conversation.
         """
-        # What tokenizer.apply_chat_template calls; that would not hand out the marks' characters.
+        # tokenizer.apply_chat_template calls this, but does not return the marks' character ranges.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         source = self.source(tools)
@@ -91,7 +91,7 @@ class ChatTemplate:
                 return_assistant_tokens_mask=self.has_marks(tools),
                 **{**self.tokenizer.special_tokens_map, **self.arguments},
             )
-        except Exception as error:  # templates raise what they like: jinja errors, KeyError, ...
+        except Exception as error:  # templates raise errors of any type: jinja's, KeyError, ...
             why = one_line(error, limit=None)
             raise BadRowError(
                 "template refuses", f"the chat template refuses this conversation: {why}"
