@@ -1,4 +1,4 @@
-"""The `dspark` command: a table of subcommands, each imported only when it is called.
+"""The `dspark` command: a table of subcommands, each imported when it is called.
 
 To add a command: write a click command in the stage that owns it and add a row to `COMMANDS`.
 """
@@ -18,29 +18,32 @@ from pipeline import __version__
 from pipeline.errors import DSparkError, LayerIdWarning
 from pipeline.text import one_line, reason
 
-# name: (where its click command is, what it does)
+# name: (module and attribute of its click command, summary)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "plan": ("capture.cli:plan_command", "Say what a capture will do and cost."),
+    "plan": ("capture.cli:plan_command", "Show what a capture will do and cost."),
     "capture": ("capture.cli:capture_command", "Run the target once and write a cache."),
     "preview": ("capture.cli:preview_command", "Show samples as the target sees them."),
-    "regenerate": ("capture.regenerate.cli:regenerate_command", "Replace answers by the target's own."),
+    "regenerate": ("capture.regenerate.cli:regenerate_command", "Replace answers with the target's own."),
     "train": ("train.cli.train:train_command", "Train a draft from a cache."),
     "sweep": ("train.cli.experiments:sweep_command", "Train a grid of drafts over one cache."),
     "compare": ("train.cli.experiments:compare_command", "Show runs side by side."),
     "evaluate": ("train.cli.evaluate:evaluate_command", "Measure a draft on a cache's held-out split."),
-    "calibrate": ("train.cli.evaluate:calibrate_command", "Fit a draft's confidences to what is accepted."),
+    "calibrate": (
+        "train.cli.evaluate:calibrate_command",
+        "Fit a draft's confidences to observed acceptance.",
+    ),
     "speculate": ("train.cli.evaluate:speculate_command", "Decode with a draft and its live target."),
-    "report": ("train.cli.report:report_command", "Write a page about runs: curves, acceptance, costs."),
-    "export": ("train.cli.export:export_command", "Write a draft as vLLM, SGLang or Hugging Face load it."),
-    "import": ("train.cli.export:import_command", "Make a run of a released draft."),
+    "report": ("train.cli.report:report_command", "Write a page about runs: curves, acceptance, cost."),
+    "export": ("train.cli.export:export_command", "Write a draft for vLLM, SGLang or Hugging Face."),
+    "import": ("train.cli.export:import_command", "Make a run from a released draft."),
     "inspect": (
         "pipeline.cache.tools.cli:inspect_command",
-        "Show what a cache holds, or how far its capture is.",
+        "Show the contents of a cache, or the progress of its capture.",
     ),
     "convert": ("pipeline.cache.tools.cli:convert_command", "Re-encode a cache, or drop some of its layers."),
     "verify": (
         "pipeline.cache.tools.cli:verify_command",
-        "Re-hash every file of a cache; set damaged ones aside.",
+        "Check every file of a cache; set damaged ones aside.",
     ),
 }
 
@@ -66,7 +69,7 @@ class LazyGroup(click.Group):
             with _layer_warnings_as_lines():
                 return super().invoke(ctx)
         except DSparkError as error:
-            with suppress(OSError):  # nobody may listen any more, as after Ctrl-C on `dspark ... | tee`
+            with suppress(OSError):  # the reader may be gone, as after Ctrl-C on `dspark ... | tee`
                 click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
@@ -102,7 +105,7 @@ class LazyGroup(click.Group):
 
 
 def _refuse(ctx: click.Context, error: click.UsageError) -> None:
-    """One line for a wrong command line, instead of click's four."""
+    """Report a wrong command line in one line, instead of click's four, and exit."""
     command = error.ctx.command_path if error.ctx else "dspark"
     click.echo(f"error: {error.format_message()} (see `{command} --help`)", err=True)
     ctx.exit(error.exit_code)
@@ -110,7 +113,7 @@ def _refuse(ctx: click.Context, error: click.UsageError) -> None:
 
 @contextmanager
 def _layer_warnings_as_lines() -> Iterator[None]:
-    """Our own warning is one line, said once; everybody else's stay as they are."""
+    """Print each LayerIdWarning in one line, once. Other warnings stay as they are."""
     said: set[str] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", LayerIdWarning)
@@ -128,7 +131,7 @@ def _layer_warnings_as_lines() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on a GPU or here; told by name, so that this module needs no torch."""
+    """Return whether memory ran out, on a GPU or the CPU. Compares names, so that this needs no torch."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "can't allocate memory" in str(error)
 
@@ -142,10 +145,10 @@ def cli() -> None:
 
 
 def main(*command: str) -> None:
-    """Console entry point; `command` is put before the arguments, as `python -m capture` does."""
+    """Run the command line; `command` is put before the arguments, as `python -m capture` does."""
     try:
         cli([*command, *sys.argv[1:]], prog_name="dspark")
-    except BrokenPipeError:  # the reader of our output went away, as with `dspark ... | head`
+    except BrokenPipeError:  # the reader of the output has ended, as with `dspark ... | head`
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""TOML to frozen dataclasses and back: strict types, unknown keys are errors, dotted overrides.
+"""TOML to frozen dataclasses and back, with strict types and dotted overrides. Unknown keys are errors.
 
 A configuration class is a keyword-only frozen dataclass whose fields are bool, int, float, str,
 `Literal[...]`, `tuple[X, ...]`, `dict[str, X]`, `X | Y`, `X | None`, `Any`, or another such dataclass. It
@@ -30,14 +30,14 @@ T = TypeVar("T")
 
 
 def show(value: Any) -> str:
-    """A value for an error message: one line, however long or deep the value is."""
+    """Return a value's text for an error message: one short line, however long or deep the value is."""
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = brief.maxlong = 60
     return brief.repr(value)
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file. Raises ConfigError when it is missing or not TOML."""
+    """Read a TOML file. Raises ConfigError if it is missing or not TOML."""
     path = Path(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         for name in tables:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
-                raise ConfigError(f"--set {override}: {name} is a value, not a table")
+                raise ConfigError(f"--set {override}: expected a table, {name} is a value")
         table[key] = value
     return result
 
@@ -146,7 +146,7 @@ def _convert(hint: Any, value: Any, where: str, skip: dict[str, bool]) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}: expected a list, got {show(value)}")
-        if set(map(type, value)) <= {args[0]}:  # a plain column, which may have a hundred thousand entries
+        if set(map(type, value)) <= {args[0]}:  # a column of plain values, perhaps a hundred thousand
             return tuple(value)
         items = []
         for item in value:
@@ -165,14 +165,16 @@ def _convert(hint: Any, value: Any, where: str, skip: dict[str, bool]) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise ConfigError(f"{where}: {show(value)} is too large for a number") from None
+            raise ConfigError(
+                f"{where}: expected a number in the range of float, got {show(value)}"
+            ) from None
     if type(value) is not hint:
         raise ConfigError(f"{where}: expected {hint.__name__}, got {show(value)}")
     return value
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a configuration class, by the field's name."""
+    """Return the docstring under each field of a configuration class, by the field's name."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     docs = {}
@@ -185,7 +187,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def to_toml(config: Any) -> str:
-    """A configuration as TOML, one table deep. None is left out, or "none" where it is not the default."""
+    """Format a configuration as TOML, one table deep. None is omitted, or "none" if it is not the default."""
     lines = []
     for table in dataclasses.fields(config):
         lines.append(f"[{table.name}]")
@@ -198,12 +200,12 @@ def to_toml(config: Any) -> str:
 
 
 def toml_value(value: Any) -> str:
-    """A value as TOML; None is "none"."""
+    """Format a value as TOML; None is "none"."""
     if value is None:
         return '"none"'
     if isinstance(value, float):
         return repr(value)  # inf and nan are TOML, Infinity is not
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml_value, value))}]"
-    # JSON's strings, integers and booleans are TOML's; it alone lets a raw DEL stand.
+    # JSON's strings, integers and booleans are valid TOML, except that TOML forbids a raw DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

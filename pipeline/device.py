@@ -1,4 +1,4 @@
-"""Devices by name."""
+"""Devices by name, and their abilities."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from pipeline.errors import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; a GPU has its number, which some of torch wants.
+    """Return the device of that name, a GPU with its number. `auto` is CUDA if available, else the CPU.
 
     Raises:
-        UsageError: a device that torch lacks.
+        UsageError: torch can't compute on this device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).item()  # a device that computes, which meta does not
+        torch.ones(1, device=device).item()  # fails on a device that does not compute, such as meta
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} can't be used here ({str(error).splitlines()[0]})") from None
+        raise UsageError(
+            f"device {name!r} can't be used here ({str(error).splitlines()[0]}): choose another, such as auto"
+        ) from None
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bf16 matrices in hardware; emulated, they are far slower than fp32."""
+    """Return whether `device` multiplies bf16 matrices in hardware. Emulation is far slower than fp32."""
     if device.type != "cpu":
         return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -36,11 +38,11 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def reuse_freed_memory() -> None:
-    """Let glibc keep freed memory for the next allocation instead of giving it back to the kernel.
+    """Let glibc keep freed memory for the next allocation instead of returning it to the kernel.
 
-    On a CPU every large temporary is otherwise mapped afresh and faulted in page by page, step after
-    step, which was a good quarter of a training step of the example.
-    The process keeps its peak memory until it ends. Does nothing where the C library has no mallopt.
+    Otherwise every large CPU tensor is mapped anew and faulted in page by page, which took over a quarter of
+    a training step of the example. The process keeps its peak memory until it ends. Does nothing if the C
+    library has no mallopt.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # from glibc's malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,30 +1,30 @@
-"""Every mistake a user can make ends in one of these, and the command line prints it as one line.
+"""Errors that a user can cause. The command line prints each as one line.
 
-A message says what was expected, what was got and what to do. `exit_code` is 2 for a request that
-could not be right (usage) and 1 for one that was fine but could not be carried out.
+A message says what was expected, what was got and what to do. `exit_code` is 2 for an invalid request (usage)
+and 1 for a valid one that failed.
 """
 
 from __future__ import annotations
 
 
 class DSparkError(Exception):
-    """Root of the tree: catch this to catch every error the project raises on purpose."""
+    """Base class of every error that the project raises on purpose."""
 
     exit_code = 1
 
 
 class UsageError(DSparkError):
-    """The request itself is wrong: an option, a name, a combination."""
+    """The request itself is invalid: an option, a name, a combination."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """A configuration file or an override does not say something valid."""
+    """A configuration file or an override is invalid."""
 
 
 class LayerIdError(UsageError, ValueError):
-    """Layer ids that are not strictly increasing integers inside the target."""
+    """Layer ids are not strictly increasing integers inside the target."""
 
 
 class LayerIdWarning(UserWarning):
@@ -48,7 +48,7 @@ class WriteError(DSparkError):
 
 
 class StoppedError(DSparkError):
-    """Asked to stop by a signal, with everything finished so far kept."""
+    """A signal stopped the command; everything finished before is kept."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)

@@ -1,8 +1,8 @@
-"""The layer-id convention, in one place.
+"""The layer-id convention.
 
 Layer id `i` is the output of decoder layer `i`, which Hugging Face returns as
-`output_hidden_states[i + 1]`; `-1` is the embedding output (`output_hidden_states[0]`); the last id,
-`num_layers - 1`, is the state after the final norm, because that is what Hugging Face puts there.
+`output_hidden_states[i + 1]`. `-1` is the embedding output (`output_hidden_states[0]`). The last id,
+`num_layers - 1`, is the state after the final norm, as in Hugging Face.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def validate_target_layer_ids(layer_ids: Iterable[int], num_target_layers: int) 
     """Check layer ids against a target and return them as a list of ints.
 
     They must be integers, strictly increasing, inside `[-1, num_target_layers - 1]`. Ids outside
-    `[0, num_target_layers - 2]` are allowed but can't be served by SGLang, which a warning says.
+    `[0, num_target_layers - 2]` give a LayerIdWarning, because SGLang can't serve them.
 
     Raises:
-        LayerIdError: (a ValueError) naming the ids, the range and the remedy.
+        LayerIdError: (a ValueError) the ids break these rules.
     """
     ids = []
     for layer_id in layer_ids:
         if isinstance(layer_id, bool) or not hasattr(layer_id, "__index__"):
-            raise LayerIdError(f"target layer ids must be integers, got {layer_id!r}: name them as 1,9,17")
+            raise LayerIdError(f"target layer ids must be integers, got {layer_id!r}: write them as 1,9,17")
         ids.append(index(layer_id))
     if not ids:
         raise LayerIdError("expected at least one target layer id, got none: name some, such as 1,9,17")
@@ -57,7 +57,7 @@ def validate_target_layer_ids(layer_ids: Iterable[int], num_target_layers: int) 
 
 
 def default_layer_ids(num_target_layers: int, count: int = 5) -> list[int]:
-    """An even spread of `count` layers inside `[1, num_target_layers - 3]`, fewer where they coincide.
+    """Return `count` layers spread evenly over `[1, num_target_layers - 3]`, fewer if some coincide.
 
     Qwen3-4B's 36 layers give 1, 9, 17, 25, 33.
     """
@@ -72,7 +72,7 @@ def extract_context_feature(hidden_states: Sequence[Tensor], layer_ids: Sequence
 
     Args:
         hidden_states: Hugging Face's `output_hidden_states`: `num_layers + 1` tensors `[.., H]`.
-        layer_ids: ids in this module's convention, in the order wanted.
+        layer_ids: ids in this module's convention, in the order of the result.
 
     Returns:
         Context features `[.., L*H]`.
@@ -81,18 +81,18 @@ def extract_context_feature(hidden_states: Sequence[Tensor], layer_ids: Sequence
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
-    """Half-precision values as float32; float32 and float64 as they are."""
+    """Convert half-precision values to float32; leave float32 and float64 as they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def head_logits(hidden: Tensor, head: Tensor, softcap: float | None = None, scale: float = 1.0) -> Tensor:
-    """Vocabulary logits in fp32 for post-norm hidden states, as the target itself computes them.
+    """Compute vocabulary logits of post-norm hidden states in fp32, otherwise as the target does.
 
     Args:
         hidden: `[.., H]`.
         head: the `lm_head` weight `[V, H]`.
         softcap: the target's tanh soft-cap on its logits, if it has one.
-        scale: what the target multiplies its logits by, before the soft-cap.
+        scale: the target's factor on its logits, before the soft-cap.
 
     Returns:
         `[.., V]` float32, or float64 for float64 weights.

@@ -1,8 +1,8 @@
 """Find the parts of any decoder-only Hugging Face model, and tap their outputs.
 
-Parts are found by structure: the decoder is the module that owns both the token embedding and the
-list of layers, the final norm is the norm beside them. What structure does not tell, and what configs
-say under different names, is in the tables below: a new target family needs a row there, or nothing.
+Parts are found by structure: the decoder is the module that owns both the token embedding and the list of
+layers; the final norm is the norm beside them. The tables below hold names that structure does not tell, and
+settings that configs name differently: a new target family needs a row there, or nothing.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from torch import Tensor, nn
 from pipeline.errors import TargetError
 from pipeline.features import EMBEDDING_LAYER_ID
 
-# What a list of layers is called, where a decoder owns several lists.
+# Names of the list of layers, for decoders that own several lists.
 LAYER_NAMES = ("layers", "h", "blocks")
-# What the final norm is called, where a decoder owns several norms.
+# Names of the final norm, for decoders that own several norms.
 NORM_NAMES = ("norm", "final_norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm")
-# Final norms that are called something else, by model type.
+# Other names of the final norm, by model type.
 NORM_EXCEPTIONS = {"lfm2": "embedding_norm", "lfm2_moe": "embedding_norm", "lfm3": "embedding_norm"}
 
-# Where a config says what token embeddings are multiplied by. These and the logits' names below count only
-# where the forward reads them: many configs hold some that their model ignores.
+# Config names of the factor on token embeddings. These and the names for logits below count only if the
+# forward reads them, because many configs have some that their model ignores.
 EMBEDDING_SCALES = ("embedding_multiplier", "scale_emb")
-# These scale by sqrt(H) in their forward without saying so (the first two in older transformers).
+# Model types that multiply by sqrt(H) in their forward, not by config (the first two in older transformers).
 SQRT_EMBEDDING_SCALE = ("gemma", "gemma2", "recurrent_gemma")
-# Where a config says what logits are multiplied by, and the power it stands in.
+# Config names of the factor on logits, with its exponent: -1 for a divisor.
 LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
-# Model types that read one of these names the other way round.
+# Model types with another exponent.
 LOGIT_SCALE_EXCEPTIONS = {("hyperclovax", "logits_scaling"): 1}
-# Where a config says the tanh soft-cap on logits.
+# Config names of the tanh soft-cap on logits.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 def _stack_of(module: nn.Module, num_layers: int | None = None) -> list[nn.Module] | None:
-    """The decoder layers that `module` itself owns, in order, or None."""
+    """Return the decoder layers that `module` itself owns, in order, or None."""
     stacks = {}
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList) and len(child):
@@ -66,7 +66,7 @@ def _token_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def _owners(module: nn.Module, num_layers: int | None) -> Iterator[nn.Module]:
-    """Modules that own a list of layers, outermost first; layers themselves are not searched."""
+    """Yield the modules that own a list of layers, outermost first. Layers themselves are not searched."""
     if _stack_of(module, num_layers) is not None:
         yield module
     for child in module.children():
@@ -78,14 +78,11 @@ def find_decoder(model: nn.Module) -> nn.Module:
     """Return the module that owns the decoder layers and the final norm.
 
     Raises:
-        TargetError: for encoder-decoders, models that read no tokens, and models whose parts are not
-            found, by class name.
+        TargetError: an encoder-decoder, a model that reads no tokens, or one whose parts are not found.
     """
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise TargetError(
-            f"{name} is an encoder-decoder: expected a decoder-only causal LM, name such a one as the target"
-        )
+        raise TargetError(f"{name} is an encoder-decoder: pass a decoder-only causal LM")
     num_layers = getattr(_text_config(model), "num_hidden_layers", None)
     owners = list(_owners(model, num_layers))
     embedding = _token_embedding(model)
@@ -95,7 +92,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     elif getattr(getattr(embedding, "weight", None), "dim", lambda: 0)() != 2:
         raise TargetError(
             f"{name} reads no token ids (its input goes to {type(embedding).__name__}): "
-            "expected a decoder-only causal LM, name such a one as the target"
+            "pass a decoder-only causal LM"
         )
     else:
         inside = [owner for owner in owners if any(part is embedding for part in owner.modules())]
@@ -103,7 +100,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
             return inside[-1]  # the innermost: towers for images and sound hold no token embedding
     raise TargetError(
         f"no decoder layers found in {name}: expected a list of layers ({', '.join(LAYER_NAMES)}) beside the "
-        "token embedding; name a decoder-only causal LM, or add its names to the tables of pipeline/hooks.py"
+        "token embedding; pass a decoder-only causal LM, or add its names to the tables of pipeline/hooks.py"
     )
 
 
@@ -115,7 +112,7 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def find_final_norm(model: nn.Module) -> nn.Module:
-    """Return the norm whose output feeds `lm_head`. Raises TargetError where there is none."""
+    """Return the norm whose output feeds `lm_head`. Raises TargetError if there is none, or several."""
     decoder = find_decoder(model)
     exception = NORM_EXCEPTIONS.get(getattr(_text_config(model), "model_type", None))
     if exception and isinstance(getattr(decoder, exception, None), nn.Module):
@@ -133,12 +130,12 @@ def find_final_norm(model: nn.Module) -> nn.Module:
     found = f"several ({', '.join(norms)})" if norms else "none"
     raise TargetError(
         f"no final norm found in {type(decoder).__name__}: expected one norm beside its layers, got {found}; "
-        "name a target that has one, or add what it is called to the tables of pipeline/hooks.py"
+        "pass a target that has one, or add its name to the tables of pipeline/hooks.py"
     )
 
 
 def _reads(module: nn.Module, name: str) -> bool:
-    """Whether a module's own forward mentions a setting; True where its source can't be had."""
+    """Return whether a module's own forward mentions a setting; True if its source is not available."""
     forwards = [vars(cls)["forward"] for cls in type(module).__mro__ if "forward" in vars(cls)]
     try:
         return any(name in inspect.getsource(forward) for forward in forwards if forward is not None)
@@ -147,7 +144,7 @@ def _reads(module: nn.Module, name: str) -> bool:
 
 
 def embedding_scale(model: nn.Module) -> float:
-    """What the target multiplies token embeddings by before its first layer (Gemma: sqrt(H))."""
+    """Return the target's factor on token embeddings before its first layer (Gemma: sqrt(H))."""
     embeddings, config = model.get_input_embeddings(), _text_config(model)
     scale = getattr(embeddings, "scalar_embed_scale", None)  # Gemma and BioGPT scale in the embedding module
     scale = getattr(embeddings, "embed_scale", None) if scale is None else scale
@@ -162,7 +159,7 @@ def embedding_scale(model: nn.Module) -> float:
 
 
 def logit_scale(model: nn.Module) -> float:
-    """What the target multiplies its logits by, before any soft-cap (Cohere's factor, Granite's divisor)."""
+    """Return the target's factor on its logits, before any soft-cap (Cohere's factor, Granite's divisor)."""
     config, scale = _text_config(model), 1.0
     for name, power in LOGIT_SCALES.items():
         if getattr(config, name, None) and _reads(model, name):
@@ -171,7 +168,7 @@ def logit_scale(model: nn.Module) -> float:
 
 
 def final_logit_softcapping(model: nn.Module) -> float | None:
-    """The tanh soft-cap on the target's logits, if it has one (Gemma 2)."""
+    """Return the tanh soft-cap on the target's logits, if it has one (Gemma 2)."""
     config = _text_config(model)
     caps = (getattr(config, name, None) for name in SOFTCAPS if _reads(model, name))
     return next((float(cap) for cap in caps if cap), None)
@@ -182,7 +179,7 @@ def _tensor_of(output: Any) -> Tensor:
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """How many positions the target learned an embedding for (GPT-2, OPT); None where it can do with more."""
+    """Return the number of learned position embeddings (GPT-2, OPT); None if positions are not limited so."""
     token_embedding = _token_embedding(model)
     for name, child in find_decoder(model).named_children():
         positional = "pos" in name or name == "wpe"
@@ -192,7 +189,7 @@ def learned_positions(model: nn.Module) -> int | None:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device of the embedding, also when the model is spread over several."""
+    """Return the device for token ids: the embedding's, even if the model is spread over several."""
     embedding = _token_embedding(model)
     if embedding is not None:
         return embedding.weight.device
@@ -203,9 +200,9 @@ def input_device(model: nn.Module) -> torch.device:
 def tap_states(model: nn.Module, layer_ids: Sequence[int], *, last_hidden: bool = True) -> Iterator[dict]:
     """Collect layer outputs by id, and the post-norm state under `"last_hidden"`, in one forward.
 
-    Yields a dict that a forward inside the block fills with detached tensors `[B, S, H]`. The
-    embedding output is read where layer 0 takes it, so that scaling and position embeddings which a
-    family adds outside its embedding module are in it. Hooks are removed on leaving, also on error.
+    Yields a dict that a forward inside the block fills with detached tensors `[B, S, H]`. The embedding
+    output is read at the input of layer 0, so that it includes scaling and position embeddings that a family
+    applies outside its embedding module. Hooks are removed on exit, also after an error.
     """
     layers = find_layers(model)
     states: dict[int | str, Tensor] = {}
@@ -243,19 +240,19 @@ def check_states(
     """Check what `tap_states` collected.
 
     Args:
-        keys: what was asked for.
+        keys: the requested states.
         shape: of the input ids, `[B, S]`.
 
     Raises:
-        TargetError: one is missing (the model skipped that layer) or is not `[B, S, H]`.
+        TargetError: a state is missing (the model skipped that layer) or is not `[B, S, H]`.
     """
     name = type(model).__name__
     for key in keys:
         if key not in states:
-            raise TargetError(f"{name} did not run layer {key}: leave it out of the layer ids")
+            raise TargetError(f"{name} did not run layer {key}: remove it from the layer ids")
         got = tuple(states[key].shape)
         if len(got) != 3 or got[:2] != tuple(shape):
             raise TargetError(
                 f"{name}: expected states [B, S, H] with B, S = {tuple(shape)}, got {got} at {key}: "
-                "its layers pass on something else, use another target"
+                "use another target, whose layers return hidden states"
             )

@@ -1,4 +1,4 @@
-"""Command-line options that several commands share; importing this imports no torch."""
+"""Command-line options that several commands share. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC = "nf4", "int8"
 
 
 def parse_layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    """The callback of `--layers`."""
+    """Parse `--layers`, as a click callback. Raises UsageError."""
     if text is None:
         return None
     try:
@@ -33,7 +33,7 @@ def parse_layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | No
 
 
 def gathered(cls: type, name: str, options: list[Callable]) -> Callable[[Command], Command]:
-    """A decorator that adds click options and hands them to the command as one `cls`, under `name`."""
+    """Return a decorator that adds click options to a command and passes them as one `cls` named `name`."""
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)

@@ -1,4 +1,4 @@
-"""Which process is this, and does that one still live: the same answer for everyone who asks."""
+"""Identity of this process, and liveness of others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @cache
 def place() -> str:
-    """Names the space in which process ids mean something: one boot of a machine, one PID namespace.
+    """Return an id of the space in which process ids are unique: one boot of a machine, one PID namespace.
 
     Two containers of one machine, or one machine before and after a reboot, are different places.
     """
@@ -25,12 +25,12 @@ def place() -> str:
 
 
 def started(pid: int) -> str | None:
-    """When a process of this place began, in the kernel's own count; None where that can't be told."""
+    """Return the start time of a process of this place, in the kernel's count; None if unknown."""
     return _stat(pid, 19)
 
 
 def _stat(pid: int, field: int) -> str | None:
-    """A field of what the kernel says of a process after its name; None where it says nothing."""
+    """Return a field after the name in `/proc/<pid>/stat`, counted from 0; None if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[field]
     except (OSError, IndexError):
@@ -38,16 +38,16 @@ def _stat(pid: int, field: int) -> str | None:
 
 
 def alive(pid: int, since: str | None = None) -> bool:
-    """Whether a process of this place lives: the one that began at `since`, where that is known."""
-    if pid < 1:  # not a process but a group of them
+    """Return whether a process of this place is alive and, if `since` is known, started then."""
+    if pid < 1:  # a group of processes
         return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's process is a process
+    except PermissionError:  # alive, of another user
         pass
-    if _stat(pid, 0) in ("Z", "X"):  # dead, and kept by a parent that does not ask, as in many containers
+    if _stat(pid, 0) in ("Z", "X"):  # dead, but not reaped by its parent, as in many containers
         return False
     return since is None or started(pid) in (None, since)
 
@@ -62,11 +62,11 @@ class WorkerPlace:
 
     @property
     def label(self) -> str:
-        """For people; empty for a process alone."""
+        """Name for messages, such as 1/4; empty for a single process."""
         return f"{self.rank}/{self.world}" if self.world > 1 else ""
 
     def device(self, name: str) -> str:
-        """`auto` or `cuda` on a machine with several GPUs is one a process; all else stays as it is."""
+        """Return this process's own GPU for `auto` or `cuda`, if there are several processes; else `name`."""
         if name not in ("auto", "cuda") or self.world == 1:
             return name
         import torch
@@ -76,7 +76,7 @@ class WorkerPlace:
 
 
 def torchrun_place() -> WorkerPlace:
-    """Which of torchrun's processes this is, by its environment; the only one where there is no torchrun."""
+    """Return this process's place among torchrun's, from its environment; without torchrun, a single one."""
     try:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_RANK", rank))

@@ -1,10 +1,10 @@
-"""Keep other libraries' progress bars and warnings out of ours."""
+"""Silence other libraries' progress bars and notices."""
 
 from __future__ import annotations
 
 
 def quiet_transformers() -> None:
-    """Silence the bars and notices that transformers prints while it loads and saves models."""
+    """Silence transformers' progress bars and notices while it loads and saves models."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Stop when asked to: signals become a question that a loop asks between two steps."""
+"""Stop on signals: a loop checks between two steps whether one came."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from types import FrameType
 
 from pipeline.errors import StoppedError
 
-# Ctrl-C within so many seconds of the first signal is the same request.
+# Ctrl-C within this time of the first signal counts as the same request.
 AGAIN_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether a signal asked the process to stop. Made by `stop_on_signals`."""
+    """The first signal that asked this process to stop, if any. Made by `stop_on_signals`."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
     def check(self, what_is_kept: str) -> None:
-        """Raise StoppedError if a signal came; the command line makes exit code 130, 143 or 129 of it."""
+        """Raise StoppedError if a signal came. The command line then exits with 130, 143 or 129."""
         if self.signal is not None:
             raise StoppedError(self.signal, f"stopped by {self.signal.name}: {what_is_kept}")
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them.
+    """Record SIGINT, SIGTERM and SIGHUP in a StopRequest instead of ending the process.
 
-    The same request may come more than once: a scheduler asks every process and torchrun asks its own again.
-    So only Ctrl-C, pressed again after a moment, acts as it always does. What is ignored already, as SIGHUP
-    under nohup or SIGINT in a script's background, stays ignored. Outside the main thread, where Python
-    allows no handlers, signals stay as they are.
+    The same request may come several times, because a scheduler signals every process and torchrun signals
+    its own again. So only a second Ctrl-C, after `AGAIN_SECONDS`, interrupts as usual. A signal that is
+    ignored already, such as SIGHUP under nohup or SIGINT of a background job, stays ignored. Outside the main
+    thread, where Python allows no handlers, nothing changes.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""How well stored states reproduce their own: measured on a few rows, and summed up for the manifest."""
+"""Errors of stored states, measured on a few rows per shard and summarised for the manifest."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pipeline.cache.manifest import Identity
 from pipeline.cache.statistics import StateCodec
 from pipeline.features import head_logits
 
-# What one shard's check measured: a value a checked row, by what was measured.
+# Figures of one shard: a value per checked row, by the name of the quantity.
 Measured = dict[str, tuple[float, ...]]
 
 TEACHER_TV = "teacher_tv"
-# Label rows of a shard whose stored states are decoded and compared with their own.
+# Label rows per shard whose stored states are decoded and compared with the original ones.
 CHECKED_ROWS = 4
-# Rows of the head that are turned to fp32 at a time.
+# Rows of the head that are converted to fp32 at a time.
 VOCABULARY_CHUNK = 16384
 
 
 def relative_error(state: str) -> str:
-    """The name of a state's relative error, `|decoded - own| / |own|` of a row."""
+    """Return the name of a state's relative error, `|decoded - own| / |own|` of a row."""
     return f"relative_error.{state}"
 
 
 def spread(rows: int) -> list[int]:
-    """Some rows of a shard's, evenly spread."""
+    """Return up to `CHECKED_ROWS` of a shard's row numbers, evenly spread."""
     count = min(CHECKED_ROWS, rows)
     return sorted({(2 * i + 1) * rows // (2 * count) for i in range(count)})
 
@@ -37,15 +37,15 @@ def spread(rows: int) -> list[int]:
 def measure_rows(
     state: str, codec: StateCodec, own: Tensor, parts: Mapping[str, Tensor], head: Tensor, identity: Identity
 ) -> dict[str, Tensor]:
-    """What storing does to a few rows of a state.
+    """Measure the error of some stored rows of a state.
 
     Args:
-        own: the rows `[n, H]` as they were.
-        parts: the same rows as the codec stores them.
+        own: the rows `[n, H]` before encoding.
+        parts: the same rows as stored.
         head: the target's `lm_head.weight` `[V, H]`.
 
     Returns:
-        `[n]` each: the relative error, and of the last hidden state the teacher's total variation.
+        `[n]` each: the relative error, and for the last hidden state the teacher's total variation.
     """
     own = own.float()
     decoded = torch.empty(own.shape, dtype=torch.bfloat16, device=own.device)
@@ -59,7 +59,7 @@ def measure_rows(
 
 
 def teacher_variation(head: Tensor, identity: Identity, one: Tensor, other: Tensor) -> Tensor:
-    """Total variation `[n]` between the next-token distributions of two sets of last hidden rows `[n, H]`."""
+    """Return the total variation `[n]` between the next-token distributions of last hidden rows `[n, H]`."""
     cap, scale = identity.target.final_logit_softcapping, identity.target.logit_scale
 
     def distribution(rows: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def teacher_variation(head: Tensor, identity: Identity, one: Tensor, other: Tens
 
 
 def summarise(shards: Iterable[Measured]) -> dict[str, float]:
-    """The manifest's figures: mean and 99th percentile of everything measured, and the number of rows."""
+    """Return the manifest's figures: mean and 99th percentile per quantity, and the teacher's row count."""
     values: dict[str, list[float]] = {}
     for measured in shards:
         for name, rows in measured.items():

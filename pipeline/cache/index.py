@@ -1,7 +1,7 @@
-"""The plan and the sample index: which sample fills which rows of which shard.
+"""The plan and the sample index: the shard and rows of each sample.
 
-Both are pure functions of the samples' lengths and masks, fixed before the first forward, so that
-any number of workers, now or after a crash, fill the same shards.
+Both are pure functions of the samples' lengths and masks, fixed before the first forward. So any number of
+workers, now or after a crash, fill the same shards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.text import one_line
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.binary(16), nullable=False),  # from SHA-256 of token ids and mask
-        pa.field("source", pa.int32(), nullable=False),  # which of the manifest's sources
+        pa.field("source", pa.int32(), nullable=False),  # number of one of the manifest's sources
         pa.field("source_row", pa.int64(), nullable=False),  # row number in that source, from 0
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("token_start", pa.int64(), nullable=False),  # first row of the shard's token tensors
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleFacts:
-    """What the plan needs to know of n samples, without their tokens: a column a fact."""
+    """Facts of n samples that the plan needs, without their tokens, as columns."""
 
     sample_ids: np.ndarray  # [n, 16] uint8
     sources: np.ndarray  # [n]
@@ -49,32 +49,32 @@ class SampleFacts:
         return len(self.lengths)
 
     def take(self, order: np.ndarray) -> SampleFacts:
-        """These samples in another order, or some of them."""
+        """Return the samples of the numbers `order`, in that order."""
         return SampleFacts(**{field.name: getattr(self, field.name)[order] for field in fields(self)})
 
     def content_hash(self) -> str:
-        """SHA-256 over the sample ids in order, that is over all token ids and loss masks."""
+        """Return the hex SHA-256 over the sample ids in order, and so over all token ids and loss masks."""
         return hashlib.sha256(np.ascontiguousarray(self.sample_ids)).hexdigest()
 
 
 def sample_id(input_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:
-    """Name a sample by its content: the first 16 bytes of a SHA-256 over int32 ids, then uint8 mask."""
+    """Return a sample's id: the first 16 bytes of the SHA-256 over its token ids as int32, then its mask."""
     content = input_ids.astype("<i4").tobytes() + loss_mask.astype("u1").tobytes()
     return hashlib.sha256(content).digest()[:16]
 
 
 def last_hidden_rows(loss_mask: np.ndarray) -> np.ndarray:
-    """Positions whose last hidden state a loss can use: t-1 for every supervised label t >= 1."""
+    """Return the positions whose last hidden state a loss can use: t-1 per supervised label t >= 1."""
     return np.flatnonzero(loss_mask[1:])
 
 
 def count_candidates(loss_mask: np.ndarray) -> int:
-    """How many positions can be an anchor: supervised, with a supervised successor."""
+    """Count the positions that can be an anchor: supervised, with a supervised successor."""
     return int(np.count_nonzero(loss_mask[:-1] & loss_mask[1:]))
 
 
 def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[range]:
-    """Split samples (or batches), in order, into shards of at most `shard_tokens` tokens, one at least."""
+    """Split samples or batches, in order, into shards of at most `shard_tokens` tokens or one longer item."""
     shards: list[range] = []
     first = tokens = 0
     for i, length in enumerate(lengths):
@@ -88,12 +88,12 @@ def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[range]:
 
 
 def build_index(facts: SampleFacts, shards: Sequence[range]) -> tuple[pa.Table, Plan]:
-    """The index table and the manifest's plan for samples that lie in `shards`, in order."""
+    """Return the index table and the manifest's plan of samples that fill `shards` in order."""
     samples = np.array([len(members) for members in shards], dtype=np.int64)
     first = np.cumsum(samples) - samples  # each shard's first sample
 
     def starts(sizes: np.ndarray) -> np.ndarray:
-        """Where each sample's rows begin in its shard."""
+        """Return each sample's first row in its shard."""
         ends = np.cumsum(sizes, dtype=np.int64)
         return ends - sizes - np.repeat((ends - sizes)[first], samples)
 
@@ -124,7 +124,7 @@ def build_index(facts: SampleFacts, shards: Sequence[range]) -> tuple[pa.Table, 
 
 
 def index_bytes(table: pa.Table) -> bytes:
-    """The index as an uncompressed Arrow IPC file, which a reader maps without reading it."""
+    """Return the index as an uncompressed Arrow IPC file, which a reader maps without reading it."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_table(table)
@@ -141,15 +141,15 @@ def open_index(path: Path, plan: Plan) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as mapped:
             whole = mapped.read_buffer()
-            # A compressed index could unpack to anything: one smaller than its rows is not even opened,
-            # and one whose columns do not lie in the file itself, as they are, is not read.
+            # A compressed index could unpack to any size. A file smaller than its rows is not opened, and one
+            # whose columns are not stored as they are is not read.
             row_bytes = sum(column.type.bit_width // 8 for column in SCHEMA)
             if whole.size < num_samples * row_bytes:
                 raise CacheError(f"{path} is damaged (too short for {num_samples} samples): capture again")
             with pa.ipc.open_file(mapped) as reader:
                 if not reader.schema.equals(SCHEMA):
                     raise CacheError(
-                        f"{path} is damaged (its columns are not those of FORMAT.md): capture again"
+                        f"{path} is damaged (its columns differ from those of FORMAT.md): capture again"
                     )
                 if not _is_plain(memoryview(whole).cast("B"), num_samples):
                     raise CacheError(
@@ -158,7 +158,7 @@ def open_index(path: Path, plan: Plan) -> pa.Table:
                 table = reader.read_all()
         table.validate(full=True)
     except FileNotFoundError:
-        raise CacheError(f"{path} is missing: the cache is damaged, capture again") from None
+        raise CacheError(f"{path} is missing: capture again") from None
     except (pa.ArrowException, OSError, ValueError, struct.error) as error:
         raise CacheError(f"{path} is damaged ({one_line(error)}): capture again") from None
     if not all(_lies_in(whole, column) for column in table.columns):
@@ -171,13 +171,13 @@ def open_index(path: Path, plan: Plan) -> pa.Table:
 
 
 def sample_ids(table: pa.Table) -> np.ndarray:
-    """The index's sample ids as `[n, 16]` uint8, a view."""
+    """Return the index's sample ids as `[n, 16]` uint8, a view."""
     column = table["sample_id"].combine_chunks()
     return np.frombuffer(column.buffers()[1], dtype=np.uint8).reshape(-1, 16)[: len(column)]
 
 
 def _is_plain(data: memoryview, num_samples: int) -> bool:
-    """Return whether an Arrow file's record batches have so many rows and none is compressed.
+    """Return whether an Arrow file's record batches have `num_samples` rows and none is compressed.
 
     This reads the flatbuffers of the metadata, because pyarrow tells of compression only by unpacking. Its
     own `count_rows` (pyarrow 26) is not enough: metadata may claim the right rows over a buffer that unpacks
@@ -198,19 +198,19 @@ def _is_plain(data: memoryview, num_samples: int) -> bool:
         header, custom = _field(message, root, 2), _field(message, root, 4)
         batch = _follow(message, header)
         length, compression = _field(message, batch, 0), _field(message, batch, 3)
-        if custom or compression:  # before Arrow 1.0, a batch's own metadata said that it is compressed
+        if custom or compression:  # before Arrow 1.0, custom metadata marked compression
             return False
         rows += struct.unpack_from("<q", message, length)[0] if length else 0
     return rows == num_samples
 
 
 def _follow(data: memoryview, position: int) -> int:
-    """Where a flatbuffer's reference leads."""
+    """Return the position that a flatbuffer's reference points to."""
     return position + struct.unpack_from("<I", data, position)[0]
 
 
 def _field(data: memoryview, table: int, number: int) -> int:
-    """Where a field of a flatbuffer's table lies; 0 if it is left out."""
+    """Return the position of a field of a flatbuffer's table; 0 if it is left out."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     (size,) = struct.unpack_from("<H", data, vtable)
     entry = 4 + 2 * number
@@ -219,13 +219,14 @@ def _field(data: memoryview, table: int, number: int) -> int:
 
 
 def _lies_in(whole: pa.Buffer, column: pa.ChunkedArray) -> bool:
+    """Return whether a column's buffers lie inside the mapped file."""
     buffers = [buffer for chunk in column.chunks for buffer in chunk.buffers() if buffer is not None]
     end = whole.address + whole.size
     return all(whole.address <= b.address and b.address + b.size <= end for b in buffers if b.size)
 
 
 def _matches(table: pa.Table, plan: Plan) -> bool:
-    """Whether samples tile every shard exactly: in order, without gap or overlap."""
+    """Return whether the samples tile every shard of the plan: in order, without gap or overlap."""
     shard, start, length, last_start, last_rows, candidates = (
         table[name].to_numpy().astype(np.int64) for name in SCHEMA.names[3:]
     )

@@ -1,4 +1,4 @@
-"""The tensors of a shard, as FORMAT.md lists them: one function that writer and reader both follow."""
+"""The tensors of a shard, as FORMAT.md lists them. Writer and reader both follow `shard_specs`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import torch
 from pipeline.cache.codecs import TensorSpec, get_codec
 from pipeline.cache.manifest import Identity, ShardPlan
 
-# What a state's stored tensors are called: the context of a layer, and the last hidden state.
 LAST_HIDDEN = "last_hidden"
 
 
 def context_name(layer_id: int) -> str:
-    """The tensor name of a layer's context features."""
+    """Return the state name of a layer's context features."""
     return f"context.{layer_id}"
 
 
 def part_name(state: str, suffix: str) -> str:
-    """The tensor name of one part of an encoded state."""
+    """Return the tensor name of one part of an encoded state."""
     return f"{state}.{suffix}" if suffix else state
 
 
 def shard_specs(identity: Identity, plan: ShardPlan) -> dict[str, TensorSpec]:
-    """Every tensor of a shard, by name: dtype and shape."""
+    """Return the dtype and shape of every tensor of a shard, by name."""
     features, width = identity.features, identity.target.hidden_size
     specs: dict[str, TensorSpec] = {
         "input_ids": (torch.int32, (plan.tokens,)),

@@ -1,7 +1,7 @@
-"""What a cache is and holds: identity, plan, file table, fidelity. See FORMAT.md.
+"""The manifest of a cache: identity, plan, file table, fidelity. See FORMAT.md.
 
-The manifest is written first with status "incomplete" and replaced last with status "complete"; no
-complete manifest, no cache.
+It is written first with status "incomplete" and replaced last with status "complete". Without a complete
+manifest there is no cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pipeline import config, files
 from pipeline.errors import CacheError, ConfigError
 from pipeline.features import validate_target_layer_ids
+from pipeline.text import one_line
 
 FORMAT = "dspark-cache"
 FORMAT_VERSION = 1
@@ -27,14 +28,14 @@ INDEX = "samples.arrow"
 PROGRESS = "progress"
 STATISTICS = "statistics.safetensors"
 FROZEN = "target/frozen.safetensors"
-# A manifest lists about a hundred bytes a shard: five million shards stay below this.
+# A manifest has about a hundred bytes per shard: five million shards stay below this.
 MAX_MANIFEST_BYTES = 512 * 2**20
-UNSEALED = "0" * 64  # what a manifest's checksum is while it is computed
-MAX_COUNT = 2**48  # no real size comes near it, and sums of many still fit 64 bits
+UNSEALED = "0" * 64  # in place of a manifest's checksum while it is computed
+MAX_COUNT = 2**48  # far above any real size, and sums of many still fit 64 bits
 
 
 def shard_file(shard: int) -> str:
-    """The only name a shard can have, relative to the cache."""
+    """Return the only name that a shard can have, relative to the cache."""
     return f"shards/{shard:05d}.safetensors"
 
 
@@ -43,7 +44,7 @@ class TargetIdentity:
     """The frozen model whose states the cache holds."""
 
     name: str
-    """Directory name or Hub id; for people, and for the export's model card."""
+    """Directory name or Hub id, for messages and the export's model card."""
     weights: str
     """SHA-256 over the weight files' names and bytes."""
     architecture: str
@@ -53,18 +54,18 @@ class TargetIdentity:
     vocab_size: int
     """Rows of the embedding, padding rows included."""
     dtype: str
-    """What the target computed in."""
+    """The dtype that the target computed in."""
     tied_embeddings: bool
     embedding_scale: float
-    """What token embeddings are multiplied by before the first layer."""
+    """Factor on token embeddings before the first layer."""
     logit_scale: float
-    """What the head's logits are multiplied by, before any soft-cap."""
+    """Factor on the head's logits, before any soft-cap."""
     final_logit_softcapping: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerIdentity:
-    """What turned conversations into token ids."""
+    """The tokenizer and chat template that turned conversations into token ids."""
 
     sha256: str
     chat_template_sha256: str
@@ -77,19 +78,19 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class DataIdentity:
-    """Which token sequences were captured."""
+    """The captured token sequences."""
 
     sources: tuple[str, ...]
-    """File names without their directories, and Hub ids; the index says which sample is whose."""
+    """File names without their directories, and Hub ids; the index has each sample's source."""
     sha256: str
-    """Over every sample id in order, that is over all token ids and loss masks."""
+    """SHA-256 over the sample ids in order, and so over all token ids and loss masks."""
     settings: dict[str, str]
-    """The options that rows became samples by: form, supervision, lengths, choice."""
+    """The options by which rows became samples: form, supervision, lengths, selection."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureIdentity:
-    """Which states were kept, and how they were stored."""
+    """The stored states and their codecs."""
 
     layer_ids: tuple[int, ...]
     context_codec: str
@@ -99,7 +100,7 @@ class FeatureIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Everything that decides the bytes of a cache: two captures that agree here are the same cache."""
+    """Everything that decides the bytes of a cache. Captures of equal identity give the same cache."""
 
     target: TargetIdentity
     tokenizer: TokenizerIdentity
@@ -111,7 +112,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """What one shard will hold."""
+    """Samples, tokens and label rows of one shard."""
 
     samples: int
     tokens: int
@@ -120,7 +121,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What every shard will hold, a column a quantity, so that a hundred thousand shards open in no time.
+    """Samples, tokens and label rows of every shard, as columns: a hundred thousand shards open fast.
 
     `len(plan)` is the number of shards, `plan[shard]` one shard's row.
     """
@@ -131,7 +132,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not len(self.samples) == len(self.tokens) == len(self.last_rows):
-            raise ConfigError("its columns differ in length")
+            raise ConfigError("expected columns of equal length")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -153,7 +154,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFiles:
-    """The finished shards' files, in order; their names follow from their numbers."""
+    """The finished shards' files in order; a shard's name follows from its number."""
 
     bytes: tuple[int, ...] = ()
     sha256: tuple[str, ...] = ()
@@ -161,26 +162,26 @@ class ShardFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The whole of `manifest.json`."""
+    """The content of `manifest.json`."""
 
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     checksum: str = UNSEALED
-    """SHA-256 of the file's bytes with this value's 64 digits as zeros; filled in by `to_json`."""
+    """SHA-256 of the file's bytes with the 64 digits of this value as zeros; filled in by `to_json`."""
     status: Literal["incomplete", "complete"] = "incomplete"
     created_by: str
     identity: Identity
     rows: dict[str, int]
-    """Where every row of the source went: read, captured, and dropped by reason."""
+    """Counts of source rows: read, captured, and dropped by reason."""
     plan: Plan
     fidelity: dict[str, float]
-    """How well the stored states reproduce the target; measured during capture."""
+    """Errors of the stored states against the target's, measured during capture."""
     history: tuple[dict[str, str], ...] = ()
-    """The caches this one was converted from, the first one first; empty for a captured one."""
+    """The caches that this one was converted from, the first one first; empty for a captured one."""
     shards: ShardFiles = ShardFiles()
     """The shards; empty until the cache is complete."""
     files: tuple[FileRecord, ...] = ()
-    """Every other file of the cache; empty until it is complete."""
+    """Every other file of the cache but the manifest; empty until the cache is complete."""
 
     @property
     def num_samples(self) -> int:
@@ -203,19 +204,19 @@ class Manifest:
         return sum(self.shards.bytes) + sum(record.bytes for record in self.files)
 
     def all_files(self) -> Iterator[FileRecord]:
-        """Every file of a complete cache but the manifest: the shards in order, then the others."""
+        """Yield every file of a complete cache but the manifest: the shards in order, then the others."""
         for shard, (size, digest) in enumerate(zip(self.shards.bytes, self.shards.sha256, strict=True)):
             yield FileRecord(file=shard_file(shard), bytes=size, sha256=digest)
         yield from self.files
 
     def to_json(self) -> bytes:
-        """Canonical bytes: the same manifest always gives the same file."""
+        """Return the file's bytes. Equal manifests give equal bytes."""
         unsealed = (_dumps(dataclasses.asdict(self) | {"checksum": UNSEALED}) + "\n").encode()
         return unsealed.replace(UNSEALED.encode(), hashlib.sha256(unsealed).hexdigest().encode(), 1)
 
 
 def _dumps(value: Any, indent: str = "") -> str:
-    """JSON with objects a key a line, sorted, and every list on one line, however long."""
+    """Format as JSON with sorted keys, one per line, and every list on one line."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, sort_keys=True)
     inner = indent + " "
@@ -227,7 +228,7 @@ def read_manifest(cache: Path) -> Manifest:
     """Read and check `cache/manifest.json`.
 
     Raises:
-        CacheError: missing, not a manifest, of another version, or saying something impossible.
+        CacheError: missing, not a manifest, of another version, or with impossible values.
     """
     path = cache / MANIFEST
     try:
@@ -241,11 +242,11 @@ def read_manifest(cache: Path) -> Manifest:
         )
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise CacheError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
+            raise CacheError(f"{path} is not a manifest: it is larger than {MAX_MANIFEST_BYTES} bytes")
         data = path.read_bytes()
         values = json.loads(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"not readable as JSON: {error}") from None
+        raise _damaged(path, f"it can't be read as JSON: {one_line(error)}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CacheError(f"{path} is not the manifest of a {FORMAT}: point --cache at a captured directory")
     version = values.get("format_version")
@@ -255,7 +256,7 @@ def read_manifest(cache: Path) -> Manifest:
             "use the version of dspark-pipeline that wrote it, or capture again"
         )
     if not _sealed(data, values.get("checksum")):
-        raise _damaged(path, "its checksum is not that of its content")
+        raise _damaged(path, "its checksum differs from that of its content")
     try:
         manifest = config.build(Manifest, values, "manifest")
     except ConfigError as error:
@@ -269,7 +270,7 @@ def _damaged(path: Path, reason: str) -> CacheError:
 
 
 def _sealed(data: bytes, checksum: Any) -> bool:
-    """Whether `checksum`, somewhere in `data`, is the hash of `data` with zeros in its place."""
+    """Return whether `checksum` is the SHA-256 of `data` with zeros in its place."""
     if not isinstance(checksum, str) or not is_sha256(checksum):
         return False
     unsealed = data.replace(checksum.encode(), UNSEALED.encode(), 1)
@@ -277,6 +278,7 @@ def _sealed(data: bytes, checksum: Any) -> bool:
 
 
 def _check(manifest: Manifest, path: Path) -> None:
+    """Refuse a manifest of the right types with impossible values. Raises CacheError."""
     target, features = manifest.identity.target, manifest.identity.features
     sizes = [target.hidden_size, target.num_layers, target.vocab_size]
     plan, shards = manifest.plan, manifest.shards
@@ -294,10 +296,10 @@ def _check(manifest: Manifest, path: Path) -> None:
         if label.startswith(("/", "\\", "~")) or label[1:2] == ":":
             raise _damaged(path, "it holds an absolute path")
     if not all(map(is_sha256, [*shards.sha256, *(record.sha256 for record in manifest.files)])):
-        raise _damaged(path, "a hash that is no SHA-256")
+        raise _damaged(path, "it holds a hash that is no SHA-256")
     if manifest.status == "complete":
         if not len(shards.bytes) == len(shards.sha256) == len(plan):
-            raise _damaged(path, "its shards are not those of its plan")
+            raise _damaged(path, "its shards differ from those of its plan")
         expected = {MANIFEST, INDEX, FROZEN}
         allowed = {*expected, STATISTICS}
         listed = {record.file for record in manifest.files} | {MANIFEST}
@@ -315,23 +317,23 @@ is_sha256 = re.compile("[0-9a-f]{64}").fullmatch
 
 
 def is_target_file(name: str) -> bool:
-    """Whether a name is one that a config or tokenizer file can have in a cache."""
+    """Return whether a config or tokenizer file can have this name in a cache."""
     folder, _, rest = name.partition("/")
     plain = folder == "target" and rest not in ("", ".", "..") and not set(rest) & set("/\\\0")
     return plain and rest.isprintable() and not is_weights(rest)
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file beside the target's config looks like model weights, which a cache has no use for."""
+    """Return whether a file name looks like model weights, which a cache must not hold."""
     return name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"))
 
 
-# What people call things; the hashes beside them say whether they are the same.
+# Names of things, which may differ: the hashes beside them decide identity.
 _LABELS = ("target.name", "data.sources")
 
 
 def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
-    """The identity's differing fields, one `name: ours against theirs` each; names of things aside."""
+    """Return the differing fields, each as `name: ours against theirs`; names of things are not compared."""
 
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -342,7 +344,7 @@ def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
 
     a, b = flat(dataclasses.asdict(ours)), flat(dataclasses.asdict(theirs))
     keys = [key for key in {**a, **b} if a.get(key) != b.get(key) and key not in _LABELS]
-    if ours.data.sha256 == theirs.data.sha256:  # the same samples, by whatever options
+    if ours.data.sha256 == theirs.data.sha256:  # the same samples, by any options
         keys = [key for key in keys if not key.startswith("data.")]
     return [f"{key}: {a.get(key)} against {b.get(key)}" for key in keys]
 
@@ -351,21 +353,21 @@ def refuse_another(cache: Path, found: Identity, asked: Identity, option: str = 
     """Refuse to continue a cache with another identity.
 
     Args:
-        option: what the command calls the directory.
+        option: the command's word for the directory.
 
     Raises:
-        CacheError: naming the fields that differ, and both values of each.
+        CacheError: they differ; the message names the fields and both values of each.
     """
     differing = differing_fields(found, asked)
     if differing:
         raise CacheError(
-            f"{cache} holds another capture (it has, against what is asked for: {'; '.join(differing)}): "
+            f"{cache} holds another capture (existing against requested: {'; '.join(differing)}): "
             f"choose another {option}, or remove that directory"
         )
 
 
 def origin(history: tuple[dict[str, str], ...]) -> str:
-    """Where a cache comes from, for people."""
+    """Return a cache's origin for messages: captured, or converted from another cache."""
     return (
         f"converted from the cache {config.show(history[-1].get('from', '?')[:16])}"
         if history

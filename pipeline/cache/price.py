@@ -1,4 +1,4 @@
-"""What a cache takes on disk, known before it is written."""
+"""The size of a cache on disk, computed before it is written."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pipeline.errors import CacheError
 from pipeline.files import plain_size
 from pipeline.text import size
 
-# What is left free on a disk that a cache nearly fills, as a share of the cache: other files grow too.
+# Share of a cache's size that must stay free on its disk, because other files grow too.
 DISK_RESERVE = 0.01
 
 
 @dataclass(frozen=True)
 class Price:
-    """What a cache takes on disk, in bytes."""
+    """Size of a cache on disk, in bytes."""
 
     shards: int
     others: int
-    """Index, manifest, tokenizer, embedding and head."""
+    """Index, statistics, manifest, and the files of `target/`."""
     tokens: int
 
     @property
@@ -44,12 +44,12 @@ class Price:
 def cache_price(
     identity: Identity, plan: Plan, rows: dict[str, int], index: pa.Table, target_bytes: int
 ) -> Price:
-    """What a cache takes.
+    """Compute the size of a cache.
 
     Args:
         rows: as in the manifest.
         index: the sample index.
-        target_bytes: what the files of `target/` take.
+        target_bytes: size of the files of `target/`.
     """
     features, width = identity.features, identity.target.hidden_size
     context, last = get_codec(features.context_codec), get_codec(features.last_codec)
@@ -65,7 +65,7 @@ def cache_price(
 
 
 def _statistics_bytes(identity: Identity) -> int:
-    """The statistics file and its entry in the manifest."""
+    """Return the size of the statistics file and of its entry in the manifest."""
     empty = torch.empty(identity.target.hidden_size)
     states = standardised_states(identity)
     entry = 200 if states else 0
@@ -73,7 +73,7 @@ def _statistics_bytes(identity: Identity) -> int:
 
 
 def free_bytes(path: Path) -> int:
-    """What the disk under `path`, which need not exist yet, has free for this user."""
+    """Return the bytes free for this user on the disk of `path`, which need not exist yet."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -81,7 +81,7 @@ def free_bytes(path: Path) -> int:
 
 
 def written_bytes(cache: Path) -> int:
-    """What was written of a cache before; files that were set aside are not of it."""
+    """Return the bytes of a cache written so far, without files that were set aside."""
     inside = (path for folder in ("shards", "target") for path in (cache / folder).glob("*"))
     paths = [cache / INDEX, cache / STATISTICS, *inside]
     return sum(max(0, plain_size(path)) for path in paths if not path.name.endswith(".partial"))
@@ -91,16 +91,16 @@ def check_disk(cache: Path, cost: Price, remedy: str) -> None:
     """Refuse a cache that the disk can't hold.
 
     Args:
-        remedy: how it would take less.
+        remedy: the command's way to a smaller cache, for the message.
 
     Raises:
-        CacheError: with what it needs and what there is.
+        CacheError: the message has the bytes needed and the bytes free.
     """
     if (cache / MANIFEST).is_file() and read_manifest(cache).status == "complete":
-        return  # it needs nothing more, however the estimate is rounded
+        return  # it needs no more space, whatever the estimate
     need, free = cost.total - written_bytes(cache), free_bytes(cache)
     if need * (1 + DISK_RESERVE) > free:
         raise CacheError(
             f"{cache} needs {size(need)} more, but its disk has {size(free)} free: {remedy}, "
-            "use another disk, or give --force to start all the same"
+            "use another disk, or give --force to start anyway"
         )

@@ -1,4 +1,4 @@
-"""Open a finished cache and read any sample, any subset of its layers, through the memory map."""
+"""Read a complete cache: any sample, with any subset of its layers, through a memory map."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from pipeline.cache.shard import MappedShard, advise, map_shard
 from pipeline.cache.statistics import StateCodec, check_statistics_listed, read_statistics, state_codecs
 from pipeline.cache.verify import FileChecks
 from pipeline.errors import CacheError
+from pipeline.text import one_line
 
 # Scales beyond it could decode to infinity (FORMAT.md, rule 9).
 MAX_SCALE = 2.0**60
-# Shards kept mapped. A mapping costs address space and two file handles, of which 1,024 are a usual limit.
+# Shards mapped at once. A mapping takes address space and two file handles, whose usual limit is 1,024.
 MAX_OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True)
 class CachedSample:
-    """One conversation as training sees it. S tokens, M usable label positions.
+    """One conversation, decoded for training: S tokens, M label rows.
 
     `last_hidden[m]` is the post-norm state at position `last_positions[m]`, which predicts the
     supervised label one position later.
@@ -41,7 +42,7 @@ class CachedSample:
     sample_id: str
     input_ids: Tensor  # [S] int32
     loss_mask: Tensor  # [S] uint8
-    context: Tensor  # [S, L*H] bfloat16, layers concatenated in the order asked
+    context: Tensor  # [S, L*H] bfloat16, layers concatenated in the order requested
     last_hidden: Tensor  # [M, H] bfloat16
     last_positions: Tensor  # [M] int64
 
@@ -49,15 +50,15 @@ class CachedSample:
 class CacheReader:
     """Read access to a complete cache.
 
-    Opening reads the manifest, maps the index and checks the other small files; no shard is touched, and
-    the time does not depend on what they hold. A shard is checked and mapped when first read; to check all
-    of them first, call `check_shards`. Nothing is ever written.
+    Opening reads the manifest, maps the index and checks the other small files. It touches no shard, so its
+    time does not depend on their contents. A shard is checked and mapped when first read; `check_shards`
+    checks all of them at once. Nothing is ever written.
 
     Args:
         path: the cache directory.
 
     Raises:
-        CacheError: missing, incomplete, newer, foreign or damaged, in one line.
+        CacheError: missing, incomplete, of another version, or damaged.
     """
 
     def __init__(self, path: str | Path):
@@ -90,24 +91,26 @@ class CacheReader:
         self._map = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._map_shard)
 
     def _check_files(self) -> None:
-        """The folders are folders, the files beside the shards are as listed, and no weights lie there."""
+        """Check folders, the sizes of files beside the shards, and that `target/` has no other weights."""
         for folder in ("target", "shards"):
             if (self.path / folder).is_symlink() or not (self.path / folder).is_dir():
-                raise CacheError(f"{self.path / folder} is not a directory: the cache is damaged")
+                raise CacheError(f"{self.path / folder} is not a directory: capture again")
         for path in (self.path / "target").iterdir():
             name = f"target/{path.name}"
             if name != FROZEN and is_weights(path.name) and path.is_file() and not path.is_symlink():
-                raise CacheError(f"{path} does not belong there: a cache holds no target; remove it")
+                raise CacheError(
+                    f"{path} looks like weights of the target, which a cache must not hold: remove it"
+                )
         for record in self.manifest.files:
             self._check_size(record.file, record.bytes)
 
     def check_shards(self) -> None:
-        """Check that every shard is there and has its size, so that no run stops half way for want of one.
+        """Check that every shard exists and has its size, so that a run can't fail half way.
 
-        Asks the filesystem once a shard: seconds for the largest caches, which is why opening does not.
+        Asks the filesystem once per shard, which takes seconds for the largest caches; so opening does not.
 
         Raises:
-            CacheError: naming the first that is missing or has another size.
+            CacheError: names the first shard that is missing or has another size.
         """
         for shard, size in enumerate(self.manifest.shards.bytes):
             self._check_size(shard_file(shard), size)
@@ -132,11 +135,11 @@ class CacheReader:
         return len(self._shard)
 
     def sample_id(self, i: int) -> str:
-        """The content hash that names sample `i` in every cache of the same tokens and mask."""
+        """Return the id of sample `i`, in hex: a hash of its content, the same in every cache."""
         return self.sample_ids[i].tobytes().hex()
 
     def require_layers(self, layer_ids: Sequence[int]) -> tuple[int, ...]:
-        """Check that the cache holds `layer_ids` and return them. Raises CacheError naming the missing."""
+        """Check that the cache holds `layer_ids` and return them. Raises CacheError, naming a missing one."""
         missing = [layer_id for layer_id in layer_ids if layer_id not in self.layer_ids]
         if missing:
             raise CacheError(
@@ -152,43 +155,51 @@ class CacheReader:
 
     def _rows(self, i: int) -> tuple[dict[str, Tensor], slice, slice]:
         if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of a cache with {len(self)}")
+            raise IndexError(f"expected a sample from 0 to {len(self) - 1}, got {i}")
         start, last = int(self._start[i]), int(self._last_start[i])
         tokens = slice(start, start + int(self.lengths[i]))
         return self._map(int(self._shard[i])).tensors, tokens, slice(last, last + int(self._last_rows[i]))
 
     def tokens(self, i: int) -> tuple[Tensor, Tensor]:
-        """Views of a sample's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8, checked for sense."""
+        """Return views of a sample's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8.
+
+        Raises:
+            CacheError: they contradict the index, the sample's id or the vocabulary.
+        """
         shard, tokens, _ = self._rows(i)
         input_ids, loss_mask = shard["input_ids"][tokens], shard["loss_mask"][tokens]
         low, high = input_ids.aminmax()
         if low < 0 or high >= self.manifest.identity.target.vocab_size:
-            raise CacheError(f"{self.path}: sample {i} has token ids outside the vocabulary: damaged")
+            raise self._damaged_sample(i, "has token ids outside the vocabulary")
         ids, mask = input_ids.numpy(), loss_mask.numpy()
         counts = (int(mask[1:].sum()), count_candidates(mask))
         if mask.max() > 1 or not mask[-1] or counts != (self._last_rows[i], self.candidates[i]):
-            raise CacheError(f"{self.path}: the loss mask of sample {i} contradicts the index: damaged")
+            raise self._damaged_sample(i, "has a loss mask that contradicts the index")
         if content_id(ids, mask) != self.sample_ids[i].tobytes():
-            raise CacheError(f"{self.path}: the tokens of sample {i} are not those of its id: damaged")
+            raise self._damaged_sample(i, "has other tokens than its id says")
         return input_ids, loss_mask
 
+    def _damaged_sample(self, i: int, reason: str) -> CacheError:
+        shard = self.path / shard_file(self.shard_of(i))
+        return CacheError(f"{shard} is damaged (sample {i} {reason}): run `dspark verify`, or capture again")
+
     def layer_view(self, i: int, layer_id: int) -> Tensor:
-        """A layer's stored features of sample `i`: a view of the map, `[S, H]` bfloat16 for codec bf16."""
+        """Return a view of a layer's stored features of sample `i`: `[S, H]` bfloat16 for codec bf16."""
         shard, tokens, _ = self._rows(i)
         return shard[context_name(layer_id)][tokens]
 
     def codec(self, state: str) -> StateCodec:
-        """The codec of one state (`context.<layer id>` or `last_hidden`), with its statistics."""
+        """Return the codec of one state (`context.<layer id>` or `last_hidden`), with its statistics."""
         return self._codecs[state]
 
     def parts(self, i: int, state: str) -> dict[str, Tensor]:
-        """Views of one state of sample `i` as it is stored, by suffix: what its codec decodes.
+        """Return views of one state's stored tensors of sample `i`, by suffix, for its codec to decode.
 
         Args:
-            state: `context.<layer id>`, of S rows, or `last_hidden`, of M.
+            state: `context.<layer id>`, which has S rows, or `last_hidden`, which has M.
 
         Raises:
-            CacheError: scales that no writer writes.
+            CacheError: a scale that is not finite, or beyond `MAX_SCALE`.
         """
         return self._parts(i, state, self._shard_of(i))
 
@@ -202,33 +213,33 @@ class CacheReader:
         return {suffix: shard.tensors[part_name(state, suffix)][rows] for suffix in suffixes}
 
     def _parts(self, i: int, state: str, shard: MappedShard) -> dict[str, Tensor]:
-        """Views of one map of the shard: another thread may map it anew."""
+        """Return the views in the given map of the shard, because another thread may map it again."""
         parts = self._views(i, state, shard)
         scales = parts.get("scale")
         if scales is not None and not bool((scales.abs() <= MAX_SCALE).all()):
-            raise CacheError(f"{self.path}: sample {i} has a scale of {state} that no writer writes: damaged")
+            raise self._damaged_sample(i, f"has a scale of {state} that is not finite or beyond 2^60")
         return parts
 
     def read_ahead(self, i: int, states: Iterable[str]) -> None:
-        """Have the kernel read these states of sample `i`, and nothing around them, from the disk."""
+        """Ask the kernel to read these states of sample `i`, and nothing around them, from the disk."""
         shard = self._shard_of(i)
         for state in states:
             for view in self._views(i, state, shard).values():
                 shard.read_ahead(view)
 
     def release(self, shards: Iterable[int]) -> None:
-        """What was read of these shards stays in the page cache, but not in this process's memory.
+        """Drop these shards' pages from this process's memory; they stay in the page cache.
 
-        Best called rarely: all processors have to hear of it.
+        Call it rarely: it interrupts every processor that runs this process.
         """
         for shard in shards:
             advise(mmap.MADV_DONTNEED, *self._map(shard).tensors.values())
 
     def fetch(self, i: int, state: str, out: Mapping[str, Tensor]) -> None:
-        """Copy one state of sample `i` as it is stored, once: into contiguous CPU tensors, by suffix.
+        """Copy one state's stored tensors of sample `i` into contiguous CPU tensors, by suffix.
 
         Raises:
-            CacheError: scales that no writer writes, or a file that ends too early.
+            CacheError: a scale that is not finite, or beyond `MAX_SCALE`; a file that ends too early.
         """
         shard = self._shard_of(i)
         for suffix, view in self._parts(i, state, shard).items():
@@ -238,7 +249,7 @@ class CacheReader:
         """Decode some rows of one state of sample `i` into `out` `[n, H]` bfloat16 on the CPU.
 
         Raises:
-            CacheError: as `fetch`.
+            CacheError: see `fetch`.
         """
         bound, shard = self._codecs[state], self._shard_of(i)
         parts = self._parts(i, state, shard)
@@ -259,11 +270,11 @@ class CacheReader:
         self._codecs[LAST_HIDDEN].decode(self.parts(i, LAST_HIDDEN), out)
 
     def num_last_rows(self, i: int) -> int:
-        """M, the number of stored last hidden rows of sample `i`."""
+        """Return M, the number of stored last hidden rows of sample `i`."""
         return int(self._last_rows[i])
 
     def read(self, i: int, layer_ids: Sequence[int] | None = None) -> CachedSample:
-        """Read sample `i` with the layers asked for (all of the cache's by default), as copies.
+        """Read sample `i` with these layers, by default all of the cache's, as copies.
 
         Raises:
             CacheError: a layer the cache lacks, or a damaged shard.
@@ -286,11 +297,11 @@ class CacheReader:
         )
 
     def frozen(self) -> dict[str, Tensor]:
-        """The target's `embed_tokens.weight` `[V, H]` and `lm_head.weight` `[V, H]` (shared when tied)."""
+        """Read the target's `embed_tokens.weight` and `lm_head.weight` `[V, H]`; one tensor if tied."""
         try:
             weights = load_file(self.path / FROZEN)
         except Exception as error:  # the library's error type is not public
-            raise CacheError(f"{self.path / FROZEN} is damaged ({error}): capture again") from None
+            raise CacheError(f"{self.path / FROZEN} is damaged ({one_line(error)}): capture again") from None
         target = self.manifest.identity.target
         names = {"embed_tokens.weight"} | (set() if target.tied_embeddings else {"lm_head.weight"})
         shape = (target.vocab_size, target.hidden_size)
@@ -298,34 +309,35 @@ class CacheReader:
             tuple(w.shape) != shape or not w.is_floating_point() for w in weights.values()
         ):
             raise CacheError(
-                f"{self.path / FROZEN} is damaged: expected {sorted(names)} of shape {list(shape)}"
+                f"{self.path / FROZEN} is damaged (expected {sorted(names)} of shape {list(shape)}): "
+                "capture again"
             )
         weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
         return weights
 
     def shard_of(self, i: int) -> int:
-        """The shard that sample `i` lies in."""
+        """Return the number of sample `i`'s shard."""
         return int(self._shard[i])
 
     def verify(self, progress: Callable[[int], None] = lambda _bytes: None) -> list[str]:
-        """Re-hash every file and return the names of those that differ from the manifest.
+        """Hash every file again and return the names of those that differ from the manifest.
 
         Args:
-            progress: called with the bytes of every block that was read.
+            progress: called with the size of every block read.
         """
         with FileChecks(self.path, self.manifest, progress=progress) as checks:
             return [bad.file for bad in checks.problems(self.manifest.all_files())]
 
 
 def last_positions(loss_mask: Tensor) -> Tensor:
-    """Positions `[M]` of a sample's stored last hidden states: t-1 for each supervised label t >= 1."""
+    """Return the positions `[M]` of a sample's stored last hidden states: t-1 per supervised label t >= 1."""
     return loss_mask[1:].nonzero().squeeze(1)
 
 
 def held_out(sample_ids: np.ndarray, fraction: float) -> np.ndarray:
-    """Which samples are held out, by the leading 32 bits of their ids `[n, 16]` uint8: `[n]` bool.
+    """Choose the held-out samples by the leading 32 bits of their ids `[n, 16]` uint8; return `[n]` bool.
 
-    The same sample is on the same side in every cache, whatever its order or its codecs.
+    A sample is on the same side in every cache, whatever the order or the codecs.
     """
     leading = np.ascontiguousarray(sample_ids[:, :4]).view(">u4").squeeze(1)
     return leading < fraction * 2**32

@@ -1,9 +1,8 @@
-"""One shard file: lay it out in memory to be written, and map it to be read.
+"""One shard file: laid out in memory to be written, and mapped to be read.
 
-Both sides are ours rather than the safetensors library's because the plan already says what a shard holds. To
-write one, its tensors are views of one buffer that is the file, header and all, and goes to disk without a
-copy. To read one, anything but what the plan says is refused before a byte of data is looked at, and tensors
-are views of the map, read only when touched.
+This replaces the safetensors library because the plan already gives a shard's content. To write a shard, its
+tensors are views of one buffer, which is the whole file and goes to disk without a copy. To read one, any
+difference from the plan is refused before data is read, and tensors are views of the map, read when touched.
 """
 
 from __future__ import annotations
@@ -35,27 +34,27 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-# How the safetensors library orders tensors in a file, from its last to its first.
+# Dtypes in the order of the safetensors library, which puts the last of them first in a file.
 DTYPE_ORDER = ("U8", "I8", "F8_E4M3", "F16", "BF16", "I32", "F32")
-# Looked up once: every CDLL makes classes of its own.
+# Looked up once, because every CDLL creates new classes.
 _MADVISE = getattr(ctypes.CDLL(None), "madvise", None)
-# A header lists a few hundred layers at most, at about 100 bytes each.
+# A header has at most a few hundred layers, of about 100 bytes each.
 MAX_HEADER_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """A safetensors file that is yet to be: its first bytes, and where its tensors go."""
+    """Layout of a safetensors file: its first bytes, and the offsets of its tensors."""
 
     header: bytes
     offsets: dict[str, int]
-    """Where each tensor begins in the file; a multiple of 8 for the first, of its dtype's size for all."""
+    """Each tensor's first byte in the file: a multiple of 8 for the first, of its dtype's size for all."""
     size: int
-    """Bytes of the whole file."""
+    """Size of the whole file in bytes."""
 
 
 def file_layout(specs: dict[str, TensorSpec]) -> FileLayout:
-    """Lay out a safetensors file as the library does: tensors of wider dtypes first, then by name."""
+    """Lay out a safetensors file like the library: wider dtypes first, then by name."""
     ranks = {name: rank for rank, name in enumerate(DTYPE_ORDER)}
     entries, ends = {}, [0]
     for name, (dtype, shape) in sorted(specs.items(), key=lambda s: (-ranks[DTYPE_NAMES[s[1][0]]], s[0])):
@@ -75,18 +74,18 @@ class ShardBuffer:
     memory: Tensor
     """`[size]` uint8 on the CPU: the bytes of the file."""
     tensors: dict[str, Tensor]
-    """Views of it, by name."""
+    """Views of `memory`, by name."""
 
     def bytes(self) -> memoryview:
-        """The file."""
+        """Return the file's bytes, a view."""
         return memoryview(self.memory.numpy())
 
 
 def shard_buffer(specs: dict[str, TensorSpec], memory: Tensor | None = None) -> ShardBuffer:
-    """A shard to be filled.
+    """Return a shard to be filled.
 
     Args:
-        memory: uint8 on the CPU, at least as large as the file, to be reused; None allocates.
+        memory: reused for the file: uint8 on the CPU, at least as large; None allocates.
     """
     layout = file_layout(specs)
     memory = torch.empty(layout.size, dtype=torch.uint8) if memory is None else memory[: layout.size]
@@ -99,7 +98,7 @@ def shard_buffer(specs: dict[str, TensorSpec], memory: Tensor | None = None) -> 
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
-    """A safetensors file of tensors that are in memory already, in pieces and without copies."""
+    """Return a safetensors file of these tensors, in pieces and without copies."""
     layout = file_layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
     ordered = sorted(tensors, key=lambda name: layout.offsets[name])
     views = [tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy() for name in ordered]
@@ -108,38 +107,38 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
 
 @dataclass(frozen=True)
 class MappedShard:
-    """A shard file, open and mapped. The map lives as long as any view of it does."""
+    """A shard file, open and mapped. The map lives as long as any view of it."""
 
     tensors: dict[str, Tensor]
     """Views into the file, by name."""
     path: Path
     descriptor: int
-    """The open file; closed with this object."""
+    """The open file, closed with this object."""
     start: int
-    """Where the first of the tensors begins in the file."""
+    """Offset in the file of the first entry of `tensors`."""
 
     def read_ahead(self, view: Tensor) -> None:
-        """Have the kernel start to read what `view` shows from the disk, unless it has its beginning already.
+        """Ask the kernel to read the file under `view` ahead, unless its first byte is in the page cache.
 
-        For what is cached the asking takes a tenth of the time that reading it takes.
+        Without that test, the request for cached pages takes a tenth of the time of reading them.
         """
         try:
             cached = os.preadv(self.descriptor, [bytearray(1)], self._offset(view), os.RWF_NOWAIT) == 1
-        except (OSError, AttributeError):  # it would block, or there is no way to ask
+        except (OSError, AttributeError):  # it would block, or this system can't tell
             cached = False
         if not cached:
             advise(mmap.MADV_WILLNEED, view)
 
     def _offset(self, view: Tensor) -> int:
-        """Where a view begins in the file."""
+        """Return a view's offset in the file."""
         tensor = next(iter(self.tensors.values()))
         return self.start + view.data_ptr() - tensor.data_ptr()
 
     def read(self, view: Tensor, out: Tensor) -> None:
-        """Copy what `view` shows into contiguous CPU memory of the same bytes.
+        """Copy the bytes of `view` from the file into contiguous CPU memory of the same size.
 
-        The kernel copies from the page cache, which spares the page faults of reading through the map: they
-        take as long as the copying.
+        The kernel copies from the page cache. That avoids the page faults of reading through the map, which
+        take as long as the copy.
 
         Raises:
             CacheError: the file has become shorter.
@@ -148,21 +147,24 @@ class MappedShard:
         while len(left):
             count = os.preadv(self.descriptor, [left], offset)
             if not count:
-                raise CacheError(f"{self.path} is damaged: it ends at {offset} while it is read")
+                raise CacheError(
+                    f"{self.path} is damaged (it was cut to {offset} bytes while it was read): "
+                    "`dspark verify --repair` sets it aside for capture to rewrite"
+                )
             left, offset = left[count:], offset + count
 
 
 def map_shard(path: Path, specs: dict[str, TensorSpec], *, random: bool = False) -> MappedShard:
-    """Map `path` after checking that it holds what it should.
+    """Map `path` after checking that it holds exactly the tensors of `specs`.
 
-    The mapping is private (copy on write), so nothing can reach the file.
+    The mapping is private (copy on write), so no write can reach the file.
 
     Args:
-        random: the file will be read here and there: the kernel then reads what is touched, and not the
-            megabytes around it.
+        random: whether it will be read at random places. The kernel then reads only the pages touched, not
+            the megabytes around them.
 
     Raises:
-        CacheError: missing, truncated, or not holding exactly the tensors of `specs`.
+        CacheError: missing, truncated, or with other tensors.
     """
     try:
         with path.open("rb") as file:
@@ -171,7 +173,9 @@ def map_shard(path: Path, specs: dict[str, TensorSpec], *, random: bool = False)
     except FileNotFoundError:
         raise CacheError(f"{path} is missing: run `dspark capture` again to rewrite it") from None
     except (OSError, ValueError) as error:
-        raise CacheError(f"{path} can't be mapped ({error}): the cache is damaged") from None
+        raise CacheError(
+            f"{path} can't be mapped ({error}): `dspark verify --repair` sets it aside for capture to rewrite"
+        ) from None
     if random and hasattr(data, "madvise"):
         data.madvise(mmap.MADV_RANDOM)
     try:
@@ -189,13 +193,13 @@ def map_shard(path: Path, specs: dict[str, TensorSpec], *, random: bool = False)
 
 
 def advise(advice: int, *views: Tensor) -> None:
-    """Tell the kernel how part of a mapped shard is used; it does nothing where there is no madvise.
+    """Advise the kernel on the use of part of a mapped shard. Does nothing without madvise.
 
     Args:
-        views: of one shard's tensors by `map_shard`, and of nothing else, because what is not needed is
-            dropped: everything from the first one's beginning to the last one's end.
-        advice: mmap's `MADV_WILLNEED`, or `MADV_DONTNEED`, after which it no longer counts as
-            this process's memory and is mapped again when touched.
+        advice: mmap's `MADV_WILLNEED`, or `MADV_DONTNEED`, after which the pages no longer count as
+            this process's memory and are mapped again when touched.
+        views: of one shard's tensors by `map_shard` only: the advice holds for everything from the first
+            one's start to the last one's end, and `MADV_DONTNEED` would drop other memory there.
     """
     filled = [view for view in views if view.numel()]
     if _MADVISE is None or not filled:
@@ -203,7 +207,7 @@ def advise(advice: int, *views: Tensor) -> None:
     page = mmap.PAGESIZE
     first = min(view.data_ptr() for view in filled)
     last = max(view.data_ptr() + view.nbytes for view in filled)
-    if advice == mmap.MADV_DONTNEED:  # whole pages only: those at the ends have neighbours
+    if advice == mmap.MADV_DONTNEED:  # whole pages only: the pages at both ends are shared with neighbours
         first, last = -(-first // page) * page, last // page * page
     else:
         first = first // page * page
@@ -212,7 +216,7 @@ def advise(advice: int, *views: Tensor) -> None:
 
 
 def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> dict[str, int]:
-    """Each tensor's absolute offset, after checking that the header says exactly what the plan says."""
+    """Return each tensor's absolute offset, after checking that the header matches `specs` exactly."""
 
     def damaged(reason: str) -> CacheError:
         return CacheError(
@@ -220,7 +224,7 @@ def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> d
         )
 
     if len(data) < 8:
-        raise damaged("shorter than a header")
+        raise damaged("it is shorter than a header")
     (length,) = struct.unpack("<Q", data[:8])
     if length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise damaged(f"its header claims {length} bytes")
@@ -232,7 +236,7 @@ def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> d
     if not text.startswith(b"{"):
         raise damaged("its header does not start with a brace")
     if not isinstance(header, dict) or header.keys() != specs.keys():
-        raise damaged("its tensors are not those of the plan")
+        raise damaged("its tensors differ from those of the plan")
     spans = []
     for name, (dtype, shape) in specs.items():
         entry = header[name]
@@ -253,18 +257,18 @@ def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> d
             raise damaged(f"a gap or an overlap before tensor {name}")
         end = stop
     if 8 + length + end != len(data):
-        raise damaged(f"{len(data)} bytes long, expected {8 + length + end}")
+        raise damaged(f"expected {8 + length + end} bytes, got {len(data)}")
     return {name: 8 + length + start for start, _, name in spans}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ: of two equal ones, readers could follow different ones."""
+    """Build a JSON object. Raises ValueError for a repeated key, of which readers could take either value."""
     if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key twice")
+        raise ValueError("a repeated key")
     return dict(pairs)
 
 
 def _is_sizes(value: Any, expected: list[int] | None = None) -> bool:
-    """Whether a JSON value is a list of integers (9.0 is none), and the expected one if there is one."""
+    """Return whether a JSON value is a list of integers (9.0 is none), and the expected one if given."""
     sizes = isinstance(value, list) and all(type(n) is int for n in value)
     return sizes and (expected is None or value == expected)

@@ -1,7 +1,7 @@
-"""Mean and deviation of every stored state's channels, by which quantising codecs standardise.
+"""Mean and standard deviation of every stored state's channels, by which quantising codecs standardise.
 
-They are measured once, before the first shard, and kept in the cache: every process that writes or reads it
-uses the file and nothing else.
+They are measured once, before the first shard, and stored in the cache. Every process that writes or reads
+the cache uses this file.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from pipeline.cache.shard import MAX_HEADER_BYTES, file_bytes
 from pipeline.errors import CacheError
 from pipeline.text import one_line
 
-# How many samples, evenly spread over the cache, and how many rows of each.
+# Samples measured, evenly spread over the cache, and the most rows of each.
 SAMPLES, TOKENS = 48, 512
-# A channel that hardly moves is not blown up: its deviation is at least this share of the state's median.
+# Least deviation of a channel as a share of the state's median one, because nearly constant channels would
+# be blown up.
 FLOOR = 0.01
-# What a deviation or a mean may be in a file that can be trusted: what decodes from it stays finite.
+# Largest magnitude of a mean or deviation in a valid file. Below it, every decoded value is finite.
 MAX_VALUE = 2.0**60
 
 
 class StateStatistics:
-    """Adds up rows of one state, in double precision."""
+    """Sums over rows of one state, in double precision."""
 
     def __init__(self) -> None:
         self._rows = 0
@@ -40,19 +41,19 @@ class StateStatistics:
         self._shift: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
-        """Count rows `[n, H]`."""
+        """Add rows `[n, H]`."""
         if not len(rows):
             return
         values = rows.detach().cpu().double()
         if self._shift is None:
-            self._shift = values.mean(dim=0)  # so that the squares of large means do not swallow deviations
-        values = values - self._shift  # not in place: it may be the caller's
+            self._shift = values.mean(dim=0)  # large means squared would swallow the deviations
+        values = values - self._shift  # not in place: the tensor may be the caller's
         self._rows += len(values)
         self._sum = self._sum + values.sum(dim=0)
         self._squares = self._squares + values.square().sum(dim=0)
 
     def result(self) -> Statistics:
-        """Mean and deviation `[H]` of the rows so far; the deviation has a floor."""
+        """Return mean and deviation `[H]` of the rows so far. The deviation has a floor, see `FLOOR`."""
         assert self._shift is not None, "no rows"
         mean = self._sum / self._rows
         deviation = (self._squares / self._rows - mean * mean).clamp_min_(0).sqrt_()
@@ -61,17 +62,17 @@ class StateStatistics:
 
 
 def chosen_samples(number: int) -> list[int]:
-    """Which of a cache's samples, by their places in its index, statistics are measured from."""
+    """Return the numbers, in the index, of the samples that statistics are measured from."""
     return np.unique(np.linspace(0, number - 1, min(SAMPLES, number)).round().astype(int)).tolist()
 
 
 def standardised_states(identity: Identity) -> list[str]:
-    """The names of the states whose codec needs statistics."""
+    """Return the names of the states whose codec needs statistics."""
     return [state for state, bound in state_codecs(identity, {}).items() if bound.codec.standardised]
 
 
 class StateCodec:
-    """A codec with the statistics of one state."""
+    """A codec with one state's statistics, which it keeps on every device that it was used on."""
 
     def __init__(self, codec: Codec, statistics: Statistics | None):
         self.codec = codec
@@ -92,7 +93,7 @@ class StateCodec:
 
 
 def state_codecs(identity: Identity, statistics: Mapping[str, Statistics]) -> dict[str, StateCodec]:
-    """How each state of a cache is stored, by the state's name."""
+    """Return the codec of each state of a cache, with its statistics, by the state's name."""
     features = identity.features
     names = dict.fromkeys([context_name(i) for i in features.layer_ids], features.context_codec)
     names[LAST_HIDDEN] = features.last_codec
@@ -100,7 +101,7 @@ def state_codecs(identity: Identity, statistics: Mapping[str, Statistics]) -> di
 
 
 def statistics_bytes(statistics: Mapping[str, Statistics]) -> list[bytes | memoryview]:
-    """The file that holds them, in pieces."""
+    """Return the statistics file in pieces."""
     tensors = {}
     for state, values in statistics.items():
         tensors[f"{state}.mean"], tensors[f"{state}.deviation"] = values.mean, values.deviation
@@ -108,10 +109,10 @@ def statistics_bytes(statistics: Mapping[str, Statistics]) -> list[bytes | memor
 
 
 def read_statistics(cache: Path, identity: Identity) -> dict[str, Statistics]:
-    """The statistics of a cache by state; empty where no codec needs any.
+    """Read the statistics of a cache by state; empty if no codec needs any.
 
     Raises:
-        CacheError: the file is missing, or does not say what it must.
+        CacheError: the file is missing, or breaks rule 9.8 of FORMAT.md.
     """
     states, width = standardised_states(identity), identity.target.hidden_size
     if not states:
@@ -134,7 +135,7 @@ def read_statistics(cache: Path, identity: Identity) -> dict[str, Statistics]:
 
 
 def check_statistics_listed(cache: Path, manifest: Manifest) -> None:
-    """A complete cache lists its statistics if a codec needs them, and only then. Raises CacheError."""
+    """Check that a complete cache lists a statistics file exactly if a codec needs one. Raises CacheError."""
     listed = any(record.file == STATISTICS for record in manifest.files)
     if manifest.status == "complete" and listed != bool(standardised_states(manifest.identity)):
         raise CacheError(

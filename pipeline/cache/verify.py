@@ -1,4 +1,4 @@
-"""Check every file of a cache against its manifest, and set those that are damaged aside."""
+"""Check every file of a cache against its manifest, and set damaged ones aside."""
 
 from __future__ import annotations
 
@@ -36,39 +36,39 @@ from pipeline.cache.statistics import check_statistics_listed, read_statistics
 from pipeline.errors import CacheError
 
 FOLDERS = ("shards", "target")
-# Where `set_aside` puts what is damaged; no reader looks there.
+# Folder for damaged files, see `set_aside`. No reader opens it.
 DAMAGED = "damaged"
-# Hashing one file keeps one core busy, and more readers than these keep no disk busier.
+# Hashing a file keeps one core busy, and more threads than these read no disk faster.
 MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A file that is not what it should be."""
+    """A damaged or missing file."""
 
     file: str
-    """Its name in the cache."""
+    """Name, relative to the cache."""
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What checking a cache found."""
+    """Result of checking a cache."""
 
     problems: list[Problem]
     complete: bool
     files: int
-    """How many were checked, the manifest aside."""
+    """Number of files checked, without the manifest."""
     bytes: int
-    """What they hold, by the manifest or their records."""
+    """Their size by the manifest or their records."""
     shards: int
-    """Shards checked."""
+    """Number of shards checked."""
     pending: int
-    """Shards that are still to be captured."""
+    """Number of shards still to be captured."""
 
 
 def default_threads() -> int:
-    """As many as this process has cores, up to `MAX_THREADS`."""
+    """Return the number of this process's cores, at most `MAX_THREADS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MAX_THREADS, cores)
 
@@ -81,11 +81,11 @@ def verify_cache(
     begin: Callable[[int], object] = lambda total_bytes: None,
     progress: Callable[[int], object] = lambda done_bytes: None,
 ) -> Verified:
-    """Check every file that is finished: size, hash and structure, and the samples' tokens against their ids.
+    """Check every finished file: size, hash and structure, and the samples' tokens against their ids.
 
     Args:
-        fast: sizes, headers and the index only; no tensor is read.
-        begin: called once with the bytes that will be checked.
+        fast: check sizes, headers and the index only; read no tensor.
+        begin: called once with the number of bytes to check.
         progress: called with the bytes checked since the last call, by one thread at a time.
 
     Raises:
@@ -98,11 +98,11 @@ def verify_cache(
     if manifest.status == "complete":
         records, shards = list(manifest.all_files()), len(manifest.plan)
     else:
-        from pipeline.cache.progress.finished import finished_files  # which needs the writer, which few need
+        from pipeline.cache.progress.finished import finished_files  # of incomplete caches only
 
         finished = finished_files(cache, manifest)
         again = read_manifest(cache)
-        if again.status == "complete":  # this very moment
+        if again.status == "complete":  # another process has just finished it
             return verify_cache(cache, fast=fast, threads=threads, begin=begin, progress=progress)
         records, shards = finished.files(), len(finished.shards)
     begin(sum(record.bytes for record in records))
@@ -125,11 +125,11 @@ def verify_cache(
 
 
 class FileChecks:
-    """Checks files of one cache by several threads. Use as a context manager.
+    """Checks files of one cache with several threads. Use as a context manager.
 
     Args:
-        threads: None is as many as there are cores, up to `MAX_THREADS`.
-        progress: as for `verify_cache`.
+        threads: None for `default_threads()`.
+        fast, progress: as for `verify_cache`.
     """
 
     def __init__(
@@ -151,29 +151,29 @@ class FileChecks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()  # where an error ends this, no thread hashes on
+        self._stop.set()  # after an error, no thread continues to hash
         self._pool.shutdown(cancel_futures=True)
 
     def problems(self, records: Iterable[FileRecord], table: pa.Table | None = None) -> list[Problem]:
-        """What is wrong, a problem a file, in the order of `records`.
+        """Return the problems of these files, at most one per file, in the order of `records`.
 
         Args:
-            table: the index, to compare the tokens of its samples with their ids as well.
+            table: the index, to compare the samples' tokens with their ids too.
         """
         contents = None if table is None or self.fast else SampleChecks(self.manifest, table)
         found = self._pool.map(lambda record: self._problem(record, contents), records)
         return [problem for problem in found if problem]
 
     def index(self, records: list[FileRecord]) -> tuple[Problem | None, pa.Table | None]:
-        """Check the index, by its record where there is one: what is wrong, or else the index itself."""
+        """Check the index, by its record if it has one; return its problem, or the index itself."""
         path = self.cache / INDEX
         if not records and not os.path.lexists(path):
-            return None, None  # an incomplete cache, whose capture will write it
+            return None, None  # of an incomplete cache: its capture will write it
         for record in records:
             if problem := self._problem(record, None):
                 return problem, None
         if files.plain_size(path) < 0:
-            return Problem(INDEX, _what_is_there(path)), None
+            return Problem(INDEX, _found_instead(path)), None
         try:
             table = open_index(path, self.manifest.plan)
         except CacheError as error:
@@ -181,11 +181,11 @@ class FileChecks:
         if hashlib.sha256(sample_ids(table)).hexdigest() == self.manifest.identity.data.sha256:
             return None, table
         if records and not self.fast:  # the index is the one that the manifest lists
-            return Problem(MANIFEST, f"identity.data.sha256 is not that of the sample ids in {INDEX}"), None
-        return Problem(INDEX, "its sample ids are not those of the manifest's identity.data.sha256"), None
+            return Problem(MANIFEST, f"identity.data.sha256 differs from the sample ids in {INDEX}"), None
+        return Problem(INDEX, "its sample ids differ from the manifest's identity.data.sha256"), None
 
     def _problem(self, record: FileRecord, contents: SampleChecks | None) -> Problem | None:
-        """Check one file. Everything that can be wrong with it is an answer, never an exception."""
+        """Check one file. Every fault of it is returned, none is raised."""
         counted = 0
 
         def count(size: int) -> None:
@@ -210,9 +210,9 @@ class FileChecks:
         path = self.cache / record.file
         size = files.plain_size(path)
         if size < 0:
-            return _what_is_there(path)
+            return _found_instead(path)
         if size != record.bytes:
-            return f"size {size:,}, expected {record.bytes:,}"
+            return f"expected {record.bytes:,} bytes, got {size:,}"
         if not self.fast and self._hash(path, count) != record.sha256:
             return "its hash differs"
         if record.file == FROZEN:
@@ -229,7 +229,7 @@ class FileChecks:
         return contents.problem(shard, tensors["input_ids"].numpy(), tensors["loss_mask"].numpy())
 
     def _hash(self, path: Path, count: Callable[[int], None]) -> str:
-        """The SHA-256 of a plain file; a link or a pipe is not opened."""
+        """Return the SHA-256 of a plain file. Follows no link and waits for no pipe."""
         digest, block = hashlib.sha256(), bytearray(files.BLOCK_BYTES)
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb", buffering=0) as file:
@@ -239,7 +239,7 @@ class FileChecks:
         return digest.hexdigest()
 
     def _frozen(self, path: Path) -> str | None:
-        """What is wrong with the header of the frozen weights."""
+        """Return the problem with the header of the frozen weights, if any."""
         from safetensors import safe_open
 
         target = self.manifest.identity.target
@@ -254,7 +254,7 @@ class FileChecks:
                     for piece in found.values()
                 )
         except Exception as error:  # the library's error type is not public
-            return f"its header is damaged ({error})"
+            return f"its header is damaged ({text.one_line(error)})"
         return None if good else f"expected {sorted(names)} of shape {shape}"
 
 
@@ -271,77 +271,77 @@ class SampleChecks:
         )
 
     def problem(self, shard: int, input_ids: np.ndarray, loss_mask: np.ndarray) -> str | None:
-        """What is wrong with a shard's tokens `[T]` and mask `[T]`, if anything."""
+        """Return the problem with a shard's tokens `[T]` and mask `[T]`, if any."""
         for i in range(int(self._first[shard]), int(self._ends[shard])):
             rows = slice(int(self._start[i]), int(self._start[i]) + int(self._length[i]))
             ids, mask = input_ids[rows], loss_mask[rows]
             if sample_id(ids, mask) != self._ids[i].tobytes():
-                return f"the tokens of sample {i} are not those of its id"
+                return f"sample {i} has other tokens than its id says"
             if (int(mask[1:].sum()), count_candidates(mask)) != (self._labels[i], self._candidates[i]):
-                return f"the loss mask of sample {i} contradicts the index"
+                return f"sample {i} has a loss mask that contradicts the index"
         return None
 
 
 def _read_start(path: Path) -> None:
-    """Read the header by a call that can fail: touching it through a map would end the process instead."""
+    """Read the header with a call that can fail: a fault in a map would kill the process."""
     with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
         file.read(min(length, MAX_HEADER_BYTES))
 
 
 def _reason(error: CacheError) -> str:
-    """What an error of the reader says is wrong, without the file's name and without advice."""
+    """Return the reason in an error of the reader, without the file's name and the remedy."""
     found = re.search(r"is damaged \((.*)\)", str(error))
     return found[1] if found else str(error)
 
 
-def _what_is_there(path: Path) -> str:
-    """Words for what lies where a plain file should."""
+def _found_instead(path: Path) -> str:
+    """Return what is at `path` instead of a plain file."""
     try:
         mode = path.lstat().st_mode
     except OSError:
         return "missing"
     kinds = ((stat.S_ISLNK, "a link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"))
     kind = next((name for test, name in kinds if test(mode)), "something else")
-    return f"{kind}, expected a plain file"
+    return f"expected a plain file, got {kind}"
 
 
 def _folder_problems(cache: Path) -> dict[str, str]:
-    """Folders that are something else, with the reason; one that is missing is not among them."""
+    """Return folders that are something else, with the reason. A missing one is no problem by itself."""
     found = {}
     for folder in FOLDERS:
         path = cache / folder
         if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-            found[folder] = "a link, expected a folder" if path.is_symlink() else "expected a folder"
+            found[folder] = f"expected a folder, got {'a link' if path.is_symlink() else 'something else'}"
     return found
 
 
 def _strangers(cache: Path) -> list[Problem]:
-    """Weights in `target/` that a cache must not hold (rule 13), for which a reader refuses it."""
+    """Return weights in `target/`, which a cache must not hold (rule 13) and a reader refuses."""
     folder = cache / "target"
     if folder.is_symlink() or not folder.is_dir():
         return []
     names = sorted(path.name for path in folder.iterdir() if is_weights(path.name))
     paths = [folder / name for name in names if f"target/{name}" != FROZEN]
     return [
-        Problem(f"target/{path.name}", "it does not belong there, a cache holds no target")
+        Problem(f"target/{path.name}", "it looks like weights of the target, which a cache must not hold")
         for path in paths
         if files.plain_size(path) >= 0
     ]
 
 
 def set_aside(cache: Path, problems: Iterable[Problem]) -> list[str]:
-    """Move damaged files to `cache/damaged/`, where nothing is ever overwritten; return the names moved.
+    """Move damaged files to `cache/damaged/`, where nothing is overwritten, and return their names.
 
-    Links are moved themselves, never followed. The manifest stays: without it there is no cache.
+    A link is moved itself and never followed. The manifest stays, because without it there is no cache.
 
     Raises:
-        CacheError: `damaged` is no folder.
+        CacheError: `damaged` is not a folder.
         OSError: a file can't be moved.
     """
     aside = cache / DAMAGED
     if aside.is_symlink() or (aside.exists() and not aside.is_dir()):
-        raise CacheError(f"{aside} is not a directory: remove it, damaged files are set aside there")
+        raise CacheError(f"{aside} is not a directory but a link or a file: remove it, then repair again")
     moved = []
     for problem in problems:
         path = cache / problem.file
@@ -352,14 +352,14 @@ def set_aside(cache: Path, problems: Iterable[Problem]) -> list[str]:
         if "/" in problem.file:
             folder = _free(aside / path.parent.name, lambda p: p.is_dir() and not p.is_symlink())
             folder.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # somebody else moved it this moment
+        with contextlib.suppress(FileNotFoundError):  # another process has just moved it
             path.rename(_free(folder / path.name))
             moved.append(problem.file)
     return moved
 
 
 def _free(path: Path, good: Callable[[Path], bool] = lambda path: False) -> Path:
-    """`path`, or else `path.1`, `path.2` and so on: the first with nothing there, or something `good`."""
+    """Return the first of `path`, `path.1`, `path.2`, ... that does not exist or is `good`."""
     number, candidate = 0, path
     while os.path.lexists(candidate) and not good(candidate):
         number += 1

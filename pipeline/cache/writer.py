@@ -1,18 +1,15 @@
-"""Write a cache: plan, then shards in any order by any number of processes, then the complete manifest.
+"""Write a cache: the plan, then shards in any order by any number of processes, then the complete manifest.
 
-Every file is published atomically, and a shard's record under `progress/` only after the shard, so
-that a capture killed at any moment continues with the shards that have no record.
+Every file is published atomically, and a shard's record in `progress/` only after the shard. So a capture
+killed at any moment continues with the shards that have no record.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,40 +37,28 @@ from pipeline.cache.manifest import (
     shard_file,
     write_manifest,
 )
-from pipeline.cache.progress.records import (
-    KEPT,
-    TARGET,
-    Kept,
-    ShardRecord,
-    TargetRecord,
-    read_kept,
-    read_shard_record,
-    read_target_record,
-)
+from pipeline.cache.progress.records import TARGET, Records, ShardRecord, TargetRecord
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
 from pipeline.cache.statistics import read_statistics, standardised_states, statistics_bytes
 from pipeline.errors import CacheError, WriteError
 
 _FOLDERS = ("shards", PROGRESS, "target")
-# What `progress/` is moved into once it is of no more use, so that it goes at once and whole.
-_DONE = ".progress-done"
 
 
 class CacheWriter:
-    """Fills one cache directory according to one plan. Many processes may do so at once.
+    """Writes one cache by one plan. Several processes may do so at once.
 
     Args:
-        path: the cache directory; made if missing, continued if it holds the same identity.
-        identity: what decides the cache's bytes.
-        plan: what each shard holds, from `build_index`.
+        path: the cache directory; created if missing, continued if it holds the same identity.
+        identity: everything that decides the cache's bytes.
+        plan: the contents of each shard, from `build_index`.
         index: the sample index, from `build_index`.
-        rows: where every source row went, by reason.
+        rows: counts of source rows: read, captured, and dropped by reason.
         history: the caches this one is converted from, the first one first.
 
     Raises:
-        CacheError: the directory holds another identity (the fields that differ are named), or
-            files that are no cache.
-        WriteError: it can't be written to.
+        CacheError: the directory holds another identity, whose differing fields are named, or other files.
+        WriteError: the directory can't be written to.
     """
 
     def __init__(
@@ -87,9 +72,9 @@ class CacheWriter:
     ):
         self.path = path
         self.progress = path / PROGRESS
-        self._kept = Kept()
         self._standardised = bool(standardised_states(identity))
-        self._statistics = ""  # the hash of their file, once this process has read it
+        self._records = Records(path, self._standardised)
+        self._statistics = ""  # SHA-256 of their file, once this process has read it
         self.manifest = Manifest(
             created_by=f"dspark-pipeline {__version__}",
             identity=identity,
@@ -99,9 +84,9 @@ class CacheWriter:
             history=history,
         )
         if path.is_symlink() and not path.exists():
-            raise CacheError(f"{path} is a link to nothing: --cache must name a directory")
+            raise CacheError(f"expected a directory, {path} is a link to nothing: name another")
         if path.exists() and not path.is_dir():
-            raise CacheError(f"{path} is a file: name a directory, new or holding a cache")
+            raise CacheError(f"expected a directory, {path} is a file: name a new directory or a cache")
         try:
             if not (path / MANIFEST).exists():
                 self._start()
@@ -111,25 +96,25 @@ class CacheWriter:
 
     def _start(self) -> None:
         if self.path.exists():
-            files.remove_partials(self.path)  # a capture killed while it wrote its first file
+            files.remove_partials(self.path)  # of a capture killed while it wrote its first file
         self.path.mkdir(parents=True, exist_ok=True)
         strangers = [entry for entry in self.path.iterdir() if not entry.name.endswith(".partial")]
-        if (self.path / MANIFEST).exists():  # another process started this very moment
+        if (self.path / MANIFEST).exists():  # another process has just started
             return
         if strangers:
             raise CacheError(
                 f"{self.path} is not empty and holds no {MANIFEST}: choose an empty or new directory"
             )
-        # Not over another: this process may have been held up here while others did the whole capture.
+        # Keeps an existing one: this process may have paused here while others did the whole capture.
         files.publish_bytes(self.path / MANIFEST, self.manifest.to_json(), replace=False)
 
     def _join(self, index: pa.Table) -> None:
-        """Take up a directory that has a manifest: a finished cache, or one to be continued."""
+        """Open a directory that has a manifest: a complete cache, or one to be continued."""
         for folder in (self.path / name for name in _FOLDERS):
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-                raise CacheError(f"{folder} is not a directory: remove it, a cache lies in one place")
+                raise CacheError(f"{folder} is not a directory but a link or a file: remove it")
         found = read_manifest(self.path)
-        option = "directory" if self.manifest.history else "--cache"  # what the command calls it
+        option = "directory" if self.manifest.history else "--cache"  # the command's word for it
         refuse_another(self.path, found.identity, self.manifest.identity, option)
         remedy = f"choose another {option}, or remove that directory"
         if found.plan != self.manifest.plan:
@@ -144,7 +129,7 @@ class CacheWriter:
             damaged = self._damaged(found)
             if not damaged:
                 self.manifest = found
-                self._remove_progress()
+                self._records.remove()
                 return
             self._reopen(found, damaged)
         else:
@@ -155,29 +140,22 @@ class CacheWriter:
             (self.path / folder).mkdir(exist_ok=True)
             files.remove_partials(self.path / folder)
         again = read_manifest(self.path)
-        if again.status == "complete":  # another process finished it this very moment
+        if again.status == "complete":  # another process has just finished it
             self.manifest = again
-            self._remove_progress()
+            self._records.remove()
             return
         files.remove_partials(self.path)
-        self._kept = read_kept(self.progress, len(self.manifest.plan))
+        self._records.read_kept(len(self.manifest.plan))
         self._write_index(index_bytes(index))
 
     def _damaged(self, manifest: Manifest) -> set[str]:
-        """Files of a complete cache that are missing or have another size than they should."""
-        return {record.file for record in manifest.all_files() if not self._is_there(record)}
+        """Return the files of a complete cache that are missing or have the wrong size."""
+        return {record.file for record in manifest.all_files() if not self._records.matches(record)}
 
     def _reopen(self, found: Manifest, damaged: set[str]) -> None:
         """Turn a complete but damaged cache back into an incomplete one that keeps its good shards."""
-        self.progress.mkdir(exist_ok=True)
-        good = [shard_file(shard) not in damaged for shard in range(len(found.plan))]
-        kept = {
-            "bytes": [size * whole for size, whole in zip(found.shards.bytes, good, strict=True)],
-            "sha256": list(found.shards.sha256),
-            "statistics": next((r.sha256 for r in found.files if r.file == STATISTICS), ""),
-        }
-        files.publish_bytes(self.progress / KEPT, json.dumps(kept).encode())
-        # The rewritten shards are what they were, so what was measured stays true.
+        self._records.publish_kept(found, damaged)
+        # A rewritten shard has the same bytes, so the measured fidelity stays true.
         self.manifest = dataclasses.replace(found, status="incomplete", shards=ShardFiles(), files=())
         write_manifest(self.path, self.manifest)
 
@@ -189,11 +167,11 @@ class CacheWriter:
 
     @property
     def complete(self) -> bool:
-        """Whether the cache is finished."""
+        """True once the cache is complete."""
         return self.manifest.status == "complete"
 
     def completed_by_another(self) -> bool:
-        """Whether another process finished the cache meanwhile; if so, its manifest is the one to go by."""
+        """Return whether the cache is complete by now; if another process finished it, take its manifest."""
         if not self.complete:
             found = read_manifest(self.path)
             if found.status == "complete":
@@ -201,31 +179,21 @@ class CacheWriter:
         return self.complete
 
     def pending(self) -> list[int]:
-        """The shards still to be written, in order."""
+        """Return the shards still to be written, in order."""
         if self.complete or (not self.progress.is_dir() and self.completed_by_another()):
             return []
         return [shard for shard in range(len(self.manifest.plan)) if not self.written(shard)]
 
     def written(self, shard: int) -> bool:
-        """Whether a shard is finished, by whichever process."""
-        return self._record(shard) is not None
-
-    def _progress_file(self, shard: int) -> Path:
-        return self.progress / f"{shard:05d}.json"
-
-    def _record(self, shard: int) -> ShardRecord | None:
-        """The record of a published shard whose file is still as large as it was."""
-        record = read_shard_record(self.progress, shard, self._kept)
-        if record is None or bool(record.statistics) != self._standardised:
-            return None
-        return record if self._is_there(record) else None
+        """Return whether a shard is finished, by any process."""
+        return self._records.shard(shard) is not None
 
     def new_shard(self, shard: int, memory: Tensor | None = None) -> ShardBuffer:
-        """A shard to be filled; `memory` as in `pipeline.cache.shard.shard_buffer`."""
+        """Return a shard to be filled; `memory` as in `pipeline.cache.shard.shard_buffer`."""
         return shard_buffer(shard_specs(self.manifest.identity, self.manifest.plan[shard]), memory)
 
     def shard_bytes(self, shard: int) -> int:
-        """The size of a shard's file."""
+        """Return the size of a shard's file."""
         return file_layout(shard_specs(self.manifest.identity, self.manifest.plan[shard])).size
 
     def write_shard(
@@ -239,14 +207,14 @@ class CacheWriter:
 
         Args:
             buffer: from `new_shard(shard)`, filled.
-            measured: what checking some of its rows gave.
+            measured: figures of some of its rows, see `pipeline.cache.fidelity`.
             step: as in `pipeline.files.publish_bytes`.
 
         Raises:
-            WriteError: the file can't be written; nothing of it is to be seen.
+            WriteError: the file can't be written; nothing of it remains.
         """
         name = shard_file(shard)
-        if self.written(shard):  # by another that held it too
+        if self.written(shard):  # by another process that held it too
             return
         with self._unless_completed():
             size, digest = files.publish_bytes(self.path / name, buffer.bytes(), step=step)
@@ -257,12 +225,11 @@ class CacheWriter:
                 measured=measured or {},
                 statistics=self._statistics,
             )
-            data = json.dumps(dataclasses.asdict(record)).encode()
-            files.publish_bytes(self._progress_file(shard), data)
+            self._records.publish(f"{shard:05d}.json", record)
 
     @contextmanager
     def _unless_completed(self) -> Iterator[None]:
-        """Forgive what can't be written because another wrote the same, and tidied the complete cache."""
+        """Ignore a WriteError in the block if another process has completed the cache meanwhile."""
         try:
             yield
         except WriteError:
@@ -270,25 +237,25 @@ class CacheWriter:
                 raise
 
     def statistics(self, measure: Callable[[], Mapping[str, Statistics]]) -> dict[str, Statistics]:
-        """The statistics by which this cache's states are standardised; empty where no codec needs any.
+        """Return the statistics of this cache by state; empty if no codec needs any.
 
         Args:
-            measure: called if the cache has none yet. Of several processes that measure, the first to publish
+            measure: called if the cache has none yet. If several processes measure, the first to publish
                 decides for all.
 
         Raises:
-            CacheError: shards were written with other statistics, and those are lost.
+            CacheError: shards were written with other statistics, which are lost or damaged.
         """
         identity, path = self.manifest.identity, self.path / STATISTICS
         if not self._standardised:
             return {}
         if files.plain_size(path) < 0:
             data = b"".join(statistics_bytes(measure()))
-            # Asked in this order: where another process wrote shards meanwhile, its file came before them.
+            # In this order: another process that wrote shards meanwhile published its file before them.
             if self._others_than(hashlib.sha256(data).hexdigest()) and files.plain_size(path) < 0:
                 raise CacheError(
-                    f"{path} is lost and what is measured here differs from it, so the shards that are there "
-                    "can't be read: remove the cache and run the same command again"
+                    f"{path} is lost and a new measurement differs from it, so existing shards can't be "
+                    "read: remove the cache, then run the same command again"
                 )
             with self._unless_completed():
                 files.publish_bytes(path, data, replace=False)
@@ -299,21 +266,21 @@ class CacheWriter:
         return found
 
     def _others_than(self, digest: str) -> bool:
-        """Whether the first shard that is there was written with statistics of another hash.
+        """Return whether the first finished shard was written with statistics of another SHA-256.
 
-        Every process asks this, so the others are left to `finalise`, which reads all records anyway.
+        Every process asks this, so the other shards are left to `finalise`, which reads all records anyway.
         """
-        first = next(filter(None, map(self._record, range(len(self.manifest.plan)))), None)
+        first = next(filter(None, map(self._records.shard, range(len(self.manifest.plan)))), None)
         return first is not None and first.statistics != digest
 
     def _damaged_statistics(self) -> CacheError:
         return CacheError(
-            f"{self.path / STATISTICS} is damaged (its hash is not that of what shards were written with): "
+            f"{self.path / STATISTICS} is damaged (its hash is not the one that shards were written with): "
             "remove it, then run the same command again"
         )
 
     def statistics_written(self) -> bool:
-        """Whether the statistics are there, by whichever process, or none are needed."""
+        """Return whether the statistics are published, by any process, or none are needed."""
         return not self._standardised or files.plain_size(self.path / STATISTICS) >= 0
 
     def _statistics_record(self) -> list[FileRecord]:
@@ -325,17 +292,9 @@ class CacheWriter:
             raise CacheError(f"{path} is lost: run the same command again")
         return [FileRecord(file=STATISTICS, bytes=size, sha256=files.sha256_file(path))]
 
-    def _target_record(self) -> TargetRecord | None:
-        """The record of a published `target/` whose files are still as large as they were."""
-        record = read_target_record(self.progress)
-        return record if record and all(map(self._is_there, record.files)) else None
-
-    def _is_there(self, record: FileRecord) -> bool:
-        return 0 <= record.bytes == files.plain_size(self.path / record.file)
-
     def target_written(self) -> bool:
-        """Whether `target/` is finished, by whichever process."""
-        return self._target_record() is not None
+        """Return whether `target/` is finished, by any process."""
+        return self._records.target() is not None
 
     def write_target(
         self,
@@ -348,7 +307,7 @@ class CacheWriter:
         Args:
             frozen: `embed_tokens.weight` and, unless tied, `lm_head.weight`, `[V, H]` on the CPU; or the
                 whole file that holds them.
-            proof: what the proof before the first shard measured.
+            proof: figures of the proof before the first shard.
         """
         records = []
         with self._unless_completed():
@@ -359,17 +318,17 @@ class CacheWriter:
             size, digest = files.publish_bytes(self.path / FROZEN, *pieces)
             records.append(FileRecord(file=FROZEN, bytes=size, sha256=digest))
             record = TargetRecord(files=tuple(records), proof=proof or {})
-            files.publish_bytes(self.progress / TARGET, json.dumps(dataclasses.asdict(record)).encode())
+            self._records.publish(TARGET, record)
 
     def finalise(self) -> Manifest | None:
-        """Publish the complete manifest if every shard and `target/` are written; None if not yet."""
+        """Publish the complete manifest and return it; None while a shard or `target/` is not written."""
         shards = []
         for shard in range(len(self.manifest.plan)):
-            record = self._record(shard)
+            record = self._records.shard(shard)
             if record is None:
                 return self.manifest if self.completed_by_another() else None
             shards.append(record)
-        target = self._target_record()
+        target = self._records.target()
         if target is None:
             return self.manifest if self.completed_by_another() else None
         statistics = self._statistics_record()
@@ -384,17 +343,5 @@ class CacheWriter:
             files=(self._index, *statistics, *target.files),
         )
         write_manifest(self.path, self.manifest)
-        self._remove_progress()
+        self._records.remove()
         return self.manifest
-
-    def _remove_progress(self) -> None:
-        """Tidy a complete cache: no progress, and nothing that a killed process of any machine left."""
-        if self.progress.is_dir():
-            with suppress(OSError):  # gone already, or not ours to remove: no reader looks at it
-                self.progress.rename(Path(tempfile.mkdtemp(prefix=_DONE, dir=self.path)))
-        for done in self.path.glob(f"{_DONE}*"):
-            shutil.rmtree(done, ignore_errors=True)
-        for folder in (self.path / "shards", self.path / "target"):
-            for path in folder.glob(".*.partial"):
-                with suppress(OSError):
-                    path.unlink()

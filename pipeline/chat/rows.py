@@ -89,7 +89,7 @@ def _text(value: Any, what: str) -> str:
             "malformed message", f"{what} is not text: expected a string, got {type(value).__name__}"
         )
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRowError("not text", f"{what} holds half of a surrogate pair, which is no text: fix the row")
+        raise BadRowError("not text", f"{what} has half of a surrogate pair, which is not text: fix the row")
     return value
 
 
@@ -99,7 +99,7 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
         try:
             tools = json.loads(tools) or None
         except (ValueError, RecursionError) as error:
-            raise BadRowError("malformed tools", f'"tools" is text that is not JSON ({error})') from None
+            raise BadRowError("malformed tools", f'"tools" is text but not JSON ({error})') from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRowError("malformed tools", 'expected "tools" to be a list of JSON schemas')
     return tools

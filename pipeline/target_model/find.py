@@ -1,4 +1,4 @@
-"""Find a target's directory on disk or on the Hub, and hash what decides its states."""
+"""Find a target's directory on disk or on the Hub, and hash the files that decide its states."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pipeline.target_model.options import TargetOptions
 from pipeline.text import one_line
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
-# Besides weights: what a Hub repository is asked for.
+# Files to download from a Hub repository, besides weights.
 _HUB_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
-# Second copies of the weights, in another format.
+# Copies of the weights in another format.
 _HUB_SKIPPED = ("consolidated*", "original/*")
 _PLAIN = TargetOptions()
-# Weight files hashed at a time: one thread does about 1.5 GB/s, disks more.
+# Weight files hashed at a time: a thread hashes about 1.5 GB/s, and disks read faster.
 HASHING_THREADS = 8
 
 
 def resolve_directory(target: str, options: TargetOptions = _PLAIN) -> Path:
-    """The directory that holds a target: a local path, or a Hub id's snapshot.
+    """Return a target's directory: a local path, or the snapshot of a Hub id.
 
     Raises:
         UsageError: `--revision` with a local directory.
-        TargetError: neither a directory with a config.json (or the GGUF file) nor a Hub model that can
-            be fetched.
+        TargetError: neither a directory with a config.json (or the GGUF file) nor a Hub model that can be
+            downloaded.
     """
     path = Path(target)
     if path.is_dir():
@@ -40,10 +40,10 @@ def resolve_directory(target: str, options: TargetOptions = _PLAIN) -> Path:
     if path.is_file():
         hint = f", and --gguf-file {path.name}" if path.suffix == ".gguf" else ""
         raise TargetError(
-            f"{target} is a file: expected a directory or Hub id, give --target {path.parent}{hint}"
+            f"expected a directory or Hub id, {target} is a file: give --target {path.parent}{hint}"
         )
     if path.is_absolute() or target.startswith((".", "~")) or target.count("/") > 1:
-        raise TargetError(f"no such target directory: {target}")
+        raise TargetError(f"no such target directory: {target}; give --target a directory or Hub id")
     from huggingface_hub import snapshot_download
 
     weights = options.gguf_file or "*.safetensors"
@@ -57,22 +57,22 @@ def resolve_directory(target: str, options: TargetOptions = _PLAIN) -> Path:
                 ignore_patterns=list(_HUB_SKIPPED),
             )
         )
-    except Exception as error:  # offline, no such repository, gated: the hub's own tree of errors
+    except Exception as error:  # offline, no such repository, gated: errors of many types
         at = f" at revision {options.revision}" if options.revision else ""
         raise TargetError(
-            f"no such target: {target} is neither a directory nor a Hub model that can be fetched{at} "
+            f"no such target: {target} is neither a directory nor a Hub model that can be downloaded{at} "
             f"({one_line(error)})"
         ) from None
     return _checked(directory, options.gguf_file)
 
 
 def _checked(directory: Path, gguf_file: str | None) -> Path:
-    """`directory`, when it holds what config and tokenizer are read from."""
+    """Return `directory` if it has the file that config and tokenizer are read from. Raises TargetError."""
     ggufs = sorted(path.name for path in directory.glob("*.gguf"))
     if gguf_file is not None:
         if not (directory / gguf_file).is_file():
             found = ", ".join(ggufs) or "none"
-            raise TargetError(f"no file {gguf_file} in {directory}: it holds these GGUF files: {found}")
+            raise TargetError(f"no file {gguf_file} in {directory}: give one of its GGUF files: {found}")
     elif not (directory / "config.json").is_file():
         remedy = f"; for a GGUF file, give --gguf-file {ggufs[0]}" if ggufs else ""
         raise TargetError(f"{directory} has no config.json: expected a Hugging Face model directory{remedy}")
@@ -80,15 +80,15 @@ def _checked(directory: Path, gguf_file: str | None) -> Path:
 
 
 def weights_hash(directory: Path, options: TargetOptions = _PLAIN) -> str:
-    """SHA-256 over the names and contents of what decides a target's states: weights, and trusted code.
+    """Compute the SHA-256 over names and contents of a target's weights, and of its code if it is trusted.
 
     Raises:
-        TargetError: the directory holds no weights.
+        TargetError: the directory has no weights.
     """
     patterns = (options.gguf_file,) if options.gguf_file else _WEIGHTS
     weights = sorted({path for pattern in patterns for path in directory.glob(pattern)})
     if not weights:
-        raise TargetError(f"{directory} holds no weights: expected *.safetensors beside its config.json")
+        raise TargetError(f"{directory} has no weights: expected *.safetensors beside its config.json")
     code = sorted(directory.glob("*.py")) if options.trust_remote_code else []
     paths = weights + code
     with ThreadPoolExecutor(HASHING_THREADS) as threads:

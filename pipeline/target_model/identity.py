@@ -1,4 +1,4 @@
-"""What a cache's manifest says of the target and its tokenizer."""
+"""Identities of the target and its tokenizer, for a cache's manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.hooks import embedding_scale, final_logit_softcapping, find_layers
 
 
 def target_identity(name: str, weights: str, model: nn.Module, dtype: torch.dtype) -> TargetIdentity:
-    """What a manifest says of a target; the model may be on the meta device."""
+    """Return a target's identity; the model may be on the meta device."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     return TargetIdentity(
         name=name,
@@ -32,7 +32,7 @@ def target_identity(name: str, weights: str, model: nn.Module, dtype: torch.dtyp
 
 
 def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
-    """Hash what decides the tokens: vocabulary and merges, and the chat template."""
+    """Return a tokenizer's identity: hashes of vocabulary with merges, and of the chat template."""
     content = tokenizer.backend_tokenizer.to_str().encode()
     template = tokenizer.chat_template or ""
     return TokenizerIdentity(

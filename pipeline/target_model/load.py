@@ -1,7 +1,6 @@
-"""Open a target: say what it is, and load it.
+"""Open and load a target.
 
-`open_target(options)` is the way in: it reads the config and nothing else; the tokenizer, the identity
-and the weights are read when they are asked for.
+`open_target(options)` reads only the config. The tokenizer, the identity and the weights are read on use.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from pipeline.target_model.options import TargetOptions
 from pipeline.text import one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# What makes a target directory's config and tokenizer loadable again, without its weights.
+# Files from which a target's config and tokenizer load again, without its weights.
 _LIGHT_FILES = (
     "config.json",
     "generation_config.json",
@@ -48,7 +47,7 @@ _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoMod
 
 @dataclass(frozen=True)
 class Target:
-    """A target that was found, with what its config says. Made by `open_target`."""
+    """A target with its config, made by `open_target`."""
 
     options: TargetOptions
     name: str
@@ -56,34 +55,34 @@ class Target:
     directory: Path
     config: Any
     dtype: torch.dtype
-    """What it computes in."""
+    """The dtype that it computes in."""
     device: torch.device
-    """Where it runs; with `--device-map`, one of the devices."""
+    """The device that it runs on; with `--device-map`, one of them."""
 
     @cached_property
     def shell(self) -> nn.Module:
         """The model on the meta device: every module, no weights.
 
         Raises:
-            TargetError: not a causal LM that can be a target.
+            TargetError: see `build_shell`.
         """
         return build_shell(self.directory, self.config, self.dtype, self.options)
 
     @property
     def checkpoint_dtype(self) -> torch.dtype:
-        """What the weights are stored in."""
-        if self.options.gguf_file is not None:  # quantised weights become whatever it computes in
+        """The dtype of the stored weights."""
+        if self.options.gguf_file is not None:  # quantised weights load in the dtype that it computes in
             return self.dtype
         return _config_dtype(self.config)
 
     def identity(self, *, hash_weights: bool = True) -> TargetIdentity:
-        """What goes into a cache's manifest.
+        """Return the identity for a cache's manifest.
 
         Args:
-            hash_weights: False leaves their hash empty: reading all of them takes seconds.
+            hash_weights: False leaves the weights' hash empty, because reading all of them takes seconds.
 
         Raises:
-            TargetError: there are no weights.
+            TargetError: the target has no weights.
         """
         weights = weights_hash(self.directory, self.options) if hash_weights else ""
         return target_identity(self.name, weights, self.shell, self.dtype)
@@ -93,36 +92,36 @@ class Target:
         return load_tokenizer(self.directory, self.options)
 
     def tokenizer(self) -> Any:
-        """The tokenizer, read once. Raises TargetError when it is missing or has no offsets."""
+        """Return the tokenizer, read once. Raises TargetError if it is missing or has no offsets."""
         return self._tokenizer
 
     def model(self) -> nn.Module:
-        """The weights, in memory: in eval mode, frozen, on `device` or spread by `--device-map`."""
+        """Load the model in eval mode, frozen, on `device` or spread by `--device-map`."""
         return load_target(self.directory, self.dtype, self.device, self.options, self.config)
 
     def files(self) -> dict[str, bytes]:
-        """Config and tokenizer files by name, from which both load again without the weights."""
+        """Return config and tokenizer files by name, from which both load again without the weights."""
         if self.options.gguf_file is None:
             paths = {path for pattern in _LIGHT_FILES for path in self.directory.glob(pattern)}
             return _contents(sorted(paths))
-        with tempfile.TemporaryDirectory() as folder:  # a GGUF file has them inside
+        with tempfile.TemporaryDirectory() as folder:  # a GGUF file holds both
             self.config.save_pretrained(folder)
             self.tokenizer().save_pretrained(folder)
             return _contents(sorted(Path(folder).iterdir()))
 
     def check_length(self, length: int) -> None:
-        """Refuse samples longer than the target's table of positions, where it learned one (GPT-2, OPT).
+        """Refuse samples longer than the target's learned positions (GPT-2, OPT).
 
         Args:
             length: tokens of the longest sample.
 
         Raises:
-            UsageError: naming the length that fits.
+            UsageError: it is too long; the message names the length that fits.
         """
         limit = learned_positions(self.shell)
         if limit is not None and length > limit:
             raise UsageError(
-                f"a sample has {length:,} tokens, but {self.name} learned {limit:,} positions only: "
+                f"a sample has {length:,} tokens, but {self.name} has only {limit:,} learned positions: "
                 f"give --max-length {limit} or less"
             )
 
@@ -131,8 +130,8 @@ def open_target(options: TargetOptions) -> Target:
     """Find the target that `options` names and read its config.
 
     Raises:
-        UsageError: options that exclude each other, or a device that is not there.
-        TargetError: it can't be found, or its config can't be read.
+        UsageError: options that exclude each other, or a device that this machine lacks.
+        TargetError: the target is not found, or its config can't be read.
     """
     if options.device_map and options.device != "auto":
         raise UsageError(
@@ -140,7 +139,7 @@ def open_target(options: TargetOptions) -> Target:
         )
     name = options.target
     if name is None:
-        raise UsageError("no target was named: give --target, a Hugging Face directory or Hub id")
+        raise UsageError("no target: give --target a Hugging Face directory or Hub id")
     directory = resolve_directory(name, options)
     device = resolve_device(options.device)
     config = load_config(directory, options)
@@ -157,7 +156,7 @@ def open_target(options: TargetOptions) -> Target:
 
 
 def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
-    """What the target computes in. `auto` is the checkpoint's own dtype where the device is fast at it."""
+    """Return the dtype to compute in. `auto`: the checkpoint's own, but float32 if bf16 is emulated."""
     if name != "auto":
         return DTYPES[name]
     dtype = _config_dtype(config)
@@ -170,7 +169,7 @@ def _config_dtype(config: Any) -> torch.dtype:
 
 
 def gguf_options(gguf_file: str | None) -> dict[str, Any]:
-    """What transformers' `from_pretrained` of a model needs to read a GGUF file as plain weights.
+    """Return the arguments with which transformers' `from_pretrained` reads a GGUF file as plain weights.
 
     Raises:
         TargetError: the packages that read it are not installed.
@@ -180,7 +179,7 @@ def gguf_options(gguf_file: str | None) -> dict[str, Any]:
     _need("gguf", "accelerate", reason="--gguf-file")
     import transformers
 
-    if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told not to
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep weights packed by default
         return {
             "gguf_file": gguf_file,
             "quantization_config": transformers.GgufConfig(dequantize=True),
@@ -195,7 +194,7 @@ def _need(*packages: str, reason: str) -> None:
 
 
 def _source(options: TargetOptions) -> dict[str, Any]:
-    """What every `from_pretrained` is given."""
+    """Return the arguments of every `from_pretrained`."""
     source = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     if options.gguf_file is not None:
         _need("gguf", "accelerate", reason="--gguf-file")
@@ -204,7 +203,7 @@ def _source(options: TargetOptions) -> dict[str, Any]:
 
 
 def load_config(directory: Path, options: TargetOptions = _PLAIN) -> Any:
-    """The target's Hugging Face config. Raises TargetError when transformers can't read it."""
+    """Read the target's Hugging Face config. Raises TargetError if transformers can't."""
     from transformers import AutoConfig
 
     source = _source(options)
@@ -216,7 +215,7 @@ def load_config(directory: Path, options: TargetOptions = _PLAIN) -> Any:
 
 
 def load_tokenizer(directory: Path, options: TargetOptions = _PLAIN) -> Any:
-    """The target's tokenizer. Raises TargetError when it is missing or has no offsets."""
+    """Load the target's tokenizer. Raises TargetError if it is missing or has no offsets."""
     from transformers import AutoTokenizer
 
     source = _source(options)
@@ -225,20 +224,23 @@ def load_tokenizer(directory: Path, options: TargetOptions = _PLAIN) -> Any:
     except Exception as error:
         raise _refusal(directory, "its tokenizer can't be loaded", error) from None
     if not tokenizer.is_fast:
-        raise TargetError(f"{directory}: its tokenizer has no fast version, which the loss mask needs")
+        raise TargetError(
+            f"{directory}: expected a fast tokenizer, whose offsets the loss mask needs; "
+            f"got {type(tokenizer).__name__}: use another target"
+        )
     return tokenizer
 
 
 def auto_class(directory: Path, config: Any) -> Any:
-    """The transformers class that loads `config` as a causal LM; text parts of multimodal models too.
+    """Return the transformers class that loads `config` as a causal LM, or as a multimodal model with one.
 
     Raises:
-        TargetError: encoder-decoders, and models that predict no next token.
+        TargetError: an encoder-decoder, or a model that predicts no next token.
     """
     import transformers
 
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
-    wanted = "expected a decoder-only causal LM, name such a one as the target"
+    wanted = "pass a decoder-only causal LM"
     if getattr(config, "is_encoder_decoder", False):
         raise TargetError(f"{directory}: {name} is an encoder-decoder: {wanted}")
     for auto_name in _AUTO_CLASSES:
@@ -259,10 +261,10 @@ def load_target(
     """Load the target for inference.
 
     Args:
-        config: the target's, where it has been read already.
+        config: the target's config; None reads it.
 
     Raises:
-        TargetError: transformers can't, or with `--device-map`, the GPUs do not hold it.
+        TargetError: transformers can't load it, or with `--device-map`, it does not fit the GPUs.
     """
     source = {**_source(options), **gguf_options(options.gguf_file), "dtype": dtype}
     if options.attn_implementation is not None:
@@ -283,13 +285,13 @@ def load_target(
 
 
 def _refuse_offload(directory: Path, model: nn.Module, device: torch.device) -> None:
-    """A target that accelerate left partly on the CPU or disk would crawl, and its head could not be read."""
+    """Refuse a target that accelerate put partly on the CPU or disk: slow, and its head can't be read."""
     places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
     outside = [place for place in places if place == "disk" or (place == "cpu" and device.type != "cpu")]
     if outside:
         raise TargetError(
-            f"{directory}: the GPUs here do not hold the target, {len(outside)} of its {len(places)} parts "
-            f"went to {' and '.join(sorted(set(outside)))}: use more GPUs, or a smaller --dtype"
+            f"{directory}: the target does not fit the GPUs, {len(outside)} of its {len(places)} parts "
+            f"are on {' and '.join(sorted(set(outside)))}: use more GPUs, or a smaller --dtype"
         )
 
 
@@ -299,14 +301,14 @@ def build_shell(
     """Build the target on the meta device, which takes no memory and reads no weights.
 
     Raises:
-        TargetError: not a causal LM, an attention implementation it lacks, or a part it needs is missing.
+        TargetError: not a causal LM, no such attention implementation, or a missing part.
     """
     auto = auto_class(directory, config)
 
     def build(**chosen: Any) -> nn.Module:
         with torch.device("meta"):
             return auto.from_config(
-                copy.deepcopy(config),  # which it would write its arguments to
+                copy.deepcopy(config),  # because from_config writes its arguments into it
                 dtype=dtype,
                 trust_remote_code=options.trust_remote_code,
                 **chosen,
@@ -340,7 +342,7 @@ def _check_head(directory: Path, model: nn.Module) -> None:
     head, hidden = model.get_output_embeddings(), model.config.get_text_config().hidden_size
     if head is None or getattr(head, "weight", None) is None or getattr(head, "bias", None) is not None:
         raise TargetError(
-            f"{directory}: expected a target whose lm_head is a plain matrix, without a bias; "
+            f"{directory}: expected an lm_head that is a plain matrix without a bias; "
             f"{type(model).__name__} has another: use another target"
         )
     widths = {head.weight.shape[1], model.get_input_embeddings().weight.shape[1], hidden}
@@ -354,7 +356,7 @@ def _check_head(directory: Path, model: nn.Module) -> None:
 def _refusal(directory: Path, what: str, error: Exception) -> TargetError:
     if "trust_remote_code" in str(error):
         return TargetError(
-            f"{directory} brings Python files of its own, which must run to load it: read them, then give "
+            f"{directory} has Python files of its own, which must run to load it: read them, then give "
             "--trust-remote-code"
         )
     return TargetError(f"{directory}: {what} ({one_line(error)})")

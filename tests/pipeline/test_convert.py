@@ -417,7 +417,7 @@ def begin(monkeypatch: pytest.MonkeyPatch, shards: int, *command: str | Path) ->
     with monkeypatch.context() as patch:
         cut = lambda *given: itertools.islice(real(*given), shards)  # noqa: E731
         patch.setattr(pipeline.cache.tools.convert, "take_shards", cut)
-        assert f"shards written by this process: {shards}; others are at work" in run_ok(*command)
+        assert f"shards written by this process: {shards}; other processes write the rest" in run_ok(*command)
 
 
 def test_a_complete_one_is_left_alone_and_a_lost_shard_is_written_again(tmp_path, cache_dir, whole):
@@ -529,8 +529,8 @@ def test_wrong_requests_are_one_line(tmp_path, cache_dir):
     assert_refused(run_cli("convert", cache_dir), 2, "DST")
     (tmp_path / "link").symlink_to(cache_dir)
     for same in (cache_dir, tmp_path / "link", cache_dir / "target" / ".."):
-        assert_refused(run_cli("convert", cache_dir, same), 2, "is the cache to be read")
-    assert_refused(run_cli("convert", cache_dir, tmp_path / "link/inside"), 2, "lies in the cache")
+        assert_refused(run_cli("convert", cache_dir, same), 2, "is the cache to read")
+    assert_refused(run_cli("convert", cache_dir, tmp_path / "link/inside"), 2, "is inside the cache")
     assert not new.exists()
 
 

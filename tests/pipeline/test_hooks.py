@@ -239,7 +239,7 @@ def test_a_model_of_images_is_refused_by_name():
 def test_states_that_are_missing_or_of_another_shape_are_refused(model):
     states = {0: torch.zeros(2, 3, 8), 1: torch.zeros(4, 2, 3, 8)}
     check_states(model, states, [0], (2, 3))
-    with pytest.raises(TargetError, match="LlamaForCausalLM did not run layer 2: leave it out"):
+    with pytest.raises(TargetError, match="LlamaForCausalLM did not run layer 2: remove it"):
         check_states(model, states, [0, 2], (2, 3))
     with pytest.raises(TargetError, match=r"LlamaForCausalLM: expected states .* got \(4, 2, 3, 8\) at 1"):
         check_states(model, states, [1], (2, 3))

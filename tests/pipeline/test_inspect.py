@@ -77,13 +77,13 @@ def test_the_lines_of_a_complete_cache(cache_dir):
     assert said.startswith(f"cache {cache_dir}: complete\n")
     for part in (
         "tiny-llama (LlamaForCausalLM, ",
-        "layers [0, 2, 4], bf16 context (16 bits a value), bf16 last hidden (16 bits a value)",
+        "layers [0, 2, 4], bf16 context (16 bits per value), bf16 last hidden (16 bits per value)",
         f"40 samples, {facts['tokens']:,} tokens, {facts['labels']:,} of them supervised",
         "chats.jsonl: 40 samples",
         "max_length 4096",
         "rows: captured 40, read 40",
         "at a fraction of 0.05",
-        f"{facts['bytes']['a_token']:,.0f} bytes a token",
+        f"{facts['bytes']['a_token']:,.0f} bytes per token",
         f"teacher total variation: mean {fidelity['teacher_tv_mean']:.4g}, "
         f"p99 {fidelity['teacher_tv_p99']:.4g}, over {fidelity['teacher_tv_rows']:.0f} rows",
         f"error of context.4: mean {fidelity['relative_error.context.4_mean']:.4g}",
@@ -144,7 +144,7 @@ def test_a_sample_by_its_hash_by_the_beginning_of_it_and_by_its_number(cache_dir
         ("xyz", "in hex"),
         ("", "in hex"),
         ("0" * 33, "in hex"),
-        ("0123456789abcdef" * 2, "no sample"),
+        ("0123456789abcdef" * 2, "no hash"),
     ],
 )
 def test_a_sample_that_is_not_there_is_refused(cache_dir, text, part):
@@ -155,7 +155,7 @@ def test_a_prefix_of_several_samples_is_refused(cache_dir):
     first = [row["sample_id"].hex()[0] for row in index_of(cache_dir)]
     several = next(digit for digit in first if first.count(digit) > 1)
     result = run_cli("inspect", cache_dir, "--sample", several)
-    assert_refused(result, 2, f"{first.count(several)} samples", "more digits")
+    assert_refused(result, 2, f"{first.count(several)} samples", "give more")
 
 
 def test_a_samples_text_is_its_tokens_with_the_supervised_ones_in_green(cache_dir):
@@ -250,18 +250,18 @@ def test_a_running_captures_progress_rate_and_time_left(tmp_path):
     said = run_ok("inspect", cache)
     assert f"2 of {len(plan)} shards, {progress['tokens_done']} of {facts['tokens']} tokens" in said
     assert "0/2 on one, process 7: 3 tokens/s" in said
-    assert re.search(r"rate .* by 2 at work, \d+ s left", said)
+    assert re.search(r"rate .* by 2 running, \d+ s left", said)
     assert every_byte(cache) == before
 
 
 def test_a_worker_of_this_machine_counts_while_it_lives(tmp_path):
     cache = running(tmp_path / "cache")
-    assert "nobody is at work" in run_ok("inspect", cache)
+    assert "no process is running" in run_ok("inspect", cache)
     worker_file(cache, "dead", place=process.place(), pid=2**22 + 1)
     with Worker(cache / "progress", "3/4"):
         (worker,) = facts_of(cache)["progress"]["workers"]
         assert (worker["label"], worker["pid"]) == ("3/4", os.getpid())
-        assert "not known yet, 1 at work" in run_ok("inspect", cache)
+        assert "not known yet, 1 running" in run_ok("inspect", cache)
     assert facts_of(cache)["progress"]["workers"] == []
 
 

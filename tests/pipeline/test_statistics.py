@@ -301,9 +301,9 @@ def test_statistics_changed_between_two_shards_are_refused_by_the_next_process_a
     writing.write_shard(writer, 0)
     whole = (cache / FILE).read_bytes()
     changed(lambda tensors: tensors["context.0.mean"].add_(1))(cache / FILE)
-    with pytest.raises(CacheError, match="its hash is not that of what shards were written with"):
+    with pytest.raises(CacheError, match="its hash is not the one that shards were written with"):
         writing.open(cache).statistics(lambda: writing.statistics)
-    with pytest.raises(CacheError, match="its hash is not that of what shards were written with"):
+    with pytest.raises(CacheError, match="its hash is not the one that shards were written with"):
         writing.finish(writer)
     (cache / FILE).write_bytes(whole)
     assert writer.finalise().status == "complete"
@@ -348,7 +348,7 @@ def test_a_changed_file_is_not_used_with_the_shards_of_another(tmp_path):
     changed(lambda tensors: tensors["context.0.mean"].add_(1))(cache / FILE)
     (cache / "shards/00001.safetensors").unlink()
     writing = Stored("nf4", "int8")
-    with pytest.raises(CacheError, match="its hash is not that of what shards were written with"):
+    with pytest.raises(CacheError, match="its hash is not the one that shards were written with"):
         writing.open(cache).statistics(lambda: writing.statistics)
     (cache / FILE).unlink()
     writing.write(cache)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pipeline import files
 from pipeline.cache import CacheReader, CacheWriter
 from pipeline.cache import writer as writer_module
+from pipeline.cache.progress.records import Records
 from pipeline.errors import CacheError, WriteError
 from pipeline.files import partial_name
 from tests.conftest import capture_arguments, run_cli
@@ -335,7 +336,7 @@ def test_a_cache_that_is_finished_while_another_joins_stays_as_it_is(scratch, mo
     writing = make_writing(MASKS)
     whole = every_byte(writing.write(scratch()))
     owners = {"mkdir": Path, "remove_partials": files}
-    owners |= dict.fromkeys(["read_manifest", "read_kept"], writer_module)
+    owners |= {"read_manifest": writer_module, "read_kept": Records}
     owner = owners.get(step, CacheWriter)
     real, calls = getattr(owner, step), 0
     for stop in range(6):

@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 import train.draft
-from tests.conftest import run_cli, run_ok
+from tests.conftest import FP32, run_cli, run_ok
 from tests.train.runs import train_arguments
 from train.config import DraftConfig
 from train.draft import DRAFTS
@@ -52,7 +52,7 @@ def test_every_part_of_a_kind_is_used(
     assert asked["build"] == 3  # to check the weights, the draft, and an untrained one beside it
     asked.clear()
     options = ("--target", target_dir, "--cache", cache_dir, "--num-prompts", "1", "--max-new-tokens", "4")
-    run_ok("speculate", *options, "--run", run)
+    run_ok("speculate", *options, "--run", run, *FP32)
     assert asked["decoder"] == 1
     asked.clear()
     again = train_arguments(cache_dir, tmp_path / "again", train__max_steps=1, draft__init_from=run)

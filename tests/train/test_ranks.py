@@ -302,7 +302,7 @@ def test_ranks_go_on_from_one_checkpoint(tmp_path: Path, cache_dir: Path) -> Non
         shutil.rmtree(tmp_path / "run0" / "checkpoints" / name)
     ranks = start_ranks(tmp_path / "second", 2, *together_arguments)
     assert [process.wait() for process in ranks] == [1, 1]
-    assert "different things: newest checkpoint (step-000002, none)" in ranks[0].errors[0]
+    assert "the ranks disagree on newest checkpoint (step-000002, none)" in ranks[0].errors[0]
     assert ranks[1].errors == []
 
 

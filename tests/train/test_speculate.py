@@ -104,7 +104,7 @@ def test_a_damaged_evaluation_is_told_before_any_work(
 ) -> None:
     run = shutil.copytree(run_dir, tmp_path / "run", symlinks=True)
     monkeypatch.setattr("train.decode.benchmark.speculate", pytest.fail)
-    options = ("--target", target_dir, "--run", run, "--cache", cache_dir)
+    options = ("--target", target_dir, "--run", run, "--cache", cache_dir, *FP32)
     for content in ("{", "[]", '{"step": 60, "tau": "high"}'):
         (find_checkpoint(run) / EVALUATION).write_text(content)
         refused = run_cli("speculate", *options)

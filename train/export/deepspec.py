@@ -36,7 +36,7 @@ from train.runtime.distributed import Ranks
 
 _ASKER = "dspark import"
 # DeepSpec releases drafts of this kind.
-_KIND = DRAFTS["dspark"]
+_KIND = "dspark"
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGETS = ("vocab_size", "hidden_size", "num_target_layers")
@@ -79,7 +79,7 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
     _check_split(reader, config)
     shape = _checked_shape(source, values, reader, config)
     config = dataclasses.replace(config, draft=resolved(config.draft, shape))
-    model = _KIND.build(shape)
+    model = DRAFTS[_KIND].build(shape)
     frozen = reader.frozen()
     model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
     copy_weights(model, weights, source, _ASKER)
@@ -118,7 +118,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{_ASKER}: {path} can't be read ({error})") from None
     values = {name: value for name, value in values.items() if value is not None}
-    _KIND.check_released(values, f"{_ASKER}: {path}")
+    DRAFTS[_KIND].check_released(values, f"{_ASKER}: {path}")
     return values
 
 
@@ -155,8 +155,8 @@ def _run_config(
     tables = configuration.apply_overrides({}, overrides)
     if "draft" in tables:
         raise UsageError(f"--set draft.* is not allowed, {where} decides it: set only [loss] and [train]")
-    draft, values = _KIND.released_settings(values, weights, f"{_ASKER}: {where}")
-    config = configuration.build(RunConfig, {**tables, "draft": {"kind": _KIND.name, **draft}}, where)
+    draft, values = DRAFTS[_KIND].released_settings(values, weights, f"{_ASKER}: {where}")
+    config = configuration.build(RunConfig, {**tables, "draft": {"kind": _KIND, **draft}}, where)
     anchors, asked = values.get("num_anchors"), tables.get("train", {})
     # Other trainers count anchors per sample, so a number that no batch here has room for is ignored.
     if type(anchors) is int and 1 <= anchors < config.train.batch_tokens and "anchors_per_batch" not in asked:

@@ -1,1 +1,1 @@
-"""How far an unfinished cache is: claims of workers, records of what is done."""
+"""The state of an incomplete cache: claims of workers, records of finished files."""

@@ -1,10 +1,10 @@
-"""Who writes which shard: any number of processes fill one cache, on one machine or many, without a server.
+"""Claims on shards: any number of processes fill one cache, on one machine or several, without a server.
 
-A process at work keeps a small file that it touches every few seconds (its heartbeat), and holds a shard by
-a claim: a file that only one process can create, with the owner's name in it. Where the owner is dead, what
-it left is claimed in the same way, by a file named after that claim and its owner: so only one process
-can. Should two processes ever hold one shard all the same, each writes a whole file, on equal hardware with
-the same bytes, so that costs time and nothing else.
+A worker touches a small file of its own every few seconds (its heartbeat). It owns a shard by a claim: a file
+that only one process can create, with the owner's id in it. If the owner is dead, its claim is inherited by
+another file, named after that claim and its owner, which again only one process can create. Should two
+processes own one shard anyway, each writes a whole file, with the same bytes on equal hardware: that costs
+time and nothing else.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ if TYPE_CHECKING:
     from pipeline.cache.writer import CacheWriter
 
 HEARTBEAT_SECONDS = 10.0
-# A process of another machine counts as dead when its file was not touched for so long. Network file
-# systems may show a change after up to a minute.
+# A process of another machine counts as dead if its file was not touched for this long. Network file systems
+# may show a change a minute late.
 DEAD_AFTER_SECONDS = 150.0
 MAX_WORKER_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerState:
-    """What a process at work says of itself."""
+    """A worker's own account of itself."""
 
     label: str
-    """For people: which of how many it is."""
+    """Its number of how many, for messages."""
     host: str
     place: str
-    """Where its process id means something, see `pipeline.process`."""
+    """The space in which its process id is unique, see `pipeline.process`."""
     pid: int
     started: str | None
-    """When that process began, in the kernel's count: ids come back."""
+    """Start time of the process in the kernel's count, because process ids are reused."""
     seconds: float = 0.0
-    """Since it began to capture."""
+    """Seconds since it started to capture."""
     tokens: int = 0
-    """Captured by it."""
+    """Tokens captured by it."""
 
 
 class Worker:
-    """This process at work on one cache. Use as a context manager: leaving it gives everything back.
+    """This process as a worker on one cache. Use as a context manager: leaving it releases every claim.
 
     Args:
         folder: the cache's `progress/`.
-        label: for people, such as `1/4`.
+        label: for messages, such as `1/4`.
 
     Raises:
         FileNotFoundError: the folder is gone, because the cache was completed.
-        WriteError: its file can't be written.
+        WriteError: the worker's file can't be written.
     """
 
     def __init__(self, folder: Path, label: str = ""):
@@ -77,12 +77,12 @@ class Worker:
 
     def __enter__(self) -> Worker:
         try:
-            self._touch()  # first, because its time is what others' are compared with
+            self._touch()  # first, because ages are measured against its time
         except FileNotFoundError:  # the cache was completed
             raise
         except OSError as error:
             raise files.write_error(self._file, error) from error
-        for path in self.folder.glob("worker-*.json"):  # those that were killed
+        for path in self.folder.glob("worker-*.json"):  # of killed processes
             if path != self._file and not self._at_work(_id_of(path)):
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -100,11 +100,11 @@ class Worker:
             self._file.unlink(missing_ok=True)
 
     def captured(self, tokens: int) -> None:
-        """Count tokens, for whoever looks from outside."""
+        """Count captured tokens, for `dspark inspect`."""
         self._tokens += tokens
 
     def claim(self, name: str) -> bool:
-        """Try to become the owner of `name`. False when a living process holds it.
+        """Try to become the owner of `name`; return False if a living process owns it.
 
         Raises:
             FileNotFoundError: the folder is gone, because the cache was completed.
@@ -123,28 +123,28 @@ class Worker:
                     heir = hashlib.sha256(f"{path.name} {owner}".encode()).hexdigest()[:24]
                     path = self.folder / f"{name}~{heir}.claim"
                     continue
-                except FileNotFoundError:  # given back this moment
+                except FileNotFoundError:  # just released
                     pass
             else:
                 with contextlib.suppress(FileNotFoundError):
                     if all(self._owner(claim) == owner for claim, owner in before):
                         self._claims[name] = path
                         return True
-                path.unlink(missing_ok=True)  # an heir, but what it follows was given back, not left
+                path.unlink(missing_ok=True)  # the claim before it was released, not left by a dead owner
             path, before = self.folder / f"{name}.claim", []
 
     def others_died(self, waiting: Callable[[int], object]) -> bool:
-        """Find out about processes elsewhere, whose life shows in nothing but heartbeats.
+        """Wait until it is clear which workers of other machines live, which only their heartbeats show.
 
-        Returns at once where there are none, after a heartbeat where all of them live, and else when the time
-        after which they count as dead has passed.
+        Returns at once if there are none, after a heartbeat if all of them live, and at the latest when
+        silent ones count as dead.
 
         Args:
-            waiting: called about every second with the number of those that have shown no sign of life since
-                the waiting began; may raise to stop it.
+            waiting: called about every second with the number of workers without a heartbeat since the start
+                of the wait; may raise to stop it.
 
         Returns:
-            Whether one of them turned out to be dead, so that what it held can be claimed.
+            True if one of them is dead or has ended, so that its claims can be taken.
         """
         unsure, died = {}, False
         for path in self.folder.glob("worker-*.json"):
@@ -160,7 +160,7 @@ class Worker:
                     elif not self._at_work(_id_of(path)):
                         del unsure[path]
                         died = True
-                except OSError:  # it ended, and gave back what it held
+                except OSError:  # it ended, and released its claims
                     del unsure[path]
                     died = True
             if unsure:
@@ -169,7 +169,7 @@ class Worker:
         return died
 
     def _create(self, path: Path) -> None:
-        """Make a claim, its owner's name in it from the first moment on where the file system has links."""
+        """Create a claim with its owner's id in it: atomically if the file system has links."""
         named = path.with_name(files.partial_name(f"{path.name}-{self._id}"))
         try:
             try:
@@ -190,22 +190,22 @@ class Worker:
         with path.open("xb", buffering=0) as file:
             try:
                 file.write(self._id.encode())
-            except OSError:  # a claim without a name in it would be in everybody's way
+            except OSError:  # a claim without an id would block the others
                 path.unlink(missing_ok=True)
                 raise
 
     def release(self, name: str) -> None:
-        """Give `name` up, written or not."""
+        """Release the claim on `name`, whether it was written or not."""
         path = self._claims.pop(name, None)
         with contextlib.suppress(OSError):
             if path and self._owner(path) == self._id:
                 path.unlink(missing_ok=True)
 
     def _owner(self, path: Path) -> str:
-        """What a claim says: the id of its owner, nothing yet, or, where no claim lies there, nonsense.
+        """Read a claim's owner: empty while it is being written, no valid id if it is not a plain file.
 
         Raises:
-            FileNotFoundError: there is nothing.
+            FileNotFoundError: there is no claim.
         """
         try:
             return files.read_small(path, MAX_WORKER_BYTES).decode(errors="replace")
@@ -215,13 +215,13 @@ class Worker:
             return "no claim"
 
     def _lives(self, claim: Path, owner: str) -> bool:
-        """Whether a claim's owner is at work."""
-        if not owner:  # it is being written this moment, or its owner died between two system calls
+        """Return whether a claim's owner is alive."""
+        if not owner:  # it is being written, or its owner died between two system calls
             return self._age(claim) < DEAD_AFTER_SECONDS
         return self._at_work(owner)
 
     def _at_work(self, owner: str) -> bool:
-        """Whether the process with that id is at work."""
+        """Return whether the worker of that id is alive."""
         if not _is_id(owner):
             return False
         path = self.folder / f"worker-{owner}.json"
@@ -236,16 +236,16 @@ class Worker:
             return False
 
     def _age(self, path: Path) -> float:
-        """Seconds since a file was last written, by the clock of the file system and no other.
+        """Return the seconds since a file was last written, by the file system's own clock.
 
-        A time to come is as far from now as one that is gone: clocks are set back, and files lie.
+        A time in the future counts by its distance from now, because clocks are set back and files can lie.
         """
         try:
             os.utime(self._file)
             now = self._file.stat().st_mtime
-        except OSError:  # not there yet
+        except OSError:  # not written yet
             now = time.time()
-        with path.open("rb") as file:  # opening asks a network file system for the truth
+        with path.open("rb") as file:  # opening makes a network file system fetch the current time
             return abs(now - os.fstat(file.fileno()).st_mtime)
 
     def _touch(self) -> None:
@@ -264,21 +264,21 @@ class Worker:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a heartbeat alone is no reason to stop
+            with contextlib.suppress(OSError):  # a missed heartbeat is no reason to stop
                 self._touch()
 
 
 def _id_of(path: Path) -> str:
-    """The id of the process whose file this is."""
+    """Return the id of the worker whose file this is."""
     return path.name.removeprefix("worker-").removesuffix(".json")
 
 
-# As `Worker` makes them; whatever else a claim may say names no file.
+# An id as `Worker` makes it. Any other content of a claim must not become part of a path.
 _is_id = re.compile(r"[0-9a-f]{1,64}-[0-9]{1,20}-[0-9a-f]{1,20}").fullmatch
 
 
 def read_worker(path: Path) -> WorkerState | None:
-    """What a worker's file says; None when there is none, or none that makes sense."""
+    """Read a worker's file; None without a valid one."""
     try:
         return config.build(WorkerState, json.loads(files.read_small(path, MAX_WORKER_BYTES)))
     except (OSError, ValueError, RecursionError, ConfigError):
@@ -286,14 +286,14 @@ def read_worker(path: Path) -> WorkerState | None:
 
 
 def claim_name(shard: int) -> str:
-    """What a shard is called among claims."""
+    """Return the name of a shard's claim."""
     return f"{shard:05d}"
 
 
 def take_shards(writer: CacheWriter, worker: Worker, rank: int = 0, world: int = 1) -> Iterator[int]:
-    """Shards that are not written yet, each claimed for this process, until none is left to claim.
+    """Claim shards that are not written yet, one after the other, until none is left, and yield each.
 
-    Process `rank` of `world` takes every `world`-th shard, then helps with the rest from the far end.
+    Process `rank` of `world` takes every `world`-th shard, then the other processes' from the end.
     """
     number = len(writer.manifest.plan)
     own = range(rank, number, world)
@@ -306,7 +306,7 @@ def take_shards(writer: CacheWriter, worker: Worker, rank: int = 0, world: int =
             return
         if not claimed:
             continue
-        if writer.written(shard):  # by another, between the two questions
+        if writer.written(shard):  # by another process, just before the claim
             worker.release(claim_name(shard))
         elif not writer.progress.is_dir():
             return
@@ -315,7 +315,7 @@ def take_shards(writer: CacheWriter, worker: Worker, rank: int = 0, world: int =
 
 
 def live_workers(folder: Path) -> list[WorkerState]:
-    """Every process at work on a cache, as far as can be told without writing anything."""
+    """Return the living workers on a cache, as far as can be told without writing anything."""
     states = []
     for path in sorted(folder.glob("worker-*.json")):
         state = read_worker(path)

@@ -1,4 +1,4 @@
-"""How far an incomplete cache is, for whoever looks from outside: nothing is written or waited for."""
+"""Progress of an incomplete cache, for other commands: nothing is written or waited for."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pipeline.cache.progress.records import read_kept, read_shard_record, read_t
 
 @dataclass(frozen=True)
 class Finished:
-    """The files of an incomplete cache that are said to be finished."""
+    """Recorded files of an incomplete cache."""
 
     shards: dict[int, FileRecord]
     others: tuple[FileRecord, ...]
-    """Of `target/`; empty until it is written."""
+    """Files of `target/`; empty until it is written."""
 
     def files(self) -> list[FileRecord]:
-        """All of them, shards first."""
+        """Return all records, shards first."""
         return [*(self.shards[shard] for shard in sorted(self.shards)), *self.others]
 
 
 def finished_files(cache: Path, manifest: Manifest) -> Finished:
-    """What the records under `progress/` say is finished; a record that makes no sense says nothing.
+    """Read the records in `progress/`, without invalid ones.
 
-    Shards that a reopened cache kept (FORMAT.md, rule 22) are among them. A file that was moved away is not:
-    it is to be written again, and so the writer sees it too.
+    The result includes shards that a reopened cache kept (FORMAT.md, rule 22). It leaves out a file that was
+    moved away: like the writer, it takes that file as one to be written again.
     """
     folder, number = cache / PROGRESS, len(manifest.plan)
     kept = read_kept(folder, number)
@@ -45,7 +45,7 @@ def finished_files(cache: Path, manifest: Manifest) -> Finished:
 
 
 def finished_shards(cache: Path, manifest: Manifest) -> dict[int, int]:
-    """The size in bytes of every finished shard, by number: two directories are listed, no record is read."""
+    """Return the size in bytes of every finished shard, by number. Lists two directories, reads no record."""
     number = len(manifest.plan)
     recorded = {shard for shard, _ in listed_shards(cache / PROGRESS, ".json")}
     recorded |= {shard for shard, size in enumerate(read_kept(cache / PROGRESS, number).bytes) if size}
@@ -57,7 +57,7 @@ def finished_shards(cache: Path, manifest: Manifest) -> dict[int, int]:
 
 
 def listed_shards(folder: Path, suffix: str) -> Iterator[tuple[int, int]]:
-    """Number and size of every plain file in `folder` named as a shard's is; files may come and go."""
+    """Yield number and size of every plain file in `folder` named by a shard; files may come and go."""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -69,12 +69,12 @@ def listed_shards(folder: Path, suffix: str) -> Iterator[tuple[int, int]]:
                 try:
                     if entry.is_file(follow_symlinks=False):
                         yield int(stem), entry.stat(follow_symlinks=False).st_size
-                except OSError:  # gone this moment
+                except OSError:  # just removed
                     continue
-    except OSError:  # no such folder, or no longer
+    except OSError:  # no such folder, or just removed
         return
 
 
 def target_written(cache: Path) -> bool:
-    """Whether `target/` is said to be finished."""
+    """Return whether `target/` has a record that it is finished."""
     return files.plain_size(cache / PROGRESS / "target.json") > 0

@@ -1,9 +1,12 @@
-"""What `progress/` says of an incomplete cache, read as if anybody had written it."""
+"""Records in `progress/` of an incomplete cache's finished files, read as if anybody had written them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +15,10 @@ from pipeline import config, files
 from pipeline.cache.manifest import (
     FROZEN,
     MAX_MANIFEST_BYTES,
+    PROGRESS,
+    STATISTICS,
     FileRecord,
+    Manifest,
     ShardFiles,
     is_sha256,
     is_target_file,
@@ -25,20 +31,22 @@ T = TypeVar("T")
 KEPT, TARGET = "kept.json", "target.json"
 # A record lists a few figures of a few rows.
 MAX_RECORD_BYTES = 2**20
+# `progress/` of a complete cache is renamed to a name with this prefix before it is removed file by file.
+_DONE = ".progress-done"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord(FileRecord):
-    """A finished shard, and what was measured while it was captured."""
+    """A finished shard, and the figures measured while it was captured."""
 
     measured: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     statistics: str = ""
-    """The hash of the statistics it was written with, if any: it can't be read with others."""
+    """SHA-256 of the statistics it was written with, empty without: it can't be read with others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetRecord:
-    """The finished `target/` folder, and what the proof before the first shard measured."""
+    """The finished `target/` folder, and the figures of the proof before the first shard."""
 
     files: tuple[FileRecord, ...]
     proof: dict[str, float]
@@ -46,14 +54,14 @@ class TargetRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept(ShardFiles):
-    """What a damaged cache was reopened with; a size of 0 marks a shard to be written again."""
+    """The shards that a damaged cache kept when it was reopened; 0 bytes mark one to be written again."""
 
     statistics: str = ""
-    """As in ShardRecord, of every shard that was kept."""
+    """As in ShardRecord, for every kept shard."""
 
 
 def read_record(path: Path, cls: type[T], limit: int = MAX_RECORD_BYTES) -> T | None:
-    """A record, or None where there is none that makes sense."""
+    """Read a record; None without a valid one."""
     try:
         return config.build(cls, json.loads(files.read_small(path, limit)))
     except (OSError, ValueError, RecursionError, ConfigError):
@@ -61,7 +69,7 @@ def read_record(path: Path, cls: type[T], limit: int = MAX_RECORD_BYTES) -> T | 
 
 
 def read_kept(folder: Path, number: int) -> Kept:
-    """What a reopened cache of so many shards kept; empty where nothing there makes sense."""
+    """Read the kept shards of a reopened cache of `number` shards; empty without a valid record."""
     kept = read_record(folder / KEPT, Kept, MAX_MANIFEST_BYTES)
     if kept is None or not len(kept.bytes) == len(kept.sha256) == number:
         return Kept()
@@ -69,7 +77,7 @@ def read_kept(folder: Path, number: int) -> Kept:
 
 
 def read_shard_record(folder: Path, shard: int, kept: Kept) -> ShardRecord | None:
-    """The record of a finished shard, its own or what was kept; None while there is none."""
+    """Read the record of a finished shard, or make it from `kept`; None without a valid one."""
     name = shard_file(shard)
     record = read_record(folder / f"{shard:05d}.json", ShardRecord)
     if record is None and kept.bytes and kept.bytes[shard]:
@@ -82,7 +90,7 @@ def read_shard_record(folder: Path, shard: int, kept: Kept) -> ShardRecord | Non
 
 
 def read_target_record(folder: Path) -> TargetRecord | None:
-    """The record of the finished `target/`; None while there is none."""
+    """Read the record of the finished `target/`; None without a valid one."""
     record = read_record(folder / TARGET, TargetRecord)
     if record is None:
         return None
@@ -90,3 +98,64 @@ def read_target_record(folder: Path) -> TargetRecord | None:
     good = len({*names}) == len(names) and FROZEN in names
     good = good and all(name == FROZEN or is_target_file(name) for name in names)
     return record if good and all(is_sha256(each.sha256) for each in record.files) else None
+
+
+class Records:
+    """The records of one cache, and the files that they name.
+
+    Args:
+        cache: the cache directory.
+        standardised: whether a codec of the cache needs statistics.
+    """
+
+    def __init__(self, cache: Path, standardised: bool):
+        self.cache, self.folder = cache, cache / PROGRESS
+        self._standardised = standardised
+        self._kept = Kept()
+
+    def read_kept(self, number: int) -> None:
+        """Take over the shards that a reopened cache of `number` shards kept."""
+        self._kept = read_kept(self.folder, number)
+
+    def matches(self, record: FileRecord) -> bool:
+        """Return whether the recorded file exists and has the recorded size."""
+        return 0 <= record.bytes == files.plain_size(self.cache / record.file)
+
+    def shard(self, shard: int) -> ShardRecord | None:
+        """Return the record of a finished shard whose file still matches it."""
+        record = read_shard_record(self.folder, shard, self._kept)
+        if record is None or bool(record.statistics) != self._standardised:
+            return None
+        return record if self.matches(record) else None
+
+    def target(self) -> TargetRecord | None:
+        """Return the record of the finished `target/` if all its files still match it."""
+        record = read_target_record(self.folder)
+        return record if record and all(map(self.matches, record.files)) else None
+
+    def publish(self, name: str, record: ShardRecord | TargetRecord) -> None:
+        """Publish a record as `progress/<name>`. Raises WriteError."""
+        files.publish_bytes(self.folder / name, json.dumps(dataclasses.asdict(record)).encode())
+
+    def publish_kept(self, found: Manifest, damaged: set[str]) -> None:
+        """Publish which shards a complete cache keeps when it is reopened: all but the `damaged` ones."""
+        self.folder.mkdir(exist_ok=True)
+        good = [shard_file(shard) not in damaged for shard in range(len(found.plan))]
+        kept = {
+            "bytes": [size * whole for size, whole in zip(found.shards.bytes, good, strict=True)],
+            "sha256": list(found.shards.sha256),
+            "statistics": next((r.sha256 for r in found.files if r.file == STATISTICS), ""),
+        }
+        files.publish_bytes(self.folder / KEPT, json.dumps(kept).encode())
+
+    def remove(self) -> None:
+        """Remove `progress/` of a complete cache, and temporary files of killed processes of any machine."""
+        if self.folder.is_dir():
+            with suppress(OSError):  # gone already, or not ours to remove: no reader looks at it
+                self.folder.rename(Path(tempfile.mkdtemp(prefix=_DONE, dir=self.cache)))
+        for done in self.cache.glob(f"{_DONE}*"):
+            shutil.rmtree(done, ignore_errors=True)
+        for folder in (self.cache / "shards", self.cache / "target"):
+            for path in folder.glob(".*.partial"):
+                with suppress(OSError):
+                    path.unlink()

@@ -1,1 +1,1 @@
-"""Commands on a cache: inspect, verify, convert, and samples as text."""
+"""Commands on a cache: inspect, verify, convert."""

@@ -16,7 +16,7 @@ _CACHE = click.argument("cache", type=click.Path(path_type=Path))
 
 @click.command("verify")
 @_CACHE
-@click.option("--fast", is_flag=True, help="Sizes, headers and the index only: reads no states.")
+@click.option("--fast", is_flag=True, help="Check sizes, headers and the index only; read no states.")
 @click.option("--repair", is_flag=True, help="Set damaged files aside, for the next capture to rewrite.")
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Files read at once. Default: the cores, up to 8."
@@ -24,9 +24,9 @@ _CACHE = click.argument("cache", type=click.Path(path_type=Path))
 def verify_command(cache: Path, fast: bool, repair: bool, threads: int | None) -> None:
     """Check every file of CACHE against its manifest; exit 1 if any is damaged.
 
-    Hashes every file, and compares the samples' tokens with their ids. Of a cache whose capture is not
-    finished, the finished shards are checked. With --repair, damaged files are moved to CACHE/damaged;
-    after that the same capture command rewrites just those.
+    Hashes every file, and compares the samples' tokens with their ids. In an incomplete cache, checks the
+    finished shards. With --repair, moves damaged files to CACHE/damaged; the same capture command then
+    rewrites only those.
     """
     from tqdm import tqdm
 
@@ -50,15 +50,17 @@ def verify_command(cache: Path, fast: bool, repair: bool, threads: int | None) -
         raise CacheError(f"{count}: `dspark verify {cache} --repair` sets them aside for capture to rewrite")
     moved = set_aside(cache, found.problems)
     raise CacheError(
-        f"{count}, {len(moved):,} set aside in {cache / DAMAGED}: run the command that made it again, with "
-        "the same options, to rewrite just those"
+        f"{count}, {len(moved):,} set aside in {cache / DAMAGED}: run the command that wrote it again, with "
+        "the same options, to rewrite only those"
     )
 
 
 @click.command("inspect")
 @_CACHE
 @click.option(
-    "--sample", metavar="ID", help="Show that sample: its hash, the beginning of it, or '#N', counted from 0."
+    "--sample",
+    metavar="ID",
+    help="Show this sample: its hash, the first digits of it, or '#N', counted from 0.",
 )
 @click.option(
     "--held-out",
@@ -69,10 +71,10 @@ def verify_command(cache: Path, fast: bool, repair: bool, threads: int | None) -
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: bool) -> None:
-    """Show what CACHE holds, or, while it is captured, how far that is.
+    """Show the contents of CACHE, or the progress of its capture.
 
-    With --sample: the sample's text, supervised tokens in green, and its states in figures, a line a layer.
-    Reads only, from any machine that sees the directory.
+    With --sample: the sample's text, supervised tokens in green, and figures of its states, a line per layer.
+    Only reads, from any machine that sees the directory.
     """
     from pipeline.cache.tools.inspect import cache_facts, fact_lines
 
@@ -103,17 +105,17 @@ def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: b
 @click.option(
     "--context-codec",
     type=click.Choice(CONTEXT_CODECS),
-    help="How context features are stored. Default: as in SRC.",
+    help="Codec of context features. Default: as in SRC.",
 )
 @click.option(
     "--last-codec",
     type=click.Choice(LAST_CODECS),
-    help="How the teacher's states are stored. Default: as in SRC.",
+    help="Codec of last hidden states, which the teacher's logits come from. Default: as in SRC.",
 )
 @click.option(
     "--layers", callback=parse_layer_ids, help="Layer ids to keep, as 1,9,17. Default: all of SRC's."
 )
-@click.option("--force", is_flag=True, help="Start though the disk can't hold the cache.")
+@click.option("--force", is_flag=True, help="Start even if the disk can't hold the cache.")
 def convert_command(
     source: Path,
     destination: Path,
@@ -124,8 +126,8 @@ def convert_command(
 ) -> None:
     """Write the cache DST from the cache SRC, with other codecs or fewer layers. Needs no target.
 
-    States whose codec stays are copied exactly. SRC is only read, and every file of it is hashed before it is
-    used. Stopped at any moment, the same command continues; several of it at once share the work.
+    Copies states exactly if their codec stays. Only reads SRC, and hashes every file of it before use. After
+    a stop at any moment, the same command continues; several at once share the work.
     """
     from pipeline.cache.tools.convert import convert
     from pipeline.cache.tools.inspect import summary_lines
@@ -141,7 +143,7 @@ def convert_command(
     if not converted.complete:
         click.echo(
             f"cache {destination}: shards written by this process: {converted.shards}; "
-            "others are at work on the rest"
+            "other processes write the rest"
         )
         return
     click.echo(f"cache {destination}: {'already complete' if converted.reused else 'complete'}")

@@ -1,7 +1,7 @@
-"""Make a cache from another one: other codecs, fewer layers, no target. `dspark convert`.
+"""`dspark convert`: write a cache from another one, with other codecs or fewer layers, without the target.
 
-Shard by shard: each source shard is hashed before it is used, decoded, encoded anew and published as capture
-publishes, so that a stopped conversion continues and several processes may share one.
+It works shard by shard: each source shard is hashed, decoded, encoded again and published as in a capture. So
+a stopped conversion continues, and several processes may share one.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from pipeline.text import size
 
 # Rows decoded and encoded at a time.
 ROWS = 2048
-# What the writing of `target/` is called among claims.
+# Name of the claim on writing `target/`.
 _TARGET = "target"
 
 
 @dataclass(frozen=True)
 class Converted:
-    """How a conversion ended."""
+    """Result of a conversion."""
 
     manifest: Manifest
     complete: bool
-    """False when other processes still hold shards."""
+    """False if other processes still write shards."""
     reused: bool
-    """Whether the cache was there already."""
+    """True if the cache was complete before."""
     shards: int
-    """Written by this process."""
+    """Number of shards written by this process."""
 
 
 def convert(
@@ -69,17 +69,17 @@ def convert(
     layer_ids: tuple[int, ...] | None = None,
     force: bool = False,
 ) -> Converted:
-    """Write `destination` from `source`, which is only read, or continue where earlier conversions stopped.
+    """Write `destination` from `source`, which is only read, or continue a stopped conversion.
 
     Args:
         context_codec, last_codec: None keeps the source's.
-        layer_ids: which of the source's layers to keep; None keeps all.
-        force: whether to start though the disk can't hold it.
+        layer_ids: the source's layers to keep; None keeps all.
+        force: start even if the disk can't hold the result.
 
     Raises:
         UsageError: both are the same directory, or one lies in the other.
         CacheError: the source is incomplete or damaged or lacks a layer, the destination holds something
-            else, or the disk can't hold it.
+            else, or the disk can't hold the result.
     """
     _check_places(source, destination)
     old = Source(source)
@@ -99,7 +99,7 @@ def convert(
     try:
         with stop_on_signals() as stop, Worker(writer.progress, "convert") as worker:
             written = _convert(writer, worker, old, stop)
-    except FileNotFoundError:  # no progress/ any more
+    except FileNotFoundError:  # progress/ is gone: another process completed the cache
         if not writer.completed_by_another():
             raise
     manifest = writer.finalise()
@@ -107,12 +107,12 @@ def convert(
 
 
 def _check_places(source: Path, destination: Path) -> None:
-    """Nothing may be written to the source."""
+    """Refuse a destination inside the source, which must stay as it is. Raises UsageError."""
     here, there = source.resolve(), destination.resolve()
     if here == there or (source.exists() and destination.exists() and source.samefile(destination)):
-        raise UsageError(f"{destination} is the cache to be read: name a new directory to write")
+        raise UsageError(f"{destination} is the cache to read: name a new directory to write")
     if here in there.parents:
-        raise UsageError(f"{destination} lies in the cache to be read: name a directory outside of it")
+        raise UsageError(f"{destination} is inside the cache to read: name a directory outside of it")
 
 
 def _identity(
@@ -125,7 +125,7 @@ def _identity(
     missing = [layer_id for layer_id in layers if layer_id not in features.layer_ids]
     if missing:
         raise CacheError(
-            f"{old.path} holds layers {list(features.layer_ids)}, --layers asks for {missing[0]}: keep "
+            f"{old.path} holds layers {list(features.layer_ids)}, --layers asks for {missing[0]}: name "
             "some of those, or capture again"
         )
     codecs = {
@@ -136,7 +136,7 @@ def _identity(
 
 
 def _step(manifest: Manifest) -> dict[str, str]:
-    """What the history says of a source."""
+    """Return the entry of the history about a source."""
     features = manifest.identity.features
     return {
         "from": manifest.checksum,
@@ -148,20 +148,20 @@ def _step(manifest: Manifest) -> dict[str, str]:
 
 def _plan_lines(old: Source, identity: Identity, cost: Price, destination: Path) -> Iterator[str]:
     features, manifest = identity.features, old.manifest
-    a_token = sum(manifest.shards.bytes) / manifest.num_tokens
+    per_token = sum(manifest.shards.bytes) / manifest.num_tokens
     yield (
-        f"from {old.path}: {size(manifest.num_bytes)}, {a_token:,.0f} bytes a token; to {destination}: "
+        f"from {old.path}: {size(manifest.num_bytes)}, {per_token:,.0f} bytes per token; to {destination}: "
         f"layers {list(features.layer_ids)}, {features.context_codec} context, "
         f"{features.last_codec} last hidden"
     )
     yield (
-        f"{cost.per_token:,.0f} bytes a token, {size(cost.total)} in {len(manifest.plan):,} shards; "
+        f"{cost.per_token:,.0f} bytes per token, {size(cost.total)} in {len(manifest.plan):,} shards; "
         f"disk: {size(free_bytes(destination))} free"
     )
 
 
 def _warn_of_finer_codecs(old: Identity, new: Identity) -> None:
-    """Say once that what a codec lost stays lost."""
+    """Warn that a finer codec does not restore what a coarser one lost."""
     pairs = [
         (what, getattr(old.features, key), getattr(new.features, key))
         for key, what in (("context_codec", "context"), ("last_codec", "last hidden"))
@@ -173,13 +173,13 @@ def _warn_of_finer_codecs(old: Identity, new: Identity) -> None:
     ]
     if finer:
         click.echo(
-            f"warning: {' and '.join(finer)} is no better than it was: the error stays, in a larger cache",
+            f"warning: {' and '.join(finer)} is no more precise: the error stays, in a larger cache",
             err=True,
         )
 
 
 class Source:
-    """A complete cache whose files are hashed before they are used.
+    """A complete cache whose files are hashed before use.
 
     Raises:
         CacheError: missing, incomplete, or with damaged files.
@@ -212,14 +212,14 @@ class Source:
             )
 
     def price(self, identity: Identity) -> Price:
-        """What this cache would take with other features."""
+        """Return the size of this cache with other features."""
         target = sum(r.bytes for r in self.manifest.files if r.file.startswith("target/"))
         return cache_price(identity, self.manifest.plan, self.manifest.rows, self.index, target)
 
     def shard(self, shard: int) -> dict[str, Tensor]:
-        """The stored tensors of a shard, views of the file; hashed unless it is the one asked for before."""
+        """Return views of a shard's stored tensors. Hashes the file unless it was the last one used."""
         if self._shard[0] != shard:
-            self._shard = (-1, {})  # one is mapped at a time
+            self._shard = (-1, {})  # unmaps the last one: one is mapped at a time
             name, shards = shard_file(shard), self.manifest.shards
             record = FileRecord(file=name, bytes=shards.bytes[shard], sha256=shards.sha256[shard])
             with FileChecks(self.path, self.manifest, threads=1) as checks:
@@ -229,10 +229,10 @@ class Source:
         return self._shard[1]
 
     def decode(self, shard: int, state: str, rows: slice | Tensor) -> Tensor:
-        """Some rows of a state, as training reads them, `[n, H]` bfloat16.
+        """Decode some rows of a state, as training reads them, `[n, H]` bfloat16.
 
         Raises:
-            CacheError: a value that no capture writes.
+            CacheError: a value that is not finite, or a scale that rule 9 of FORMAT.md forbids.
         """
         stored, bound = self.shard(shard), self.codecs[state]
         width = self.identity.target.hidden_size
@@ -244,23 +244,23 @@ class Source:
             bound.decode(parts, out)
         if not good or not bool(torch.isfinite(peaks(out)).all()):
             raise CacheError(
-                f"{self.path / shard_file(shard)} has a {'value' if good else 'scale'} of {state} that no "
-                "capture writes: capture again"
+                f"{self.path / shard_file(shard)} is damaged (it has a {'value' if good else 'scale'} of "
+                f"{state} that no capture writes): capture again"
             )
         return out
 
     def label_rows(self, shard: int) -> Tensor:
-        """The token row of each row of `last_hidden`, `[M]`."""
+        """Return the token row of each row of `last_hidden`, `[M]`."""
         mask = self.shard(shard)["loss_mask"].clone()
-        mask[torch.from_numpy(self.starts[self.shards == shard])] = 0  # what precedes is another sample's
+        mask[torch.from_numpy(self.starts[self.shards == shard])] = 0  # the row before it is another sample's
         return mask.nonzero().squeeze(1) - 1
 
     def head(self) -> Tensor:
-        """The target's `lm_head.weight` `[V, H]`."""
+        """Read the target's `lm_head.weight` `[V, H]`."""
         return self.reader.frozen()["lm_head.weight"]
 
     def check_frozen(self) -> None:
-        """Hash the frozen weights."""
+        """Hash the frozen weights. Raises CacheError if they are damaged."""
         with FileChecks(self.path, self.manifest, threads=1) as checks:
             self._refuse(checks.problems([self._frozen]))
 
@@ -274,9 +274,9 @@ class Source:
         writer.write_target(others, memoryview(frozen), proof)
 
     def measure(self, identity: Identity, between: Callable[[], None]) -> dict[str, Statistics]:
-        """The statistics of a cache with `identity`: this one's, or measured from its rows where it has none.
+        """Return the statistics for a cache of `identity`: this one's, else measured from its rows.
 
-        As a capture's they come from some samples' first rows, position 0 left out: see `chosen_samples`.
+        As in a capture, the rows are the first of `chosen_samples`, without position 0.
 
         Args:
             between: called before each sample; may raise to stop.
@@ -298,14 +298,14 @@ class Source:
             for state, each in sums.items():
                 each.add(self.decode(shard, state, last[i] if state == LAST_HIDDEN else tokens))
         if LAST_HIDDEN in sums and not any(part.start < part.stop for part in last.values()):
-            for i in samples:  # of two tokens each: position 0 is all there is
+            for i in samples:  # of two tokens each, whose only label row is position 0
                 row = int(self.last_starts[i])
                 sums[LAST_HIDDEN].add(self.decode(int(self.shards[i]), LAST_HIDDEN, slice(row, row + 1)))
         return known | {state: each.result() for state, each in sums.items()}
 
 
 def _convert(writer: CacheWriter, worker: Worker, old: Source, stop: StopRequest) -> int:
-    """Convert every shard that nobody else holds; return how many."""
+    """Convert every shard that no other process owns, and return their number."""
 
     def between() -> None:
         stop.check(f"{writer.path} keeps every finished shard, the same command continues")
@@ -335,7 +335,7 @@ def _convert(writer: CacheWriter, worker: Worker, old: Source, stop: StopRequest
 
 
 class Filler:
-    """Lays the rows of source shards into buffers, as another identity stores them."""
+    """Fills shard buffers of a new identity from the source's shards."""
 
     def __init__(self, old: Source, identity: Identity, statistics: Mapping[str, Statistics]):
         self._old, self._identity = old, identity
@@ -350,7 +350,7 @@ class Filler:
 
     @torch.no_grad()
     def fill(self, buffer: ShardBuffer, shard: int) -> Measured:
-        """Fill `buffer` and return what storing did to a few label rows, measured as in a capture.
+        """Fill `buffer` and return the errors of a few label rows, measured as in a capture.
 
         Raises:
             CacheError: the source's shard is damaged, or a value does not fit the codec.
@@ -383,6 +383,7 @@ class Filler:
 
 
 def _same(one: Statistics | None, other: Statistics | None) -> bool:
+    """Return whether two states have equal statistics, or both have none."""
     if one is None or other is None:
         return one is other
     return torch.equal(one.mean, other.mean) and torch.equal(one.deviation, other.deviation)

@@ -1,4 +1,4 @@
-"""What a cache is and holds, or how far its capture is: facts as plain values, and lines for people."""
+"""`dspark inspect`: facts of a cache or of its capture's progress, as plain values and as lines of text."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pipeline.errors import CacheError
 from pipeline.text import duration, size
 
 Facts = dict[str, Any]
-# A rate over less than this says nothing.
+# A rate over a shorter time means nothing.
 SHORTEST_SECONDS = 0.001
 
 
 def cache_facts(cache: Path, *, fraction: float) -> Facts:
-    """Everything that manifest, index and progress say, JSON's types only. Reads no shard, writes nothing.
+    """Collect the facts in manifest, index and progress, in JSON's types. Reads no shard, writes nothing.
 
     Args:
-        fraction: which share of the samples would be held out.
+        fraction: share of the samples that would be held out.
 
     Raises:
         CacheError: no manifest, or a complete cache with a damaged index.
@@ -41,7 +41,7 @@ def cache_facts(cache: Path, *, fraction: float) -> Facts:
     if manifest.status != "complete":
         running = _running(cache, manifest)
         again = read_manifest(cache)
-        if again.status == "complete":  # this very moment
+        if again.status == "complete":  # another process has just finished it
             manifest, running = again, None
     facts: Facts = {
         "cache": str(cache),
@@ -65,7 +65,7 @@ def cache_facts(cache: Path, *, fraction: float) -> Facts:
 
 
 def _of_the_index(cache: Path, manifest: Manifest, fraction: float) -> Facts:
-    """What only the index tells; nothing while a capture has not written it."""
+    """Collect the facts of the index; none while a capture has not written it."""
     try:
         table = open_index(cache / INDEX, manifest.plan)
     except CacheError:
@@ -87,6 +87,7 @@ def _of_the_index(cache: Path, manifest: Manifest, fraction: float) -> Facts:
 
 
 def _bytes(cache: Path, manifest: Manifest) -> Facts:
+    """Collect the sizes of a complete cache's files."""
     shards = sum(manifest.shards.bytes)
     others = {record.file: record.bytes for record in manifest.files}
     index = others.pop(INDEX)
@@ -104,7 +105,7 @@ def _bytes(cache: Path, manifest: Manifest) -> Facts:
 
 
 def _running(cache: Path, manifest: Manifest) -> Facts:
-    """How far a capture is. Files may come, go and be half there at any moment."""
+    """Collect the progress of a capture. Its files may come, go and be half written at any moment."""
     finished = finished_shards(cache, manifest)
     done = sum(manifest.plan.tokens[shard] for shard in finished)
     try:
@@ -125,7 +126,7 @@ def _running(cache: Path, manifest: Manifest) -> Facts:
 
 
 def _worker(state: WorkerState) -> Facts:
-    """What a worker says of itself, as far as it makes sense."""
+    """Return a worker's account of itself, without impossible figures."""
     sensible = (
         math.isfinite(state.seconds) and state.seconds >= SHORTEST_SECONDS and 0 <= state.tokens <= 2**48
     )
@@ -140,12 +141,12 @@ def _worker(state: WorkerState) -> Facts:
 
 
 def _printable(text: str) -> str:
-    """A file may say anything; a terminal must not obey it."""
+    """Replace characters that could control a terminal: the text comes from a file of anybody."""
     return "".join(c if c.isprintable() else "?" for c in text)[:80]
 
 
 def fact_lines(facts: Facts) -> Iterator[str]:
-    """The facts of `cache_facts` for the terminal."""
+    """Format the facts of `cache_facts` for the terminal."""
     target, features = facts["identity"]["target"], facts["identity"]["features"]
     data = facts["identity"]["data"]
     yield click.style(f"cache {facts['cache']}: {facts['status']}", bold=True)
@@ -158,7 +159,7 @@ def fact_lines(facts: Facts) -> Iterator[str]:
     yield f"            weights {target['weights'][:16]}, tokenizer {_tokenizer(facts)}"
     width = target["hidden_size"]
     stored = [
-        f"{features[key]} {what} ({bits_per_value(get_codec(features[key]), width):.4g} bits a value)"
+        f"{features[key]} {what} ({bits_per_value(get_codec(features[key]), width):.4g} bits per value)"
         for key, what in (("context_codec", "context"), ("last_codec", "last hidden"))
     ]
     yield f"  features  layers {list(features['layer_ids'])}, {', '.join(stored)}"
@@ -194,12 +195,12 @@ def _size_lines(facts: Facts) -> Iterator[str]:
     sizes = facts["bytes"]
     yield (
         f"  sizes     {size(sizes['total'])}: shards {size(sizes['shards'])}, index {size(sizes['index'])}, "
-        f"target {size(sizes['target'])}; {sizes['a_token']:,.0f} bytes a token"
+        f"target {size(sizes['target'])}; {sizes['a_token']:,.0f} bytes per token"
     )
     if facts["shards_missing"]:
         yield f"  missing   {facts['shards_missing']:,} shards: see `dspark verify {facts['cache']} --fast`"
     if sizes["set_aside"]:
-        yield f"  aside     {size(sizes['set_aside'])} in {DAMAGED}/, which nothing reads: remove it"
+        yield f"  aside     {size(sizes['set_aside'])} in {DAMAGED}/, which no command reads: remove it"
 
 
 def _progress_lines(facts: Facts) -> Iterator[str]:
@@ -217,18 +218,18 @@ def _progress_lines(facts: Facts) -> Iterator[str]:
         )
     if not progress["workers"]:
         work = "conversion" if facts["history"] else "capture"
-        yield f"  rate      nobody is at work: run the same {work} again to continue"
+        yield f"  rate      no process is running: run the same {work} again to continue"
     elif progress["seconds_left"] is None:
-        yield f"  rate      not known yet, {len(progress['workers'])} at work"
+        yield f"  rate      not known yet, {len(progress['workers'])} running"
     else:
         yield (
             f"  rate      {progress['tokens_per_second']:,.0f} tokens/s by {len(progress['workers'])} "
-            f"at work, {duration(progress['seconds_left'])} left"
+            f"running, {duration(progress['seconds_left'])} left"
         )
 
 
 def summary_lines(manifest: Manifest) -> Iterator[str]:
-    """A complete cache in two lines, for the end of the command that wrote it."""
+    """Format a complete cache in two lines, for the end of the command that wrote it."""
     target, features = manifest.identity.target, manifest.identity.features
     yield (
         f"  {target.name} ({target.architecture}, {target.dtype}), layers {list(features.layer_ids)}, "
@@ -241,7 +242,7 @@ def summary_lines(manifest: Manifest) -> Iterator[str]:
 
 
 def _history_lines(history: list[dict[str, str]]) -> Iterator[str]:
-    """The caches that this one was converted from, a line each."""
+    """Format the caches that this one was converted from, a line each."""
     head = "  history   "
     for step in history:
         words = {key: _printable(value) for key, value in step.items()}
@@ -256,7 +257,7 @@ def _history_lines(history: list[dict[str, str]]) -> Iterator[str]:
 
 
 def _fidelity_lines(fidelity: dict[str, float], whose: str = "") -> Iterator[str]:
-    """Mean and 99th percentile of what was measured, a line a quantity; then the same of the source."""
+    """Format mean and 99th percentile of the measured errors, a line per quantity; then the source's."""
     source = {k.removeprefix("source."): v for k, v in fidelity.items() if k.startswith("source.")}
     fidelity = {k: v for k, v in fidelity.items() if not k.startswith("source.")}
     proof = {name.removeprefix("proof."): v for name, v in fidelity.items() if name.startswith("proof.")}
@@ -281,7 +282,7 @@ def _fidelity_lines(fidelity: dict[str, float], whose: str = "") -> Iterator[str
 
 
 def _layer_order(name: str) -> tuple[int, int, str]:
-    """The teacher first, then layers by number, then the last hidden state."""
+    """Return the sort key of a quantity: the teacher first, then layers by number, then last hidden."""
     tail = name.rpartition(".")[2]
     number = int(tail) if tail.removeprefix("-").isdecimal() else 2**31
     return (0 if name == TEACHER_TV else 1, number, name)

@@ -1,4 +1,4 @@
-"""One sample of a cache for people: its text with the supervised tokens marked, and its states in figures."""
+"""One sample of a cache as text: supervised tokens marked, and figures of its states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.text import marked_text, table
 
 
 def find_sample(reader: CacheReader, text: str) -> int:
-    """The number of the sample that `text` names: a content hash or its beginning, or `#N`.
+    """Return the number of the sample that `text` names: its id in hex or the first digits of it, or `#N`.
 
     Raises:
         UsageError: it names none, or several.
@@ -27,28 +27,30 @@ def find_sample(reader: CacheReader, text: str) -> int:
         number = int(text[1:]) if re.fullmatch(r"#[0-9]{1,18}", text) else -1
         if not 0 <= number < len(reader):
             raise UsageError(
-                f"--sample {text}: {reader.path} has samples #0 to #{len(reader) - 1}, counted from 0"
+                f"--sample {text}: {reader.path} has samples #0 to #{len(reader) - 1}: name one of those"
             )
         return number
     if not re.fullmatch(r"[0-9a-f]{1,32}", text):
-        raise UsageError(f"--sample expects the beginning of a sample's hash, in hex, or #N; got {text!r}")
+        raise UsageError(f"--sample expects the first digits of a sample's hash, in hex, or #N; got {text!r}")
     whole, ids = len(text) // 2, reader.sample_ids
     found = (ids[:, :whole] == np.frombuffer(bytes.fromhex(text[: 2 * whole]), dtype=np.uint8)).all(axis=1)
     if len(text) % 2:
         found &= ids[:, whole] >> 4 == int(text[-1], 16)
     numbers = np.flatnonzero(found)
     if not len(numbers):
-        raise UsageError(f"--sample {text}: {reader.path} has no sample whose hash begins so")
+        raise UsageError(
+            f"--sample {text}: no hash in {reader.path} starts with these digits: give others, or #N"
+        )
     if len(numbers) > 1:
         raise UsageError(
-            f"--sample {text}: the hashes of {len(numbers):,} samples begin so, give more digits "
+            f"--sample {text}: the hashes of {len(numbers):,} samples start with these digits: give more "
             f"(#{numbers[0]} is {reader.sample_id(int(numbers[0]))})"
         )
     return int(numbers[0])
 
 
 def sample_facts(reader: CacheReader, number: int) -> dict[str, Any]:
-    """Where a sample comes from and lies, its tokens, and its states in figures; JSON's types only.
+    """Collect a sample's source, place, tokens and figures of its states, in JSON's types.
 
     Raises:
         CacheError: its shard is damaged.
@@ -77,7 +79,7 @@ def sample_facts(reader: CacheReader, number: int) -> dict[str, Any]:
 
 
 def statistics(rows: Tensor) -> dict[str, float]:
-    """Figures of rows `[n, H]`, over all their values; the largest channel is the one of the largest rms."""
+    """Compute figures over all values of rows `[n, H]`. The largest channel has the largest rms."""
     values = rows.double()
     channels = values.square().mean(dim=0).sqrt()
     return {
@@ -93,10 +95,10 @@ def statistics(rows: Tensor) -> dict[str, float]:
 
 
 def sample_lines(facts: dict[str, Any], decode: Callable[[list[int]], str] | None) -> Iterator[str]:
-    """The facts of `sample_facts` for the terminal.
+    """Format the facts of `sample_facts` for the terminal.
 
     Args:
-        decode: token ids to text; None shows the ids themselves.
+        decode: from token ids to text; None shows the ids themselves.
     """
     yield click.style(f"== sample #{facts['number']:,} {facts['sample_id']}", bold=True)
     yield (
@@ -105,7 +107,7 @@ def sample_lines(facts: dict[str, Any], decode: Callable[[list[int]], str] | Non
         f"({facts['supervised'] / facts['tokens']:.0%})"
     )
     if decode is None:
-        yield "the tokenizer can't be loaded from the cache, so these are token ids"
+        yield "the tokenizer can't be loaded from the cache: showing token ids instead"
     ids, mask = np.array(facts["input_ids"]), np.array(facts["loss_mask"])
     yield marked_text(ids, mask, decode or (lambda run: " ".join(map(str, run)) + " "))
     keys = ("mean", "deviation", "rms", "min", "max")
@@ -117,7 +119,7 @@ def sample_lines(facts: dict[str, Any], decode: Callable[[list[int]], str] | Non
 
 
 def cached_decoder(cache: Path) -> Callable[[list[int]], str] | None:
-    """The decoder of the tokenizer in `cache/target`; None if it can't be loaded. No code of its runs."""
+    """Return the decoder of the tokenizer in `cache/target`; None if it can't load without its own code."""
     from transformers import AutoTokenizer
 
     from pipeline.quiet import quiet_transformers
@@ -128,6 +130,6 @@ def cached_decoder(cache: Path) -> Callable[[list[int]], str] | None:
             cache / "target", local_files_only=True, trust_remote_code=False
         )
         tokenizer.decode([0])
-    except Exception:  # whatever a tokenizer of any age or make raises
+    except Exception:  # tokenizers raise errors of many types
         return None
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

@@ -159,11 +159,13 @@ def test_nesting_is_refused_in_one_line(runs: list[Path], tmp_path: Path) -> Non
 def test_out_replaces_pages_alone(runs: list[Path], tmp_path: Path) -> None:
     run = copy_run(runs[1], tmp_path / "run")
     config = (run / "config.toml").read_bytes()
-    assert_refused(run_cli("report", run, "--out", run / "config.toml"), 2, "config.toml", "no page", ".html")
+    assert_refused(
+        run_cli("report", run, "--out", run / "config.toml"), 2, "config.toml", "not an .html file"
+    )
     assert (run / "config.toml").read_bytes() == config
     link = tmp_path / "link"
     link.symlink_to(run / "nothing")
-    assert_refused(run_cli("report", run, "--out", link), 2, "link", "no page")
+    assert_refused(run_cli("report", run, "--out", link), 2, "link", "not an .html file")
     for name in ("page.html", "PAGE.HTM", "new"):
         if name != "new":
             (tmp_path / name).write_text("old")
