@@ -10,6 +10,17 @@ from pipeline.cache import Manifest
 from pipeline.errors import ConfigError
 from train.config import DraftConfig
 
+# The fields of a `Qwen3Config` that decide its tensors' shapes.
+DIMENSIONS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
 
 def qwen3_body(draft: DraftConfig, target: PretrainedConfig, manifest: Manifest) -> dict[str, Any]:
     """Return the fields of a `Qwen3Config` with the target's dimensions, without biases.

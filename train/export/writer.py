@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.cache import CacheReader
 from pipeline.errors import UsageError
 from pipeline.files import check_new, new_folder
+from train.draft.body import DIMENSIONS
 from train.draft.serving import scale_of
 from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
 from train.export.model_card import model_card
@@ -43,13 +44,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 To = Literal["hf", "vllm", "sglang"]
 # Qwen3's fields that every draft has.
 _BODY = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
+    *DIMENSIONS,
     "hidden_act",
     "max_position_embeddings",
     "rms_norm_eps",

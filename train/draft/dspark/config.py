@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, Qwen3Config
 
 from pipeline.cache import Manifest
 from train.config import DraftConfig
-from train.draft.body import mask_token_id, qwen3_body
+from train.draft.body import DIMENSIONS, mask_token_id, qwen3_body
 
 # Fields that Qwen3's config lacks.
 FIELDS = (
@@ -28,21 +28,12 @@ FIELDS = (
 )
 # Slot 0 is the anchor and predicts the token after it; there is no further slot for a bonus token.
 DECLARED = {"sample_from_anchor": True, "dspark_bonus_anchor": False}
-_BODY = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 _SAY_NOTHING_OF_WEIGHTS = ("block_size", "num_anchors")
 
 
 def weight_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a config that decide what its weights mean."""
-    names = [*_BODY, *(name for name in FIELDS if name not in _SAY_NOTHING_OF_WEIGHTS)]
+    names = [*DIMENSIONS, *(name for name in FIELDS if name not in _SAY_NOTHING_OF_WEIGHTS)]
     if values.get("markov_rank") == 0:
         names.remove("markov_head_type")
     return {name: values[name] for name in names if name in values}
