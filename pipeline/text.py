@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
 
 
 def one_line(error: Any, limit: int | None = 200) -> str:
-    """Return an exception's text (or any other value's) in one line; its type's name where it has no text.
+    """Return an exception's text (or any other value's) in one line; without text, its type's name.
 
     Args:
         limit: the most characters; None for all.

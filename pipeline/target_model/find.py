@@ -72,7 +72,7 @@ def _checked(directory: Path, gguf_file: str | None) -> Path:
     if gguf_file is not None:
         if not (directory / gguf_file).is_file():
             found = ", ".join(ggufs) or "none"
-            raise TargetError(f"no file {gguf_file} in {directory}: give one of its GGUF files: {found}")
+            raise TargetError(f"no file {gguf_file} in {directory}: it has these GGUF files: {found}")
     elif not (directory / "config.json").is_file():
         remedy = f"; for a GGUF file, give --gguf-file {ggufs[0]}" if ggufs else ""
         raise TargetError(f"{directory} has no config.json: expected a Hugging Face model directory{remedy}")

@@ -96,7 +96,7 @@ def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: b
         click.echo(json.dumps(facts, indent=1))
         return
     for line in lines:
-        click.echo(line)  # click strips the colours where the output is no terminal
+        click.echo(line)  # click strips the colours if the output is not a terminal
 
 
 @click.command("convert")
