@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import click
@@ -44,3 +45,17 @@ def test_memory_that_runs_out_is_one_line_with_a_remedy(monkeypatch, error) -> N
     monkeypatch.setitem(cli.COMMANDS, "eat", ("tests.test_cli:eat", ""))
     monkeypatch.setattr("tests.test_cli.eat", eat, raising=False)
     assert_refused(run_cli("eat"), 1, "out of memory", "--batch-tokens")
+
+
+@pytest.mark.parametrize("package", ["capture", "pipeline.cache", "train", "train.draft", "train.losses"])
+def test_every_name_that_a_package_offers_is_there(package: str) -> None:
+    module = importlib.import_module(package)
+    assert len(module.__all__) > 1
+    for name in module.__all__:
+        assert getattr(module, name) is not None, name
+
+
+def test_what_the_seeds_name_is_in_its_package() -> None:
+    """The public names, and where they are documented to be."""
+    for name in ("compute_dspark_loss", "DSparkTrainerModule", "DSparkStepMetrics", "Qwen3DSparkModel"):
+        assert name in importlib.import_module("train").__all__

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from train.draft import DRAFTS
+
 ROOT = Path(__file__).parents[1]
 # Rooms of train/, from the ground up. A room imports rooms of lower floors only.
 FLOORS = [
@@ -22,8 +24,14 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}
 # Documented paths of names that live elsewhere: they only re-export. And the entry point.
-DOORS = {"train/__init__.py", "train/__main__.py", "train/anchors.py", "train/module.py"}
-KINDS = ["dspark"]
+DOORS = {
+    "train/__init__.py",
+    "train/__main__.py",
+    "train/anchors.py",
+    "train/module.py",
+    "train/losses/__init__.py",
+}
+KINDS = list(DRAFTS)
 # The kinds' table, which has to name each.
 TABLE = "train/draft/__init__.py"
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80
@@ -45,13 +53,18 @@ def parsed(path: Path) -> ast.Module:
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
-    """Yield the modules that a module imports anywhere, `a.b` for `from a import b`, too."""
+    """Yield the modules that a module imports anywhere, also by name, and `a.b` for `from a import b`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the room: write absolute ones"
+            yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("train."):
+            place = ROOT / node.value.replace(".", "/")
+            if place.is_dir() or place.with_suffix(".py").is_file():
+                yield node.value
 
 
 def wrong_floors(name: str, tree: ast.Module) -> list[str]:
@@ -72,6 +85,7 @@ def wrong_kinds(name: str, tree: ast.Module, classes: set[str]) -> list[str]:
     """Return where a module outside a kind's folder imports the kind or names one of its classes."""
     found = [f"{name} imports {m}" for m in imported(tree) for k in KINDS if m.startswith(f"train.draft.{k}")]
     names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(tree)}
+    names |= {module.rpartition(".")[2] for module in imported(tree)}
     return found + [f"{name} names {each}" for each in sorted(classes & names)]
 
 
@@ -79,7 +93,10 @@ def wrong_names(name: str, tree: ast.Module, names: set[str]) -> list[str]:
     """Return the file names of a run directory that a module writes out, whole or at the end of a path."""
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     strings = {text for text in strings if isinstance(text, str)}
-    return [f"{name} names {text}" for text in sorted(strings & names)]
+    parts = [part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values]
+    texts = [part.value for part in parts if isinstance(part, ast.Constant)]
+    found = (strings & names) | {each for each in names for text in texts if f"/{each}" in text}
+    return [f"{name} names {text}" for text in sorted(found)]
 
 
 def test_every_room_has_a_floor() -> None:
@@ -144,6 +161,8 @@ def test_no_file_and_no_function_grows_without_end() -> None:
         ("train/data/x.py", "from train import runs", True),
         ("train/eval/x.py", "from train.export.writer import export", True),
         ("train/eval/x.py", "from train.anchors import build_eval_mask", True),
+        ("train/data/x.py", "import importlib\nimportlib.import_module('train.runs.open')", True),
+        ("train/data/x.py", "message = 'train.lr must be positive'", False),
         ("train/runs/x.py", "from train.draft.kind import DraftKind\nfrom train.runs import names", False),
     ],
 )
@@ -157,6 +176,8 @@ def test_the_floor_check_sees(name: str, source: str, wrong: bool) -> None:
         ("from train.draft import dspark", True),
         ("import train.draft.dspark.model as m", True),
         ("x.Qwen3DSparkModel(config)", True),
+        ("from train.draft import Qwen3DSparkModel as model", True),
+        ("import_module('train.draft.dspark.model')", True),
         ("from train.draft import DRAFTS", False),
     ],
 )
@@ -165,6 +186,7 @@ def test_the_kind_check_sees(source: str, wrong: bool) -> None:
 
 
 def test_the_name_check_sees() -> None:
+    assert wrong_names("x.py", ast.parse("f'{run}/metrics.jsonl'"), {"metrics.jsonl"})
     source = "path = run / 'metrics.jsonl'\n'''Write metrics.jsonl.'''"
     assert wrong_names("train/eval/x.py", ast.parse(source), {"metrics.jsonl"})
     assert not wrong_names("train/eval/x.py", ast.parse("'''Write metrics.jsonl.'''"), {"metrics.jsonl"})

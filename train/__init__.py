@@ -12,7 +12,7 @@ __getattr__, __all__ = lazy_exports(
         "Qwen3DSparkModel": "train.draft.dspark.model",
         "build_anchor_candidate_mask": "train.draft.dspark.anchors",
         "build_eval_mask": "train.draft.dspark.anchors",
-        "compute_dspark_loss": "train.losses.slots",
+        "compute_dspark_loss": "train.draft.dspark.loss",
         "create_noise_embed": "train.draft.dspark.anchors",
         "create_position_ids": "train.draft.dspark.anchors",
         "sample_anchor_positions": "train.draft.dspark.anchors",

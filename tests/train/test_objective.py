@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import run_ok
 from tests.train.drafts import as_batch, random_samples, small_model
+from tests.train.runs import progress_of, train_arguments
 from train.config import LossConfig
 from train.draft.dspark.module import DSparkTrainerModule
 from train.losses import slots as definition
@@ -106,6 +111,33 @@ def window_state_of(objective: Objective, sums: LossSums) -> dict:
     window.add(sums, torch.tensor(1.0))
     window.count(seconds=1)
     return window.state()
+
+
+def test_a_term_is_the_same_in_training_and_in_evaluate(
+    with_brier: Objective, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_dir: Path
+) -> None:
+    """Over the same anchors: the term, and the loss that it is part of."""
+    monkeypatch.setattr(LossConfig, "brier_alpha", 3.0, raising=False)
+    run = tmp_path / "run"
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=4, train__eval_anchors=1000))
+    during = progress_of(run)["evaluation"]
+    after = json.loads(run_ok("evaluate", "--cache", cache_dir, "--run", run, "--device", "cpu", "--json"))
+    assert after["blocks"] == during["blocks"]
+    assert after["further_losses"] == {"brier": pytest.approx(during["brier_loss"], rel=1e-4)}
+    assert during["brier_loss"] > 1e-3
+    assert after["loss"] == pytest.approx(during["loss"], rel=1e-4)
+    stored = json.loads((run / "best" / "evaluation.json").read_text())
+    assert stored["further_losses"] == after["further_losses"]
+    known = [stored[f"{name}_loss"] * weight for name, weight in WEIGHTS.items()]
+    assert stored["loss"] == pytest.approx(sum(known) + 3 * stored["further_losses"]["brier"])
+    shown = run_ok("evaluate", "--cache", cache_dir, "--run", run, "--device", "cpu")
+    assert f", brier {after['further_losses']['brier']:.4f}" in shown
+
+
+def test_an_objective_may_leave_terms_out() -> None:
+    metrics = DSparkTrainerModule(small_model(), objective=Objective({"ce": 1.0}, 4.0))(**batch())
+    assert metrics.loss.item() == pytest.approx(metrics.ce_loss.item())
+    assert metrics.l1_loss.item() == metrics.confidence_loss.item() == 0
 
 
 def test_sums_of_parts_are_sums_of_the_whole() -> None:

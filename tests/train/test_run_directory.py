@@ -266,6 +266,7 @@ def test_a_file_in_a_runs_place(tmp_path: Path, cache_dir: Path) -> None:
         lambda page: page["progress"].update(best={"tau": 1.0}),
         lambda page: page.update(machine=3),
         lambda page: page["progress"].pop("total_steps"),
+        lambda page: page["config"]["train"].update(lr="fast"),
         lambda page: page.clear(),
     ],
 )
@@ -356,3 +357,19 @@ def test_another_machine_is_said(tmp_path: Path, cache_dir: Path, whole: Path) -
 def test_numbers_that_no_run_can_have(values) -> None:
     with pytest.raises(ConfigError, match=r"finite|at most"):
         values()
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_damaged(tmp_path: Path, cache_dir: Path, whole: Path) -> None:
+    """It may say more of itself: nobody is told to remove it."""
+    run = shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    path = run / "latest" / "training.json"
+    page = json.loads(path.read_text())
+    page["config"]["train"]["new_setting"] = 3
+    page["cache"]["data"]["new_fact"] = "x"
+    page["machine"]["new_machine"] = "y"
+    page["newer"] = {"at": "all"}
+    path.write_text(json.dumps(page))
+    assert "draft of" in run_ok("export", run, tmp_path / "export", "--to", "hf", "--checkpoint", "latest")
+    assert "loss" in run_ok(
+        "evaluate", "--cache", cache_dir, "--run", run, "--checkpoint", "latest", "--device", "cpu"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def evaluate_command(
     """
     from train.eval.evaluate import evaluate, format_evaluation
     from train.runs.open import open_on_cache
-    from train.runs.results import save_figures
+    from train.runs.results import json_values, save_figures
     from train.runtime.distributed import open_ranks
 
     with open_ranks(device) as ranks:
@@ -74,15 +73,15 @@ def evaluate_command(
             draft.held_out,
             draft.config,
             ranks,
-            step=draft.trained.step,
+            step=draft.step,
             anchors=anchors,
             seed=seed,
         )
         if ranks.leads:
-            click.echo(json.dumps(asdict(result)) if as_json else format_evaluation(result))
+            click.echo(json.dumps(json_values(result)) if as_json else format_evaluation(result))
         with ranks.together():
             if ranks.leads:
-                save_figures(draft.trained.folder, result)
+                save_figures(draft.folder, result)
 
 
 def _check_temperatures(_ctx: click.Context, _param: click.Parameter, values: tuple[float, ...]) -> Any:
@@ -180,7 +179,7 @@ def speculate_command(
     from train.decode.prompts import held_out_prompts, read_prompts
     from train.runs.directory import load_run_config
     from train.runs.open import open_draft
-    from train.runs.results import save_figures
+    from train.runs.results import json_values, save_figures
 
     quiet_transformers()
     draft = open_draft(run, checkpoint)
@@ -205,7 +204,7 @@ def speculate_command(
         seed=seed,
         show=partial(click.echo, err=as_json) if show else None,
     )
-    click.echo(json.dumps(asdict(result)) if as_json else format_speculation(result))
+    click.echo(json.dumps(json_values(result)) if as_json else format_speculation(result))
     save_figures(draft.folder, result)
 
 
@@ -228,7 +227,7 @@ def calibrate_command(
     """
     from train.eval.calibrate import calibrate, format_calibration
     from train.runs.open import open_on_cache
-    from train.runs.results import save_figures
+    from train.runs.results import json_values, save_figures
     from train.runtime.distributed import open_ranks
 
     with open_ranks(device) as ranks:
@@ -236,7 +235,7 @@ def calibrate_command(
             draft = open_on_cache(cache, run, ranks, checkpoint)
         result = calibrate(draft, ranks, anchors=anchors, seed=seed)
         if ranks.leads:
-            click.echo(json.dumps(asdict(result)) if as_json else format_calibration(result))
+            click.echo(json.dumps(json_values(result)) if as_json else format_calibration(result))
         with ranks.together():
             if ranks.leads:
-                save_figures(draft.trained.folder, result)
+                save_figures(draft.folder, result)

@@ -75,11 +75,12 @@ def train_command(
     config = configuration.build(RunConfig, configuration.apply_overrides(values, overrides), where)
     from pipeline.quiet import quiet_transformers
     from train.eval.validate import format_validation
+    from train.runtime.console import say
     from train.trainer.trainer import train
 
     quiet_transformers()
     result = train(cache, config, run, device=device, fresh=fresh, profile_steps=profile or 0)
     if torchrun_place().rank == 0:
         if result:
-            click.echo(format_validation(result))
-        click.echo(f"draft: {run / LATEST}")
+            say(format_validation(result), err=False)
+        say(f"draft: {run / LATEST}", err=False)

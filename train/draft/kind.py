@@ -1,7 +1,7 @@
 """Interface of a kind of draft, for training, evaluation, decoding and export.
 
-To add a kind: add a folder next to `dspark/` with a `DraftKind`, and a row in `train.draft.DRAFTS`. No code
-outside that folder names the kind's classes.
+To add a kind: add a folder next to `dspark/` with a `DraftKind`, a row in `train.draft.DRAFTS`, and its name
+in `train.config.DraftConfig`. No code outside that folder names the kind's classes.
 """
 
 from __future__ import annotations

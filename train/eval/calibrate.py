@@ -81,8 +81,7 @@ def calibrate(draft: DraftOnCache, ranks: Ranks, *, anchors: int | None = None, 
     with ranks.together():
         if not draft.config.draft.confidence_head:
             raise RunError(
-                f"{draft.trained.folder} has no confidence head to calibrate: train with "
-                "draft.confidence_head"
+                f"{draft.folder} has no confidence head to calibrate: train with draft.confidence_head"
             )
         parts = halves(draft.reader, draft.held_out)
     fitted, reported = (
@@ -112,7 +111,7 @@ def calibrate(draft: DraftOnCache, ranks: Ranks, *, anchors: int | None = None, 
         num_samples=len(fitted),
         ece_before=cut_unreached(before.prefix.ece_by_position),
         ece_after=cut_unreached(after.prefix.ece_by_position),
-        step=draft.trained.step,
+        step=draft.step,
         fit=Counts(samples=len(parts[0]), blocks=len(fitted)),
         report=CalibrationReport(samples=len(parts[1]), blocks=len(reported), before=before, after=after),
         thresholds=Sweeps(

@@ -137,7 +137,8 @@ def format_evaluation(result: Evaluation) -> str:
         f"held-out tau {result.tau:.3f} sampling, {result.greedy_tau:.3f} greedy, over "
         f"{result.blocks:,} blocks of {result.samples:,} samples ({anchors})",
         f"  loss {result.loss:.4f}, cross entropy {result.ce_loss:.4f}, L1 {result.l1_loss:.4f}, "
-        f"confidence {result.confidence_loss:.4f}",
+        f"confidence {result.confidence_loss:.4f}"
+        + "".join(f", {name} {value:.4f}" for name, value in result.further_losses.items()),
         *figure_table(rows),
     ]
     if result.decoding is not None:

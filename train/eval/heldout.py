@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from train.config import RunConfig
 from train.data.sampling import AnchorChoice
 from train.draft.kind import TrainerModule
 from train.eval.validate import held_out_batches
-from train.losses.slots import SlotFigures
+from train.losses.slots import TERMS, SlotFigures
 from train.runtime.distributed import Ranks
 from train.runtime.precision import autocast
 
@@ -37,22 +37,29 @@ class Blocks:
     """Whether draft and target have the same most likely token, `[n, K]` bool."""
     confidence: np.ndarray | None
     """Confidence logits, `[n, K]` float64."""
+    further: dict[str, np.ndarray] = field(default_factory=dict)
+    """Loss terms beyond the cross entropy, L1 and confidence, by name, `[n, K]` float64."""
 
     def __len__(self) -> int:
         return len(self.sample)
 
     def select(self, which: np.ndarray) -> Blocks:
         """Some of the blocks, by number or by a mask `[n]`."""
-        return Blocks(*(None if value is None else value[which] for value in self._values()))
+        own = {name: None if value is None else value[which] for name, value in self._arrays().items()}
+        return Blocks(**own, further={name: value[which] for name, value in self.further.items()})
 
-    def _values(self) -> list[np.ndarray | None]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def _arrays(self) -> dict[str, np.ndarray | None]:
+        return {name: value for name, value in vars(self).items() if name != "further"}
 
 
 def join(parts: Sequence[Blocks]) -> Blocks:
     """Several as one, by sample and position."""
-    columns = zip(*(part._values() for part in parts), strict=True)
-    blocks = Blocks(*(None if column[0] is None else np.concatenate(column) for column in columns))
+    own = {
+        name: None if value is None else np.concatenate([getattr(part, name) for part in parts])
+        for name, value in parts[0]._arrays().items()
+    }
+    further = {name: np.concatenate([part.further[name] for part in parts]) for name in parts[0].further}
+    blocks = Blocks(**own, further=further)
     return blocks.select(np.lexsort((blocks.position, blocks.sample)))
 
 
@@ -111,6 +118,7 @@ def _blocks(slots: SlotFigures, members: np.ndarray, starts: np.ndarray) -> Bloc
         return out[kept]
 
     kept = valid[:, 0]
+    found = {name: term(slots) for name, term in TERMS.items() if name not in ("ce", "l1", "confidence")}
     document = np.searchsorted(starts, anchors[kept], side="right") - 1
     return Blocks(
         sample=members[document],
@@ -120,4 +128,5 @@ def _blocks(slots: SlotFigures, members: np.ndarray, starts: np.ndarray) -> Bloc
         accept=np.clip(1 - laid_out(slots.l1) / 2, 0, 1),
         matches=laid_out(slots.matches),
         confidence=None if slots.confidence is None else laid_out(slots.confidence),
+        further={name: laid_out(values) for name, values in found.items() if values is not None},
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from train.config import LossConfig
 from train.eval.heldout import Blocks
+from train.losses.slots import Objective
 from train.runs.figures import (
     Acceptance,
     Bin,
@@ -44,12 +45,18 @@ def loss_terms(blocks: Blocks, loss: LossConfig) -> Losses:
     def mean(values: np.ndarray) -> float:
         return float((weights * values).sum() / weights.sum())
 
-    ce, l1, confidence = mean(blocks.ce), mean(2 * (1 - blocks.accept)), 0.0
+    terms = {"ce": mean(blocks.ce), "l1": mean(2 * (1 - blocks.accept)), "confidence": 0.0}
     if blocks.confidence is not None:
         logits = blocks.confidence
-        confidence = mean(np.logaddexp(0, logits) - blocks.accept * logits)
-    total = loss.ce_alpha * ce + loss.l1_alpha * l1 + loss.confidence_alpha * confidence
-    return Losses(loss=total, ce_loss=ce, l1_loss=l1, confidence_loss=confidence)
+        terms["confidence"] = mean(np.logaddexp(0, logits) - blocks.accept * logits)
+    further = {name: mean(values) for name, values in blocks.further.items()}
+    return Losses(
+        loss=Objective.of(loss).total(terms | further),
+        ce_loss=terms["ce"],
+        l1_loss=terms["l1"],
+        confidence_loss=terms["confidence"],
+        further_losses=further,
+    )
 
 
 def acceptance(blocks: Blocks) -> Acceptance:

@@ -8,7 +8,7 @@ block are its first ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -27,13 +27,15 @@ class Losses:
     """The loss and its terms: weighted means over supervised slots, as `train.losses.slots` defines them."""
 
     loss: float
-    """Weighted sum of the three terms."""
+    """Weighted sum of the terms."""
     ce_loss: float
     """Cross entropy with the data's tokens, in nats."""
     l1_loss: float
     """L1 distance to the target's distribution, from 0 to 2."""
     confidence_loss: float
     """Binary cross entropy of the confidence head, in nats; 0 without one."""
+    further_losses: dict[str, float] = field(default_factory=dict)
+    """Terms beyond these three, by name; left out of the file where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,10 @@ def open_draft(run: Path, which: str = BEST) -> TrainedDraft:
 class DraftOnCache:
     """A trained draft with its objective on a device, and held-out samples that it was not trained on."""
 
-    trained: TrainedDraft
+    folder: Path
+    """Of its checkpoint."""
+    step: int
+    """Of its checkpoint."""
     config: RunConfig
     """Config of the draft's run."""
     reader: CacheReader
@@ -161,4 +164,4 @@ def open_on_cache(cache: Path, run: Path, ranks: Ranks, which: str = BEST) -> Dr
     reader.require_layers(draft.shape.target_layer_ids)
     _, held_out = split(reader, config.train.held_out)
     module = draft.kind.on(draft.model(reader).to(ranks.device), config, ranks.device)
-    return DraftOnCache(draft, config, reader, module, held_out)
+    return DraftOnCache(draft.folder, draft.step, config, reader, module, held_out)

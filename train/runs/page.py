@@ -50,15 +50,18 @@ class TrainingPage:
 
 
 def read_training(folder: Path) -> TrainingPage:
-    """Read a checkpoint's `training.json`.
+    """Read a checkpoint's `training.json`. Settings that a newer version has added are skipped.
 
     Raises:
         RunError: the file can't be read.
     """
     try:
         values = json.loads(files.read_small(folder / TRAINING, _LIMIT))
-        return configuration.build(TrainingPage, values, TRAINING)
-    except (OSError, ValueError, TypeError, ConfigError) as error:
+        configuration.build(
+            Progress, values["progress"], f"{TRAINING}.progress"
+        )  # strict: training needs all
+        return configuration.build(TrainingPage, values, TRAINING, skip_unknown=True)
+    except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
         raise damaged(folder, error) from None
 
 

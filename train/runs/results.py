@@ -27,8 +27,19 @@ _FILES = {Evaluation: EVALUATION, Calibration: CALIBRATION, Speculation: SPECULA
 
 def save_figures(folder: Path, figures: Evaluation | Calibration | Speculation) -> None:
     """Put figures beside the draft that they are of. Raises WriteError where that can't be written."""
-    text = json.dumps(asdict(figures), indent=1) + "\n"
+    text = json.dumps(json_values(figures), indent=1) + "\n"
     files.publish_bytes(folder / _FILES[type(figures)], text.encode())
+
+
+def json_values(figures: Evaluation | Calibration | Speculation) -> dict[str, Any]:
+    """Return figures as the values of their file."""
+    return _without_empty(asdict(figures))
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_empty(v) for k, v in value.items() if v or k != "further_losses"}
+    return [_without_empty(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_evaluation(folder: Path, *, skip_misfits: bool = False) -> Evaluation | None:

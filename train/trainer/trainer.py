@@ -27,7 +27,7 @@ from train.eval.validate import validate
 from train.losses.slots import LossSums
 from train.runs.checkpoint import newest, save_checkpoint
 from train.runs.directory import begin, check_run, flat_settings, locked
-from train.runs.names import CHECKPOINTS, TRACE, TRACKERS
+from train.runs.names import CHECKPOINTS, METRICS, TRACE, TRACKERS
 from train.runs.page import TrainingPage, read_training
 from train.runs.state import Best, Progress
 from train.runtime.console import Display, say
@@ -269,9 +269,7 @@ class Training:
         self._log({"step": progress.step, "skipped": {"samples": ids}})
         if progress.skipped_in_a_row < most:
             return
-        shown = ", ".join(ids[:8]) + (
-            f" and {len(ids) - 8} more in {self.path}/metrics.jsonl" if ids[8:] else ""
-        )
+        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more in {self.path / METRICS}" if ids[8:] else "")
         what = "loss" if guilty else "gradient"
         self.ranks.fail(
             RunError(

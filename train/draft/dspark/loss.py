@@ -40,7 +40,8 @@ def step_metrics(
     """
     sums = sum_slots(slots, objective)
     metrics = divide(sums, objective, denominator)
-    own = {f"{name}_loss": metrics.terms[name] for name in ("ce", "l1", "confidence")}
+    zero = metrics.loss.new_zeros(())
+    own = {f"{name}_loss": metrics.terms.get(name, zero) for name in ("ce", "l1", "confidence")}
     return DSparkStepMetrics(
         loss=metrics.loss,
         **own,

@@ -71,7 +71,7 @@ class DSparkTrainerModule(nn.Module):
             ValueError: the L1 term has a weight, but there is no teacher.
         """
         weights = self.objective.weights
-        if target_last_hidden_states is None and weights["l1"] > 0:
+        if target_last_hidden_states is None and weights.get("l1", 0) > 0:
             raise ValueError(
                 "l1_loss_alpha > 0 needs target_last_hidden_states: pass the teacher's states, or set it to 0"
             )
@@ -118,8 +118,8 @@ class DSparkTrainerModule(nn.Module):
             head=model.lm_head.weight,
             labels=blocks.target_ids[mask],
             positions=positions,
-            ce_weights=self.objective.weights["ce"] * weights,
-            l1_weights=self.objective.weights["l1"] * weights,
+            ce_weights=self.objective.weights.get("ce", 0.0) * weights,
+            l1_weights=self.objective.weights.get("l1", 0.0) * weights,
             teacher_hidden=None if last_hidden is None else last_hidden.flatten(0, 1)[used],
             bias=bias,
             softcap=model.softcap,
