@@ -191,12 +191,13 @@ def speculate_command(
         draft.require_target_of(reader)
         _, held_out = split(reader, load_run_config(run).train.held_out)
         asked = held_out_prompts(reader, held_out, num_prompts)
-    pair = load_pair(found, draft)
+    pair, folder = load_pair(found, draft), draft.folder
+    del draft  # its weights are the pair's by now
     if pair.warning:
         click.echo(f"warning: {pair.warning}", err=True)
     result = speculate_all(
         pair,
-        draft.folder,
+        folder,
         asked,
         temperatures=temperatures,
         max_new_tokens=max_new_tokens,
@@ -205,7 +206,7 @@ def speculate_command(
         show=partial(click.echo, err=as_json) if show else None,
     )
     click.echo(json.dumps(json_values(result)) if as_json else format_speculation(result))
-    save_figures(draft.folder, result)
+    save_figures(folder, result)
 
 
 @click.command("calibrate")

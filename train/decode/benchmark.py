@@ -298,7 +298,7 @@ def format_speculation(result: Speculation) -> str:
         theirs = run.offline.accept_given_prefix if run.offline else [None] * len(run.accept_given_prefix)
         rows = [
             (f"temperature {run.temperature:g}", ["live", "offline"]),
-            ("tokens a round", [run.tokens_per_round, expected]),
+            ("tokens per round", [run.tokens_per_round, expected]),
             *(
                 (f"accepted at {k + 1}, given the tokens before it", pair)
                 for k, pair in enumerate(zip(run.accept_given_prefix, theirs, strict=True))
@@ -309,7 +309,7 @@ def format_speculation(result: Speculation) -> str:
             lines += (
                 f"  {run.tokens:,} tokens in {run.rounds:,} rounds, each {run.draft_ms:.1f} ms "
                 f"drafting and {run.verify_ms:.1f} ms verifying",
-                f"  {run.speculative_ms:.1f} ms a token; plain decoding {run.plain_ms:.1f} ms: "
+                f"  {run.speculative_ms:.1f} ms per token; plain decoding {run.plain_ms:.1f} ms: "
                 f"{run.speedup:.2f} times as fast",
             )
         if run.identical is not None:

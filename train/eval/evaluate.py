@@ -144,7 +144,7 @@ def format_evaluation(result: Evaluation) -> str:
     if result.decoding is not None:
         sampling, greedy = result.decoding.sampling, result.decoding.greedy
         lines.append(
-            f"  decoding these texts: {sampling.tokens_per_round:.3f} tokens a round sampling, "
+            f"  decoding these texts: {sampling.tokens_per_round:.3f} tokens per round sampling, "
             f"{greedy.tokens_per_round:.3f} greedy (a round begins where the last one ended)"
         )
     for title, groups in (("source", result.by_source), ("tokens", result.by_length)):

@@ -121,7 +121,7 @@ def test_thresholds_are_the_sweep(axes: dict[str, Axes], runs: list[Path]) -> No
     }
     assert (panel.get_xlabel(), panel.texts[-1].get_text()) == (
         "acceptance of verified tokens",
-        "tokens a round",
+        "tokens per round",
     )
 
 

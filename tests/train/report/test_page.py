@@ -153,7 +153,7 @@ def test_tables_of_a_run(one: Page, runs: list[Path]) -> None:
         }
     cache = dict(one.tables["Cache"])
     assert cache["on disk"] == size(evaluation["cache"]["bytes"])
-    assert cache["bytes a token"] == f"{evaluation['cache']['bytes_per_token']:,.0f}"
+    assert cache["bytes per token"] == f"{evaluation['cache']['bytes_per_token']:,.0f}"
     assert cache["codecs"] == "bf16 context features, bf16 last hidden states"
     fidelity = evaluation["cache"]["fidelity"]
     assert len([row for row in one.tables["What encoding cost in fidelity"] if "layer" in row[0]]) == 3

@@ -97,14 +97,14 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
     when, told = list(states.items())[-1] if states else ("", None)
     state = "calibrated" if when == "after" else when
     found = (
-        ("tau", evaluation and evaluation.tau, "{:.3f}", f"tokens a round, held out{before}{sampling}"),
+        ("tau", evaluation and evaluation.tau, "{:.3f}", f"tokens per round, held out{before}{sampling}"),
         (
             "greedy tau",
             evaluation and evaluation.greedy_tau,
             "{:.3f}",
-            f"tokens a round, target greedy{greedy}",
+            f"tokens per round, target greedy{greedy}",
         ),
-        ("live", live and live.tokens_per_round, "{:.3f}", f"tokens a round, {kind}{beside}"),
+        ("live", live and live.tokens_per_round, "{:.3f}", f"tokens per round, {kind}{beside}"),
         ("speed-up", live and live.speedup, "{:.2f}\u00d7", f"against plain decoding, {kind}"),
         ("calibration error", told and told.ece, "{:.3f}", f"of confidence products, {state}"),
     )
@@ -171,7 +171,7 @@ def _training(runs: Sequence[RunData]) -> Section:
             runs,
             "tau",
             "Tau",
-            "tokens a round",
+            "tokens per round",
             "1 means that the draft never helps; higher is better.",
             lowest=1.0,
         ),
@@ -313,7 +313,7 @@ def _confidence(runs: Sequence[RunData]) -> Section:
 def _costs(runs: Sequence[RunData]) -> Section:
     panels = _panels(
         plots.log_curve(
-            runs, "tokens_per_s", "Speed", "tokens a second", "Context tokens that blocks draft from."
+            runs, "tokens_per_s", "Speed", "tokens per second", "Context tokens that blocks draft from."
         ),
         plots.log_curve(
             runs,

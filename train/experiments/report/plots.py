@@ -298,7 +298,7 @@ def threshold_panel(run: RunData, runs: Sequence[RunData]) -> Panel | None:
         f"Tokens a round against acceptance of verified tokens, {run.name}. {'. '.join(map(words, states))}."
     )
     x = "acceptance of verified tokens"
-    return panel(f"thresholds-{run.index}", title, caption, alt, draw, x=x, y="tokens a round")
+    return panel(f"thresholds-{run.index}", title, caption, alt, draw, x=x, y="tokens per round")
 
 
 def _over_steps(

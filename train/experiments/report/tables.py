@@ -66,7 +66,7 @@ def summary(runs: Sequence[RunData]) -> Table:
         notes.append("* From training's own evaluation, which draws fewer anchors than dspark evaluate.")
     if any(decoded(run, kind) is not None for run in runs for kind in ("sampling", "greedy")):
         notes.append(
-            "Decoding: tokens a round that decoding the held-out texts should yield. A round begins where "
+            "Decoding: tokens per round that decoding the held-out texts should yield. A round begins where "
             "the last one ended, so they are a bit fewer than tau, for which every position begins one."
         )
     return _by_run("Main figures", columns, runs, note=" ".join(notes))
@@ -109,12 +109,12 @@ def live_rounds(runs: Sequence[RunData]) -> Table | None:
     """Make the table of live decoding: a row per run and temperature."""
     columns: list[tuple[str, Callable[[SpeculationRun], str]]] = [
         ("temperature", lambda row: f"{row.temperature:g}"),
-        ("tokens a round", lambda row: digits(row.tokens_per_round)),
+        ("tokens per round", lambda row: digits(row.tokens_per_round)),
         ("held out", lambda row: digits(row.offline and row.offline.tokens_per_round)),
-        ("verified a round", lambda row: digits(row.verified_per_round, 2)),
-        ("ms a round, draft", lambda row: digits(row.draft_ms, 1)),
+        ("verified per round", lambda row: digits(row.verified_per_round, 2)),
+        ("ms per round, draft", lambda row: digits(row.draft_ms, 1)),
         ("verify", lambda row: digits(row.verify_ms, 1)),
-        ("ms a token, plain", lambda row: digits(row.plain_ms, 1)),
+        ("ms per token, plain", lambda row: digits(row.plain_ms, 1)),
         ("speculative", lambda row: digits(row.speculative_ms, 1)),
         ("speed-up", lambda row: digits(row.speedup, 2)),
         ("identical", lambda row: digits(row.identical, 0)),
@@ -257,7 +257,7 @@ def caches(runs: Sequence[RunData]) -> list[list[Table]]:
             ("samples", [digits(facts.get("samples"), 0)]),
             ("tokens", [digits(facts.get("tokens"), 0)]),
             ("on disk", [_size(facts.get("bytes"))]),
-            ("bytes a token", [digits(facts.get("bytes_per_token"), 0)]),
+            ("bytes per token", [digits(facts.get("bytes_per_token"), 0)]),
         ]
         rows = [(header, cells) for header, cells in rows if cells != [NONE]]
         title = _cache_title(users, alone=len(found) == 1)
