@@ -177,7 +177,7 @@ def test_reading_leaves_no_file_pages_behind(tmp_path: Path) -> None:
     shard.read(view[1000:1500], out)
     assert torch.equal(out, values[1000:1500])
     path.write_bytes(path.read_bytes()[:1300])
-    with pytest.raises(CacheError, match="shard is damaged: it ends at 1300"):
+    with pytest.raises(CacheError, match=r"shard is damaged \(it was cut to 1300 bytes"):
         shard.read(view[1000:1500], out)
 
 
