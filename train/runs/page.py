@@ -57,9 +57,8 @@ def read_training(folder: Path) -> TrainingPage:
     """
     try:
         values = json.loads(files.read_small(folder / TRAINING, _LIMIT))
-        configuration.build(
-            Progress, values["progress"], f"{TRAINING}.progress"
-        )  # strict: training needs all
+        # Progress alone is read strictly: training has to know all of it.
+        configuration.build(Progress, values["progress"], f"{TRAINING}.progress")
         return configuration.build(TrainingPage, values, TRAINING, skip_unknown=True)
     except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
         raise damaged(folder, error) from None
