@@ -1,4 +1,4 @@
-"""What the processor can do, as the tests are to believe: the truth, or the answer that is forced.
+"""The processor's bf16 as the tests are to believe it: the truth, or the answer that is forced.
 
 `--dtype auto` and `train.precision=auto` ask whether the CPU multiplies bf16 matrices, and go on in bf16 or
 in fp32. A test that passes through that question is marked `capability`; `make test-flipped` runs those once
@@ -25,12 +25,12 @@ _capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabiliti
 
 
 def truth() -> bool:
-    """Whether this processor multiplies bf16 matrices."""
+    """Return whether this processor multiplies bf16 matrices."""
     return any(_capabilities().get(name) for name in _ANSWERS)
 
 
 def _answer(bf16: bool) -> dict[str, Any]:
-    """What torch says of this processor, but for bf16."""
+    """Return what torch says of this processor, but for bf16."""
     return {**_capabilities(), **dict.fromkeys(_ANSWERS, bf16)}
 
 
@@ -50,13 +50,13 @@ def install() -> None:
 
 
 def note_in(path: Path) -> None:
-    """Where this process and those that it starts note that they asked."""
+    """Let this process and those that it starts note in a file that they asked."""
     path.touch()
     os.environ[_NOTES] = str(path)
 
 
 def times_asked() -> int:
-    """How often the question came up so far, here and in processes that tests forked."""
+    """Count the questions so far, here and in processes that tests forked."""
     return Path(os.environ[_NOTES]).stat().st_size
 
 

@@ -1,4 +1,4 @@
-"""What users have from before `train/` was moved into rooms still opens, and says and does the same.
+"""Files from before `train/` was moved into rooms still open, say and do the same.
 
 `tests/data/before` was written by the command line of an earlier commit (`tests/data/make_before.py`).
 Nothing here imports the project: names inside may change, commands and files may not.
@@ -322,7 +322,7 @@ def test_old_runs_are_reported() -> None:
 
 
 def _text(page: str) -> str:
-    """What a page says, without its drawings and styles."""
+    """Return the text of a page, without its drawings and styles."""
     content = Path(page).read_text(encoding="utf-8")
     content = re.sub(r"<(svg|style|script)\b.*?</\1>", " ", content, flags=re.DOTALL)
     return html.unescape(re.sub(r"<[^>]+>", " ", content))

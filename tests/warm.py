@@ -1,4 +1,4 @@
-"""What the process that tests fork commands from has done once, so that none of them need do it again."""
+"""Work that the process which tests fork commands from does once, so that none of them does it again."""
 
 from __future__ import annotations
 

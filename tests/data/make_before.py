@@ -258,7 +258,7 @@ def make_finished_runs() -> None:
 
 
 def check_every_key() -> None:
-    """Whether the configs name every setting that there is, with another value than its default."""
+    """Check that the configs name every setting, with another value than its default."""
     from train.config import RunConfig
 
     defaults = {k: json.loads(json.dumps(v)) for k, v in asdict(RunConfig()).items()}

@@ -1,4 +1,4 @@
-"""How good a draft is, from a cache's held-out samples alone: `dspark evaluate`.
+"""Evaluation of a draft on a cache's held-out samples alone: `dspark evaluate`.
 
 The figures lie beside the draft, in its checkpoint's folder: `dspark speculate` prints them beside what is
 accepted live, `dspark report` draws them.

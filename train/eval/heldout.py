@@ -1,4 +1,4 @@
-"""What a draft does at held-out anchors, block by block, from the cache alone."""
+"""Results of a draft at held-out anchors, block by block, from the cache alone."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from train.runtime.precision import autocast
 
 @dataclass(frozen=True)
 class Blocks:
-    """n blocks of K slots. What stands in slots that are not `valid` means nothing."""
+    """n blocks of K slots. Values of slots that are not `valid` mean nothing."""
 
     sample: np.ndarray
     """The sample number of each block, `[n]` int64."""
     position: np.ndarray
     """Its anchor, counted from the sample's start, `[n]` int64."""
     valid: np.ndarray
-    """Which slots are supervised, `[n, K]` bool: an unbroken prefix, of one slot at least."""
+    """True for supervised slots, `[n, K]` bool: an unbroken prefix, of one slot at least."""
     ce: np.ndarray
     """Cross entropy with the data's token, `[n, K]` float64."""
     accept: np.ndarray
     """1 - L1/2: how likely the target accepts the slot's token at temperature 1, `[n, K]` float64."""
     matches: np.ndarray
-    """Whether draft and target have the same most likely token, `[n, K]` bool."""
+    """True where draft and target have the same most likely token, `[n, K]` bool."""
     confidence: np.ndarray | None
     """Confidence logits, `[n, K]` float64."""
     further: dict[str, np.ndarray] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Blocks:
         return len(self.sample)
 
     def select(self, which: np.ndarray) -> Blocks:
-        """Some of the blocks, by number or by a mask `[n]`."""
+        """Return some of the blocks, by number or by a mask `[n]`."""
         own = {name: None if value is None else value[which] for name, value in self._arrays().items()}
         return Blocks(**own, further={name: value[which] for name, value in self.further.items()})
 
@@ -53,7 +53,7 @@ class Blocks:
 
 
 def join(parts: Sequence[Blocks]) -> Blocks:
-    """Several as one, by sample and position."""
+    """Join several into one, sorted by sample and position."""
     own = {
         name: None if value is None else np.concatenate([getattr(part, name) for part in parts])
         for name, value in parts[0]._arrays().items()

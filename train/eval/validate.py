@@ -1,4 +1,4 @@
-"""Held-out figures while a draft trains: sums only, over a few anchors a sample, by all ranks."""
+"""Held-out figures during training: sums only, over a few anchors per sample, by all ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def held_out_batches(
     choose: AnchorChoice,
     title: str,
 ) -> tuple[list[np.ndarray], Iterable[Batch]]:
-    """A rank's share of held-out samples as packs of sample numbers, and as batches behind a bar.
+    """Return a rank's share of held-out samples: packs of sample numbers, and batches with a progress bar.
 
     Raises:
         ConfigError: there are no samples.
@@ -58,7 +58,7 @@ def validate(
     ranks: Ranks,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Loss terms, acceptance by position and tau over `samples`, as plain numbers, the same on every rank.
+    """Return loss terms, acceptance by position and tau over `samples`, the same on every rank.
 
     Anchors are evenly spread over each sample's candidates, so the figures are the same every time.
 
@@ -90,7 +90,7 @@ def validate(
 
 
 def format_validation(result: dict[str, Any]) -> str:
-    """The figures for a terminal."""
+    """Format the figures for a terminal."""
     positions = "  ".join(f"{k + 1}: {a:.3f}" for k, a in enumerate(result["accept_by_position"]))
     return (
         f"held-out tau {result['tau']:.3f} over {result['blocks']:,} blocks "

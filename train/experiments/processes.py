@@ -70,7 +70,7 @@ class Child:
     run: Path
     log: Path
     log_start: int
-    """Where this process's output begins in the log, in bytes."""
+    """Start of this process's output in the log, in bytes."""
     process: subprocess.Popen[bytes]
     started: float = field(default_factory=time.monotonic)
     signalled: bool = False

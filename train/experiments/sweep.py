@@ -71,7 +71,7 @@ def sweep(
     )
     state = _Sweep(points, identity, processes, say)
     with stop_on_signals() as stop:
-        with processes:  # after an error here, or a second signal, no run goes on unattended
+        with processes:  # after an error here, or a second signal, no run continues unattended
             state.train(stop)
         if len(state.complete) < len(points):
             stop.check(

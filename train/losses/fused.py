@@ -40,7 +40,7 @@ class LowRankBias:
     weight: Tensor
     """`[V, R]`."""
     by_position: bool
-    """Whether `latent` has a row per position."""
+    """`latent` has a row per position, not per slot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class SlotOperands:
     labels: Tensor
     """`[M]`."""
     positions: Tensor
-    """Which distinct position each slot's label has, `[M]` in `[0, U)`."""
+    """Number of the distinct position of each slot's label, `[M]` in `[0, U)`."""
     ce_weights: Tensor
     """`[M]`; each slot's cross entropy counts so much in the sum."""
     l1_weights: Tensor

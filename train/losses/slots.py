@@ -36,7 +36,7 @@ class SlotFigures:
     confidence: Tensor | None
     """Confidence logits `[M]`; None for a draft without a confidence head."""
     matches: Tensor | None = None
-    """Whether draft and target have the same most likely token, `[M]` bool, where that was asked for."""
+    """True where draft and target have the same most likely token, `[M]` bool; None unless asked for."""
     anchor_positions: Tensor | None = None
     """Position of each block's anchor in its row, `[B, N]`."""
 

@@ -231,7 +231,7 @@ class Evaluation(Acceptance, Losses, Measured):
     untrained: Untrained | None = None
     """A draft to compare with."""
     cache: CacheFacts | None = None
-    """Where the samples are from."""
+    """Sources of the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +278,7 @@ class Calibration:
     report: CalibrationReport | None = None
     """Confidences of the other half."""
     thresholds: Sweeps | None = None
-    """What thresholds yield on the other half."""
+    """Yield of thresholds on the other half."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -247,7 +247,7 @@ def test_an_imported_draft_may_know_the_samples(one: Page, runs: list[Path], tmp
     page = report(run, out=tmp_path / "report.html")
     assert "An imported draft may have learned from these samples where it was trained." in page.text
     assert "Cache that foreign was measured on" in page.tables
-    assert "cache behind it" not in page.text
+    assert "its cache takes" not in page.text
     assert "An imported draft (foreign) may" in report(*runs, run, out=tmp_path / "report.html").text
 
 
@@ -283,14 +283,14 @@ def test_caches_of_one_name_are_told_apart(
     titles = [title for title in page.tables if title.startswith("Cache")]
     if set(change) & set(facts):
         assert sorted(titles) == ["Cache of whole", "Cache that other was measured on"]
-        assert "cache behind it" not in page.text
+        assert "its cache takes" not in page.text
         assert "for other the one measured on" in page.text
     else:
         assert sorted(titles) == ["Cache of other", "Cache of whole"]
     alone = report(whole, out=tmp_path / "report.html")
     assert "Cache" in alone.tables
-    assert "what the cache behind it takes on disk" in alone.text
-    assert "what the cache behind it takes on disk" in one.text
+    assert "what its cache takes on disk" in alone.text
+    assert "what its cache takes on disk" in one.text
 
 
 def test_different_caches_are_shown_each(runs: list[Path], tmp_path: Path) -> None:

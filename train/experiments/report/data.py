@@ -80,12 +80,12 @@ class RunData:
 
     @property
     def imported(self) -> bool:
-        """Whether it was trained elsewhere, on unknown data."""
+        """True if it was trained elsewhere, on unknown data."""
         return dig(self.training, "imported") is not None
 
     @property
     def has_confidence(self) -> bool:
-        """Whether the draft has a confidence head."""
+        """True if the draft has a confidence head."""
         return bool(self.settings["draft.confidence_head"])
 
     @property

@@ -34,7 +34,7 @@ class Section:
 
     @property
     def shared(self) -> bool:
-        """Whether panels show several runs, which need a key."""
+        """Panels show several runs, which need a key."""
         return any(run is None and panels for run, panels in self.rows)
 
 
@@ -339,7 +339,7 @@ def _costs(runs: Sequence[RunData]) -> Section:
         "What the cache costs, in the evaluation",
         "dspark evaluate --cache CACHE --run RUN",
     )
-    lead = "What training took, and what the cache behind it takes on disk."
+    lead = "What training took, and what its cache takes on disk."
     elsewhere = [run.name for run in runs if measured_elsewhere(run)]
     if elsewhere:
         whose = "the draft" if len(runs) == 1 else ", ".join(elsewhere)

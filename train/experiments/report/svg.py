@@ -76,7 +76,7 @@ class Panel:
     """Its id, unlike any other's."""
     title: str
     caption: str
-    """How to read it, in a sentence."""
+    """A sentence on reading it."""
     alt: str
     """Its main numbers, for who can't see it."""
     svg: Markup
@@ -90,7 +90,7 @@ def require_matplotlib() -> None:
 
 
 def look(index: int, **more: Any) -> dict[str, Any]:
-    """How a run's curves are drawn: by colour, and in greyscale by dashes and markers."""
+    """Look of a run's curves: by colour, and in greyscale by dashes and markers."""
     again = index // len(COLOURS)
     return {
         "color": COLOURS[index % len(COLOURS)],

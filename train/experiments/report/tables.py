@@ -36,7 +36,7 @@ class Table:
     rows: list[tuple[str | RunData, list[str]]]
     """Each row's header, or the run that is its header, and its cells."""
     words: bool = False
-    """Whether cells are words; figures are aligned on the right."""
+    """Cells are words. Figures are aligned on the right."""
     heads: tuple[RunData, ...] = ()
     """Runs as titles of the last columns."""
     note: str = ""
