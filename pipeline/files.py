@@ -30,9 +30,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-sync_directory = sync  # for its callers outside this package
-
-
 def sha256_file(path: Path) -> str:
     """Return the hex SHA-256 of a file, read in blocks."""
     with path.open("rb") as file:

@@ -163,7 +163,7 @@ def test_positions_that_no_block_reaches_are_the_last_ones() -> None:
 
 
 def test_the_blocks_of_a_draft_are_prefixes(run_dir: Path, cache_dir: Path) -> None:
-    """What the two tests above rest on, of what is measured."""
+    """Premise of the two tests above, on measured blocks: supervised slots are a prefix."""
     with open_ranks("cpu") as ranks:
         draft = open_on_cache(cache_dir, run_dir, ranks)
         every = drawn_anchors(None, 0)

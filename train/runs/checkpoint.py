@@ -146,7 +146,7 @@ def _write(
             path.chmod(mode)  # follows the user's umask; safetensors makes files that only the user can read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        files.sync_directory(partial)
+        files.sync(partial)
         if folder.exists():  # a run that was stopped during an evaluation saves this step again
             folder.rename(_aside(folder))
         partial.rename(folder)
@@ -155,7 +155,7 @@ def _write(
         raise OSError(str(error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    files.sync_directory(folder.parent)
+    files.sync(folder.parent)
 
 
 def _aside(folder: Path) -> Path:
@@ -184,7 +184,7 @@ def _point(run: Path, progress: Progress) -> None:
         partial.unlink(missing_ok=True)
         partial.symlink_to(Path(CHECKPOINTS) / _name(step))
         partial.replace(link)
-    files.sync_directory(run)
+    files.sync(run)
 
 
 def _prune(run: Path, progress: Progress, keep: int) -> None:

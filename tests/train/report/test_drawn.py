@@ -1,4 +1,4 @@
-"""What `dspark report` draws, point by point."""
+"""Drawings of `dspark report`, point by point."""
 
 from __future__ import annotations
 
