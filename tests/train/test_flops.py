@@ -51,6 +51,7 @@ def test_peaks_are_found_by_name(monkeypatch) -> None:
     cuda = torch.device("cuda")
     names = {
         "NVIDIA H200": 9.89e14,
+        "NVIDIA H200 NVL": 8.35e14,
         "NVIDIA GH200 480GB": 9.9e14,
         "NVIDIA H100 80GB HBM3": 9.89e14,
         "NVIDIA H100 PCIe": 7.56e14,
