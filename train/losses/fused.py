@@ -14,6 +14,7 @@ a chunk.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +22,39 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.errors import ConfigError
 from train.losses.chunks import VocabularyPass
 from train.losses.operands import LowRankBias, SlotOperands
 from train.losses.plain import PlainPass
 
-__all__ = ["LowRankBias", "SlotOperands", "vocabulary_loss"]
+__all__ = ["LowRankBias", "SlotOperands", "resolve_kernel", "vocabulary_loss"]
+
+
+def resolve_kernel(kernel: str, device: torch.device, *, frozen: bool = True) -> str:
+    """Return the kernel that a value of `loss.kernel` selects on a device, "torch" or "triton".
+
+    Args:
+        frozen: the output head is not trained.
+
+    Raises:
+        ConfigError: "triton" is asked for, and can't run.
+    """
+    obstacle = None if kernel == "torch" else _obstacle_to_triton(device, frozen)
+    if kernel == "triton" and obstacle is not None:
+        raise ConfigError(f'loss.kernel = "triton" needs {obstacle}: set it to "auto" or "torch"')
+    return "torch" if kernel == "torch" or obstacle is not None else "triton"
+
+
+def _obstacle_to_triton(device: torch.device, frozen: bool) -> str | None:
+    """Return what the Triton kernel lacks, None for nothing."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"an NVIDIA GPU, got device {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"a GPU of compute capability 8.0 or more, got {capability[0]}.{capability[1]}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton, which is not installed"
+    return None if frozen else "a frozen head, but this draft trains its own"
 
 
 def vocabulary_loss(
@@ -41,7 +70,7 @@ def vocabulary_loss(
     fp32 where the device can; all else is fp32 (float64 for float64, with the kernel "torch").
 
     Args:
-        kernel: "torch" or "triton", as `train.losses.kernel.resolve_kernel` returns it.
+        kernel: "torch" or "triton", as `resolve_kernel` returns it.
         compile_passes: let torch.compile fuse what "torch" does between the products.
         matches: `[M]` bool, to be filled with whether the draft's most likely token is the teacher's.
 
