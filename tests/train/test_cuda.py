@@ -18,7 +18,7 @@ from train.data.loader import load_batch, loaded
 from train.data.sampling import random_anchors
 from train.draft.dspark.collate import collate_anchors
 from train.draft.dspark.module import DSparkTrainerModule
-from train.losses.fused import _product
+from train.losses.chunks import product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,7 +70,7 @@ def test_bf16_is_near_fp32_and_sums_up_in_fp32() -> None:
     assert abs(metrics.loss.item() / wanted.item() - 1) < 0.02
     left, right = (torch.rand(*shape, device="cuda").bfloat16() for shape in ((8, 4096), (4096, 8)))
     exact = left.double() @ right.double()  # sums of about 1,000, which bf16 holds to within 4
-    torch.testing.assert_close(_product(left, right).double(), exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(product(left, right).double(), exact, rtol=1e-4, atol=0)
 
 
 def test_nothing_is_compiled_again_after_the_first_steps() -> None:
