@@ -14,7 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 
 from pipeline.errors import ConfigError
 from pipeline.text import one_line
-from train.draft.dspark.masks import flex_block_mask
+from train.draft.dspark.masks import decoding_mask, flex_block_mask
 from train.runtime.compiled import compiled
 
 
@@ -95,10 +95,16 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask
 
 
 class DSparkAttention(nn.Module):
-    """Queries from the block; keys and values from `[context ; block]`. Qwen3's projections and norms."""
+    """Queries from the block; keys and values from `[context ; block]`. Qwen3's projections and norms.
 
-    def __init__(self, config: Qwen3Config):
+    Args:
+        window: positions that a slot sees while decoding, its own included; None for all. In `forward` the
+            mask decides it.
+    """
+
+    def __init__(self, config: Qwen3Config, window: int | None = None):
         super().__init__()
+        self.window = window
         hidden, self.head_dim = config.hidden_size, config.head_dim
         query_width = config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
@@ -137,10 +143,15 @@ class DSparkAttention(nn.Module):
         """
         cos, sin = (part[:, None] for part in rotary)
         query = rotate(self.q_norm(self._heads(self.q_proj(block))).transpose(1, 2), cos, sin)
-        end = length + block.shape[1]
+        slots = block.shape[1]
+        end = length + slots
         keys[:, :, length:end], values[:, :, length:end] = self.keys_values(block, rotary)
+        start, mask = 0, None
+        if self.window is not None and end > self.window:
+            start = max(0, length - self.window + 1)  # the first position that slot 0 sees
+            mask = decoding_mask(slots, length, start, self.window, block.device)
         attended = F.scaled_dot_product_attention(
-            query, keys[:, :, :end], values[:, :, :end], enable_gqa=True
+            query, keys[:, :, start:end], values[:, :, start:end], attn_mask=mask, enable_gqa=True
         )
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 

@@ -11,11 +11,15 @@ from train.draft.dspark.attention import DSparkAttention
 
 
 class DSparkDecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU on the block. The context, already normed, is only read."""
+    """Pre-norm attention and SwiGLU on the block. The context, already normed, is only read.
 
-    def __init__(self, config: Qwen3Config):
+    Args:
+        window: as in `DSparkAttention`.
+    """
+
+    def __init__(self, config: Qwen3Config, window: int | None = None):
         super().__init__()
-        self.self_attn = DSparkAttention(config)
+        self.self_attn = DSparkAttention(config, window)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

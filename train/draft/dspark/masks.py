@@ -3,6 +3,11 @@
 A block sees only the context of its own document strictly before its anchor, and its own K slots in both
 directions. So a dummy block (anchor 0) sees only itself: no row of a mask is empty, and none gives NaN. Keys
 are `[context ; blocks]`: S context positions, then N*K slots.
+
+With a window of W positions, slot k of a block, at position anchor + k, sees of that context only positions
+after anchor + k - W: W positions with its own. It sees all slots of its block, as W is at least K. Engines
+count a draft's window the same way: vLLM 0.33.0 in `FlashAttentionImpl`, SGLang 0.5.23 in `dflash_utils.py`
+and its attention backends, llama.cpp in `is_masked_swa`.
 """
 
 from __future__ import annotations
@@ -10,12 +15,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PretrainedConfig
 
+from train.draft.body import FULL, SLIDING
+from train.draft.dspark.anchors import create_position_ids
 from train.runtime.compiled import compiled
 
 
+def layer_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """Return the window of each layer of a draft; None for a layer that sees all of its context."""
+    types = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+    return tuple(config.sliding_window if kind == SLIDING else None for kind in types)
+
+
 def block_attention_mask(
-    anchor_positions: Tensor, seq_len: int, block_size: int, document_ids: Tensor | None = None
+    anchor_positions: Tensor,
+    seq_len: int,
+    block_size: int,
+    document_ids: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Return the mask as a tensor, for scaled_dot_product_attention.
 
@@ -24,21 +42,48 @@ def block_attention_mask(
         seq_len: S.
         block_size: K.
         document_ids: `[B, S]`, the document of each position; None if a row is one document.
+        window: W; None if slots see all of their context.
 
     Returns:
         `[B, 1, N*K, S + N*K]` bool, True where attention is allowed.
     """
     device, (rows, num_anchors) = anchor_positions.device, anchor_positions.shape
-    context = torch.arange(seq_len, device=device) < anchor_positions[..., None]  # [B, N, S]
+    positions = torch.arange(seq_len, device=device)
+    context = positions < anchor_positions[..., None]  # [B, N, S]
     if document_ids is not None:
         context &= document_ids[:, None] == document_ids.gather(1, anchor_positions)[..., None]
     blocks = torch.eye(num_anchors, dtype=torch.bool, device=device).expand(rows, -1, -1)  # [B, N, N]
     own = blocks.repeat_interleave(block_size, dim=2)  # [B, N, N*K]
-    return torch.cat([context, own], dim=-1).repeat_interleave(block_size, dim=1)[:, None]
+    mask = torch.cat([context, own], dim=-1).repeat_interleave(block_size, dim=1)  # [B, N*K, S + N*K]
+    if window is not None:
+        slots = create_position_ids(anchor_positions, block_size)  # [B, N*K]
+        mask[..., :seq_len] &= positions > slots[..., None] - window
+    return mask[:, None]
+
+
+def decoding_mask(slots: int, length: int, start: int, window: int, device: torch.device) -> Tensor:
+    """Return the mask of one block that follows its context, for a key-value cache cut at `start`.
+
+    Args:
+        slots: K.
+        length: S, the number of context positions, and the anchor's position.
+        start: position of the first key.
+        window: W.
+
+    Returns:
+        `[K, S - start + K]` bool, True where attention is allowed.
+    """
+    keys = torch.arange(start, length + slots, device=device)
+    seen = keys > torch.arange(length, length + slots, device=device)[:, None] - window
+    return seen | (keys >= length)
 
 
 def flex_block_mask(
-    anchor_positions: Tensor, seq_len: int, block_size: int, document_ids: Tensor | None = None
+    anchor_positions: Tensor,
+    seq_len: int,
+    block_size: int,
+    document_ids: Tensor | None = None,
+    window: int | None = None,
 ) -> BlockMask:
     """Return the same mask for flex_attention, which skips hidden tiles; arguments as above."""
     device, (rows, num_anchors) = anchor_positions.device, anchor_positions.shape
@@ -48,7 +93,10 @@ def flex_block_mask(
 
     def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // block_size
-        before = key < anchor_positions[row, block]  # always False for keys of blocks
+        anchor = anchor_positions[row, block]
+        before = key < anchor  # always False for keys of blocks
+        if window is not None:
+            before = before & (key > anchor + query % block_size - window)
         same = document_ids[row, key.clamp(max=seq_len - 1)] == documents[row, block]
         own = (key >= seq_len) & ((key - seq_len) // block_size == block)
         return (before & same) | own

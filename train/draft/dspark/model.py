@@ -6,6 +6,7 @@ dspark.common.DSparkForwardOutput); parameter names are those that vLLM and SGLa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +30,7 @@ from train.draft.dspark.attention import DSparkRotaryEmbedding
 from train.draft.dspark.confidence import AcceptRatePredictor
 from train.draft.dspark.layers import DSparkDecoderLayer
 from train.draft.dspark.markov import MARKOV_HEADS
-from train.draft.dspark.masks import block_attention_mask, flex_block_mask
+from train.draft.dspark.masks import block_attention_mask, flex_block_mask, layer_windows
 
 
 @dataclass
@@ -105,7 +106,8 @@ class Qwen3DSparkModel(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
         self.fc = nn.Linear(len(config.target_layer_ids) * hidden, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DSparkDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.windows = layer_windows(config)
+        self.layers = nn.ModuleList(DSparkDecoderLayer(config, window) for window in self.windows)
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary_emb = DSparkRotaryEmbedding(config)
         self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
@@ -161,7 +163,11 @@ class Qwen3DSparkModel(PreTrainedModel):
         """
         rows, seq_len = context_features.shape[:2]
         make_mask = flex_block_mask if self.attention == "flex" else block_attention_mask
-        mask = make_mask(anchor_positions, seq_len, self.block_size, document_ids)
+        masks = {
+            window: make_mask(anchor_positions, seq_len, self.block_size, document_ids, window)
+            for window in dict.fromkeys(self.windows)
+        }
+        by_layer = tuple(masks[window] for window in self.windows)
         if document_ids is None:
             positions = torch.arange(seq_len, device=noise.device).expand(rows, -1)
         else:
@@ -171,10 +177,14 @@ class Qwen3DSparkModel(PreTrainedModel):
         keep = torch.is_autocast_enabled(noise.device.type)
         dtype = context_features.dtype if keep else self.fc.weight.dtype
         context_features = context_features.to(dtype, memory_format=torch.contiguous_format).flatten(2)
-        return self.backbone(noise, context_features, torch.cat([positions, slots], dim=1), mask)
+        return self.backbone(noise, context_features, torch.cat([positions, slots], dim=1), by_layer)
 
     def backbone(
-        self, noise: Tensor, context_features: Tensor, positions: Tensor, mask: Tensor | BlockMask
+        self,
+        noise: Tensor,
+        context_features: Tensor,
+        positions: Tensor,
+        masks: Sequence[Tensor | BlockMask],
     ) -> Tensor:
         """Compute the blocks' final states from prepared inputs. This is the part that is compiled.
 
@@ -182,7 +192,7 @@ class Qwen3DSparkModel(PreTrainedModel):
             noise: `[B, N*K, H]`.
             context_features: `[B, S, L*H]`.
             positions: position ids of context and slots, `[B, S + N*K]`.
-            mask: mask from `train.draft.dspark.masks`.
+            masks: mask of each layer from `train.draft.dspark.masks`; layers of a kind share theirs.
 
         Returns:
             `[B, N, K, H]`.
@@ -190,7 +200,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         context = self.hidden_norm(self.fc(context_features))  # [B, S, H]
         rotary = self.rotary_emb(noise, positions)  # 2 x [B, S + N*K, D]
         block = noise
-        for layer in self.layers:
+        for layer, mask in zip(self.layers, masks, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 block = checkpoint(layer, block, context, rotary, mask, use_reentrant=False)
             else:
