@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -30,7 +30,7 @@ from train.draft.dspark.attention import DSparkRotaryEmbedding
 from train.draft.dspark.confidence import AcceptRatePredictor
 from train.draft.dspark.layers import DSparkDecoderLayer
 from train.draft.dspark.markov import MARKOV_HEADS
-from train.draft.dspark.masks import block_attention_mask, flex_block_mask, layer_windows
+from train.draft.dspark.masks import Mask, flex_block_mask, layer_windows, sdpa_mask
 
 
 @dataclass
@@ -149,6 +149,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         context_features: Tensor,
         anchor_positions: Tensor,
         document_ids: Tensor | None = None,
+        spans: np.ndarray | None = None,
     ) -> Tensor:
         """Compute the blocks' final states.
 
@@ -157,16 +158,20 @@ class Qwen3DSparkModel(PreTrainedModel):
             context_features: `[B, S, L*H]`, or `[B, S, L, H]` of any strides.
             anchor_positions: `[B, N]`.
             document_ids: `[B, S]`, if a row holds several documents.
+            spans: context of each block, known on the host, from `masks.context_spans`; None takes it from
+                the anchors.
 
         Returns:
             `[B, N, K, H]`, after the final norm.
         """
         rows, seq_len = context_features.shape[:2]
-        make_mask = flex_block_mask if self.attention == "flex" else block_attention_mask
-        masks = {
-            window: make_mask(anchor_positions, seq_len, self.block_size, document_ids, window)
-            for window in dict.fromkeys(self.windows)
-        }
+        arguments = (anchor_positions, seq_len, self.block_size, document_ids)
+        masks: dict[int | None, Mask] = {}
+        for window in dict.fromkeys(self.windows):
+            if self.attention == "flex":
+                masks[window] = flex_block_mask(*arguments, window)
+            else:
+                masks[window] = sdpa_mask(*arguments, window, spans)
         by_layer = tuple(masks[window] for window in self.windows)
         if document_ids is None:
             positions = torch.arange(seq_len, device=noise.device).expand(rows, -1)
@@ -184,7 +189,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         noise: Tensor,
         context_features: Tensor,
         positions: Tensor,
-        masks: Sequence[Tensor | BlockMask],
+        masks: Sequence[Mask],
     ) -> Tensor:
         """Compute the blocks' final states from prepared inputs. This is the part that is compiled.
 
@@ -215,8 +220,9 @@ class Qwen3DSparkModel(PreTrainedModel):
         anchor_positions: Tensor | None = None,
         block_keep_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        spans: np.ndarray | None = None,
     ) -> DraftBlocks:
-        """Compute a training forward up to the vocabulary; arguments as in `forward`.
+        """Compute a training forward up to the vocabulary; arguments as in `forward` and `hidden_states`.
 
         Raises:
             ValueError: the context features' width does not fit the draft's layers, or only one of
@@ -252,7 +258,7 @@ class Qwen3DSparkModel(PreTrainedModel):
             self.block_size,
         )
         hidden = self.hidden_states(
-            noise * self.embedding_scale, target_hidden_states, anchor_positions, document_ids
+            noise * self.embedding_scale, target_hidden_states, anchor_positions, document_ids, spans
         )
         embedded = latent = confidence = None
         if self.markov_head is not None:
