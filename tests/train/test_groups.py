@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipeline import config as configuration
 from tests.train.drafts import BLOCK, as_batch, as_pack, random_samples, sliding, small_model
+from tests.train.memory import Allocations
 from train.config import RunConfig
 from train.data.sampling import spread_anchors
 from train.draft.dspark import masks
@@ -124,18 +123,6 @@ def test_evaluation_splits_the_spans_with_the_anchors() -> None:
         assert np.array_equal(joined, np.asarray(batch[name])), name
 
 
-class Allocations(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        sizes = [t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self.largest = max(self.largest, *sizes, 0)
-        return out
-
-
 def step_bytes(model: Qwen3DSparkModel, length: int, blocks: int) -> tuple[int, int]:
     """Return the bytes of the largest tensor of a step, and of what its forward keeps for the backward."""
     anchors = torch.linspace(0, length - 2, blocks).long()[None]
@@ -182,7 +169,11 @@ def test_compiled_layers_serve_packs_of_any_groups(monkeypatch, checkpointing: b
     torch._dynamo.reset()
     counters.clear()
     graphs = []
-    for anchors in ([[0, 1, 2, 3], [0, 1, 2, 3]], [[0, 9], [0, 1, 2, 3, 5, 6]], [[1, 3, 4, 5, 6, 7, 8, 9], []]):
+    for anchors in (
+        [[0, 1, 2, 3], [0, 1, 2, 3]],
+        [[0, 9], [0, 1, 2, 3, 5, 6]],
+        [[1, 3, 4, 5, 6, 7, 8, 9], []],
+    ):
         batch = as_pack(samples, anchors)
         for each in (DSparkTrainerModule(plain, 4.0), module):
             each.draft_model.zero_grad()
