@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._dynamo.utils import counters
 
+from pipeline import config as configuration
 from tests.train.drafts import BLOCK, as_batch, as_pack, random_samples, sliding, small_model
+from tests.train.memory import Allocations
+from train.config import RunConfig
 from train.data.sampling import spread_anchors
 from train.draft.dspark import masks
 from train.draft.dspark.collate import collate_anchors
@@ -121,18 +123,6 @@ def test_evaluation_splits_the_spans_with_the_anchors() -> None:
         assert np.array_equal(joined, np.asarray(batch[name])), name
 
 
-class Allocations(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        sizes = [t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self.largest = max(self.largest, *sizes, 0)
-        return out
-
-
 def step_bytes(model: Qwen3DSparkModel, length: int, blocks: int) -> tuple[int, int]:
     """Return the bytes of the largest tensor of a step, and of what its forward keeps for the backward."""
     anchors = torch.linspace(0, length - 2, blocks).long()[None]
@@ -161,3 +151,40 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
     short, long = step_bytes(model, 2_000, 250), step_bytes(model, 8_000, 1_000)
     for before, after in zip(short, long, strict=True):
         assert after < 5 * before, (short, long)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_serve_packs_of_any_groups(monkeypatch, checkpointing: bool) -> None:
+    """Groups have other shapes in every pack. Graphs are made for the first one only, whatever is kept."""
+    monkeypatch.setattr(masks, "GROUP", 3)
+    monkeypatch.setattr(torch.nn.Module, "compile", _without_a_compiler)
+    settings = {"train": {"precision": "fp32", "compile": "on", "activation_checkpointing": checkpointing}}
+    config = configuration.build(RunConfig, settings, "test")
+    plain, compiled = small_model(), small_model()
+    module = DSparkTrainerModule(compiled, 4.0)
+    module.prepare(config, torch.device("cpu"))
+    module.compile_loss = False
+    samples = random_samples([[1] * 12, [1] * 8])
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    for anchors in (
+        [[0, 1, 2, 3], [0, 1, 2, 3]],
+        [[0, 9], [0, 1, 2, 3, 5, 6]],
+        [[1, 3, 4, 5, 6, 7, 8, 9], []],
+    ):
+        batch = as_pack(samples, anchors)
+        for each in (DSparkTrainerModule(plain, 4.0), module):
+            each.draft_model.zero_grad()
+            each(**batch).loss.backward()
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(compiled.get_parameter(name).grad, parameter.grad, msg=name)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] >= 2  # before and after the attention
+    assert graphs == graphs[:1] * 3
+
+
+def _without_a_compiler(module: torch.nn.Module) -> None:
+    """`Module.compile` whose graphs run op by op: what is traced is of interest, and there may be no g++."""
+    module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")

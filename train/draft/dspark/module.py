@@ -155,7 +155,8 @@ class DSparkTrainerModule(nn.Module):
             self.compile_loss = True
             # Under DDP, Dynamo would split graphs at gradient buckets, which flex_attention does not allow.
             torch._dynamo.config.optimize_ddp = False
-            if by_layer:
+            # sdpa's groups of blocks are no part of a graph, and a checkpointed layer would not be either.
+            if by_layer or model.attention == "sdpa":
                 for layer in model.layers:
                     layer.compile()
             else:
