@@ -8,17 +8,20 @@ prints what became of it as JSON. `packs` are numbers of anchors, and whether gr
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.gpu_less.mocked.gpu import GPUS, faked, install
 from tests.train.drafts import small_config
 from train.config import DraftConfig, RunConfig, TrainConfig
+from train.draft.dspark.masks import context_spans
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
 
@@ -66,6 +69,7 @@ def main(
         probed = compiler.graphs.copy()
         for anchors, grad in packs:
             began = time.perf_counter()
+            known = np.linspace(1, TOKENS - 8, anchors, dtype=np.int64)[None]
             module.train(grad)
             with (
                 torch.set_grad_enabled(grad),
@@ -76,6 +80,7 @@ def main(
                     torch.empty(1, TOKENS, 5, config.hidden_size, dtype=torch.bfloat16, device=device),
                     torch.zeros(1, anchors, dtype=torch.int64, device=device),
                     torch.zeros(1, TOKENS, dtype=torch.int32, device=device),
+                    spans=context_spans(known, np.zeros_like(known)),
                 )
             assert states.is_cuda
             assert states.shape == (1, anchors, config.block_size, config.hidden_size)
@@ -88,4 +93,5 @@ def main(
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(**json.loads(sys.argv[1]))))
+    print(json.dumps(main(**json.loads(sys.argv[1]))), flush=True)
+    os._exit(0)  # threads of autograd wait for the device

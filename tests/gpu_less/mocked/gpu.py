@@ -54,7 +54,12 @@ class Compiler:
     """Compiled graphs, forward and backward, by the name of the compiled function."""
 
     def backend(self, name: str) -> Callable[..., Any]:
-        return lambda module, inputs, **_: compile_fx(module, inputs, inner_compile=self._inner(name))
+        def compile_graph(
+            module: Any, inputs: Any, options: dict[str, Any] | None = None
+        ) -> Callable[..., Any]:
+            return compile_fx(module, inputs, inner_compile=self._inner(name), config_patches=options)
+
+        return compile_graph
 
     def _inner(self, name: str) -> Callable[..., Any]:
         def inner(module: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:

@@ -208,4 +208,5 @@ def flex_block_mask(
 
     queries = num_anchors * block_size
     make = compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-    return make(visible, rows, None, queries, seq_len + queries, device=device)
+    with torch.no_grad():  # compiled once for training and evaluation
+        return make(visible, rows, None, queries, seq_len + queries, device=device)

@@ -16,6 +16,7 @@ from train.draft.dspark.loss import DSparkStepMetrics, step_metrics
 from train.draft.dspark.model import DraftBlocks, Qwen3DSparkModel
 from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
 from train.losses.slots import Objective, SlotFigures, positive, supervised_weights
+from train.runtime.compiled import compiled_for_training, compiles
 from train.runtime.precision import allow_tf32, resolve_precision
 
 __all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
@@ -151,20 +152,22 @@ class DSparkTrainerModule(nn.Module):
         if frozen and resolve_precision(device, train.precision) == "bf16":
             model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
         self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
-        if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
+        if compiles(train.compile, device):
             self.compile_loss = True
             # Under DDP, Dynamo would split graphs at gradient buckets, which flex_attention does not allow.
             torch._dynamo.config.optimize_ddp = False
             # sdpa's groups of blocks are no part of a graph, and a checkpointed layer would not be either.
             if by_layer or model.attention == "sdpa":
                 for layer in model.layers:
-                    layer.compile()
+                    layer.forward = compiled_for_training(layer.forward)
             else:
-                model.backbone = torch.compile(model.backbone)
+                model.backbone = compiled_for_training(model.backbone)
 
     @staticmethod
     def pieces(tensors: Arguments, blocks: int) -> Iterator[Arguments]:
-        """Split the arguments of a forward into parts of at most `blocks` blocks each."""
+        """Split the arguments of a forward into even parts of at most `blocks` blocks each."""
         names = [name for name in ("anchor_positions", "block_keep_mask", "spans") if name in tensors]
-        for start in range(0, tensors["anchor_positions"].shape[1], blocks):
-            yield {**tensors, **{name: tensors[name][:, start : start + blocks] for name in names}}
+        total = tensors["anchor_positions"].shape[1]
+        size = -(-total // -(-total // blocks))
+        for start in range(0, total, size):
+            yield {**tensors, **{name: tensors[name][:, start : start + size] for name in names}}
