@@ -3,10 +3,10 @@
     python benchmarks/long_context.py
     python benchmarks/long_context.py --device cuda
 
-A block starts at every eighth token, as in a batch of 512 blocks and 4,096 tokens. The draft is small, so that
-what attention takes shows. "groups" is training's sdpa, "one mask" the mask over all blocks that it replaces, and
-"window" a draft whose layers see 1,024 positions. A GPU has flex_attention as well. Each is measured in a
-process of its own, as the memory that it adds to that at rest.
+A block starts at every eighth token, as in a batch of 512 blocks and 4,096 tokens. The draft is small, so
+that what attention takes shows. "groups" is training's sdpa, "one mask" the mask over all blocks that it
+replaces, and "window" a draft whose layers see 1,024 positions. A GPU has flex_attention as well. Each is
+measured in a process of its own, as the memory that it adds to that at rest.
 """
 
 from __future__ import annotations
