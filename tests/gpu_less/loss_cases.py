@@ -65,10 +65,10 @@ class LossCase:
         return [name for name in self.trained if self.bias or name == "hidden"]
 
 
-def compute(case: LossCase, kernel: str) -> dict[str, Tensor]:
+def compute(case: LossCase, kernel: str, device: str = "cpu") -> dict[str, Tensor]:
     """Return losses, gradients by the operands' names, and where the most likely tokens match."""
     chunks.CHUNK_ELEMENTS = case.rows * case.vocab
-    x = case.operands()
+    x = {name: tensor.to(device) for name, tensor in case.operands().items()}
     trained = [x[name].requires_grad_(True) for name in case.names()]
     bias = LowRankBias(latent=x["latent"], weight=x["weight"], by_position=case.bias == "position")
     names = ("hidden", "head", "labels", "positions", "ce_weights", "l1_weights")
@@ -79,12 +79,13 @@ def compute(case: LossCase, kernel: str) -> dict[str, Tensor]:
         softcap=case.softcap,
         logit_scale=case.scale,
     )
-    matches = torch.zeros(case.slots, dtype=torch.bool)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast):
+    matches = torch.zeros(case.slots, dtype=torch.bool, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=case.autocast):
         total, ce, l1 = vocabulary_loss(operands, kernel=kernel, matches=matches)
     gradients = torch.autograd.grad(3 * total, trained) if trained else ()
     found = {"total": total.detach(), "ce": ce, "l1": l1, "matches": matches}
-    return found | dict(zip(case.names(), gradients, strict=True))
+    found |= dict(zip(case.names(), gradients, strict=True))
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def define(case: LossCase) -> dict[str, Tensor]:
