@@ -4,10 +4,11 @@
     python benchmarks/loss.py --device cpu
 
 "ours" is what training takes: the Triton kernel on an NVIDIA GPU, with the pass in torch's own operations
-beside it as "chunked"; that pass itself on a CPU. Each implementation computes a loss and its gradients from block states, Markov latents and teacher states, as
-in its own trainer, including the products with the vocabulary. The head is frozen. All run in turn in each
-round of one process, so that noise of the machine affects them equally. Read the ratios, which are medians
-over the rounds. Losses and gradients are checked to be the same before any timing.
+beside it as "chunked"; on a CPU that pass. Each implementation computes a loss and its gradients from block
+states, Markov latents and teacher states, as in its own trainer, including the products with the vocabulary.
+The head is frozen. All run in turn in each round of one process, so that noise of the machine affects them
+equally. Read the ratios, which are medians over the rounds. Losses and gradients are checked to be the same
+before any timing.
 """
 
 from __future__ import annotations

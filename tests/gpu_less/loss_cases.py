@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -67,7 +69,6 @@ class LossCase:
 
 def compute(case: LossCase, kernel: str, device: str = "cpu") -> dict[str, Tensor]:
     """Return losses, gradients by the operands' names, and where the most likely tokens match."""
-    chunks.CHUNK_ELEMENTS = case.rows * case.vocab
     x = {name: tensor.to(device) for name, tensor in case.operands().items()}
     trained = [x[name].requires_grad_(True) for name in case.names()]
     bias = LowRankBias(latent=x["latent"], weight=x["weight"], by_position=case.bias == "position")
@@ -80,7 +81,8 @@ def compute(case: LossCase, kernel: str, device: str = "cpu") -> dict[str, Tenso
         logit_scale=case.scale,
     )
     matches = torch.zeros(case.slots, dtype=torch.bool, device=device)
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=case.autocast):
+    half = torch.autocast(device, dtype=torch.bfloat16, enabled=case.autocast)
+    with half, patch.object(chunks, "CHUNK_ELEMENTS", case.rows * case.vocab):
         total, ce, l1 = vocabulary_loss(operands, kernel=kernel, matches=matches)
     gradients = torch.autograd.grad(3 * total, trained) if trained else ()
     found = {"total": total.detach(), "ce": ce, "l1": l1, "matches": matches}
@@ -154,8 +156,6 @@ class Interpreter:
     """A process of its own in which Triton interprets kernels: it must know so before it is imported."""
 
     def __init__(self) -> None:
-        from multiprocessing import get_context
-
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_interpret)
 
     def close(self) -> None:
