@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from pipeline.cache import CacheReader, Manifest
 from train.config import DraftConfig, RunConfig, TrainConfig
-from train.data.loader import Collate, Pack
+from train.data.loader import Arguments, Collate, Pack
 from train.data.sampling import AnchorChoice
 from train.draft.serving import Rule
 from train.losses.slots import LossSums, Objective, SlotFigures
@@ -39,7 +39,7 @@ class TrainerModule(Protocol):
     `initialize_embeddings_and_head`."""
 
     def __call__(
-        self, *, denominator: Tensor | None = None, observe: bool = False, **tensors: Tensor
+        self, *, denominator: Tensor | None = None, observe: bool = False, **tensors: Tensor | np.ndarray
     ) -> StepResult:
         """Draft and compute the loss.
 
@@ -56,7 +56,7 @@ class TrainerModule(Protocol):
             by_layer: compile layer by layer, which sharded layers need.
         """
 
-    def pieces(self, tensors: dict[str, Tensor], blocks: int) -> Iterator[dict[str, Tensor]]:
+    def pieces(self, tensors: Arguments, blocks: int) -> Iterator[Arguments]:
         """Split the arguments of a forward into parts of at most `blocks` blocks each."""
 
 
@@ -137,8 +137,9 @@ class DraftKind:
     """Combine a draft and an objective."""
     attention: Callable[[str, PretrainedConfig, torch.device], str]
     """Return the kernel that a value of `draft.attention` selects. Raise ConfigError if it can't run."""
-    collate: Callable[[AnchorChoice], Collate]
-    """Return the collate function for a choice of anchors."""
+    collate: Callable[[AnchorChoice, int], Collate]
+    """Return the collate function for a choice of anchors, and the least number of blocks of a pack. Where
+    the draft is compiled, packs of one size are compiled once."""
     decoder: Callable[[Any], Decoder]
     """Return a decoder of a draft."""
     flops: Callable[[PretrainedConfig, Pack], float]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from train.config import RunConfig
+from train.data.loader import Arguments
 from train.draft.dspark.attention import resolve_attention
 from train.draft.dspark.loss import DSparkStepMetrics, step_metrics
 from train.draft.dspark.model import DraftBlocks, Qwen3DSparkModel
 from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
 from train.losses.slots import Objective, SlotFigures, positive, supervised_weights
+from train.runtime.compiled import compiled_for_training, compiles
 from train.runtime.precision import allow_tf32, resolve_precision
 
 __all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
@@ -60,8 +63,9 @@ class DSparkTrainerModule(nn.Module):
         document_ids: Tensor | None = None,
         denominator: Tensor | None = None,
         observe: bool = False,
+        spans: np.ndarray | None = None,
     ) -> DSparkStepMetrics:
-        """Draft and compute the loss; arguments as in `Qwen3DSparkModel.forward`.
+        """Draft and compute the loss; arguments as in `Qwen3DSparkModel.forward` and `hidden_states`.
 
         Args:
             denominator: divisor of the loss; None takes the sum of slot weights of this forward.
@@ -76,7 +80,13 @@ class DSparkTrainerModule(nn.Module):
                 "l1_loss_alpha > 0 needs target_last_hidden_states: pass the teacher's states, or set it to 0"
             )
         blocks = self.draft_model.draft_blocks(
-            input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask, document_ids
+            input_ids,
+            target_hidden_states,
+            loss_mask,
+            anchor_positions,
+            block_keep_mask,
+            document_ids,
+            spans,
         )
         mask = blocks.eval_mask
         operands = self._operands(blocks, input_ids, target_last_hidden_states)
@@ -142,19 +152,22 @@ class DSparkTrainerModule(nn.Module):
         if frozen and resolve_precision(device, train.precision) == "bf16":
             model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
         self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
-        if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
+        if compiles(train.compile, device):
             self.compile_loss = True
             # Under DDP, Dynamo would split graphs at gradient buckets, which flex_attention does not allow.
             torch._dynamo.config.optimize_ddp = False
-            if by_layer:
+            # sdpa's groups of blocks are no part of a graph, and a checkpointed layer would not be either.
+            if by_layer or model.attention == "sdpa":
                 for layer in model.layers:
-                    layer.compile()
+                    layer.forward = compiled_for_training(layer.forward)
             else:
-                model.backbone = torch.compile(model.backbone)
+                model.backbone = compiled_for_training(model.backbone)
 
     @staticmethod
-    def pieces(tensors: dict[str, Tensor], blocks: int) -> Iterator[dict[str, Tensor]]:
-        """Split the arguments of a forward into parts of at most `blocks` blocks each."""
-        names = ("anchor_positions", "block_keep_mask")
-        for parts in zip(*(tensors[name].split(blocks, dim=1) for name in names), strict=True):
-            yield {**tensors, **dict(zip(names, parts, strict=True))}
+    def pieces(tensors: Arguments, blocks: int) -> Iterator[Arguments]:
+        """Split the arguments of a forward into even parts of at most `blocks` blocks each."""
+        names = [name for name in ("anchor_positions", "block_keep_mask", "spans") if name in tensors]
+        total = tensors["anchor_positions"].shape[1]
+        size = -(-total // -(-total // blocks))
+        for start in range(0, total, size):
+            yield {**tensors, **{name: tensors[name][:, start : start + size] for name in names}}
