@@ -166,4 +166,6 @@ _JOINED = _Joined()
 
 def _side_by_side(hidden: Tensor, latents: Tensor, width: int) -> Tensor:
     """Return states `[C, H]` and latents `[C, R]` in the columns of `_Joined`."""
-    return F.pad(torch.cat([hidden, latents], 1), (0, width - hidden.shape[1] - latents.shape[1]))
+    states = torch.cat([hidden, latents], 1)
+    missing = width - states.shape[1]
+    return F.pad(states, (0, missing)) if missing else states
