@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -65,10 +67,9 @@ class LossCase:
         return [name for name in self.trained if self.bias or name == "hidden"]
 
 
-def compute(case: LossCase, kernel: str) -> dict[str, Tensor]:
+def compute(case: LossCase, kernel: str, device: str = "cpu") -> dict[str, Tensor]:
     """Return losses, gradients by the operands' names, and where the most likely tokens match."""
-    chunks.CHUNK_ELEMENTS = case.rows * case.vocab
-    x = case.operands()
+    x = {name: tensor.to(device) for name, tensor in case.operands().items()}
     trained = [x[name].requires_grad_(True) for name in case.names()]
     bias = LowRankBias(latent=x["latent"], weight=x["weight"], by_position=case.bias == "position")
     names = ("hidden", "head", "labels", "positions", "ce_weights", "l1_weights")
@@ -79,12 +80,14 @@ def compute(case: LossCase, kernel: str) -> dict[str, Tensor]:
         softcap=case.softcap,
         logit_scale=case.scale,
     )
-    matches = torch.zeros(case.slots, dtype=torch.bool)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast):
+    matches = torch.zeros(case.slots, dtype=torch.bool, device=device)
+    half = torch.autocast(device, dtype=torch.bfloat16, enabled=case.autocast)
+    with half, patch.object(chunks, "CHUNK_ELEMENTS", case.rows * case.vocab):
         total, ce, l1 = vocabulary_loss(operands, kernel=kernel, matches=matches)
     gradients = torch.autograd.grad(3 * total, trained) if trained else ()
     found = {"total": total.detach(), "ce": ce, "l1": l1, "matches": matches}
-    return found | dict(zip(case.names(), gradients, strict=True))
+    found |= dict(zip(case.names(), gradients, strict=True))
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def define(case: LossCase) -> dict[str, Tensor]:
@@ -153,8 +156,6 @@ class Interpreter:
     """A process of its own in which Triton interprets kernels: it must know so before it is imported."""
 
     def __init__(self) -> None:
-        from multiprocessing import get_context
-
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_interpret)
 
     def close(self) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tests.gpu_less.loss_cases import Interpreter, LossCase, compute, computed_with, define
-from train.losses import chunks
 
 pytest.importorskip("triton", reason="needs triton")
 pytestmark = pytest.mark.gpu_less
@@ -23,11 +22,6 @@ def interpreter() -> Iterator[Interpreter]:
     made = Interpreter()
     yield made
     made.close()
-
-
-@pytest.fixture(autouse=True)
-def chunks_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunks.CHUNK_ELEMENTS)  # `compute` sets it
 
 
 def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-5) -> None:

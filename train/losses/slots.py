@@ -6,7 +6,7 @@ here return the sums; the division happens once, after everything that belongs t
 
 To add a term: write its function, put it in `TERMS`, give it a weight `<name>_alpha` in
 `train.config.LossConfig`, and test it against an independent reference. A term that needs the whole
-vocabulary, as cross entropy does, also needs its gradient in `train.losses.fused`.
+vocabulary, as cross entropy does, also needs its gradient in `train.losses.plain` and `train.losses.kernels`.
 """
 
 from __future__ import annotations

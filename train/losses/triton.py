@@ -13,6 +13,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -32,20 +33,20 @@ class TritonPass(VocabularyPass):
         assert self.ce.dtype == torch.float32
         bias = operands.bias
         self.head = operands.head.to(dtype)
-        self.latent, self.bias_weight = (
-            (None, None) if bias is None else (bias.latent.to(dtype), bias.weight.to(dtype))
-        )
-        # Nothing is between a product and a logit: the bias is then a part of the product.
+        self.latent = None if bias is None else bias.latent.to(dtype)
+        # Where nothing is between a product and a logit, the bias is a part of the product.
         self.joined = bias is not None and operands.softcap is None and operands.logit_scale == 1
-        self.weight = torch.cat([self.head, self.bias_weight], 1) if self.joined else self.head
+        self.weight = _JOINED.weight(self.head, bias.weight, dtype) if self.joined else self.head
+        self.bias_weight = None if bias is None or self.joined else bias.weight.to(dtype)
 
     def add(self, chunk: Chunk) -> None:
-        hidden = self.operands.hidden[chunk.slots].to(self.dtype)
-        latents = self._latents(chunk)
-        logits = product(torch.cat([hidden, latents], 1) if self.joined else hidden, self.weight.T)  # [C, V]
-        bias = None if latents is None or self.joined else product(latents, self.bias_weight.T)  # [C, V]
-        states = self.operands.teacher_hidden
-        teacher = None if states is None else product(states[chunk.positions].to(self.dtype), self.head.T)
+        hidden, latents = self.operands.hidden[chunk.slots].to(self.dtype), self._latents(chunk)
+        states = _side_by_side(hidden, latents, self.weight.shape[1]) if self.joined else hidden
+        logits = product(states, self.weight.T)  # [C, V]
+        bias = None if self.bias_weight is None else product(latents, self.bias_weight.T)  # [C, V]
+        teacher = self.operands.teacher_hidden
+        if teacher is not None:
+            teacher = product(teacher[chunk.positions].to(self.dtype), self.head.T)  # [U, V]
         self._launch(chunk, logits, bias, teacher)
         vocabulary = logits.shape[1]
         gradient = logits.view(self.dtype)[:, :vocabulary]
@@ -56,7 +57,8 @@ class TritonPass(VocabularyPass):
             if of_hidden is not None:
                 of_hidden[chunk.slots] = of_states[:, : hidden.shape[1]]
             if self.joined and of_latent is not None:
-                self._add_to_latent(of_latent, of_states[:, hidden.shape[1] :], chunk)
+                end = hidden.shape[1] + latents.shape[1]
+                self._add_to_latent(of_latent, of_states[:, hidden.shape[1] : end], chunk)
         if of_latent is not None and not self.joined:
             self._add_to_latent(of_latent, product(of_bias, self.bias_weight), chunk)
         if of_weight is not None:
@@ -133,3 +135,37 @@ def _teacher_figures(
     best = torch.empty(len(teacher), dtype=torch.int32, device=teacher.device)
     teacher_kernel[(len(teacher),)](teacher, highest, total, best, **fixed)
     return teacher, highest, total, best
+
+
+class _Joined:
+    """The weights of head and bias side by side, `[V, H + R]`, and zeros that fill rows up to 16 bytes.
+
+    The head's part is copied when the head is another or has changed, the bias's part at every call.
+    """
+
+    def __init__(self) -> None:
+        self._head: Tensor | None = None
+        self._key: tuple | None = None
+        self._weight: Tensor | None = None
+
+    def weight(self, head: Tensor, bias_weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return both in a dtype. The tensor is valid until the next call."""
+        hidden, end = head.shape[1], head.shape[1] + bias_weight.shape[1]
+        key = (head.data_ptr(), head._version, head.shape, head.dtype, head.device, dtype, end)
+        if self._weight is None or key != self._key:
+            self._weight = None  # before the next is made: both may not fit
+            self._weight = torch.zeros(len(head), -(-end // 8) * 8, dtype=dtype, device=head.device)
+            self._weight[:, :hidden] = head
+            self._head, self._key = head.detach(), key  # while it is held, no other has its address
+        self._weight[:, hidden:end] = bias_weight
+        return self._weight
+
+
+_JOINED = _Joined()
+
+
+def _side_by_side(hidden: Tensor, latents: Tensor, width: int) -> Tensor:
+    """Return states `[C, H]` and latents `[C, R]` in the columns of `_Joined`."""
+    states = torch.cat([hidden, latents], 1)
+    missing = width - states.shape[1]
+    return F.pad(states, (0, missing)) if missing else states

@@ -35,7 +35,8 @@ def needs(name: str, source: str, gpu: Gpu, folder: Path) -> dict[str, Any]:
     signature, constants = dict(meta["signature"]), dict(meta.get("constants", {}))
     for each, type_ in signature.items():
         if type_ == "constexpr" and each in function.arg_names:
-            constants.setdefault(each, SIZES[each])
+            rows = each == "XBLOCK" and "reduction" in kind
+            constants.setdefault(each, 1 if rows else SIZES[each])
     made = triton.compile(
         ASTSource(
             fn=function,
