@@ -266,15 +266,15 @@ def extra_memory(name: str, way: Callable[[Inputs], Tensor], x: Inputs, case: Ca
 
 
 def measure(
-    case: Case, ways: dict[str, Callable[[Inputs], Tensor]], device: torch.device
+    case: Case, ways: dict[str, Callable[[Inputs], Tensor]], device: torch.device, rounds: int
 ) -> list[tuple[str, str, float, str]]:
-    """Return a case's rows."""
+    """Return a case's rows, measured in so many rounds."""
     if case.reuse:
         reuse_freed_memory()  # affects the rest of this process, so such cases come last
     x = make_inputs(case, device)
     print(f"{case}: {len(x.hidden)} slots share {len(x.teacher)} positions")
     check(ways, x, case)
-    times = measure_seconds(ways, x, case, ROUNDS[device.type])
+    times = measure_seconds(ways, x, case, rounds)
     memory = {name: extra_memory(name, way, x, case) for name, way in ways.items()}
     rows = [(f"{case} {name}", "time", statistics.median(times[name]), "s") for name in ways]
     rows += [(f"{case} {name}", "extra peak memory", memory[name] / 2**20, "MiB") for name in ways]
@@ -294,7 +294,7 @@ def main() -> None:
         print(f"NVIDIA's loss is not installed and is left out; to compare with it run: {INSTALL}")
     rows = []
     for case in CASES[device.type]:
-        rows += measure(case, ways, device)
+        rows += measure(case, ways, device, ROUNDS[device.type])
     record("loss", device, rows)
 
 
