@@ -75,7 +75,7 @@ def make_target(folder: Path, shape: dict[str, int], device: torch.device) -> Pa
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
+    model.cpu().save_pretrained(folder)
     return folder
 
 

@@ -29,6 +29,8 @@ class Limit:
     """Depends on the speed or the size of the device, so it means nothing on a pretend one."""
 
     def __str__(self) -> str:
+        if self.at_least == self.at_most is not None:
+            return f"= {self.at_most:.4g}"
         bounds = {"<=": self.at_most, ">=": self.at_least}
         return " ".join(f"{sign} {value:.4g}" for sign, value in bounds.items() if value is not None)
 
