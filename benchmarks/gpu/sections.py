@@ -23,8 +23,8 @@ class Section:
     """Estimate for an H100, not measured. A section begins only if so much is left of the budget."""
     needs: tuple[str, ...] = ()
     """Packages beyond those that every section needs."""
-    keeps: bool = False
-    """Its scratch is used by a later section, which removes it."""
+    keeps_until: str | None = None
+    """The later section that uses its scratch last."""
 
     @property
     def most_seconds(self) -> int:
@@ -41,17 +41,18 @@ class Section:
         return getattr(importlib.import_module(module), name)
 
 
+# The packages that a machine for training has are not named here.
 _ALL = (
     Section("machine", "what it is, and what its units reach", "benchmarks.gpu.machine:machine", 20),
-    Section("tiny", "the tiny target: capture to speculation, killed and resumed", "benchmarks.gpu.runs:tiny", 80),
+    Section("tiny", "a tiny target: capture to speculation, killed and resumed", "benchmarks.gpu.runs:tiny", 80),
     Section("loss", "the loss against its definition", "benchmarks.gpu.shapes:loss", 60),
     Section("step", "parts of a training step, share of the peak", "benchmarks.gpu.shapes:step", 60),
     Section("codecs", "encoding and decoding on the device", "benchmarks.gpu.states:codecs", 15),
     Section("loader", "from the page cache to the device", "benchmarks.gpu.states:loader", 45),
-    Section("capture", "against the bare forward", "benchmarks.gpu.states:capture", 90, keeps=True),
+    Section("capture", "against the bare forward", "benchmarks.gpu.states:capture", 90, keeps_until="train"),
+    Section("ranks", "ddp and fsdp on two GPUs", "benchmarks.gpu.ranks:ranks", 90),
     Section("train", "the real command: waits, host syncs, memory", "benchmarks.gpu.syncs:train", 45),
-    Section("ranks", "ddp and fsdp on two GPUs", "benchmarks.gpu.ranks:ranks", 60),
-    Section("tests", "pytest -m gpu", "benchmarks.gpu.suite:tests", 150, needs=("pytest", "hypothesis")),
+    Section("tests", "pytest -m gpu", "benchmarks.gpu.suite:tests", 120, needs=("pytest", "hypothesis")),
     Section("example", "the example's target, as tiny", "benchmarks.gpu.runs:example", 120),
 )
 SECTIONS = {section.name: section for section in _ALL}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,8 @@ def train(place: Place) -> list[Figure]:
         SkipSection: that section has not left a cache.
     """
     place = place.sized()
-    captured = place.folder.parent / "capture"
-    if not (captured / "first" / "manifest.json").is_file():
-        raise SkipSection("needs the cache that the section capture leaves: run it first")
-    run = place.folder / "run"
-    values = {**place.pick(FULL, SMALL, TINY), "train.micro_batches_per_step": MICRO_BATCHES}
-    words = ("train", "--cache", captured / "first", "--run", run, "--device", "cuda")
+    run, values = place.folder / "run", shape_settings(place)
+    words = ("train", "--cache", captured(place), "--run", run, "--device", "cuda")
     options = settings({**values, "train.precision": "bf16"})
     if place.pretend:  # the profiler sees nothing of it
         waits, steps = _watch_pretended_steps(), values["train.max_steps"]
@@ -58,9 +53,21 @@ def train(place: Place) -> list[Figure]:
         *log_rows(case, last_line(run)),
     ]
     place.record("train", rows)
-    shutil.rmtree(captured)
     limits = {"wait for data": Limit(at_most=5.0, speed=True), "host syncs": Limit(at_most=budget())}
     return judged(rows, limits, pretend=place.pretend)
+
+
+def captured(place: Place) -> Path:
+    """Return the cache that the section `capture` left. Raise SkipSection if there is none."""
+    cache = place.folder.parent / "capture" / "first"
+    if not (cache / "manifest.json").is_file():
+        raise SkipSection("needs the cache that the section capture leaves: run both, with --fresh")
+    return cache
+
+
+def shape_settings(place: Place) -> dict[str, Any]:
+    """Return settings of a short run at Qwen3-4B's shape, or the part of it that fits the GPU."""
+    return {**place.pick(FULL, SMALL, TINY), "train.micro_batches_per_step": MICRO_BATCHES}
 
 
 def budget() -> float:

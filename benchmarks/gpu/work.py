@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.gpu.figures import FAILED, NOT_RUN, PASSED, SHORT, SKIPPED, Outcome, SkipSection
 from benchmarks.gpu.place import Place
-from benchmarks.gpu.sections import Section
+from benchmarks.gpu.sections import SECTIONS, Section
 
 ROOT = Path(__file__).parents[2]
 CODE = ("pipeline", "capture", "train", "benchmarks", "tests", "configs")
@@ -83,11 +83,18 @@ def run_section(section: Section, folder: Path, seconds: float, *, pretend: bool
     process.join(most)
     outcome = _outcome(section, process, result, cut_short=seconds < section.most_seconds)
     outcome.seconds, outcome.log = time.monotonic() - began, str(log)
-    if outcome.status == PASSED and not section.keeps:
-        shutil.rmtree(scratch, ignore_errors=True)
+    if outcome.status == PASSED:
+        _clear(section, folder)
     if outcome.status != NOT_RUN:
         outcome.save(result)
     return outcome
+
+
+def _clear(section: Section, folder: Path) -> None:
+    """Remove the scratch that nobody needs after a section has passed."""
+    unneeded = [each.name for each in SECTIONS.values() if each.keeps_until == section.name]
+    for name in (unneeded if section.keeps_until else [section.name, *unneeded]):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _outcome(section: Section, process: multiprocessing.Process, result: Path, *, cut_short: bool) -> Outcome:
