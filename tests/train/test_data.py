@@ -207,8 +207,8 @@ def test_prefetch_keeps_order_and_raises_where_due() -> None:
         raise OSError("disk gone")
 
     jobs = [lambda i=i: i for i in range(5)]
-    assert list(prefetch(jobs, depth=2)) == [0, 1, 2, 3, 4]
-    batches = prefetch([*jobs[:3], fail, *jobs[3:]], depth=2)
+    assert list(prefetch(jobs, torch.device("cpu"), depth=2)) == [0, 1, 2, 3, 4]
+    batches = prefetch([*jobs[:3], fail, *jobs[3:]], torch.device("cpu"), depth=2)
     assert [next(batches) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="disk gone"):
         next(batches)

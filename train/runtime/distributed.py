@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.device import resolve_device
+from pipeline.device import resolve_device, use_device
 from pipeline.errors import DSparkError, RunError, UsageError, WriteError
 from pipeline.process import WorkerPlace, torchrun_place
 from pipeline.text import one_line
@@ -154,8 +154,7 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     place = torchrun_place()
     here = resolve_device(place.device(device))
     cuda = here.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(here)
+    use_device(here)
     if place.world == 1:
         yield Ranks(place, here)
         return

@@ -27,7 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from tests.gpu_less.pretend import LEDGER, install
+from tests.gpu_less.pretend import LEDGER, MACHINE, install
 from tests.gpu_less.pretend.patches import counts
 
 
@@ -71,6 +71,7 @@ def serve() -> None:
 def answer(words: Sequence[str]) -> dict[str, Any]:
     """Run a command and return its exit code, outputs, counts, and the value of a called function."""
     LEDGER.take()
+    MACHINE.device = 0  # as in a new process
     out, err, value, code = io.StringIO(), io.StringIO(), None, 0
     with redirect_stdout(out), redirect_stderr(err):
         try:

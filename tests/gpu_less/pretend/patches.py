@@ -12,6 +12,7 @@ import torch
 import torch._dynamo  # these look at torch.cuda while they are imported, and should see what is really there
 import torch.distributed.fsdp
 import torch.distributed.tensor
+import torch.profiler
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext, _device_constructors
@@ -47,6 +48,7 @@ def install(gpus: int = 1, name: str | None = None, properties: Properties = H10
     _patch_pinning()
     _patch_autocast()
     _patch_compiler()
+    _patch_profiler()
     torch.Generator = _Generator
     _enter_on_every_thread()
 
@@ -175,6 +177,16 @@ def _patch_compiler() -> None:
 
     torch.compile = compile_
     torch.nn.Module.compile = lambda self, *_, **__: None
+
+
+def _patch_profiler() -> None:
+    """Let a trace show the CPU's work alone: this torch can't record another's, and says so each time."""
+    activity, plain = torch.profiler.ProfilerActivity, torch.profiler.profile.__init__
+
+    def init(self: Any, *, activities: Any = None, **kwargs: Any) -> None:
+        plain(self, activities=[each for each in activities or () if each == activity.CPU], **kwargs)
+
+    torch.profiler.profile.__init__ = init
 
 
 def counts() -> dict[str, Any]:
