@@ -18,7 +18,7 @@ from train.data.loader import load_batch, loaded
 from train.data.sampling import random_anchors
 from train.draft.dspark.collate import collate_anchors
 from train.draft.dspark.module import DSparkTrainerModule
-from train.losses.fused import _product
+from train.losses.chunks import product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,7 +70,48 @@ def test_bf16_is_near_fp32_and_sums_up_in_fp32() -> None:
     assert abs(metrics.loss.item() / wanted.item() - 1) < 0.02
     left, right = (torch.rand(*shape, device="cuda").bfloat16() for shape in ((8, 4096), (4096, 8)))
     exact = left.double() @ right.double()  # sums of about 1,000, which bf16 holds to within 4
-    torch.testing.assert_close(_product(left, right).double(), exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(product(left, right).double(), exact, rtol=1e-4, atol=0)
+
+
+KERNEL_CASES = {
+    "fp32": {"vocab": 10_007},
+    "a row a slot": {"vocab": 10_007, "bias": "slot"},
+    "no bias, no teacher": {"vocab": 47, "bias": None, "teacher": False},
+    "several chunks": {"vocab": 4104, "slots": 300, "positions": 90},
+    "capped": {"vocab": 4104, "softcap": 2.0, "scale": 1.5},
+}
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_the_losss_kernel_has_the_definitions_numbers(case: str, monkeypatch) -> None:
+    from tests.gpu_less.loss_cases import LossCase, compute, define
+    from train.losses import chunks
+
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(chunks, "_cuda_elements", lambda _: 128 * 4104)
+    made = LossCase(**KERNEL_CASES[case])
+    wanted, plain, kernel = define(made), *(compute(made, each, "cuda") for each in ("torch", "triton"))
+    for name, value in wanted.items():
+        scale = max(1.0, value.double().abs().max().item())
+        for got in (plain[name], kernel[name]):
+            torch.testing.assert_close(
+                got.double() / scale, value.double() / scale, rtol=1e-4, atol=1e-4, msg=f"{name} differs"
+            )
+
+
+@pytest.mark.parametrize("settings", [{}, {"softcap": 2.0}], ids=["plain", "capped"])
+def test_the_losss_kernel_in_bf16_writes_over_what_all_have_read(settings: dict) -> None:
+    """Every run gives the same numbers, at a size where warps run apart; and they are the definition's."""
+    from tests.gpu_less.loss_cases import LossCase, compute, define
+
+    case = LossCase(slots=700, positions=300, vocab=50_000, autocast=True, **settings)
+    wanted, runs = define(case), [compute(case, "triton", "cuda") for _ in range(5)]
+    for name in ("hidden", "weight", "latent"):
+        gap = (runs[0][name].double() - wanted[name]).norm() / wanted[name].norm()
+        assert gap < 0.02, (name, gap)
+    for other in runs[1:]:
+        for name in ("ce", "l1", "hidden"):  # the others are added up in any order
+            assert torch.equal(other[name], runs[0][name]), name
 
 
 def test_nothing_is_compiled_again_after_the_first_steps() -> None:

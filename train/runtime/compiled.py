@@ -10,6 +10,10 @@ import torch
 
 
 @cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the compiled function, with dynamic shapes. All callers share one compilation."""
-    return torch.compile(function, dynamic=True)
+def compiled(function: Callable[..., Any], *, dynamic: bool = True) -> Callable[..., Any]:
+    """Return the compiled function. All callers share one compilation.
+
+    Args:
+        dynamic: compile once for all shapes; False for those sizes only that a caller marks as dynamic.
+    """
+    return torch.compile(function, dynamic=dynamic)

@@ -12,7 +12,7 @@ from train.config import RunConfig
 from train.draft.dspark.attention import resolve_attention
 from train.draft.dspark.loss import DSparkStepMetrics, step_metrics
 from train.draft.dspark.model import DraftBlocks, Qwen3DSparkModel
-from train.losses.fused import LowRankBias, SlotOperands, vocabulary_loss
+from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
 from train.losses.slots import Objective, SlotFigures, positive, supervised_weights
 from train.runtime.precision import allow_tf32, resolve_precision
 
@@ -47,7 +47,7 @@ class DSparkTrainerModule(nn.Module):
         self.draft_model = draft_model
         weights = {"ce": ce_loss_alpha, "l1": l1_loss_alpha, "confidence": confidence_head_alpha}
         self.objective = objective or Objective(weights, loss_decay_gamma)
-        self.compile_loss = False
+        self.compile_loss, self.loss_kernel = False, "torch"
 
     def forward(
         self,
@@ -81,7 +81,9 @@ class DSparkTrainerModule(nn.Module):
         mask = blocks.eval_mask
         operands = self._operands(blocks, input_ids, target_last_hidden_states)
         matches = torch.zeros(len(operands.labels), dtype=torch.bool, device=mask.device) if observe else None
-        vocabulary, ce, l1 = vocabulary_loss(operands, compile_passes=self.compile_loss, matches=matches)
+        vocabulary, ce, l1 = vocabulary_loss(
+            operands, kernel=self.loss_kernel, compile_passes=self.compile_loss, matches=matches
+        )
         slots = SlotFigures(
             eval_mask=mask,
             ce=ce,
@@ -136,8 +138,10 @@ class DSparkTrainerModule(nn.Module):
         allow_tf32(train.tf32)
         model.attention = resolve_attention(config.draft.attention, model.config, device)
         model.activation_checkpointing = train.activation_checkpointing
-        if resolve_precision(device, train.precision) == "bf16" and not model.lm_head.weight.requires_grad:
+        frozen = not model.lm_head.weight.requires_grad
+        if frozen and resolve_precision(device, train.precision) == "bf16":
             model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
+        self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
         if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
             self.compile_loss = True
             # Under DDP, Dynamo would split graphs at gradient buckets, which flex_attention does not allow.
