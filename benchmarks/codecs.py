@@ -192,7 +192,9 @@ def gigabytes_per_second(work: Callable[[], object], values: int, device: torch.
     return 2 * values / best / 1e9
 
 
-def speed_rows(device: torch.device, rows: int = 4096, width: int = 2560) -> list[tuple[str, str, float, str]]:
+def speed_rows(
+    device: torch.device, rows: int = 4096, width: int = 2560
+) -> list[tuple[str, str, float, str]]:
     """Measure encoding and decoding on a device. Decoding reuses its output buffer.
 
     Args:

@@ -22,12 +22,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.gpu.figures import NOT_RUN, PASSED, Outcome, failures, heading, lines_of
-from benchmarks.gpu.sections import SECTIONS
-from benchmarks.gpu.work import ENVIRONMENT, run_section, state_key
+from benchmarks.gpu.sections import SECTIONS, Section
+from benchmarks.gpu.work import ENVIRONMENT, ROOT, run_section, state_key
 
 BUDGET_SECONDS = 600
 
@@ -43,7 +42,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the sections and end")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "gpu", help="logs and results")
     parser.add_argument(
-        "--pretend", action="store_true", help="tiny shapes on a pretend GPU; records nothing, judges no speed"
+        "--pretend",
+        action="store_true",
+        help="tiny shapes on a pretend GPU: nothing is recorded, no speed judged",
     )
     given = parser.parse_args(words)
     names = given.only.split(",") if given.only else list(SECTIONS)
@@ -91,7 +92,7 @@ def finished(path: Path) -> Outcome | None:
     return outcome if outcome.status == PASSED else None
 
 
-def run(section, folder: Path, left: float, *, pretend: bool) -> Outcome:
+def run(section: Section, folder: Path, left: float, *, pretend: bool) -> Outcome:
     """Run a section if it fits into the seconds that are left."""
     if left < section.seconds:
         return Outcome(section.name, NOT_RUN, reason=f"{left:.0f} s left, it takes about {section.seconds} s")

@@ -47,7 +47,7 @@ def dspark_json(*words: str | Path) -> dict[str, Any]:
 
 
 def killed_training(words: Iterable[str | Path], step: int, *, pretend: bool) -> int:
-    """Run `dspark train ...` in a new process that is killed by SIGKILL after a step. Return its exit code."""
+    """Run `dspark train ...` in a process that SIGKILL ends after a step. Return its exit code."""
     process = start_process(_train_until, [str(word) for word in words], step, pretend=pretend)
     process.join()
     return process.exitcode

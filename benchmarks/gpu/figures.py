@@ -12,7 +12,6 @@ Row = tuple[str, str, float, str]
 """Case, metric, value and unit: what the benchmarks return and results.csv holds."""
 
 PASSED, SHORT, FAILED, SKIPPED, NOT_RUN = "passed", "fell short", "failed", "skipped", "not run"
-WIDTHS = (50, 34, 11, 16, 12)
 
 
 class SkipSection(Exception):  # noqa: N818  not an error
@@ -63,22 +62,23 @@ class Figure:
 
 
 def judged(rows: Iterable[Row], limits: dict[str, Limit], *, pretend: bool) -> list[Figure]:
-    """Return rows as figures, with the limits of their metrics.
+    """Return rows as figures, with their limits.
 
     Args:
-        limits: by metric. Each must be met by at least one row's metric.
+        limits: by a part of the row's "case metric unit". Each must be met by at least one row.
         pretend: leave out limits on speed, which a pretend device can't meet.
     """
-    rows = list(rows)
-    missing = set(limits) - {metric for _, metric, _, _ in rows}
-    assert not missing, f"limits of nothing that was measured: {missing}"
-    figures = []
+    figures, unused = [], set(limits)
     for case, metric, value, unit in rows:
-        limit = limits.get(metric)
-        if limit is None or (limit.speed and pretend):
+        words = f"{case} {metric} {unit}"
+        key = next((each for each in limits if each in words), None)
+        unused.discard(key)
+        if key is None or (limits[key].speed and pretend):
             figures.append(Figure(case, metric, value, unit))
         else:
+            limit = limits[key]
             figures.append(Figure(case, metric, value, unit, str(limit), limit.holds(value)))
+    assert not unused, f"limits of nothing that was measured: {unused}"
     return figures
 
 
@@ -129,14 +129,16 @@ def lines_of(outcome: Outcome) -> list[str]:
 def line_of(figure: Figure) -> str:
     """Return a figure's line of the table."""
     cells = (figure.case, figure.metric, f"{figure.value:.4g}", figure.unit, figure.limit)
-    padded = [f"{cell:>{w}}" if i == 2 else f"{cell:{w}}" for i, (cell, w) in enumerate(zip(cells, WIDTHS))]
-    return " ".join([*padded, figure.verdict]).rstrip()
+    return _columns(*cells, figure.verdict)
 
 
 def heading() -> str:
     """Return the table's first line."""
-    names = ("case", "figure", "value", "unit", "limit")
-    return " ".join([*(f"{name:{w}}" for name, w in zip(names, WIDTHS)), "verdict"])
+    return _columns("case", "figure", "value", "unit", "limit", "verdict")
+
+
+def _columns(case: str, metric: str, value: str, unit: str, limit: str, verdict: str) -> str:
+    return f"{case:50} {metric:34} {value:>11} {unit:16} {limit:12} {verdict}".rstrip()
 
 
 def failures(outcomes: Iterable[Outcome]) -> list[str]:

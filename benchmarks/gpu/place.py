@@ -41,8 +41,8 @@ class Place:
         if not torch.cuda.is_available():
             built = torch.version.cuda or "no CUDA"
             raise RuntimeError(
-                f"expected a CUDA device, but torch {torch.__version__} (built for {built}) finds none: run on "
-                "a GPU machine with a torch for CUDA, or pass --pretend"
+                f"expected a CUDA device, but torch {torch.__version__} (built for {built}) finds none: run "
+                "on a GPU machine with a torch for CUDA, or pass --pretend"
             )
         free, _ = torch.cuda.mem_get_info()
         fitting = FULL if free >= FULL_BYTES else SMALL if free >= SMALL_BYTES else TINY

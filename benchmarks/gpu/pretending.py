@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-torch.set_num_threads(1)
-
-import train.cli.train  # noqa: F401
+import train.cli.train
 import train.trainer.trainer  # noqa: F401
 from tests.gpu_less.pretend import install
 
+torch.set_num_threads(1)
 install(1)

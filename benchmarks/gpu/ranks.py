@@ -1,4 +1,4 @@
-"""Section `ranks`: training on two GPUs by torchrun equals training on one, and each process stays on its own."""
+"""Section `ranks`: two GPUs by torchrun train as one does, and each process stays on its own GPU."""
 
 from __future__ import annotations
 
@@ -59,7 +59,15 @@ def torchrun(words: list[str | Path]) -> dict[str, set[str]]:
     Raises:
         RuntimeError: it failed.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(GPUS), "-m"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(GPUS),
+        "-m",
+    ]
     process = subprocess.Popen([*command, *map(str, words)])
     devices: dict[str, set[str]] = defaultdict(set)
     while process.poll() is None:

@@ -62,7 +62,16 @@ def tiny(place: Place) -> list[Figure]:
         name="tiny",
         folder=make_target(place.folder / "target", "qwen3"),
         data=make_conversations(place.folder / "chats.jsonl", count=24 if place.pretend else 40),
-        capture=("--layers", "0,2,4", "--shard-tokens", "512", "--batch-tokens", "256", "--dtype", "bfloat16"),
+        capture=(
+            "--layers",
+            "0,2,4",
+            "--shard-tokens",
+            "512",
+            "--batch-tokens",
+            "256",
+            "--dtype",
+            "bfloat16",
+        ),
         short=small,
         config=(),
         measured={**small, "train.max_steps": 4 if place.pretend else 60},
@@ -79,7 +88,9 @@ def example(place: Place) -> list[Figure]:
         SkipSection: its weights are not installed, or the device is the pretend one.
     """
     if place.pretend:
-        raise SkipSection("its 30 layers take minutes on a pretend device, which goes through the tiny target")
+        raise SkipSection(
+            "its 30 layers take minutes on a pretend device, which goes through the tiny target"
+        )
     from benchmarks.train_step import CONFIGS
     from capture.example import EXAMPLE_DATA, example_target
     from pipeline.errors import TargetError
@@ -94,7 +105,12 @@ def example(place: Place) -> list[Figure]:
         folder=folder,
         data=EXAMPLE_DATA,
         capture=("--dtype", "bfloat16"),
-        short={"train.max_steps": 24, "train.eval_every": 0, "train.checkpoint_every": 8, "train.precision": "bf16"},
+        short={
+            "train.max_steps": 24,
+            "train.eval_every": 0,
+            "train.checkpoint_every": 8,
+            "train.precision": "bf16",
+        },
         config=("--config", str(CONFIGS / "example.toml")),
         measured={"train.precision": "bf16"},
         prompts=8,
@@ -115,7 +131,9 @@ def through(target: Target, place: Place) -> list[Figure]:
     held_out = dspark_json("evaluate", "--cache", cache, "--run", run, *on)
     rows.append((case, "held-out tau", held_out["tau"], "tokens/round"))
     report = dspark_json("calibrate", "--cache", cache, "--run", run, *on)["report"]
-    rows += [(case, f"calibration error {when}", report[when]["prefix"]["ece"], "") for when in ("before", "after")]
+    rows += [
+        (case, f"calibration error {when}", report[when]["prefix"]["ece"], "") for when in ("before", "after")
+    ]
     figures += judged(rows, {"held-out tau": Limit(at_least=1.0)}, pretend=place.pretend)
     return figures + speculated(target, place, cache, run, rows)
 
@@ -142,9 +160,22 @@ def speculated(target: Target, place: Place, cache: Path, run: Path, rows: list[
 
 def resumed(target: Target, place: Place, cache: Path) -> list[Figure]:
     """Compare a run that was killed and continued with one that was not."""
-    case, runs = f"{target.name} bf16, killed", {name: place.folder / name for name in ("whole", "again", "cut")}
+    case, runs = (
+        f"{target.name} bf16, killed",
+        {name: place.folder / name for name in ("whole", "again", "cut")},
+    )
     words = {
-        name: ["train", "--cache", cache, "--run", run, *target.config, "--device", "cuda", *settings(target.short)]
+        name: [
+            "train",
+            "--cache",
+            cache,
+            "--run",
+            run,
+            *target.config,
+            "--device",
+            "cuda",
+            *settings(target.short),
+        ]
         for name, run in runs.items()
     }
     dspark(*words["whole"])
@@ -175,7 +206,7 @@ def progress(run: Path) -> dict[str, Any]:
 
 
 def distance(run: Path, other: Path) -> float:
-    """Return the distance of two runs' weights, relative to what the first changed since its oldest checkpoint."""
+    """Return the distance of two runs' weights, by what the first changed since its oldest checkpoint."""
     from safetensors.torch import load_file
 
     first = min((run / "checkpoints").iterdir())

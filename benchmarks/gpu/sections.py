@@ -44,7 +44,9 @@ class Section:
 # The packages that a machine for training has are not named here.
 _ALL = (
     Section("machine", "what it is, and what its units reach", "benchmarks.gpu.machine:machine", 20),
-    Section("tiny", "a tiny target: capture to speculation, killed and resumed", "benchmarks.gpu.runs:tiny", 80),
+    Section(
+        "tiny", "a tiny target: capture to speculation, killed and resumed", "benchmarks.gpu.runs:tiny", 80
+    ),
     Section("loss", "the loss against its definition", "benchmarks.gpu.shapes:loss", 60),
     Section("step", "parts of a training step, share of the peak", "benchmarks.gpu.shapes:step", 60),
     Section("codecs", "encoding and decoding on the device", "benchmarks.gpu.states:codecs", 15),

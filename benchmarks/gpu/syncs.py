@@ -1,4 +1,4 @@
-"""Section `train`: the real command at Qwen3-4B's shape. Its waits for data and for the GPU, memory and speed."""
+"""Section `train`: the real command at Qwen3-4B's shape, its waits for data and for the GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.gpu.place import Place
 
 # Calls by which the host waits for the GPU, in a trace.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-# What marks a thread as one that the step itself runs on: the loop's, and autograd's. Those of the loader may wait.
+# What marks a thread as one of the step: the loop's, and autograd's. The loader's threads may wait.
 LOOP, AUTOGRAD = "ProfilerStep#", "autograd::engine::evaluate_function"
 TRACED, MICRO_BATCHES = 2, 4
 TINY = {
@@ -88,9 +88,17 @@ def waits_in(trace: Path) -> Counter[str]:
 
 
 def count_waits(events: list[dict[str, Any]]) -> Counter[str]:
-    """Return how often the threads of a step waited for the GPU, by the name of the call. Raises as `waits_in`."""
+    """Return how often the threads of a step waited for the GPU, by the name of the call.
+
+    Raises:
+        ValueError: as `waits_in`.
+    """
     whole = [event for event in events if "dur" in event]
-    steps = [event for event in whole if event["name"].startswith(LOOP) and event.get("cat") != "gpu_user_annotation"]
+    steps = [
+        event
+        for event in whole
+        if event["name"].startswith(LOOP) and event.get("cat") != "gpu_user_annotation"
+    ]
     calls = [event for event in whole if event.get("cat") in ("cuda_runtime", "cuda_driver")]
     if not steps or not calls:
         raise ValueError(f"the trace has {len(steps)} steps and {len(calls)} calls of CUDA: nothing to count")

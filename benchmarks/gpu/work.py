@@ -35,7 +35,9 @@ def state_key(pretend: bool) -> str:
             digest.update(version(name).encode())
         except PackageNotFoundError:
             digest.update(b"none")
-    files = [path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".toml")]
+    files = [
+        path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".toml")
+    ]
     for path in sorted(files):
         digest.update(path.relative_to(ROOT).as_posix().encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -50,7 +52,9 @@ def _gpus() -> str:
         return ""
 
 
-def start_process(function: Callable[..., None], *arguments: object, pretend: bool) -> multiprocessing.Process:
+def start_process(
+    function: Callable[..., None], *arguments: object, pretend: bool
+) -> multiprocessing.Process:
     """Start a function in a new process.
 
     It begins with a fresh Python, as CUDA demands. On the pretend device it is a fork of this process, which
@@ -93,7 +97,7 @@ def run_section(section: Section, folder: Path, seconds: float, *, pretend: bool
 def _clear(section: Section, folder: Path) -> None:
     """Remove the scratch that nobody needs after a section has passed."""
     unneeded = [each.name for each in SECTIONS.values() if each.keeps_until == section.name]
-    for name in (unneeded if section.keeps_until else [section.name, *unneeded]):
+    for name in unneeded if section.keeps_until else [section.name, *unneeded]:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
