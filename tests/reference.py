@@ -42,6 +42,7 @@ class Spec:
     embed_scale: float = 1.0  # multiplies token embeddings
     logit_scale: float = 1.0  # multiplies lm_head's output, before the soft cap
     final_logit_softcap: float | None = None  # on lm_head's output, of draft and teacher alike
+    windows: tuple[int | None, ...] | None = None  # of each layer: positions seen, one's own included
 
 
 @dataclass
@@ -96,9 +97,14 @@ def rotate(x: Tensor, position: int, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin])
 
 
-def visible(is_context: bool, key_position: int, anchor: int) -> bool:
-    """A slot sees context strictly before its anchor and, in both directions, its own block."""
-    return key_position < anchor if is_context else True
+def visible(is_context: bool, key_position: int, anchor: int, slot: int, window: int | None) -> bool:
+    """A slot sees context strictly before its anchor and, in both directions, its own block.
+
+    With a window, the positions that it sees back to the context's oldest, and its own, are that many.
+    """
+    if not is_context:
+        return True
+    return key_position < anchor and (window is None or anchor + slot - key_position + 1 <= window)
 
 
 def head_of(x: Tensor, head: int, spec: Spec) -> Tensor:
@@ -111,6 +117,7 @@ def attention(
 ) -> list[Tensor]:
     """The normed block, K rows [H], attends to [context ; block]; K rows [H] after o_proj."""
     name = f"layers.{layer}.self_attn."
+    window = spec.windows[layer] if spec.windows else None
     q_proj, k_proj = w[name + "q_proj.weight"], w[name + "k_proj.weight"]
     v_proj, o_proj = w[name + "v_proj.weight"], w[name + "o_proj.weight"]
     rows = [(True, position, x) for position, x in enumerate(context)]
@@ -137,7 +144,7 @@ def attention(
             query = rotate(query, anchor + slot, spec.rope_theta)
             scores, seen = [], []
             for row, (is_context, position, _) in enumerate(rows):
-                if visible(is_context, position, anchor):
+                if visible(is_context, position, anchor, slot, window):
                     scores.append((query * keys[row][kv_head]).sum() * spec.head_dim**-0.5)
                     seen.append(values[row][kv_head])
             shares = log_softmax(torch.stack(scores)).exp()

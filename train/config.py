@@ -57,6 +57,10 @@ class DraftConfig:
     """Width of an attention head; the target's when not set."""
     intermediate_size: int | None = None
     """Width of the MLP; the target's when not set."""
+    sliding_window: int | None = None
+    """Positions that a slot of a sliding layer sees, its own included; layers see everything when not set."""
+    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] | None = None
+    """Attention of each layer; all slide when not set and sliding_window is."""
     init: Literal["random", "ridge"] = "random"
     """Initial weights: ridge sets fc and the first layer by regression on the cache, for short runs."""
     init_from: str | None = None
@@ -68,6 +72,7 @@ class DraftConfig:
         _check_numbers(self)
         for name in ("num_layers", "block_size"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        self._check_window()
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
@@ -93,6 +98,28 @@ class DraftConfig:
         _require(
             ids is None or list(ids) == sorted(set(ids)),
             f"target_layer_ids must be strictly increasing, got {list(ids or ())}: sort them, each once",
+        )
+
+    def _check_window(self) -> None:
+        """Raise ConfigError if the window and the layers' types don't fit each other."""
+        window, types = self.sliding_window, self.layer_types
+        _require(
+            # Engines differ on which of a block's own slots lie outside a shorter window.
+            window is None or window >= self.block_size,
+            f"sliding_window must be at least block_size = {self.block_size}, so that a block sees itself, "
+            f"got {window}",
+        )
+        _require(
+            types is None or len(types) == self.num_layers,
+            f"layer_types must have num_layers = {self.num_layers} entries, got {len(types or ())}",
+        )
+        _require(
+            window is not None or "sliding_attention" not in (types or ()),
+            "layer_types has sliding_attention, but sliding_window is not set: set its number of positions",
+        )
+        _require(
+            window is None or types is None or "sliding_attention" in types,
+            f"sliding_window is {window}, but layer_types has no sliding_attention: remove one of them",
         )
 
 

@@ -38,6 +38,12 @@ def small_config(**overrides) -> Qwen3Config:
     return Qwen3Config(**{**values, **overrides})
 
 
+def sliding(window: int, *types: str) -> dict:
+    """Fields of a draft whose two layers, or those of the given types, see only a window."""
+    types = types or ("sliding_attention",) * 2
+    return {"use_sliding_window": True, "sliding_window": window, "layer_types": list(types)}
+
+
 def small_model(seed: int = 0, **overrides) -> Qwen3DSparkModel:
     """A draft in float64 whose every weight is random, so that no term hides behind a zero."""
     model = Qwen3DSparkModel(small_config(**overrides)).double()
@@ -66,6 +72,9 @@ def spec_of(model: Qwen3DSparkModel) -> reference.Spec:
         embed_scale=getattr(config, "embedding_scale", None) or 1.0,
         logit_scale=getattr(config, "logit_scale", None) or 1.0,
         final_logit_softcap=getattr(config, "final_logit_softcapping", None),
+        windows=tuple(
+            config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
+        ),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import reference
-from tests.train.drafts import as_batch, random_samples, small_model, spec_of
+from tests.train.drafts import as_batch, random_samples, sliding, small_model, spec_of
 from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.module import DSparkTrainerModule
 from train.losses import compute_dspark_loss
@@ -26,6 +26,9 @@ CASES = {
     "softcap and scale": {"final_logit_softcapping": 2.0, "embedding_scale": 4.0},
     "logit scale": {"logit_scale": 0.3},
     "logit scale under a softcap": {"logit_scale": 2.5, "final_logit_softcapping": 1.5},
+    "a window": sliding(4),
+    "the shortest window": sliding(3),
+    "a window in one layer": sliding(5, "sliding_attention", "full_attention"),
     "one slot": {"block_size": 1},
     "block longer than any answer": {"block_size": 9},
 }

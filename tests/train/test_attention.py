@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.train.drafts import BLOCK, as_batch, random_samples, small_model
+from tests.train.drafts import BLOCK, as_batch, random_samples, sliding, small_model
 from train.draft.dspark.masks import block_attention_mask
 
 LENGTH, ANCHORS = 10, [[0, 3, 6, 8]]
@@ -34,6 +34,23 @@ def test_context_is_seen_strictly_before_the_anchor(model, batch, position: int)
     moved = (_hidden(model, batch) != before).flatten(1)
     for row, anchor in enumerate(ANCHORS[0]):
         assert bool(moved[row].any()) == (position < anchor)
+
+
+@pytest.mark.parametrize("window", [3, 4, 6])
+@pytest.mark.parametrize("position", range(LENGTH))
+def test_a_window_counts_the_slots_own_position(batch, position: int, window: int) -> None:
+    """Slot k, at anchor + k, sees the context after anchor + k - window: what engines compute.
+
+    One layer, since through a second one a slot meets what its neighbours saw.
+    """
+    model = small_model(num_hidden_layers=1, **sliding(window, "sliding_attention"))
+    before = _hidden(model, batch)
+    batch["target_hidden_states"] = batch["target_hidden_states"].clone()
+    batch["target_hidden_states"][0, position] += 1.0
+    moved = (_hidden(model, batch) != before).any(-1)  # [N, K]
+    for row, anchor in enumerate(ANCHORS[0]):
+        seen = [position < anchor and position > anchor + slot - window for slot in range(BLOCK)]
+        assert moved[row].tolist() == seen
 
 
 @pytest.mark.parametrize("position", range(LENGTH))

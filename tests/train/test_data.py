@@ -76,8 +76,8 @@ def test_decoded_on_the_device_or_before_it_is_the_same(cache_dir: Path, tmp_pat
     encoded = load_encoded_batch(reader, SAMPLES, LAYERS, TOKENS, random_anchors(6, 0, 0), pin=False)
     decoded = encoded.to(torch.device("cpu"))
     assert decoded.tensors().keys() == plain.tensors().keys()
-    for name, tensor in plain.tensors().items():
-        assert torch.equal(tensor, decoded.tensors()[name]), name
+    for name, value in plain.tensors().items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(decoded.tensors()[name])), name
     assert decoded.num_tokens == plain.num_tokens
 
 
@@ -151,8 +151,8 @@ def test_loaded_batches_come_in_order_with_their_flops(reader: CacheReader) -> N
     batches = loaded(reader, packs, LAYERS, TOKENS, device, lambda pack: 2.0 * pack.num_tokens)
     for (samples, choose), batch in zip(packs, batches, strict=True):
         alone = load_batch(reader, samples, LAYERS, TOKENS, choose)
-        for name, tensor in alone.tensors().items():
-            assert torch.equal(tensor, batch.tensors()[name])
+        for name, value in alone.tensors().items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(batch.tensors()[name])), name
         assert batch.flops == 2 * alone.num_tokens
 
 

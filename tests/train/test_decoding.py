@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from tests.train.drafts import HIDDEN, LAYERS, VOCAB, small_model
+from tests.train.drafts import HIDDEN, LAYERS, VOCAB, sliding, small_model
 from train.draft.dspark.decoder import DraftDecoder
 from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.model import Qwen3DSparkModel
@@ -60,6 +60,29 @@ def test_it_drafts_what_the_training_forward_predicts(head: str, scales: dict) -
         told[end + 1 : end + 5] = sampled.tokens
         logits, _ = trained_forward(model, told, context, end)
         torch.testing.assert_close(sampled.probs, torch.softmax(logits / 0.7, -1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("types", [(), ("full_attention", "sliding_attention")], ids=["all", "one layer"])
+@pytest.mark.parametrize("window", [4, 7, 16])
+def test_a_window_is_the_training_forwards(window: int, types: tuple[str, ...]) -> None:
+    """Contexts shorter than the window, as long and longer; no logit may differ, as none may see more."""
+    model = make_model("vanilla", **sliding(window, *types))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCAB, (S,), generator=generator)
+    context = torch.randn(S, LAYERS * HIDDEN, generator=generator, dtype=torch.float64)
+    decoder, full = DraftDecoder(model, capacity=6), DraftDecoder(make_model("vanilla"))
+    differ = []
+    for end in range(1, S - 4):
+        for each in (decoder, full):
+            each.extend(context[end - 1 : end])
+        sampled = decoder.draft(ids[end], temperature=0.7, generator=torch.Generator().manual_seed(end))
+        told = ids.clone()
+        told[end + 1 : end + 5] = sampled.tokens
+        logits, _ = trained_forward(model, told, context, end)
+        torch.testing.assert_close(sampled.probs, torch.softmax(logits / 0.7, -1), rtol=1e-9, atol=1e-12)
+        differ.append(not torch.allclose(decoder.block_states(ids[end]), full.block_states(ids[end])))
+    # The last slot is the first to lose a position: at anchor + 3 it sees those after anchor + 3 - window.
+    assert differ == [end + 3 >= window for end in range(1, S - 4)]
 
 
 @pytest.mark.parametrize("head", ["vanilla", "none"])

@@ -75,7 +75,8 @@ def expected_blocks(cache: Path, run: Path, anchors: int | None, seed: int) -> l
                 teacher = reference.base_logits(weights, spec, sample.last_hidden[anchor + k])
                 accept.append(1 - float(reference.total_variation_l1(logits[k], teacher)) / 2)
                 match.append(int(logits[k].argmax() == teacher.argmax()))
-            blocks.append({"sample": i, "length": len(sample.input_ids), "a": accept, "m": match})
+            length = len(sample.input_ids)
+            blocks.append({"sample": i, "length": length, "context": anchor, "a": accept, "m": match})
     loss = reference.loss(weights, spec, samples, all_anchors, 4.0, 0.1, 0.9, 1.0)
     return [{"loss": loss}, *blocks]
 
@@ -100,6 +101,13 @@ def test_every_figure_against_the_naive_loop(two_sources: Path, run_dir: Path) -
         low, high = map(int, bucket.split("-"))
         assert group["blocks"] == sum(low <= b["length"] <= high for b in blocks)
     assert sum(group["blocks"] for group in got["by_length"].values()) == len(blocks)
+    assert len(got["by_context"]) > 1
+    for bucket, group in got["by_context"].items():
+        low, high = map(int, bucket.split("-"))
+        own = [b for b in blocks if low <= b["context"] <= high]
+        assert (group["samples"], group["blocks"]) == (len({b["sample"] for b in own}), len(own))
+        assert group["tau"] == pytest.approx(1 + np.mean([np.cumprod(b["a"]).sum() for b in own]), rel=1e-4)
+    assert sum(group["blocks"] for group in got["by_context"].values()) == len(blocks)
 
 
 def test_every_candidate_is_an_anchor_unless_fewer_are_asked_for(two_sources: Path, run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -290,6 +291,21 @@ def test_groups_are_their_own_blocks() -> None:
 def test_length_buckets_by_hand() -> None:
     expected = {1: "1-1", 2: "2-3", 3: "2-3", 127: "64-127", 128: "128-255", 255: "128-255"}
     assert {length: metrics.length_bucket(length) for length in expected} == expected
+
+
+def test_context_buckets_by_hand() -> None:
+    expected = {0: "0-63", 1: "0-63", 63: "0-63", 64: "64-127", 127: "64-127", 31_999: "16384-32767"}
+    assert {tokens: metrics.context_bucket(tokens) for tokens in expected} == expected
+
+
+def test_groups_of_context_are_in_order_and_leave_no_block_out() -> None:
+    blocks = random_blocks(count=40)
+    blocks = dataclasses.replace(blocks, position=np.arange(len(blocks))[::-1] * 9)
+    groups = metrics.by_context(blocks, LossConfig())
+    assert list(groups) == ["0-63", "64-127", "128-255", "256-511"]
+    assert [group.blocks for group in groups.values()] == [8, 7, 14, len(blocks) - 29]
+    shortest = blocks.select(blocks.position < 64)
+    assert groups["0-63"].tau == metrics.acceptance(shortest).tau
 
 
 def test_joined_blocks_are_in_order() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.train.drafts import as_pack, random_samples, small_model
+from tests.train.drafts import as_pack, random_samples, sliding, small_config, small_model
 from train.data.loader import Pack
 from train.draft.dspark.flops import training_flops
 from train.draft.dspark.markov import MARKOV_HEADS
@@ -45,6 +45,20 @@ def test_products_are_those_that_run(head: str | None) -> None:
     wanted = training_flops(config, pack) - attention
     # The first slot's recurrent state and the blocks' input, which get no gradient, cost a little less.
     assert ran == pytest.approx(wanted, rel=0.03)
+
+
+def test_a_window_leaves_only_what_is_seen() -> None:
+    """Counted on paper, for K = 3, W = 4: slot k sees min(anchor, 3 - k) context positions and its block."""
+    batch = as_pack(random_samples([[1] * 6, [1] * 9]), [[0, 2], [3, 7]], padding=0)
+    collated = {name: batch[name] for name in ("anchor_positions", "block_keep_mask")}
+    own = {name: batch[name] for name in ("input_ids", "loss_mask", "document_ids")}
+    pack = Pack(**own, collated=collated, num_tokens=15)
+    context = (0 + 0 + 0) + (2 + 2 + 1) + 2 * (3 + 2 + 1)  # of 3 * (0 + 2 + 3 + 7) in a full layer
+    a_pair = 12 * 4 * 8  # operations for each of 4 heads of width 8, forward and backward
+    configs = (small_config(), small_config(**sliding(4, "full_attention", "sliding_attention")))
+    full, windowed = (training_flops(config, pack) for config in configs)
+    assert full - windowed == a_pair * (36 - context)
+    assert training_flops(small_config(**sliding(10)), pack) == full  # the last slot of 7 is at 9
 
 
 def test_peaks_are_found_by_name(monkeypatch) -> None:

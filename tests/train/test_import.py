@@ -158,6 +158,23 @@ def test_what_a_config_leaves_out_is_what_engines_take(
     assert all(torch.equal(got[name], weight) for name, weight in weights_of(run_dir).items())
 
 
+WINDOW = {
+    "layer_types": ["sliding_attention"],
+    "use_sliding_window": True,
+    "sliding_window": 9,
+    "is_causal": False,
+}
+
+
+def test_a_released_window_is_the_runs(tmp_path: Path, cache_dir: Path, released: Path) -> None:
+    run_ok(*import_arguments(copied(released, tmp_path / "draft", **WINDOW), cache_dir, tmp_path / "run"))
+    config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
+    assert (config["layer_types"], config["sliding_window"]) == (["sliding_attention"], 9)
+    run_ok("export", tmp_path / "run", tmp_path / "out", "--to", "vllm")
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: exported[name] for name in WINDOW} == WINDOW
+
+
 @pytest.mark.parametrize("kind", ["same", "rounded", "other"])
 def test_embedding_and_head_are_the_caches(
     tmp_path: Path, cache_dir: Path, run_dir: Path, released: Path, kind: str
@@ -296,7 +313,9 @@ def test_both_names_of_its_class(tmp_path: Path, cache_dir: Path, released: Path
         ({"enable_confidence_head": False}, 1, ["has confidence_head.proj.bias", "another kind of draft"]),
         ({"num_hidden_layers": 2, "layer_types": None}, 1, ["lacks layers.1", "another kind of draft"]),
         ({"num_hidden_layers": "one"}, 1, ["can't be read"]),
-        ({"layer_types": ["sliding_attention"]}, 1, ["layer_types"]),
+        ({"layer_types": ["sliding_attention"]}, 1, ["layer_types", "without is_causal = false"]),
+        ({"layer_types": ["sliding_attention"], "is_causal": False}, 2, ["sliding_window is not set"]),
+        ({**WINDOW, "sliding_window": 2}, 2, ["sliding_window must be at least block_size = 3, "]),
         ({"rms_norm_eps": 1e-5}, 1, ["rms_norm_eps: 1e-05 there, 1e-06 here", "from the target"]),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import reference
-from tests.train.drafts import BLOCK, as_batch, as_pack, random_samples, small_model, spec_of
+from tests.train.drafts import BLOCK, as_batch, as_pack, random_samples, sliding, small_model, spec_of
 from train.draft.dspark.anchors import (
     build_anchor_candidate_mask,
     build_eval_mask,
@@ -101,11 +101,12 @@ def test_candidates_and_labels_stay_in_their_document_by_hand() -> None:
     assert drawn[kept].tolist() == [0, 1, 3]
 
 
-def test_both_masks_say_the_same() -> None:
+@pytest.mark.parametrize("window", [None, 3, 5])
+def test_both_masks_say_the_same(window: int | None) -> None:
     batch = as_pack(random_samples(MASKS), ANCHORS)
     for documents in (batch["document_ids"], None):
         width = batch["input_ids"].shape[1]
-        arguments = (batch["anchor_positions"], width, BLOCK, documents)
+        arguments = (batch["anchor_positions"], width, BLOCK, documents, window)
         dense, flex = block_attention_mask(*arguments), flex_block_mask(*arguments)
         queries, keys = dense.shape[2:]
         row = torch.zeros(queries, keys, dtype=torch.long)
@@ -114,9 +115,10 @@ def test_both_masks_say_the_same() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_both_kernels_give_the_same() -> None:
+@pytest.mark.parametrize("fields", [{}, sliding(4, "full_attention", "sliding_attention")], ids=str)
+def test_both_kernels_give_the_same(fields: dict) -> None:
     """Forward only: flex_attention has no backward on a CPU; test_cuda.py has it."""
-    model, batch = small_model(), as_pack(random_samples(MASKS), ANCHORS)
+    model, batch = small_model(**fields), as_pack(random_samples(MASKS), ANCHORS)
     with torch.no_grad():
         plain = DSparkTrainerModule(model, 4.0)(**batch)
         model.attention = "flex"

@@ -79,6 +79,7 @@ EVALUATION = {
     "thresholds": THRESHOLDS,
     "by_source": {"a.jsonl": GROUP},
     "by_length": {"128-255": GROUP},
+    "by_context": {"64-127": GROUP},
     "untrained": {"tau": 1.0, "accept_by_position": [0.0, 0.0], "blocks": 3},
     "cache": CACHE,
 }
@@ -171,12 +172,14 @@ def test_files_of_the_first_version(tmp_path: Path) -> None:
     """By hand, as d58d50d wrote them: groups had five figures, and no cache its hashes."""
     group = {"samples": 1, "blocks": 3, "accept_rate": 0.5, "tau": 1.5, "greedy_tau": 2.0}
     values = {**EVALUATION, "by_source": {"a.jsonl": group}, "by_length": {"128-255": group}}
-    for where in ("decoding", "untrained/blocks", "cache/data_sha256", "cache/target_weights"):
+    absent = ("decoding", "by_context", "untrained/blocks", "cache/data_sha256", "cache/target_weights")
+    for where in absent:
         values = changed(values, where, ABSENT)
     (tmp_path / "evaluation.json").write_text(json.dumps(values))
     read = read_evaluation(tmp_path)
     assert read is not None
     assert (read.decoding, read.untrained.blocks, read.cache.data_sha256) == (None, None, None)
+    assert read.by_context is None
     assert read.by_source["a.jsonl"].accept_by_position is None
     assert read.by_source["a.jsonl"].tau == 1.5
     (tmp_path / "calibration.json").write_text('{"temperatures": [1, 2]}')  # all that SGLang needs

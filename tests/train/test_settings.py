@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import config as configuration
+from pipeline.errors import ConfigError
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.runs import train_arguments
-from train.config import PAPER, LossConfig, RunConfig
+from train.config import PAPER, DraftConfig, LossConfig, RunConfig
 from train.draft.dspark.markov import MARKOV_HEADS
 from train.runs.directory import flat_settings, load_run_config
 from train.trainer.setup import most_candidates
@@ -34,6 +35,9 @@ from train.trainer.setup import most_candidates
         ("draft.mask_token_id=999", 2, ["draft.mask_token_id", "[0, 325)", "got 999"]),
         ("draft.target_layer_ids=[0,3]", 1, ["holds layers [0, 2, 4]", "asks for 3", "--layers"]),
         ("draft.target_layer_ids=[4,0]", 2, ["strictly increasing"]),
+        ("draft.sliding_window=2", 2, ["sliding_window must be at least block_size = 3", "got 2"]),
+        ("draft.layer_types=[]", 2, ["layer_types must have num_layers = 1 entries, got 0"]),
+        ("draft.layer_types=['full']", 2, ["sliding_attention, full_attention", "'full'"]),
         ("draft.init_from=nowhere", 1, ["init_from", "no draft at nowhere", "safetensors"]),
         ("train.held_out=0.0001", 2, ["held_out"]),
         ("train.batch_tokens=16", 2, ["batch_tokens = 16", "longest sample", "at least"]),
@@ -64,6 +68,18 @@ def test_a_bad_setting_is_one_line(
     result = run_cli(*train_arguments(cache_dir, tmp_path / "r"), "--set", setting)
     assert_refused(result, code, *parts)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("window", "types", "message"),
+    [
+        (None, ("sliding_attention",), "sliding_window is not set"),
+        (9, ("full_attention",), "no sliding_attention: remove one"),
+    ],
+)
+def test_a_window_without_a_layer_or_a_layer_without_a_window(window, types, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DraftConfig(num_layers=1, sliding_window=window, layer_types=types)
 
 
 def test_muon_where_torch_lacks_it(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:

@@ -41,8 +41,11 @@ class PackedSample:
     """`[S]` uint8."""
 
 
-Collate = Callable[[Sequence[PackedSample]], dict[str, Tensor]]
-"""Function from a pack's samples to the tensors that a kind of draft adds, `[1, ..]`, by argument name."""
+Arguments = dict[str, Tensor | np.ndarray]
+"""Arguments of a draft's module by name. Tensors are on its device; arrays are facts that the host needs."""
+
+Collate = Callable[[Sequence[PackedSample]], Arguments]
+"""Function from a pack's samples to the arguments that a kind of draft adds, `[1, ..]`."""
 
 
 @dataclass(kw_only=True)
@@ -52,8 +55,8 @@ class Pack:
     input_ids: Tensor  # [1, P] int64
     loss_mask: Tensor  # [1, P] uint8
     document_ids: Tensor  # [1, P] int32, -1 after the last sample
-    collated: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that this kind of draft adds."""
+    collated: Arguments = field(default_factory=dict)
+    """What this kind of draft adds."""
     num_tokens: int
     flops: float = 0.0
     """FLOPs of a forward and backward over the pack; 0 unless the loader counted them."""
@@ -62,8 +65,8 @@ class Pack:
         """Return the fields that are tensors."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by the names of the module's arguments."""
+    def tensors(self) -> Arguments:
+        """Return all fields and what was collated, by the names of the module's arguments."""
         return self.fields() | self.collated
 
 
@@ -78,7 +81,7 @@ class Batch(Pack):
         """Return the batch on a device; on a CPU the batch itself."""
         if device.type == "cpu":
             return self
-        collated = {name: tensor.to(device) for name, tensor in self.collated.items()}
+        collated = _each_tensor(self.collated, lambda tensor: tensor.to(device))
         fields = {name: tensor.to(device) for name, tensor in self.fields().items()}
         return replace(self, **fields, collated=collated)
 
@@ -101,7 +104,8 @@ class EncodedBatch(Pack):
         def there(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
-        tokens, collated = there(self.fields()), there(self.collated)
+        tokens = there(self.fields())
+        collated = _each_tensor(self.collated, lambda tensor: tensor.to(device, non_blocking=True))
         positions = tokens.pop("last_positions")
         hidden, width = self.reader.hidden_size, self.input_ids.shape[1]
         context = torch.empty(width, len(self.context), hidden, dtype=torch.bfloat16, device=device)
@@ -114,6 +118,11 @@ class EncodedBatch(Pack):
         last_hidden = context.new_zeros(width, hidden).index_copy_(0, positions, states)
         counts = {"num_tokens": self.num_tokens, "flops": self.flops}
         return Batch(**tokens, **counts, **_states(context, last_hidden), collated=collated)
+
+
+def _each_tensor(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    """Return arguments with every tensor changed; arrays stay as they are, on the host."""
+    return {n: change(value) if isinstance(value, Tensor) else value for n, value in arguments.items()}
 
 
 def _states(context: Tensor, last_hidden: Tensor) -> dict[str, Tensor]:
@@ -216,7 +225,7 @@ def load_encoded_batch(
     values = dict(vars(pack))
     if pin:
         values |= {name: tensor.pin_memory() for name, tensor in pack.fields().items()}
-        values["collated"] = {name: tensor.pin_memory() for name, tensor in pack.collated.items()}
+        values["collated"] = _each_tensor(pack.collated, Tensor.pin_memory)
     return EncodedBatch(
         **values, reader=reader, context=context, last_hidden=last_hidden, last_positions=positions
     )
@@ -330,7 +339,7 @@ def _copied(batches: Iterator[EncodedBatch], device: torch.device) -> Iterator[B
         batch, copied = ahead.popleft()
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
-        for tensor in batch.tensors().values():
+        for tensor in filter(torch.is_tensor, batch.tensors().values()):
             tensor.record_stream(current)  # so that its memory is not reused while that stream reads it
         return batch
 

@@ -21,6 +21,9 @@ DIMENSIONS = (
     "head_dim",
 )
 
+# The values of `layer_types`, transformers' names.
+SLIDING, FULL = "sliding_attention", "full_attention"
+
 
 def qwen3_body(draft: DraftConfig, target: PretrainedConfig, manifest: Manifest) -> dict[str, Any]:
     """Return the fields of a `Qwen3Config` with the target's dimensions, without biases.
@@ -60,11 +63,24 @@ def qwen3_body(draft: DraftConfig, target: PretrainedConfig, manifest: Manifest)
         "rope_parameters": _rope_parameters(text),
         "attention_bias": False,
         "tie_word_embeddings": False,
-        "layer_types": ["full_attention"] * draft.num_layers,
+        **_window(draft),
         "embedding_scale": identity.embedding_scale,
         "logit_scale": identity.logit_scale,
         "final_logit_softcapping": identity.final_logit_softcapping,
     }
+
+
+def slides(config: PretrainedConfig) -> bool:
+    """Return whether a draft has layers that see only a window."""
+    return SLIDING in (getattr(config, "layer_types", None) or ())
+
+
+def _window(draft: DraftConfig) -> dict[str, Any]:
+    """Return the fields of a `Qwen3Config` that say which layers see only a window."""
+    sliding = draft.sliding_window is not None
+    types = draft.layer_types or (SLIDING if sliding else FULL,) * draft.num_layers
+    window = {"use_sliding_window": True, "sliding_window": draft.sliding_window} if sliding else {}
+    return {"layer_types": list(types), **window}
 
 
 def mask_token_id(draft: DraftConfig, manifest: Manifest) -> int:

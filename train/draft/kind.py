@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from pipeline.cache import CacheReader, Manifest
 from train.config import DraftConfig, RunConfig, TrainConfig
-from train.data.loader import Collate, Pack
+from train.data.loader import Arguments, Collate, Pack
 from train.data.sampling import AnchorChoice
 from train.draft.serving import Rule
 from train.losses.slots import LossSums, Objective, SlotFigures
@@ -39,7 +39,7 @@ class TrainerModule(Protocol):
     `initialize_embeddings_and_head`."""
 
     def __call__(
-        self, *, denominator: Tensor | None = None, observe: bool = False, **tensors: Tensor
+        self, *, denominator: Tensor | None = None, observe: bool = False, **tensors: Tensor | np.ndarray
     ) -> StepResult:
         """Draft and compute the loss.
 
@@ -56,7 +56,7 @@ class TrainerModule(Protocol):
             by_layer: compile layer by layer, which sharded layers need.
         """
 
-    def pieces(self, tensors: dict[str, Tensor], blocks: int) -> Iterator[dict[str, Tensor]]:
+    def pieces(self, tensors: Arguments, blocks: int) -> Iterator[Arguments]:
         """Split the arguments of a forward into parts of at most `blocks` blocks each."""
 
 

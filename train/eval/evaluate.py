@@ -66,6 +66,7 @@ def evaluate(
         thresholds=metrics.threshold_sweep(blocks),
         by_source=metrics.by_group(blocks, _sources(reader, samples), config.loss),
         by_length=metrics.by_group(blocks, _lengths(reader, samples), config.loss),
+        by_context=metrics.by_context(blocks, config.loss),
         untrained=Untrained(
             tau=before["tau"],
             accept_by_position=tuple(before["accept_by_position"]),
@@ -147,7 +148,11 @@ def format_evaluation(result: Evaluation) -> str:
             f"  decoding these texts: {sampling.tokens_per_round:.3f} tokens per round sampling, "
             f"{greedy.tokens_per_round:.3f} greedy (a round begins where the last one ended)"
         )
-    for title, groups in (("source", result.by_source), ("tokens", result.by_length)):
+    for title, groups in (
+        ("source", result.by_source),
+        ("tokens", result.by_length),
+        ("context", result.by_context),
+    ):
         found = [(name, [row.samples, row.blocks, row.tau, row.greedy_tau]) for name, row in groups.items()]
         lines += figure_table([(title, ["samples", "blocks", "tau", "greedy"]), *found])
     return "\n".join(lines)

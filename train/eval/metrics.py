@@ -29,6 +29,8 @@ from train.runs.figures import (
 # Equal bins of a reliability diagram (Guo et al. 2017, section 3).
 BINS = 15
 THRESHOLDS = tuple(i / 20 for i in range(20))
+# Fewer context tokens than this are one group; above it groups double.
+SHORT_CONTEXT = 64
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -235,8 +237,20 @@ def by_group(blocks: Blocks, names: Mapping[int, str], loss: LossConfig) -> dict
         names: the group of each sample number.
     """
     own = np.array([names[i] for i in blocks.sample.tolist()], dtype=object)
+    return _groups(blocks, own, dict.fromkeys(names.values()), loss)
+
+
+def by_context(blocks: Blocks, loss: LossConfig) -> dict[str, Group]:
+    """Compute the figures of blocks with about as much context, from the shortest to the longest."""
+    own = np.array([context_bucket(tokens) for tokens in blocks.position.tolist()], dtype=object)
+    ascending = np.argsort(blocks.position, kind="stable")
+    return _groups(blocks, own, dict.fromkeys(own[ascending].tolist()), loss)
+
+
+def _groups(blocks: Blocks, own: np.ndarray, names: Iterable[str], loss: LossConfig) -> dict[str, Group]:
+    """Compute the figures of each name that has blocks; `own` has the name of each block, `[n]`."""
     groups = {}
-    for name in dict.fromkeys(names.values()):
+    for name in names:
         part = blocks.select(own == name)
         if not len(part):
             continue
@@ -254,3 +268,8 @@ def length_bucket(length: int) -> str:
     """Name the bucket of a length; they double, as `128-255`."""
     low = 1 << (int(length).bit_length() - 1)
     return f"{low}-{2 * low - 1}"
+
+
+def context_bucket(tokens: int) -> str:
+    """Name the bucket of a number of context tokens, those before the anchor; all below 64 are one."""
+    return length_bucket(tokens) if tokens >= SHORT_CONTEXT else f"0-{SHORT_CONTEXT - 1}"

@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.cache import CacheReader
 from pipeline.errors import UsageError
 from pipeline.files import check_new, new_folder
-from train.draft.body import DIMENSIONS
+from train.draft.body import DIMENSIONS, slides
 from train.draft.serving import scale_of
 from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
 from train.export.model_card import model_card
@@ -74,11 +74,13 @@ def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     values |= {
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "layer_types": list(config.layer_types),
         "tie_word_embeddings": False,
         **{name: getattr(config, name) for name in draft.kind.config_fields},
         **draft.kind.declared,
     }
+    if slides(config):  # engines hide a block's later slots in sliding layers, unless told not to
+        values |= {"sliding_window": config.sliding_window, "is_causal": False}
     for name in ("embedding_scale", "logit_scale"):  # only our own class reads embedding_scale
         if scale_of(config, name) != 1:
             values[name] = getattr(config, name)

@@ -228,6 +228,8 @@ class Evaluation(Acceptance, Losses, Measured):
     """By the name of the file or data set that samples came from."""
     by_length: dict[str, Group] | None = None
     """By a range of tokens, as "128-255"."""
+    by_context: dict[str, Group] | None = None
+    """By a range of context tokens, those before a block's anchor; None in older files."""
     untrained: Untrained | None = None
     """A draft to compare with."""
     cache: CacheFacts | None = None

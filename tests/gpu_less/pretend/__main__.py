@@ -29,6 +29,7 @@ import torch
 
 from tests.gpu_less.pretend import LEDGER, MACHINE, install
 from tests.gpu_less.pretend.patches import counts
+from tests.gpu_less.pretend.tensors import NOTED
 
 
 def main() -> None:
@@ -72,6 +73,7 @@ def answer(words: Sequence[str]) -> dict[str, Any]:
     """Run a command and return its exit code, outputs, counts, and the value of a called function."""
     LEDGER.take()
     MACHINE.device = 0  # as in a new process
+    NOTED.clear()
     out, err, value, code = io.StringIO(), io.StringIO(), None, 0
     with redirect_stdout(out), redirect_stderr(err):
         try:

@@ -81,7 +81,11 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     _check_devices(func, args, found, ours)
     _count_waits(func, args, kwargs, number)
     inner, named = [unwrap(a) for a in args], {k: unwrap(v) for k, v in kwargs.items()}
-    out = _product(*inner) if func in WITH_DTYPE else func(*inner, **named)
+    if func is aten.histc.default:  # CUDA takes integers
+        inner[0], number_type = inner[0].float(), inner[0].dtype
+        out = func(*inner, **named).to(number_type)
+    else:
+        out = _product(*inner) if func in WITH_DTYPE else func(*inner, **named)
     known = {id(t.elem): t for t in ours}
 
     def wrap(value: Any) -> Any:

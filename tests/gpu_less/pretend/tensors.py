@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.gpu_less.pretend.ledger import LEDGER
 from tests.gpu_less.pretend.machine import MACHINE
@@ -16,7 +17,7 @@ from tests.gpu_less.pretend.memory import footprint
 
 # Notes of kernels, which open a context as everything does: the first few say enough.
 KERNEL_NOTES = 50
-_noted: dict[int, int] = {}
+NOTED: dict[int, int] = {}
 
 
 class PretendTensor(Tensor):
@@ -97,8 +98,27 @@ class PretendTensor(Tensor):
         return PretendTensor(inner["elem"], number)
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and not _differentiable(args):
+            return _attend(func, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         return cls.run(func, args, kwargs or {})
+
+
+def _differentiable(values: Iterable[Any]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(values))
+
+
+def _attend(func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """Attend as one kernel. In parts, torch would make the causal mask on the inner device, the CPU."""
+    inner = [unwrap(each) for each in args]
+    number = next(tensor.number for tensor in tensors_in(args) if isinstance(tensor, PretendTensor))
+    out = PretendTensor(func(*inner, **{name: unwrap(each) for name, each in kwargs.items()}), number)
+    launch(torch.ops.aten.scaled_dot_product_attention.default, args, kwargs, out, number)
+    return out
 
 
 @dataclass(frozen=True)
@@ -158,8 +178,8 @@ def launch(func: Any, args: tuple, kwargs: Mapping[str, Any], out: Any, number: 
     effect = effects(func)
     if effect.views:
         return
-    if _noted.get(number, 0) < KERNEL_NOTES:
-        _noted[number] = _noted.get(number, 0) + 1
+    if NOTED.get(number, 0) < KERNEL_NOTES:
+        NOTED[number] = NOTED.get(number, 0) + 1
         LEDGER.context(f"run {func}", number)
     with MACHINE.lock:
         stream = MACHINE.stream(number)

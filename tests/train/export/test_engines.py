@@ -62,6 +62,35 @@ def test_the_config_is_what_engines_read(tmp_path: Path, run_dir: Path, to: str)
     }
 
 
+def test_a_window_is_declared_as_engines_read_it(tmp_path: Path, cache_dir: Path) -> None:
+    """Both engines hide a block's later slots in sliding layers, unless is_causal is false."""
+    types = ["sliding_attention", "full_attention"]
+    run = trained(
+        tmp_path / "run",
+        cache_dir,
+        draft__num_layers=2,
+        draft__sliding_window=9,
+        draft__layer_types=json.dumps(types),
+    )
+    for to in ("hf", "vllm", "sglang"):
+        run_ok("export", run, tmp_path / to, "--to", to)
+        config = json.loads((tmp_path / to / "config.json").read_text())
+        names = ("use_sliding_window", "sliding_window", "layer_types", "is_causal")
+        assert [config[name] for name in names] == [True, 9, types, False]
+        read = AutoConfig.from_pretrained(tmp_path / to)
+        assert (read.sliding_window, read.layer_types, read.is_causal) == (9, types, False)
+        card = (tmp_path / to / "README.md").read_text(encoding="utf-8")
+        assert "sliding attention, of the layers 0: a slot sees 9 positions, its own included" in card
+    assert Qwen3DSparkModel.from_pretrained(tmp_path / "hf").windows == (9, None)
+    plain = {name: value for name, value in config.items() if name not in names}
+    full = trained(tmp_path / "full", cache_dir, draft__num_layers=2)
+    run_ok("export", full, tmp_path / "out", "--to", "hf")
+    other = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: value for name, value in other.items() if name not in names} == plain
+    assert "is_causal" not in other
+    assert "sliding_window" not in other
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_weights_are_the_drafts_without_a_prefix(tmp_path: Path, run_dir: Path, dtype: str) -> None:
     run_ok("export", run_dir, tmp_path / "out", "--to", "vllm", "--dtype", dtype)

@@ -146,7 +146,8 @@ def test_tables_of_a_run(one: Page, runs: list[Path]) -> None:
     live = one.tables["Live decoding"]
     assert [row[1:4] for row in live[1:]] == [["0", "1.750", "1.688"], ["1", "1.500", "1.438"]]
     assert [row[-1] for row in live[1:]] == ["8", "\N{EN DASH}"]
-    for key, title in (("by_source", "source"), ("by_length", "tokens")):
+    titles = {"by_source": "source", "by_length": "tokens", "by_context": "tokens of context"}
+    for key, title in titles.items():
         _, *rows = one.tables[f"Held-out tau by {title}"]
         assert {row[0]: row[4] for row in rows} == {
             name: f"{figures['tau']:.3f}" for name, figures in evaluation[key].items()

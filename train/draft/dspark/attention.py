@@ -8,13 +8,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
 
 from pipeline.errors import ConfigError
+from pipeline.features import at_least_fp32
 from pipeline.text import one_line
-from train.draft.dspark.masks import flex_block_mask
+from train.draft.dspark.masks import BlockGroup, GroupedMask, Mask, decoding_mask, flex_block_mask
 from train.runtime.compiled import compiled
 
 
@@ -69,14 +71,14 @@ def resolve_attention(name: str, config: Qwen3Config, device: torch.device) -> L
     return "flex"
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
     """Compute attention with the kernel that the mask belongs to.
 
     Args:
         query: `[B, heads, N*K, D]`.
         keys: `[B, kv heads, S + N*K, D]`; heads are a multiple of kv heads.
         values: as `keys`.
-        mask: from `masks`: a tensor selects scaled_dot_product_attention, a BlockMask flex_attention.
+        mask: from `masks`: a BlockMask selects flex_attention, the others scaled_dot_product_attention.
 
     Returns:
         `[B, heads, N*K, D]`.
@@ -88,17 +90,87 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask
         alone = query.is_cuda and not torch.compiler.is_compiling()
         flex = compiled(flex_attention) if alone else flex_attention
         return flex(query, keys, values, block_mask=mask, enable_gqa=True)
+    if isinstance(mask, GroupedMask):
+        return _in_groups(query, keys, values, mask)
+    return _sdpa(query, keys, values, mask)
+
+
+def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     # Repeat by hand: with enable_gqa and a mask, CUDA falls back to the kernel that holds all scores.
     repeats = query.shape[1] // keys.shape[1]
     keys, values = (states.repeat_interleave(repeats, dim=1) for states in (keys, values))
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
 
-class DSparkAttention(nn.Module):
-    """Queries from the block; keys and values from `[context ; block]`. Qwen3's projections and norms."""
+@torch.compiler.disable  # groups have other shapes in every pack: a graph would be compiled for each
+def _in_groups(query: Tensor, keys: Tensor, values: Tensor, mask: GroupedMask) -> Tensor:
+    return _GroupedAttention.apply(query, keys, values, mask)
 
-    def __init__(self, config: Qwen3Config):
+
+class _GroupedAttention(torch.autograd.Function):
+    """sdpa, a group of blocks at a time.
+
+    The backward computes each group again. Autograd would keep the keys, values and mask of every group: as
+    many as there are groups, each as long as the context, so their memory would grow with its square.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, query: Tensor, keys: Tensor, values: Tensor, mask: GroupedMask) -> Tensor:
+        ctx.save_for_backward(query, keys, values)
+        ctx.mask = mask
+        out = torch.empty_like(query)
+        for group in mask.groups:
+            parts = _parts(query, keys, values, mask, group)
+            out[group.row, :, mask.queries(group)] = _sdpa(*parts, mask.of(group))[0]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        mask, states = ctx.mask, ctx.saved_tensors
+        # The context's gradients are sums over groups: in fp32, as a kernel over all of them would add.
+        sums = [torch.zeros_like(each, dtype=at_least_fp32(each[..., :0]).dtype) for each in states]
+        for group in mask.groups:
+            parts = [part.requires_grad_() for part in _parts(*states, mask, group)]
+            own = gradient[group.row : group.row + 1, :, mask.queries(group)]
+            with torch.enable_grad():
+                found = torch.autograd.grad(_sdpa(*parts, mask.of(group)), parts, own)
+            sums[0][group.row, :, mask.queries(group)] = found[0][0].to(sums[0].dtype)
+            context = group.context.stop - group.context.start
+            slots = _slots(mask, group)
+            for total, part in zip(sums[1:], found[1:], strict=True):
+                total[group.row, :, group.context] += part[0, :, :context]
+                total[group.row, :, slots] = part[0, :, context:].to(total.dtype)
+        query, keys, values = (total.to(each.dtype) for total, each in zip(sums, states, strict=True))
+        return query, keys, values, None
+
+
+def _slots(mask: GroupedMask, group: BlockGroup) -> slice:
+    """Return the keys of the group's own blocks, which follow the context."""
+    queries = mask.queries(group)
+    return slice(mask.seq_len + queries.start, mask.seq_len + queries.stop)
+
+
+def _parts(
+    query: Tensor, keys: Tensor, values: Tensor, mask: GroupedMask, group: BlockGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the group's queries `[1, heads, n*K, D]`, and the keys and values that it may see."""
+    row, slots = slice(group.row, group.row + 1), _slots(mask, group)
+    seen = (torch.cat([each[row, :, group.context], each[row, :, slots]], dim=2) for each in (keys, values))
+    return (query[row, :, mask.queries(group)].detach(), *(each.detach() for each in seen))
+
+
+class DSparkAttention(nn.Module):
+    """Queries from the block; keys and values from `[context ; block]`. Qwen3's projections and norms.
+
+    Args:
+        window: positions that a slot sees while decoding, its own included; None for all. In `forward` the
+            mask decides it.
+    """
+
+    def __init__(self, config: Qwen3Config, window: int | None = None):
         super().__init__()
+        self.window = window
         hidden, self.head_dim = config.hidden_size, config.head_dim
         query_width = config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
@@ -137,16 +209,19 @@ class DSparkAttention(nn.Module):
         """
         cos, sin = (part[:, None] for part in rotary)
         query = rotate(self.q_norm(self._heads(self.q_proj(block))).transpose(1, 2), cos, sin)
-        end = length + block.shape[1]
+        slots = block.shape[1]
+        end = length + slots
         keys[:, :, length:end], values[:, :, length:end] = self.keys_values(block, rotary)
+        start, mask = 0, None
+        if self.window is not None and end > self.window:
+            start = max(0, length - self.window + 1)  # the first position that slot 0 sees
+            mask = decoding_mask(slots, length, start, self.window, block.device)
         attended = F.scaled_dot_product_attention(
-            query, keys[:, :, :end], values[:, :, :end], enable_gqa=True
+            query, keys[:, :, start:end], values[:, :, start:end], attn_mask=mask, enable_gqa=True
         )
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
-    def forward(
-        self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask
-    ) -> Tensor:
+    def forward(self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
         """Attend from all blocks to their context and themselves.
 
         Args:

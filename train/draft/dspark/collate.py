@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from train.data.loader import Collate, PackedSample
+from train.data.loader import Arguments, Collate, PackedSample
 from train.data.sampling import AnchorChoice
+from train.draft.dspark.masks import context_spans
 
 # Dummy blocks round the number of blocks up to a multiple of this, so that a GPU sees few shapes.
 ANCHOR_MULTIPLE = 16
@@ -18,20 +18,24 @@ ANCHOR_MULTIPLE = 16
 def collate_anchors(choose: AnchorChoice) -> Collate:
     """Return the collate function of block drafters: each sample's anchors, as positions of the pack.
 
-    It returns `anchor_positions` `[1, N]` int64 and `block_keep_mask` `[1, N]` bool. A dummy block has
-    position 0 and is not kept.
+    It returns `anchor_positions` `[1, N]` int64 and `block_keep_mask` `[1, N]` bool, and on the host `spans`,
+    as `masks.context_spans` makes it. A dummy block has position 0 and is not kept.
     """
 
-    def collate(samples: Sequence[PackedSample]) -> dict[str, Tensor]:
+    def collate(samples: Sequence[PackedSample]) -> Arguments:
         chosen = choose([_candidates(sample.loss_mask) for sample in samples], [s.id for s in samples])
         count = sum(map(len, chosen))
         width = -(-max(count, 1) // ANCHOR_MULTIPLE) * ANCHOR_MULTIPLE
-        anchors = torch.zeros(width, dtype=torch.int64)
+        anchors, first = np.zeros((2, 1, width), dtype=np.int64)
         if count:
-            shifted = [own + sample.start for own, sample in zip(chosen, samples, strict=True)]
-            anchors[:count] = torch.from_numpy(np.concatenate(shifted))
-        keep = torch.arange(width) < count
-        return {"anchor_positions": anchors[None], "block_keep_mask": keep[None]}
+            starts = [np.full(len(own), sample.start) for own, sample in zip(chosen, samples, strict=True)]
+            first[0, :count] = np.concatenate(starts)
+            anchors[0, :count] = np.concatenate(chosen) + first[0, :count]
+        return {
+            "anchor_positions": torch.from_numpy(anchors),
+            "block_keep_mask": (torch.arange(width) < count)[None],
+            "spans": context_spans(anchors, first),
+        }
 
     return collate
 

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, Qwen3Config
 
 from pipeline.cache import Manifest
 from train.config import DraftConfig
-from train.draft.body import DIMENSIONS, mask_token_id, qwen3_body
+from train.draft.body import DIMENSIONS, SLIDING, mask_token_id, qwen3_body
 
 # Fields that Qwen3's config lacks.
 FIELDS = (
@@ -84,4 +84,13 @@ def describe(config: PretrainedConfig) -> list[str]:
         confidence = f"confidence head{sees}"
     slots = f"block size {config.block_size}, mask token {config.mask_token_id}"
     anchor = "the anchor drafts the first token\n  (`sample_from_anchor`), and there is no bonus slot"
-    return [f"{slots}; {anchor}", markov, confidence]
+    return [f"{slots}; {anchor}", *_windows(config), markov, confidence]
+
+
+def _windows(config: PretrainedConfig) -> list[str]:
+    """Return a line on the layers that see only a window; none if there are no such layers."""
+    own = [str(i) for i, kind in enumerate(config.layer_types) if kind == SLIDING]
+    if not own:
+        return []
+    which = "every layer" if len(own) == config.num_hidden_layers else f"of the layers {', '.join(own)}"
+    return [f"sliding attention, {which}: a slot sees {config.sliding_window} positions, its own included"]

@@ -6,11 +6,28 @@ one backward without recomputation, matrix products and attention only.
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from train.data.loader import Pack
 from train.draft.dspark.anchors import build_eval_mask, label_positions, restarting_positions
 from train.draft.dspark.markov import MARKOV_HEADS
+from train.draft.dspark.masks import layer_windows
+
+
+def _attended(seen: Tensor, size: int, window: int | None) -> int:
+    """Return the number of keys that all slots of the blocks see together, their own blocks' included.
+
+    Args:
+        seen: context positions before each block's anchor, `[n]`.
+        size: K.
+        window: as in `train.draft.dspark.masks`.
+    """
+    context = seen[:, None].expand(-1, size)  # [n, K]
+    if window is not None:
+        context = context.minimum(window - 1 - torch.arange(size, device=seen.device))
+    return int(context.sum()) + seen.numel() * size * size
 
 
 def training_flops(config: PretrainedConfig, pack: Pack) -> float:
@@ -39,8 +56,8 @@ def training_flops(config: PretrainedConfig, pack: Pack) -> float:
     rows = blocks * size
     layer = 6 * rows * hidden * (2 * queries + 2 * keys + 3 * config.intermediate_size)
     layer += 6 * tokens * hidden * 2 * keys
-    layer += 12 * queries * size * int((seen + size).sum())
     total = config.num_hidden_layers * layer
+    total += sum(12 * queries * _attended(seen, size, window) for window in layer_windows(config))
     total += 4 * tokens * len(config.target_layer_ids) * hidden * hidden
     total += 4 * slots * hidden * vocab + 2 * positions * hidden * vocab
     if rank:

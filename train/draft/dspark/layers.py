@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from train.draft.dspark.attention import DSparkAttention
+from train.draft.dspark.masks import Mask
 
 
 class DSparkDecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU on the block. The context, already normed, is only read."""
+    """Pre-norm attention and SwiGLU on the block. The context, already normed, is only read.
 
-    def __init__(self, config: Qwen3Config):
+    Args:
+        window: as in `DSparkAttention`.
+    """
+
+    def __init__(self, config: Qwen3Config, window: int | None = None):
         super().__init__()
-        self.self_attn = DSparkAttention(config)
+        self.self_attn = DSparkAttention(config, window)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask
-    ) -> Tensor:
+    def forward(self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
         """Return `[B, N*K, H]`; arguments as in `DSparkAttention.forward`, with `block` not normed."""
         block = block + self.self_attn(self.input_layernorm(block), context, rotary, mask)
         return block + self.mlp(self.post_attention_layernorm(block))

@@ -6,12 +6,13 @@ dspark.common.DSparkForwardOutput); parameter names are those that vLLM and SGLa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -29,7 +30,7 @@ from train.draft.dspark.attention import DSparkRotaryEmbedding
 from train.draft.dspark.confidence import AcceptRatePredictor
 from train.draft.dspark.layers import DSparkDecoderLayer
 from train.draft.dspark.markov import MARKOV_HEADS
-from train.draft.dspark.masks import block_attention_mask, flex_block_mask
+from train.draft.dspark.masks import Mask, flex_block_mask, layer_windows, sdpa_mask
 
 
 @dataclass
@@ -105,7 +106,8 @@ class Qwen3DSparkModel(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
         self.fc = nn.Linear(len(config.target_layer_ids) * hidden, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DSparkDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.windows = layer_windows(config)
+        self.layers = nn.ModuleList(DSparkDecoderLayer(config, window) for window in self.windows)
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary_emb = DSparkRotaryEmbedding(config)
         self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
@@ -147,6 +149,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         context_features: Tensor,
         anchor_positions: Tensor,
         document_ids: Tensor | None = None,
+        spans: np.ndarray | None = None,
     ) -> Tensor:
         """Compute the blocks' final states.
 
@@ -155,13 +158,21 @@ class Qwen3DSparkModel(PreTrainedModel):
             context_features: `[B, S, L*H]`, or `[B, S, L, H]` of any strides.
             anchor_positions: `[B, N]`.
             document_ids: `[B, S]`, if a row holds several documents.
+            spans: context of each block, known on the host, from `masks.context_spans`; None takes it from
+                the anchors.
 
         Returns:
             `[B, N, K, H]`, after the final norm.
         """
         rows, seq_len = context_features.shape[:2]
-        make_mask = flex_block_mask if self.attention == "flex" else block_attention_mask
-        mask = make_mask(anchor_positions, seq_len, self.block_size, document_ids)
+        arguments = (anchor_positions, seq_len, self.block_size, document_ids)
+        masks: dict[int | None, Mask] = {}
+        for window in dict.fromkeys(self.windows):
+            if self.attention == "flex":
+                masks[window] = flex_block_mask(*arguments, window)
+            else:
+                masks[window] = sdpa_mask(*arguments, window, spans)
+        by_layer = tuple(masks[window] for window in self.windows)
         if document_ids is None:
             positions = torch.arange(seq_len, device=noise.device).expand(rows, -1)
         else:
@@ -171,10 +182,14 @@ class Qwen3DSparkModel(PreTrainedModel):
         keep = torch.is_autocast_enabled(noise.device.type)
         dtype = context_features.dtype if keep else self.fc.weight.dtype
         context_features = context_features.to(dtype, memory_format=torch.contiguous_format).flatten(2)
-        return self.backbone(noise, context_features, torch.cat([positions, slots], dim=1), mask)
+        return self.backbone(noise, context_features, torch.cat([positions, slots], dim=1), by_layer)
 
     def backbone(
-        self, noise: Tensor, context_features: Tensor, positions: Tensor, mask: Tensor | BlockMask
+        self,
+        noise: Tensor,
+        context_features: Tensor,
+        positions: Tensor,
+        masks: Sequence[Mask],
     ) -> Tensor:
         """Compute the blocks' final states from prepared inputs. This is the part that is compiled.
 
@@ -182,7 +197,7 @@ class Qwen3DSparkModel(PreTrainedModel):
             noise: `[B, N*K, H]`.
             context_features: `[B, S, L*H]`.
             positions: position ids of context and slots, `[B, S + N*K]`.
-            mask: mask from `train.draft.dspark.masks`.
+            masks: mask of each layer from `train.draft.dspark.masks`; layers of a kind share theirs.
 
         Returns:
             `[B, N, K, H]`.
@@ -190,7 +205,7 @@ class Qwen3DSparkModel(PreTrainedModel):
         context = self.hidden_norm(self.fc(context_features))  # [B, S, H]
         rotary = self.rotary_emb(noise, positions)  # 2 x [B, S + N*K, D]
         block = noise
-        for layer in self.layers:
+        for layer, mask in zip(self.layers, masks, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 block = checkpoint(layer, block, context, rotary, mask, use_reentrant=False)
             else:
@@ -205,8 +220,9 @@ class Qwen3DSparkModel(PreTrainedModel):
         anchor_positions: Tensor | None = None,
         block_keep_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        spans: np.ndarray | None = None,
     ) -> DraftBlocks:
-        """Compute a training forward up to the vocabulary; arguments as in `forward`.
+        """Compute a training forward up to the vocabulary; arguments as in `forward` and `hidden_states`.
 
         Raises:
             ValueError: the context features' width does not fit the draft's layers, or only one of
@@ -242,7 +258,7 @@ class Qwen3DSparkModel(PreTrainedModel):
             self.block_size,
         )
         hidden = self.hidden_states(
-            noise * self.embedding_scale, target_hidden_states, anchor_positions, document_ids
+            noise * self.embedding_scale, target_hidden_states, anchor_positions, document_ids, spans
         )
         embedded = latent = confidence = None
         if self.markov_head is not None:

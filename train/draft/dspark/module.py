@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from train.config import RunConfig
+from train.data.loader import Arguments
 from train.draft.dspark.attention import resolve_attention
 from train.draft.dspark.loss import DSparkStepMetrics, step_metrics
 from train.draft.dspark.model import DraftBlocks, Qwen3DSparkModel
@@ -60,8 +62,9 @@ class DSparkTrainerModule(nn.Module):
         document_ids: Tensor | None = None,
         denominator: Tensor | None = None,
         observe: bool = False,
+        spans: np.ndarray | None = None,
     ) -> DSparkStepMetrics:
-        """Draft and compute the loss; arguments as in `Qwen3DSparkModel.forward`.
+        """Draft and compute the loss; arguments as in `Qwen3DSparkModel.forward` and `hidden_states`.
 
         Args:
             denominator: divisor of the loss; None takes the sum of slot weights of this forward.
@@ -76,7 +79,13 @@ class DSparkTrainerModule(nn.Module):
                 "l1_loss_alpha > 0 needs target_last_hidden_states: pass the teacher's states, or set it to 0"
             )
         blocks = self.draft_model.draft_blocks(
-            input_ids, target_hidden_states, loss_mask, anchor_positions, block_keep_mask, document_ids
+            input_ids,
+            target_hidden_states,
+            loss_mask,
+            anchor_positions,
+            block_keep_mask,
+            document_ids,
+            spans,
         )
         mask = blocks.eval_mask
         operands = self._operands(blocks, input_ids, target_last_hidden_states)
@@ -146,15 +155,16 @@ class DSparkTrainerModule(nn.Module):
             self.compile_loss = True
             # Under DDP, Dynamo would split graphs at gradient buckets, which flex_attention does not allow.
             torch._dynamo.config.optimize_ddp = False
-            if by_layer:
+            # sdpa's groups of blocks are no part of a graph, and a checkpointed layer would not be either.
+            if by_layer or model.attention == "sdpa":
                 for layer in model.layers:
                     layer.compile()
             else:
                 model.backbone = torch.compile(model.backbone)
 
     @staticmethod
-    def pieces(tensors: dict[str, Tensor], blocks: int) -> Iterator[dict[str, Tensor]]:
+    def pieces(tensors: Arguments, blocks: int) -> Iterator[Arguments]:
         """Split the arguments of a forward into parts of at most `blocks` blocks each."""
-        names = ("anchor_positions", "block_keep_mask")
-        for parts in zip(*(tensors[name].split(blocks, dim=1) for name in names), strict=True):
-            yield {**tensors, **dict(zip(names, parts, strict=True))}
+        names = [name for name in ("anchor_positions", "block_keep_mask", "spans") if name in tensors]
+        for start in range(0, tensors["anchor_positions"].shape[1], blocks):
+            yield {**tensors, **{name: tensors[name][:, start : start + blocks] for name in names}}

@@ -10,6 +10,7 @@ from transformers import Qwen3Config
 
 from pipeline.errors import RunError
 from pipeline.text import one_line
+from train.draft.body import slides
 from train.draft.dspark.config import DECLARED
 
 _REQUIRED = ("target_layer_ids", "mask_token_id")
@@ -103,6 +104,13 @@ def released_settings(
         reason = one_line(error)
         raise RunError(f"{where} can't be read ({reason})") from None
     draft = {ours: values[theirs] for theirs, ours in _SETTINGS.items() if theirs in values}
+    if slides(body):
+        if values.get("is_causal") is not False:
+            raise RunError(
+                f"{where} has sliding_attention in layer_types without is_causal = false, so engines hide "
+                "a block's later slots from its earlier ones: it is another kind of draft, import another"
+            )
+        draft |= {"layer_types": body.layer_types, "sliding_window": body.sliding_window}
     draft["markov_head"] = values["markov_head_type"] if rank else "none"
     if rank:
         draft["markov_rank"] = values["markov_rank"]

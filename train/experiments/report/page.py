@@ -255,13 +255,14 @@ def _acceptance(runs: Sequence[RunData]) -> Section:
         "Live decoding",
         "dspark speculate --target TARGET --cache CACHE --run RUN",
     )
-    by_source, by_length = (
+    grouped = [
         tables.groups(runs, "by_source", "source"),
         tables.groups(runs, "by_length", "tokens"),
-    )
+        tables.groups(runs, "by_context", "tokens of context"),
+    ]
     found = [
         [tables.live_rounds(runs)],
-        *([[by_source, by_length]] if len(runs) == 1 else [[by_source], [by_length]]),
+        *([grouped] if len(runs) == 1 else [[table] for table in grouped]),
     ]
     missing = _unmeasured(trained, "Held-out acceptance") + live
     return Section("acceptance", "Acceptance", lead, rows, _present(found), missing=missing)

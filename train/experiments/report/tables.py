@@ -134,13 +134,15 @@ def live_rounds(runs: Sequence[RunData]) -> Table | None:
     return Table("Live decoding", ["run", *(title for title, _ in columns)], rows, note=note)
 
 
-def groups(runs: Sequence[RunData], key: Literal["by_source", "by_length"], title: str) -> Table | None:
+def groups(
+    runs: Sequence[RunData], key: Literal["by_source", "by_length", "by_context"], title: str
+) -> Table | None:
     """Make the table of tau by what held-out samples have in common; of a run alone also their number."""
     found: dict[int, dict[str, Group]] = {
         run.index: (getattr(run.evaluation, key) if run.evaluation else None) or {} for run in runs
     }
     names = list(dict.fromkeys(name for run in runs for name in found[run.index]))
-    if key == "by_length":
+    if key != "by_source":
         names.sort(key=lambda name: int(name.partition("-")[0]) if name.partition("-")[0].isdecimal() else 0)
     if not names:
         return None
