@@ -45,7 +45,11 @@ INDEXING = {
 # Where CUDA takes not even one value of the CPU.
 STRICT = {aten.gather.default, aten.index_select.default, aten.scatter_.src, aten.index_copy_.default}
 # Products of half precision that are summed up in another dtype: only CUDA has them.
-WITH_DTYPE = {getattr(getattr(aten, name), "dtype", None) for name in ("mm", "bmm", "addmm")} - {None}
+WITH_DTYPE = {
+    getattr(getattr(aten, name), form, None)
+    for name in ("mm", "bmm", "addmm")
+    for form in ("dtype", "dtype_out")
+} - {None}
 
 
 class OnEveryThread(TorchDispatchMode):
@@ -85,7 +89,7 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         inner[0], number_type = inner[0].float(), inner[0].dtype
         out = func(*inner, **named).to(number_type)
     else:
-        out = _product(*inner) if func in WITH_DTYPE else func(*inner, **named)
+        out = _product(*inner, **named) if func in WITH_DTYPE else func(*inner, **named)
     known = {id(t.elem): t for t in ours}
 
     def wrap(value: Any) -> Any:
@@ -98,13 +102,14 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, out) if ours and hasattr(func, "_schema") else out
 
 
-def _product(*operands: Any) -> Tensor:
+def _product(*operands: Any, out: Tensor | None = None) -> Tensor:
     """Multiply two matrices, the last but the dtype; add a third if one comes before them."""
     *added, left, right, dtype = operands
     half = (torch.bfloat16, torch.float16)
     if left.dtype not in half or right.dtype != left.dtype or dtype not in (left.dtype, torch.float32):
         raise RuntimeError(f"out_dtype {dtype} does not go with {left.dtype} and {right.dtype}")
-    return sum((each.to(dtype) for each in added), start=left.to(dtype) @ right.to(dtype))
+    made = sum((each.to(dtype) for each in added), start=left.to(dtype) @ right.to(dtype))
+    return made if out is None else out.copy_(made)
 
 
 def _differentiating() -> bool:
