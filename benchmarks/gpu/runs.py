@@ -55,13 +55,13 @@ def tiny(place: Place) -> list[Figure]:
         "train.log_every": 2,
         "train.lr": 3e-3,
         "train.precision": "bf16",
-        "train.max_steps": 6 if place.pretend else 24,
+        "train.max_steps": 4 if place.pretend else 24,
         "train.checkpoint_every": 2 if place.pretend else 8,
     }
     target = Target(
         name="tiny",
         folder=make_target(place.folder / "target", "qwen3"),
-        data=make_conversations(place.folder / "chats.jsonl", count=24 if place.pretend else 40),
+        data=make_conversations(place.folder / "chats.jsonl", count=16 if place.pretend else 40),
         capture=(
             "--layers",
             "0,2,4",
@@ -74,9 +74,9 @@ def tiny(place: Place) -> list[Figure]:
         ),
         short=small,
         config=(),
-        measured={**small, "train.max_steps": 4 if place.pretend else 60},
+        measured={**small, "train.max_steps": 3 if place.pretend else 60},
         prompts=2 if place.pretend else 6,
-        new_tokens=8 if place.pretend else 32,
+        new_tokens=6 if place.pretend else 32,
     )
     return through(target, place)
 

@@ -78,7 +78,8 @@ def pinned_share(reader: CacheReader, batch_tokens: int) -> float:
     pack = epoch_packs(reader.lengths, batch_tokens, 0, 0)[0]
     collate = collate_anchors(random_anchors(reading.ANCHORS, 0, 0))
     batch = load_encoded_batch(reader, np.asarray(pack).tolist(), reader.layer_ids, batch_tokens, collate)
-    tensors = [*batch.tensors().values(), *batch.last_hidden.values()]
+    tensors = [each for each in batch.tensors().values() if isinstance(each, torch.Tensor)]
+    tensors += batch.last_hidden.values()
     tensors += [tensor for parts in batch.context.values() for tensor in parts.values()]
     pinned = sum(tensor.nbytes for tensor in tensors if tensor.is_pinned())
     return pinned / sum(tensor.nbytes for tensor in tensors)
@@ -95,7 +96,7 @@ def capture(place: Place) -> list[Figure]:
     fewer = {**QWEN3_4B, "num_hidden_layers": 12}
     full = (name, shape, 200, longest, mean_log, batch_tokens, shard_tokens, 2)
     small = (f"{name}, 12 layers", fewer, 120, longest, mean_log, 8192, shard_tokens, 2)
-    tiny = ("tiny shape", TINY_TARGET, 24, 128, 3.5, 256, 512, 1)
+    tiny = ("tiny shape", TINY_TARGET, 12, 128, 3.5, 256, 512, 1)
     case = place.pick(full, small, tiny)
     check_disk(place, case[1])
     rows = capture_rows(*case, device=CUDA, folder=place.folder)
