@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -31,11 +32,12 @@ def dspark(*words: str | Path) -> str:
     torch._dynamo.reset()
     arguments, out = [str(word) for word in words], io.StringIO()
     print("$ dspark", *arguments, flush=True)
+    began = time.monotonic()
     try:
         with redirect_stdout(out):
             code = cli.main(arguments, prog_name="dspark", standalone_mode=False)
     finally:
-        print(out.getvalue(), flush=True)
+        print(f"{out.getvalue()}({time.monotonic() - began:.1f} s)\n", flush=True)
     if code:
         raise RuntimeError(f"dspark {arguments[0]} ended with exit code {code}, its message is in the log")
     return out.getvalue()

@@ -60,17 +60,11 @@ def tiny(place: Place) -> list[Figure]:
     }
     target = Target(
         name="tiny",
-        folder=make_target(place.folder / "target", "qwen3"),
+        folder=make_target(place.folder / "target", "qwen3", num_hidden_layers=2 if place.pretend else 6),
         data=make_conversations(place.folder / "chats.jsonl", count=16 if place.pretend else 40),
         capture=(
-            "--layers",
-            "0,2,4",
-            "--shard-tokens",
-            "512",
-            "--batch-tokens",
-            "256",
-            "--dtype",
-            "bfloat16",
+            *("--layers", "0,1" if place.pretend else "0,2,4"),
+            *("--shard-tokens", "512", "--batch-tokens", "256", "--dtype", "bfloat16"),
         ),
         short=small,
         config=(),

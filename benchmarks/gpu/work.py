@@ -117,8 +117,9 @@ def _work(section: Section, place: Place, result: Path, log: Path) -> None:
     """Run a section in this process, and write its outcome."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(output, number)
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
     os.chdir(ROOT)
     os.environ["DSPARK_TOKENS"] = str(place.folder / "tokens")
     outcome = Outcome(section.name, PASSED)
