@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -116,4 +117,10 @@ def conclude(outcomes: list[Outcome]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # as an exception, so that a section's process ends
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on with the section that was running")

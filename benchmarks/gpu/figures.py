@@ -90,7 +90,7 @@ class Outcome:
     status: str
     figures: list[Figure] = field(default_factory=list)
     reason: str = ""
-    """One line: why it failed, was skipped or did not run."""
+    """One line: why it failed, was skipped or did not run, or what it left out."""
     seconds: float = 0.0
     log: str = ""
     """Path of its output."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +25,8 @@ class Place:
     """The device is the pretend one: nothing is recorded, and speed is not judged."""
     size: str = TINY
     """Name of the shapes that fit its memory: full, small or tiny."""
+    notes: list[str] = field(default_factory=list)
+    """What the section had to leave out, each in a few words."""
 
     def pick(self, full: Shape, small: Shape, tiny: Shape) -> Shape:
         """Return the value for this size."""

@@ -48,7 +48,7 @@ def ranks(place: Place) -> list[Figure]:
             strays = sum(len(of) > 1 for of in devices.values())
             figures.append(exact(case, "processes with contexts on two GPUs", strays, 0))
         else:
-            print("nvidia-smi shows no processes here: contexts are not judged")
+            place.notes.append(f"nvidia-smi shows no processes, so contexts of {way} are not judged")
     place.record("ranks", rows)
     return [*figures, *judged(rows, {}, pretend=place.pretend)]
 

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 CODE = ("pipeline", "capture", "train", "benchmarks", "tests", "configs")
 # What makes figures of an earlier call those of another machine or code.
 PACKAGES = ("torch", "transformers", "triton")
+GRACE_SECONDS = 5
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
 
 
@@ -84,8 +86,12 @@ def run_section(section: Section, folder: Path, seconds: float, *, pretend: bool
     began = time.monotonic()
     process = start_process(_work, section, Place(scratch, pretend), result, log, pretend=pretend)
     most = min(seconds, section.most_seconds)
-    process.join(most)
-    outcome = _outcome(section, process, result, cut_short=seconds < section.most_seconds)
+    try:
+        process.join(most)
+        outcome = _outcome(section, process, result, cut_short=seconds < section.most_seconds)
+    except BaseException:  # Ctrl-C does not reach a process of another group
+        _stop(process)
+        raise
     outcome.seconds, outcome.log = time.monotonic() - began, str(log)
     if outcome.status == PASSED:
         _clear(section, folder)
@@ -103,14 +109,22 @@ def _clear(section: Section, folder: Path) -> None:
 
 def _outcome(section: Section, process: multiprocessing.Process, result: Path, *, cut_short: bool) -> Outcome:
     if process.exitcode is None:
-        os.killpg(process.pid, signal.SIGKILL)  # and what it started
-        process.join()
+        _stop(process)
         if cut_short:
             return Outcome(section.name, NOT_RUN, reason="the budget ended first")
         return Outcome(section.name, FAILED, reason=f"took more than {section.most_seconds} s")
     if process.exitcode != 0 or not result.is_file():
         return Outcome(section.name, FAILED, reason=f"its process ended with exit code {process.exitcode}")
     return Outcome.load(result)
+
+
+def _stop(process: multiprocessing.Process) -> None:
+    """End a section's process and those that it started."""
+    if process.exitcode is None:
+        for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun ends its workers at the first
+            with suppress(ProcessLookupError):  # it is just ending
+                os.killpg(process.pid, number)
+            process.join(GRACE_SECONDS)
 
 
 def _work(section: Section, place: Place, result: Path, log: Path) -> None:
@@ -132,6 +146,7 @@ def _work(section: Section, place: Place, result: Path, log: Path) -> None:
         first = (str(error).splitlines() or [""])[0]
         outcome.status, outcome.reason = FAILED, f"{type(error).__name__}: {first}"[:300]
     else:
+        outcome.reason = "; ".join(place.notes)
         if not all(figure.holds for figure in outcome.figures):
             outcome.status = SHORT
     sys.stdout.flush()

@@ -61,7 +61,7 @@ def section_of(call: dict, name: str) -> list[str]:
 @pytest.mark.parametrize("name", LINES)
 def test_every_section_passes_on_the_pretend_device(calls: dict, name: str) -> None:
     heading, *figures = section_of(calls["whole"], name)
-    assert heading.startswith(f"== {name}: passed (")
+    assert heading.startswith(f"== {name}: passed")
     figure, verdict = LINES[name]
     found = [line for line in figures if f" {figure} " in line]
     assert found, figures

@@ -261,9 +261,11 @@ def test_speculation_on_a_gpu_is_lossless(
     run_ok(*train_arguments(cache_dir, run, train__max_steps=30))
     options = ("--cache", cache_dir, "--num-prompts", "6", "--max-new-tokens", "32", "--device", "cuda")
     speculate = ("speculate", "--target", target_dir, "--run", run, "--dtype", dtype, "--json")
-    greedy, sampled = json.loads(run_ok(*speculate, *options))["runs"]
-    assert greedy["identical"] + len(greedy["partings"]) == 6
-    assert dtype == "bfloat16" or greedy["identical"] == 6
+    found = json.loads(run_ok(*speculate, *options))
+    (greedy, sampled), prompts = found["runs"], found["prompts"]
+    assert prompts > 2
+    assert greedy["identical"] + len(greedy["partings"]) == prompts
+    assert dtype == "bfloat16" or greedy["identical"] == prompts
     assert 1 <= sampled["tokens_per_round"] <= 4
 
 
