@@ -14,7 +14,8 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 import torch.profiler
 from torch import Tensor
-from torch.utils._device import _device_constructors
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
 
 from tests.gpu_less.pretend import cuda
 from tests.gpu_less.pretend.copies import converted
@@ -119,17 +120,24 @@ class _Moved(torch.autograd.Function):
         return gradient.to(device, dtype), None, None, None, None
 
 
+def _device_of_context() -> torch.device | None:
+    """Return the device of `with torch.device("cuda")`, None outside of one."""
+    modes = reversed(_get_current_function_mode_stack())
+    return next((mode.device for mode in modes if isinstance(mode, DeviceContext)), None)
+
+
 def _making(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return `torch.tensor` or `torch.as_tensor` for values that go to a GPU."""
 
     def make(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-        number = cuda_number(device)
+        number = cuda_number(_device_of_context() if device is None else device)
         if isinstance(data, PretendTensor):
             made = data.detach().clone() if plain.__name__ == "tensor" else data
             return made.to(device=device or data.device, dtype=kwargs.get("dtype") or data.dtype)
         if number is None:
             return plain(data, *args, device=device, **kwargs)
-        made = plain(data, *args, **{k: v for k, v in kwargs.items() if k != "requires_grad"})
+        kept = {k: v for k, v in kwargs.items() if k != "requires_grad"}
+        made = plain(data, *args, device="cpu", **kept)
         return made.to(torch.device("cuda", number)).requires_grad_(kwargs.get("requires_grad", False))
 
     make.__name__ = plain.__name__
