@@ -76,6 +76,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traced]:
     monkeypatch.setattr(torch, "compile", compile_counted)
     monkeypatch.setattr(DSparkTrainerModule, "forward", noted)
     monkeypatch.setattr(module, "resolve_attention", lambda *_: "flex")
+    monkeypatch.setattr(module, "flex_options", lambda *_: {"FORCE_USE_FLEX_ATTENTION": True})
     # Compiled flex_attention has no backward on a CPU.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None, raising=False)
     monkeypatch.setattr(masks, "create_block_mask", compiling.compiled(masks.create_block_mask))

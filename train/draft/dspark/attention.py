@@ -17,6 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 from pipeline.errors import ConfigError
 from pipeline.features import at_least_fp32
 from pipeline.text import one_line
+from train.draft.dspark.flops import hidden_flops
 from train.draft.dspark.masks import BlockGroup, GroupedMask, Mask, decoding_mask, flex_block_mask
 from train.runtime.compiled import compiled
 
@@ -71,12 +72,23 @@ def flex_options(dim: int, dtype: torch.dtype, device: torch.device) -> dict[str
 
 
 def resolve_attention(
-    name: str, config: Qwen3Config, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    name: str,
+    config: Qwen3Config,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 4096,
 ) -> Literal["sdpa", "flex"]:
     """Return the attention kernel to use: `auto` is flex if it runs on the device, else sdpa.
 
     For `auto` on CUDA, a forward and backward with the draft's dimensions are tried: flex needs a compiler,
-    and its kernels don't fit every GPU's shared memory.
+    and its kernels don't fit every GPU's shared memory. A warning says what sdpa costs instead.
+
+    Args:
+        name: value of `draft.attention`.
+        config: the draft's config.
+        device: where the draft runs.
+        dtype: of queries, keys and values.
+        tokens: of a pack, for the warning.
 
     Raises:
         ConfigError: `name` is flex and the device is not CUDA, where flex has no backward.
@@ -88,9 +100,10 @@ def resolve_attention(
     if device.type != "cuda":
         return "sdpa"
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    anchors = torch.arange(1, 65, device=device)[None]
-    queries, size = anchors.shape[1] * config.block_size, 256
+    count, size = 64, 256
+    queries = count * config.block_size
     try:
+        anchors = torch.arange(1, count + 1, device=device)[None]
         mask = flex_block_mask(anchors, size, config.block_size)
         shapes = ((heads, queries), (kv_heads, size + queries), (kv_heads, size + queries))
         states = [torch.randn(1, h, n, dim, device=device, dtype=dtype) for h, n in shapes]
@@ -99,7 +112,12 @@ def resolve_attention(
         torch.cuda.synchronize(device)
     except Exception as error:  # compilers and drivers raise anything
         reason = one_line(error)
-        warnings.warn(f"flex_attention does not run here ({reason}): using sdpa", stacklevel=2)
+        more = hidden_flops(config, tokens) / 1e12
+        warnings.warn(
+            f"flex_attention does not run here ({reason}): using sdpa, which is slower. It computes about "
+            f"{more:.2g} TFLOP a micro-batch of {tokens} tokens that flex_attention would skip",
+            stacklevel=2,
+        )
         return "sdpa"
     return "flex"
 

@@ -169,7 +169,8 @@ class DSparkTrainerModule(nn.Module):
         allow_tf32(train.tf32)
         bf16 = resolve_precision(device, train.precision) == "bf16"
         dtype = torch.bfloat16 if bf16 else torch.float32
-        model.attention = resolve_attention(config.draft.attention, model.config, device, dtype)
+        chosen = config.draft.attention
+        model.attention = resolve_attention(chosen, model.config, device, dtype, train.batch_tokens)
         if model.attention == "flex":
             for layer in model.layers:
                 layer.self_attn.flex_options = flex_options(model.config.head_dim, dtype, device)
