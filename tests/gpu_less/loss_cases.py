@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
@@ -80,6 +80,16 @@ def compute_with_other_weights(case: LossCase) -> list[list[float]]:
             with torch.no_grad():
                 x[changed].mul_(1.5)
         found.append([_compute(case, x, kernel)["total"].item() for kernel in ("torch", "triton")])
+    return found
+
+
+def compute_without_gradients(case: LossCase) -> list[float]:
+    """Return the loss by the kernel in inference mode, with gradients, and in inference mode again."""
+    x, found = case.operands(), []
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            bare = replace(case, trained=()) if inference else case
+            found.append(_compute(bare, x, "triton")["total"].item())
     return found
 
 

@@ -16,6 +16,7 @@ from tests.gpu_less.loss_cases import (
     LossCase,
     compute,
     compute_with_other_weights,
+    compute_without_gradients,
     computed_with,
     define,
 )
@@ -178,6 +179,11 @@ def test_weights_that_change_are_seen(interpreter) -> None:
     assert len({total for total, _ in found}) == 3
     for plain, kernel in found:
         assert kernel == pytest.approx(plain, rel=1e-5)
+
+
+def test_inference_mode_leaves_nothing_behind(interpreter) -> None:
+    found = interpreter.call(compute_without_gradients, LossCase())
+    assert found == [found[0]] * 3
 
 
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])
