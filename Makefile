@@ -105,7 +105,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for name in loss train_step loader opening capture codecs; do \
+	@for name in loss train_step long_context loader opening capture codecs; do \
 		echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 

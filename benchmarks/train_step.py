@@ -79,14 +79,15 @@ def make_batch(config: RunConfig, draft: Qwen3Config, mean_log: float, device: t
     collate = collate_anchors(random_anchors(config.train.anchors_per_batch, seed, 0))
     pack = load_pack(Documents(lengths, draft.vocab_size), members, size, collate)
     states = torch.randn(1, size, draft.hidden_size, dtype=torch.bfloat16, device=device)
-    return Batch(
-        **{name: tensor.to(device) for name, tensor in pack.fields().items()},
-        collated={name: tensor.to(device) for name, tensor in pack.collated.items()},
+    batch = Batch(
+        **pack.fields(),
+        collated=pack.collated,
         num_tokens=pack.num_tokens,
         flops=training_flops(draft, pack),
         target_hidden_states=states.repeat(1, 1, len(draft.target_layer_ids)),
         target_last_hidden_states=states,
     )
+    return batch.to(device)
 
 
 def make_draft(config: RunConfig, shape: dict[str, int], device: torch.device) -> Qwen3DSparkModel:

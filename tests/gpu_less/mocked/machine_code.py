@@ -14,6 +14,7 @@ import pickle
 import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,19 @@ def _read(name: str, source: str, folder: Path) -> tuple[str, Any, dict[str, Any
     return next(value for value in vars(module).values() if isinstance(value, tuple) and len(value) == 3)
 
 
-def _describe(kind: str) -> Any:
-    """Return a stand-in for a decorator of generated kernels, which keeps what it was given."""
-    return lambda *_, **described: lambda function: (kind, function, described)
+def describe_kernels() -> None:
+    """Let the decorators of generated kernels keep what they are given, in this process from now on."""
+    for kind in ("template", "reduction", "persistent_reduction", "pointwise"):
+        setattr(heuristics, kind, partial(_describe, kind))
+
+
+def _describe(kind: str, *_: Any, **described: Any) -> Any:
+    return lambda function: (kind, function, described)
 
 
 def main(kernels: str, gpu: str, word: str) -> list[dict[str, Any]]:
     install(GPUS[gpu])
-    for kind in ("template", "reduction", "persistent_reduction", "pointwise"):
-        setattr(heuristics, kind, _describe(kind))
+    describe_kernels()
     with tempfile.TemporaryDirectory() as folder:
         return [
             needs(name, source, GPUS[gpu], Path(folder))

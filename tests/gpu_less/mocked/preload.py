@@ -30,13 +30,10 @@ def environment() -> dict[str, str]:
     if not library.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
-        headers = [installed / "include", installed / "include/torch/csrc/api/include"]
-        subprocess.run(
-            [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", *(f"-I{each}" for each in headers)]
-            + [SOURCE, "-o", made, f"-L{installed / 'lib'}", "-ltorch_cpu", "-lc10"]
-            + [f"-Wl,-rpath,{installed / 'lib'}"],
-            check=True,
-        )
+        headers = [f"-I{installed / each}" for each in ("include", "include/torch/csrc/api/include")]
+        linked = [f"-L{installed / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{installed / 'lib'}"]
+        flags = ["-O1", "-std=c++20", "-shared", "-fPIC", *headers]
+        subprocess.run([compiler, *flags, SOURCE, "-o", made, *linked], check=True)
         made.rename(library)  # workers of one session may build it at the same time
     threads = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
     return {**os.environ, **threads, "LD_PRELOAD": str(library), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from train.config import RunConfig
 from train.data.loader import Arguments
-from train.draft.dspark.attention import resolve_attention
+from train.draft.dspark.attention import flex_options, resolve_attention
 from train.draft.dspark.loss import DSparkStepMetrics, step_metrics
 from train.draft.dspark.model import DraftBlocks, Qwen3DSparkModel
 from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
@@ -146,10 +146,16 @@ class DSparkTrainerModule(nn.Module):
         """
         model, train = self.draft_model, config.train
         allow_tf32(train.tf32)
-        model.attention = resolve_attention(config.draft.attention, model.config, device)
+        bf16 = resolve_precision(device, train.precision) == "bf16"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        chosen = config.draft.attention
+        model.attention = resolve_attention(chosen, model.config, device, dtype, train.batch_tokens)
+        if model.attention == "flex":
+            for layer in model.layers:
+                layer.self_attn.flex_options = flex_options(model.config.head_dim, dtype, device)
         model.activation_checkpointing = train.activation_checkpointing
         frozen = not model.lm_head.weight.requires_grad
-        if frozen and resolve_precision(device, train.precision) == "bf16":
+        if frozen and bf16:
             model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
         self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
         if compiles(train.compile, device):
