@@ -168,7 +168,7 @@ def bad_targets(pages: Pages) -> list[str]:
     """Return the targets and variables that the Makefile doesn't have."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.M))
-    variables = set(re.findall(r"^([A-Z]+) \?=", makefile, flags=re.M))
+    variables = set(re.findall(r"^([A-Z_]+) \?=", makefile, flags=re.M))
     return [
         f"{page}: make {word}"
         for page, text in pages.items()
