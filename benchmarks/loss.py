@@ -36,7 +36,7 @@ from pipeline.device import resolve_device, reuse_freed_memory
 from pipeline.features import at_least_fp32, head_logits
 from train.draft.dspark.anchors import label_positions, sample_anchor_positions
 from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
-from train.losses.slots import Objective, SlotFigures, divide, slot_losses, sum_slots, supervised_weights
+from train.losses.slots import Objective, SlotFigures, Supervised, divide, slot_losses, sum_slots
 from train.trainer.metrics import peak_flops
 
 GAMMA, CE_ALPHA, L1_ALPHA = 4.0, 0.1, 0.9
@@ -129,7 +129,7 @@ def definition(x: Inputs) -> Tensor:
     with torch.no_grad():
         teacher = head_logits(x.teacher[x.which], x.head)
     ce, l1 = slot_losses(logits, x.labels, teacher)
-    return divide(sum_slots(SlotFigures(x.mask, ce, l1, None), OBJECTIVE), OBJECTIVE).loss
+    return divide(sum_slots(SlotFigures(Supervised.of(x.mask), ce, l1, None), OBJECTIVE), OBJECTIVE).loss
 
 
 def ours(x: Inputs) -> Tensor:
@@ -144,7 +144,7 @@ def chunked(x: Inputs) -> Tensor:
 
 def fused(x: Inputs, kernel: str) -> Tensor:
     """Compute the loss by `losses/fused.py`, called as in `DSparkTrainerModule`."""
-    weights = supervised_weights(x.mask, GAMMA)
+    weights = Supervised.of(x.mask).weights(GAMMA)
     operands = SlotOperands(
         hidden=x.hidden,
         head=x.head,
@@ -156,7 +156,7 @@ def fused(x: Inputs, kernel: str) -> Tensor:
         bias=LowRankBias(latent=x.latent, weight=x.w2, by_position=True),
     )
     total, ce, l1 = vocabulary_loss(operands, kernel=kernel, compile_passes=x.hidden.is_cuda)
-    return total / sum_slots(SlotFigures(x.mask, ce, l1, None), OBJECTIVE).weight
+    return total / sum_slots(SlotFigures(Supervised.of(x.mask), ce, l1, None), OBJECTIVE).weight
 
 
 def load_nvidia() -> Callable[[Inputs], Tensor] | None:

@@ -70,7 +70,7 @@ class Session:
     def ok(self, *words: str | Path) -> Outcome:
         """Run `dspark ...`, which must succeed without a fault."""
         outcome = self.run(*words)
-        assert outcome.code == 0, f"{words[:2]}: {outcome.out}{outcome.err}"
+        assert outcome.code == 0, f"{words[:2]}: {outcome.out[-500:]}{outcome.err[-2000:]}"
         assert not outcome.faults, "\n".join(f"{n} x {note}" for note, n in outcome.faults.items())
         return outcome
 

@@ -74,7 +74,7 @@ def test_training_gives_the_cpus_numbers(gpu_cache: Path, gpu_run: Path, tmp_pat
         {"train__optimizer": "muon"},
         {"draft__markov_head": "rnn"},
         {"draft__markov_head": "gated", "loss__confidence_alpha": 0.0},
-        {"draft__markov_head": "none"},
+        {"draft__markov_head": "none", "draft__confidence_with_markov": "false"},
         {"train__activation_checkpointing": "true"},
     ],
     ids=lambda settings: next(iter(settings)),

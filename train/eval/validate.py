@@ -16,7 +16,7 @@ from train.data.packing import sequential_packs, share
 from train.data.sampling import AnchorChoice, spread_anchors
 from train.draft import DRAFTS
 from train.draft.kind import TrainerModule
-from train.losses.slots import LossSums, Objective, divide
+from train.losses.slots import LossSums, Objective, divide, to_numbers
 from train.runtime.console import bar
 from train.runtime.distributed import Ranks
 from train.runtime.precision import autocast
@@ -82,11 +82,8 @@ def validate(
     assert total is not None
     total = LossSums.from_tensors(list(total.terms), ranks.total(total.tensors()))
     figures = divide(total, Objective.of(config.loss)).values()
-    return {
-        "samples": len(samples),
-        "blocks": int(total.blocks),
-        **{name: value.tolist() for name, value in figures.items()},
-    }
+    found = to_numbers(figures | {"blocks": total.blocks})
+    return {"samples": len(samples), "blocks": int(found.pop("blocks")), **found}
 
 
 def format_validation(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +79,9 @@ class VocabularyPass(ABC):
         """Cut the slots, sorted by position, so that those of a chunk share its few positions."""
         positions, order = self.operands.positions.sort(stable=True)
         rows = chunk_rows(len(order), len(self.operands.head), order.device)
-        for number, (first, end) in enumerate(_spans(positions, rows)):
+        known = self.operands.ordered
+        spans = _spans(positions, rows) if known is None else _known_spans(known, rows)
+        for number, (first, end) in enumerate(spans):
             some = slice(number * rows, (number + 1) * rows)
             yield Chunk(order[some], slice(first, end), positions[some] - first)
 
@@ -109,13 +112,19 @@ def _cuda_elements(device: torch.device) -> int:
 def _spans(positions: Tensor, rows: int) -> list[tuple[int, int]]:
     """Return the first position, and the one after the last, of each `rows` ascending positions.
 
-    The one place where the pass waits for the device.
+    Wait for the device, as nothing else in the pass does.
     """
     if not len(positions):
         return []
     firsts = positions[::rows]
     lasts = torch.cat([positions[rows - 1 :: rows], positions[-1:]])[: -(-len(positions) // rows)]
     return [(first, last + 1) for first, last in torch.stack([firsts, lasts], dim=1).tolist()]
+
+
+def _known_spans(positions: np.ndarray, rows: int) -> list[tuple[int, int]]:
+    """Return the same from positions on the host."""
+    starts = range(0, len(positions), rows)
+    return [(int(positions[i]), int(positions[i : i + rows][-1]) + 1) for i in starts]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

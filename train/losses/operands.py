@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 
@@ -31,6 +32,8 @@ class SlotOperands:
     """`[M]`."""
     positions: Tensor
     """Number of the distinct position of each slot's label, `[M]` in `[0, U)`."""
+    ordered: np.ndarray | None = None
+    """`positions`, ascending, where the host knows them."""
     ce_weights: Tensor
     """`[M]`; each slot's cross entropy counts so much in the sum."""
     l1_weights: Tensor

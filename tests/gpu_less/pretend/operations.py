@@ -47,7 +47,7 @@ STRICT = {aten.gather.default, aten.index_select.default, aten.scatter_.src, ate
 # Products of half precision that are summed up in another dtype: only CUDA has them.
 WITH_DTYPE = {
     getattr(getattr(aten, name), form, None)
-    for name in ("mm", "bmm", "addmm")
+    for name in ("mm", "bmm", "addmm", "baddbmm")
     for form in ("dtype", "dtype_out")
 } - {None}
 
@@ -108,8 +108,8 @@ def _product(*operands: Any, out: Tensor | None = None) -> Tensor:
     half = (torch.bfloat16, torch.float16)
     if left.dtype not in half or right.dtype != left.dtype or dtype not in (left.dtype, torch.float32):
         raise RuntimeError(f"out_dtype {dtype} does not go with {left.dtype} and {right.dtype}")
-    made = sum((each.to(dtype) for each in added), start=left.to(dtype) @ right.to(dtype))
-    return made if out is None else out.copy_(made)
+    result = sum((each.to(dtype) for each in added), start=left.to(dtype) @ right.to(dtype))
+    return result if out is None else out.copy_(result)
 
 
 def _differentiating() -> bool:
