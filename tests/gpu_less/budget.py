@@ -1,4 +1,4 @@
-"""How often the host may wait for a GPU: for tests on the pretend device, and for `make gpu` on a real one."""
+"""How often the host may wait for a GPU: on the pretend device of tests, and on a real one by `make gpu`."""
 
 from __future__ import annotations
 
