@@ -138,10 +138,20 @@ def test_evaluation(gpu: Session, gpu_cache: Path, trainings: Callable) -> None:
     assert_within("forward of evaluation", forwards, syncs)
 
 
-def test_decoding(gpu: Session, gpu_cache: Path, qwen: Path, trainings: Callable) -> None:
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_decoding(gpu: Session, gpu_cache: Path, qwen: Path, trainings: Callable, temperature: str) -> None:
     run, _ = trainings(1)
     words = ["speculate", "--cache", gpu_cache, "--run", run, "--target", qwen, "--dtype", "float32"]
-    words += ["--num-prompts", "2", "--temperature", "0", "--device", "cuda", "--json", "--max-new-tokens"]
+    words += [
+        "--num-prompts",
+        "2",
+        "--temperature",
+        temperature,
+        "--device",
+        "cuda",
+        "--json",
+        "--max-new-tokens",
+    ]
     few, many = (gpu.ok(*words, str(tokens)) for tokens in (8, 24))
     for kind, function, count in (
         ("round of decoding", "decode_speculative", "rounds"),
