@@ -12,6 +12,9 @@ NPROC ?=
 SET ?=
 FRESH ?=
 PROMPTS ?= 4
+ONLY ?=
+BUDGET ?= 600
+GPU_PYTHON ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +25,7 @@ OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
 STAGE := $(if $(NPROC),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan capture train evaluate test test-flipped lint format bench clean
+.PHONY: help setup plan capture train evaluate test test-flipped lint format bench gpu clean
 
 help:
 	@echo 'make setup      make .venv with everything the example needs (the others do it for you)'
@@ -37,6 +40,7 @@ help:
 	@echo 'make lint       check style; changes nothing'
 	@echo 'make format     rewrite to style'
 	@echo 'make bench      run the benchmarks (but those that train for long: quality.py, initialise.py, optimizers.py)'
+	@echo 'make gpu        on a GPU machine: prove that all works there, and measure it, in ten minutes'
 	@echo 'make clean      remove .venv, .cache, caches/ and runs/'
 	@echo
 	@echo 'Variables (make train TARGET=... DATA=...):'
@@ -51,6 +55,9 @@ help:
 	@echo '  SET      settings of a run, as train.lr=1e-3 train.seed=1 [none]'
 	@echo '  PROMPTS  held-out questions that evaluate decodes         [$(PROMPTS)]'
 	@echo '  FRESH    1: clear the run and train from the start        [continue it]'
+	@echo '  ONLY     sections of make gpu, as loss,step               [all]'
+	@echo '  BUDGET   seconds of make gpu                              [$(BUDGET)]'
+	@echo '  GPU_PYTHON  interpreter of make gpu that has torch for CUDA; no .venv is made then'
 	@echo '  PYTHON   interpreter that makes .venv, 3.11 or newer      [$(PYTHON)]'
 
 setup: $(STAMP)
@@ -108,6 +115,11 @@ bench: $(STAMP)
 	@for name in loss train_step long_context loader opening capture codecs; do \
 		echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
+
+# Without GPU_PYTHON it is .venv's: the pinned torch of PyPI is built for CUDA on Linux.
+gpu: $(if $(GPU_PYTHON),,$(STAMP))
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu --seconds $(BUDGET) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(FRESH),--fresh)
 
 clean:
 	rm -rf $(VENV) .cache caches runs

@@ -61,6 +61,7 @@ QWEN3_4B = {
 # Name, shape, samples, longest, mean of the lengths' logarithm, tokens per batch and per shard, rounds.
 CPU = ("SmolLM2-135M shape fp32", SMOLLM2, 64, 512, 4.8, 2048, 4096, 3)
 GPU = ("Qwen3-4B shape bf16", QWEN3_4B, 400, 4096, 6.55, 16384, 32768, 3)
+Row = tuple[str, str, float, str]
 
 
 def make_target(folder: Path, shape: dict[str, int], device: torch.device) -> Path:
@@ -74,18 +75,18 @@ def make_target(folder: Path, shape: dict[str, int], device: torch.device) -> Pa
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
+    model.cpu().save_pretrained(folder)
     return folder
 
 
-def make_data(path: Path, samples: int, longest: int, mean_log: float) -> Path:
-    """Write samples of random tokens, with the second half supervised. Return the path."""
+def make_data(path: Path, samples: int, longest: int, mean_log: float, vocab: int) -> Path:
+    """Write samples of random tokens below `vocab`, with the second half supervised. Return the path."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(mean_log, 0.8, samples), 16, longest).astype(int)
     with path.open("w") as file:
         for length in lengths:
             mask = [0] * (length // 2) + [1] * (length - length // 2)
-            row = {"input_ids": rng.integers(0, 40000, length).tolist(), "loss_mask": mask}
+            row = {"input_ids": rng.integers(0, vocab, length).tolist(), "loss_mask": mask}
             file.write(json.dumps(row) + "\n")
     return path
 
@@ -131,37 +132,48 @@ def capture_seconds(
         return time.perf_counter() - began, clock.seconds()
 
 
-def main() -> None:
-    quiet_transformers()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        reuse_freed_memory()
-    case, shape, samples, longest, mean_log, batch_tokens, shard_tokens, rounds = (
-        GPU if device.type == "cuda" else CPU
+def capture_rows(
+    name: str,
+    shape: dict[str, int],
+    samples: int,
+    longest: int,
+    mean_log: float,
+    batch_tokens: int,
+    shard_tokens: int,
+    rounds: int,
+    *,
+    device: torch.device,
+    folder: Path,
+) -> list[Row]:
+    """Measure a case and return its rows. Leaves its target and caches in the folder.
+
+    Args:
+        name: of the case.
+        shape: the target's sizes, as in its Hugging Face config.
+        samples, longest, mean_log: number of conversations, their most tokens, and the mean of the logarithm
+            of their lengths.
+        folder: on the disk that is measured.
+    """
+    data = make_data(folder / "data.jsonl", samples, longest, mean_log, min(40000, shape["vocab_size"]))
+    options = CaptureOptions(
+        target=TargetOptions(target=str(make_target(folder / "target", shape, device)), device=str(device)),
+        data=DataOptions(data=(str(data),)),
+        cache=folder / "first",
+        batch_tokens=batch_tokens,
+        shard_tokens=shard_tokens,
     )
-    with tempfile.TemporaryDirectory(prefix="dspark-bench-") as name:
-        folder = Path(name)
-        options = CaptureOptions(
-            target=TargetOptions(
-                target=str(make_target(folder / "target", shape, device)), device=str(device)
-            ),
-            data=DataOptions(data=(str(make_data(folder / "data.jsonl", samples, longest, mean_log)),)),
-            cache=folder / "first",
-            batch_tokens=batch_tokens,
-            shard_tokens=shard_tokens,
-        )
-        prepared = prepare(options)
-        case = f"{case}, {options.context_codec}+{options.last_codec}"
-        target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
-        bare_seconds(target, prepared)  # warm-up
-        bare, whole, steps = [], [], {}
-        for i in range(rounds):
-            bare.append(bare_seconds(target, prepared))
-            seconds, steps = capture_seconds(target, prepared, folder / f"cache-{i}")
-            whole.append(seconds)
-        began = time.perf_counter()
-        capture(options)
-        command = time.perf_counter() - began
+    prepared = prepare(options)
+    case = f"{name}, {options.context_codec}+{options.last_codec}"
+    target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
+    bare_seconds(target, prepared)  # warm-up
+    bare, whole, steps = [], [], {}
+    for i in range(rounds):
+        bare.append(bare_seconds(target, prepared))
+        seconds, steps = capture_seconds(target, prepared, folder / f"cache-{i}")
+        whole.append(seconds)
+    began = time.perf_counter()
+    capture(options)
+    command = time.perf_counter() - began
     ratio = statistics.median(w / b for w, b in zip(whole, bare, strict=True))
     tokens = prepared.batching.tokens
     rows = [(case, "capture / bare forward", ratio, "")]
@@ -169,7 +181,17 @@ def main() -> None:
     rows += [(case, f"of it: {name}", value, "s") for name, value in sorted(steps.items())]
     rows += [(case, "all of it", whole[-1], "s"), (case, "the whole command, set-up included", command, "s")]
     print(f"{tokens:,} tokens, {len(prepared.plan)} shards, {prepared.batching.padding:.1%} padding")
-    record("capture", device, rows)
+    return rows
+
+
+def main() -> None:
+    quiet_transformers()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        reuse_freed_memory()
+    case = GPU if device.type == "cuda" else CPU
+    with tempfile.TemporaryDirectory(prefix="dspark-bench-") as name:
+        record("capture", device, capture_rows(*case, device=device, folder=Path(name)))
 
 
 if __name__ == "__main__":

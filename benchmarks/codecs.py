@@ -181,25 +181,37 @@ def variation(head: Tensor, identity: Identity, one: Tensor, other: Tensor) -> f
     return torch.cat([teacher_variation(head, identity, a, b) for a, b in pairs]).mean().item()
 
 
-def gigabytes_per_second(work: Callable[[], object], values: int) -> float:
-    work()
-    best = min(timeit.repeat(work, number=1, repeat=15))
+def gigabytes_per_second(work: Callable[[], object], values: int, device: torch.device) -> float:
+    def finished() -> None:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    finished()
+    best = min(timeit.repeat(finished, number=1, repeat=15))
     return 2 * values / best / 1e9
 
 
-def speed_rows() -> list[tuple[str, str, float, str]]:
-    """Measure encoding and decoding at Qwen3-4B's width. Decoding reuses its output buffer."""
-    rows, width = 4096, 2560
+def speed_rows(
+    device: torch.device, rows: int = 4096, width: int = 2560
+) -> list[tuple[str, str, float, str]]:
+    """Measure encoding and decoding on a device. Decoding reuses its output buffer.
+
+    Args:
+        rows, width: of the states; Qwen3-4B's width by default.
+    """
     generator = torch.Generator().manual_seed(0)
-    values = (torch.randn(rows, width, generator=generator) * 3).bfloat16()
+    values = (torch.randn(rows, width, generator=generator) * 3).bfloat16().to(device)
     statistics = Statistics(
-        torch.randn(width, generator=generator), torch.rand(width, generator=generator) + 0.5
+        torch.randn(width, generator=generator).to(device),
+        (torch.rand(width, generator=generator) + 0.5).to(device),
     )
     out, results = torch.empty_like(values), []
     for codec in CODECS.values():
         parts = codec.encode(values, statistics)
-        decode = gigabytes_per_second(lambda c=codec, p=parts: c.decode(p, out, statistics), values.numel())
-        encode = gigabytes_per_second(lambda c=codec: c.encode(values, statistics), values.numel())
+        speed = partial(gigabytes_per_second, values=values.numel(), device=device)
+        decode = speed(lambda c=codec, p=parts: c.decode(p, out, statistics))
+        encode = speed(lambda c=codec: c.encode(values, statistics))
         results += [(f"{codec.name} H={width}", "decode", decode, "GB/s of bf16")]
         results += [(f"{codec.name} H={width}", "encode", encode, "GB/s of bf16")]
     return results
@@ -288,7 +300,7 @@ def main() -> None:
     quiet_transformers()
     reuse_freed_memory()
     if arguments.speed_only or not arguments.target:
-        record("codecs", torch.device("cpu"), speed_rows())
+        record("codecs", torch.device("cpu"), speed_rows(torch.device("cpu")))
     if not arguments.speed_only:
         with tempfile.TemporaryDirectory(prefix="dspark-bench-") as folder:
             prepared = prepare(options(arguments.target, arguments.gguf_file, Path(folder)))

@@ -82,10 +82,14 @@ def make_identity(content: str) -> Identity:
     return replace(large, target=target, data=replace(large.data, sha256=content))
 
 
-def make_tokens() -> list[tuple[np.ndarray, np.ndarray]]:
-    """Make token ids and loss masks of log-normal lengths, 60% supervised, every other with two turns."""
+def make_tokens(total: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Make token ids and loss masks of log-normal lengths, 60% supervised, every other with two turns.
+
+    Args:
+        total: bytes of their states.
+    """
     rng, samples, size = np.random.default_rng(0), [], 0
-    while size < CACHE_BYTES:
+    while size < total:
         length = int(np.clip(rng.lognormal(6.5, 0.8), 16, MAX_LENGTH))
         share = np.arange(length) / length
         turns = share >= 0.4 if len(samples) % 2 else (share >= 0.7) | ((share >= 0.2) & (share < 0.5))
@@ -94,9 +98,13 @@ def make_tokens() -> list[tuple[np.ndarray, np.ndarray]]:
     return samples
 
 
-def make(path: Path) -> Path:
-    """Write the cache, or what is missing of it. Return its path."""
-    samples = make_tokens()
+def make(path: Path, total: int = CACHE_BYTES) -> Path:
+    """Write the cache, or what is missing of it. Return its path.
+
+    Args:
+        total: bytes of its states.
+    """
+    samples = make_tokens(total)
     facts = SampleFacts(
         sample_ids=np.frombuffer(b"".join(sample_id(*s) for s in samples), dtype=np.uint8).reshape(-1, 16),
         sources=np.zeros(len(samples), dtype=np.int32),
@@ -165,16 +173,24 @@ def warm(path: Path) -> None:
 
 
 def one_pass(
-    reader: CacheReader, layers: Sequence[int], samples: int | None = None, wait: float = 0, epochs: int = 1
+    reader: CacheReader,
+    layers: Sequence[int],
+    samples: int | None = None,
+    wait: float = 0,
+    epochs: int = 1,
+    device: torch.device = CPU,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> float:
-    """Return the seconds per epoch of reading the first samples (None: all), batch by batch."""
+    """Return the seconds per epoch of reading the first samples (None: all) to a device, batch by batch."""
     order = [
-        pack for e in range(epochs) for pack in epoch_packs(reader.lengths[:samples], BATCH_TOKENS, 0, e)
+        pack for e in range(epochs) for pack in epoch_packs(reader.lengths[:samples], batch_tokens, 0, e)
     ]
     collate = collate_anchors(random_anchors(ANCHORS, 0, 0))
     start = time.perf_counter()
-    for _batch in loaded(reader, ((pack, collate) for pack in order), layers, BATCH_TOKENS, CPU):
+    for _batch in loaded(reader, ((pack, collate) for pack in order), layers, batch_tokens, device):
         time.sleep(wait)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return (time.perf_counter() - start) / epochs
 
 

@@ -1,12 +1,14 @@
-"""Compare the chunked loss with its definition and NVIDIA's published loss: time and extra peak memory.
+"""Compare the loss with its definition and NVIDIA's published loss: time and extra peak memory.
 
     python benchmarks/loss.py                  # the example's shape on the CPU, Qwen3-4B's on a GPU
     python benchmarks/loss.py --device cpu
 
-Each implementation computes a loss and its gradients from block states, Markov latents and teacher states, as
-in its own trainer, including the products with the vocabulary. The head is frozen. All run in turn in each
-round of one process, so that noise of the machine affects them equally. Read the ratios, which are medians
-over the rounds. Losses and gradients are checked to be the same before any timing.
+"ours" is what training takes: the Triton kernel on an NVIDIA GPU, with the pass in torch's own operations
+beside it as "chunked"; on a CPU that pass. Each implementation computes a loss and its gradients from block
+states, Markov latents and teacher states, as in its own trainer, including the products with the vocabulary.
+The head is frozen. All run in turn in each round of one process, so that noise of the machine affects them
+equally. Read the ratios, which are medians over the rounds. Losses and gradients are checked to be the same
+before any timing.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ from benchmarks.record import record
 from pipeline.device import resolve_device, reuse_freed_memory
 from pipeline.features import at_least_fp32, head_logits
 from train.draft.dspark.anchors import label_positions, sample_anchor_positions
-from train.losses.fused import LowRankBias, SlotOperands, vocabulary_loss
-from train.losses.slots import Objective, SlotFigures, divide, slot_losses, sum_slots, supervised_weights
+from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
+from train.losses.slots import Objective, SlotFigures, Supervised, divide, slot_losses, sum_slots
+from train.trainer.metrics import peak_flops
 
 GAMMA, CE_ALPHA, L1_ALPHA = 4.0, 0.1, 0.9
 OBJECTIVE = Objective({"ce": CE_ALPHA, "l1": L1_ALPHA}, GAMMA)
@@ -126,12 +129,22 @@ def definition(x: Inputs) -> Tensor:
     with torch.no_grad():
         teacher = head_logits(x.teacher[x.which], x.head)
     ce, l1 = slot_losses(logits, x.labels, teacher)
-    return divide(sum_slots(SlotFigures(x.mask, ce, l1, None), OBJECTIVE), OBJECTIVE).loss
+    return divide(sum_slots(SlotFigures(Supervised.of(x.mask), ce, l1, None), OBJECTIVE), OBJECTIVE).loss
 
 
 def ours(x: Inputs) -> Tensor:
+    """Compute the loss by the kernel that `loss.kernel = "auto"` selects."""
+    return fused(x, resolve_kernel("auto", x.hidden.device))
+
+
+def chunked(x: Inputs) -> Tensor:
+    """Compute the loss by `losses/plain.py`, compiled on a GPU."""
+    return fused(x, "torch")
+
+
+def fused(x: Inputs, kernel: str) -> Tensor:
     """Compute the loss by `losses/fused.py`, called as in `DSparkTrainerModule`."""
-    weights = supervised_weights(x.mask, GAMMA)
+    weights = Supervised.of(x.mask).weights(GAMMA)
     operands = SlotOperands(
         hidden=x.hidden,
         head=x.head,
@@ -142,8 +155,8 @@ def ours(x: Inputs) -> Tensor:
         teacher_hidden=x.teacher,
         bias=LowRankBias(latent=x.latent, weight=x.w2, by_position=True),
     )
-    total, ce, l1 = vocabulary_loss(operands, compile_passes=x.hidden.is_cuda)
-    return total / sum_slots(SlotFigures(x.mask, ce, l1, None), OBJECTIVE).weight
+    total, ce, l1 = vocabulary_loss(operands, kernel=kernel, compile_passes=x.hidden.is_cuda)
+    return total / sum_slots(SlotFigures(Supervised.of(x.mask), ce, l1, None), OBJECTIVE).weight
 
 
 def load_nvidia() -> Callable[[Inputs], Tensor] | None:
@@ -185,8 +198,11 @@ def load_nvidia() -> Callable[[Inputs], Tensor] | None:
     return run
 
 
-def load_ways() -> dict[str, Callable[[Inputs], Tensor]]:
-    ways = {"ours": ours, "definition": definition, "NVIDIA": load_nvidia()}
+def load_ways(device: str = "cuda") -> dict[str, Callable[[Inputs], Tensor]]:
+    """Return the implementations that a kind of device has, by name."""
+    kernel = device == "cuda" and torch.cuda.is_available() and resolve_kernel("auto", torch.device("cuda"))
+    ways = {"ours": ours, "chunked": chunked if kernel == "triton" else None}
+    ways |= {"definition": definition, "NVIDIA": load_nvidia()}
     return {name: way for name, way in ways.items() if way is not None}
 
 
@@ -239,7 +255,7 @@ def _resident(field: str) -> int:
 def _extra_resident(name: str, case: Case, queue: multiprocessing.Queue) -> None:
     if case.reuse:
         reuse_freed_memory()
-    way, device = load_ways()[name], torch.device("cpu")
+    way, device = load_ways("cpu")[name], torch.device("cpu")
     step(way, make_inputs(Case("tiny", 8, 2, 64, 128, 8), device), case)  # libraries allocate on first use
     x = make_inputs(case, device)
     before = _resident("VmRSS")
@@ -266,15 +282,15 @@ def extra_memory(name: str, way: Callable[[Inputs], Tensor], x: Inputs, case: Ca
 
 
 def measure(
-    case: Case, ways: dict[str, Callable[[Inputs], Tensor]], device: torch.device
+    case: Case, ways: dict[str, Callable[[Inputs], Tensor]], device: torch.device, rounds: int
 ) -> list[tuple[str, str, float, str]]:
-    """Return a case's rows."""
+    """Return a case's rows, measured in so many rounds."""
     if case.reuse:
         reuse_freed_memory()  # affects the rest of this process, so such cases come last
     x = make_inputs(case, device)
     print(f"{case}: {len(x.hidden)} slots share {len(x.teacher)} positions")
     check(ways, x, case)
-    times = measure_seconds(ways, x, case, ROUNDS[device.type])
+    times = measure_seconds(ways, x, case, rounds)
     memory = {name: extra_memory(name, way, x, case) for name, way in ways.items()}
     rows = [(f"{case} {name}", "time", statistics.median(times[name]), "s") for name in ways]
     rows += [(f"{case} {name}", "extra peak memory", memory[name] / 2**20, "MiB") for name in ways]
@@ -282,19 +298,29 @@ def measure(
         ratio = statistics.median(a / b for a, b in zip(times["ours"], times[other], strict=True))
         rows.append((f"{case}", "time ratio", ratio, f"ours/{other}"))
         rows.append((f"{case}", "memory ratio", memory["ours"] / memory[other], f"ours/{other}"))
+    peak = peak_flops(device, "bf16") if device.type == "cuda" else None
+    if peak is not None:
+        shares = {name: 100 * operations(x) / statistics.median(times[name]) / peak for name in ways}
+        rows += [(f"{case} {name}", "share of the peak", share, "%") for name, share in shares.items()]
     return rows
+
+
+def operations(x: Inputs) -> int:
+    """Return the operations of the products that the loss needs, as `training_flops` counts them."""
+    (slots, hidden), (positions, rank), vocab = x.hidden.shape, x.latent.shape, len(x.head)
+    return vocab * (4 * slots * hidden + 2 * positions * hidden + 6 * positions * rank)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     device = resolve_device(parser.parse_args().device)
-    ways = load_ways()
+    ways = load_ways(device.type)
     if "NVIDIA" not in ways:
         print(f"NVIDIA's loss is not installed and is left out; to compare with it run: {INSTALL}")
     rows = []
     for case in CASES[device.type]:
-        rows += measure(case, ways, device)
+        rows += measure(case, ways, device, ROUNDS[device.type])
     record("loss", device, rows)
 
 

@@ -172,14 +172,17 @@ def measure(config: RunConfig, model: Qwen3DSparkModel, batch: Batch, steps: int
     return {name: statistics.median(each[name] for each in taken[WARM_UP:]) for name in (*PARTS, WHOLE)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    device = resolve_device(parser.parse_args().device)
-    name, path, shape, mean_log, steps = GPU if device.type == "cuda" else CPU
-    if device.type == "cpu":
-        reuse_freed_memory()  # as training does
-    config = configuration.build(RunConfig, configuration.load_toml(path), str(path))
+def step_rows(
+    name: str, config: RunConfig, shape: dict[str, int], mean_log: float, steps: int, device: torch.device
+) -> list[tuple[str, str, float, str]]:
+    """Measure a step of a fresh draft and return its rows.
+
+    Args:
+        name: of the target's shape.
+        shape: the target's sizes, as in its Hugging Face config.
+        mean_log: mean of the logarithm of documents' lengths.
+        steps: timed steps.
+    """
     model = make_draft(config, shape, device)
     batch = make_batch(config, model.config, mean_log, device)
     seconds = measure(config, model, batch, steps)
@@ -199,7 +202,18 @@ def main() -> None:
     rows += [(case, "share of the peak", batch.flops / lasts / peak, "")] if peak else []
     rows.append((case, "peak memory", peak_memory(device) / 2**20, "MiB"))
     print(f"{batch.num_tokens} tokens, {blocks} blocks; {accumulated} micro-batches per optimiser step")
-    record("train_step", device, rows)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    device = resolve_device(parser.parse_args().device)
+    name, path, shape, mean_log, steps = GPU if device.type == "cuda" else CPU
+    if device.type == "cpu":
+        reuse_freed_memory()  # as training does
+    config = configuration.build(RunConfig, configuration.load_toml(path), str(path))
+    record("train_step", device, step_rows(name, config, shape, mean_log, steps, device))
 
 
 if __name__ == "__main__":

@@ -90,11 +90,8 @@ def _capture_pending(writer: CacheWriter, prepared: PreparedCapture, place: Work
     Returns:
         Shards written by this process.
     """
-    device = prepared.target.device
-    if device.type == "cpu":
+    if prepared.target.device.type == "cpu":
         reuse_freed_memory()
-    elif device.type == "cuda":
-        torch.cuda.set_device(device)
     identity, data, order = writer.manifest.identity, prepared.data, prepared.batching.order
     target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
     statistics = writer.statistics(lambda: measure_statistics(target, identity, data, order))
@@ -189,7 +186,7 @@ def capture_shards(
         tqdm(
             total=total, initial=done, unit="tok", unit_scale=True, desc=name, position=place.local_rank
         ) as bar,
-        ShardDisk(largest, clock, pinned=filler.device.type == "cuda") as disk,
+        ShardDisk(largest, clock, filler.device) as disk,
     ):
 
         def between(tokens: int) -> None:

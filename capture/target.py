@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.features import validate_target_layer_ids
-from pipeline.hooks import check_states, find_decoder, find_final_norm, find_layers, input_device, tap_states
+from pipeline.hooks import (
+    check_states,
+    find_decoder,
+    find_final_norm,
+    find_layers,
+    input_device,
+    rows_taken_as_given,
+    tap_states,
+)
 
 
 @dataclass
@@ -79,7 +87,8 @@ class _FrozenTarget:
         """Run the backbone once and return `[B, S, H]` by layer id, and by `"last_hidden"` if asked."""
         device = input_device(self.model)
         wanted = [*self.target_layer_ids, *(["last_hidden"] if last_hidden else [])]
-        with tap_states(self.model, self.target_layer_ids, last_hidden=last_hidden) as states:
+        tapped = tap_states(self.model, self.target_layer_ids, last_hidden=last_hidden)
+        with tapped as states, rows_taken_as_given():
             mask = {} if attention_mask is None else {"attention_mask": attention_mask.to(device)}
             self._inner_model()(input_ids=input_ids.to(device), use_cache=False, **mask)
         check_states(self.model, states, wanted, input_ids.shape)

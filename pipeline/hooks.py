@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, masking_utils
 
 from pipeline.errors import TargetError
 from pipeline.features import EMBEDDING_LAYER_ID
@@ -26,6 +27,11 @@ NORM_NAMES = ("norm", "final_norm", "ln_f", "norm_f", "final_layernorm", "final_
 # Other names of the final norm, by model type.
 NORM_EXCEPTIONS = {"lfm2": "embedding_norm", "lfm2_moe": "embedding_norm", "lfm3": "embedding_norm"}
 
+# Functions of transformers that look into the rows of a forward, in versions that have them.
+_LOOKS = (
+    (masking_utils, "find_packed_sequence_indices"),
+    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+)
 # Config names of the factor on token embeddings. These and the names for logits below count only if the
 # forward reads them, because many configs have some that their model ignores.
 EMBEDDING_SCALES = ("embedding_multiplier", "scale_emb")
@@ -232,6 +238,23 @@ def tap_states(model: nn.Module, layer_ids: Sequence[int], *, last_hidden: bool 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def rows_taken_as_given() -> Iterator[None]:
+    """Keep transformers from looking into the rows of a forward without an attention mask.
+
+    It would look whether position ids restart within a row, and whether a row ends with padding, and the host
+    would wait for the GPU to tell. Rows of a capture hold one sequence each, padded on the right.
+    """
+    found = [(owner, name, getattr(owner, name)) for owner, name in _LOOKS if hasattr(owner, name)]
+    for owner, name, _ in found:
+        setattr(owner, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        for owner, name, look in found:
+            setattr(owner, name, look)
 
 
 def check_states(

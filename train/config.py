@@ -135,6 +135,8 @@ class LossConfig:
     """Weight of the confidence head's binary cross entropy."""
     decay_gamma: float | None = 4.0
     """Slot k has weight exp(-k / gamma); "none" gives all slots the same weight."""
+    kernel: Literal["auto", "triton", "torch"] = "auto"
+    """Pass over the vocabulary: auto is triton on NVIDIA GPUs from compute capability 8.0, else torch."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)

@@ -45,7 +45,8 @@ class Clock:
     def _collect(self, *, wait: bool) -> None:
         while self._events and (wait or self._events[0][2].query()):
             name, before, after = self._events.popleft()
-            after.synchronize()
+            if wait:
+                after.synchronize()
             self._add(name, before.elapsed_time(after) / 1000)
 
     def _add(self, name: str, seconds: float) -> None:

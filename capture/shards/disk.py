@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from capture.shards.clock import Clock
+from pipeline.device import use_device
 
 WRITING_THREADS = 3
 
@@ -24,12 +25,16 @@ class ShardDisk:
 
     Args:
         shard_bytes: size of the largest shard.
-        pinned: use page-locked buffers, for asynchronous copies from a GPU.
+        device: device that the shards come from. For a GPU the buffers are page-locked, so that copies are
+            asynchronous.
     """
 
-    def __init__(self, shard_bytes: int, clock: Clock, *, pinned: bool = False):
-        self._shard_bytes, self._clock, self._pinned = shard_bytes, clock, pinned
-        self._threads = ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="shard")
+    def __init__(self, shard_bytes: int, clock: Clock, device: torch.device):
+        self._shard_bytes, self._clock, self._pinned = shard_bytes, clock, device.type == "cuda"
+        # The last step of a shard waits for events of the device.
+        self._threads = ThreadPoolExecutor(
+            WRITING_THREADS, thread_name_prefix="shard", initializer=use_device, initargs=(device,)
+        )
         # Last in, first out: a second buffer is allocated only if the first is still being written.
         self._free: queue.LifoQueue[Tensor | None] = queue.LifoQueue()
         for _ in range(WRITING_THREADS + 1):

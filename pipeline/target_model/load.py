@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeline.cache import TargetIdentity
 from pipeline.cache.manifest import is_weights
-from pipeline.device import native_bf16, resolve_device
+from pipeline.device import native_bf16, resolve_device, use_device
 from pipeline.errors import TargetError, UsageError
 from pipeline.hooks import find_final_norm, find_layers, learned_positions
 from pipeline.target_model.find import resolve_directory, weights_hash
@@ -258,7 +258,7 @@ def load_target(
     options: TargetOptions = _PLAIN,
     config: Any = None,
 ) -> nn.Module:
-    """Load the target for inference.
+    """Load the target for inference. Its GPU becomes the calling thread's current one.
 
     Args:
         config: the target's config; None reads it.
@@ -278,6 +278,7 @@ def load_target(
     except Exception as error:
         raise _refusal(directory, "the target can't be loaded", error) from None
     if options.device_map is None:
+        use_device(device)
         model = model.to(device)
     else:
         _refuse_offload(directory, model, device)

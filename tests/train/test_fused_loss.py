@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from train.losses import chunks, plain
 from train.losses import fused as fused_loss
 from train.losses.fused import LowRankBias, SlotOperands
 from train.losses.slots import slot_losses
@@ -88,8 +89,8 @@ TRAINED = ("hidden", "latent", "head", "markov_w2")
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_and_gradients(case: str, rows: int, few: int, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(fused_loss, "CHUNK_ELEMENTS", {"cpu": rows * VOCAB})
-    monkeypatch.setattr(fused_loss, "PART_ELEMENTS", {"cpu": few * VOCAB})
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", rows * VOCAB)
+    monkeypatch.setattr(plain, "PART_ELEMENTS", few * VOCAB)
     settings = CASES[case]
     x = operands(settings, dtype, slots=47)
     trained = [x[name].requires_grad_(True) for name in TRAINED if x[name] is not None]
@@ -123,10 +124,10 @@ def test_gradcheck(case: str) -> None:
 def test_frozen_weights_cost_no_products(monkeypatch) -> None:
     """The gradients of weights, and without a graph all gradients, are not even computed."""
     products = []
-    for name in ("_product", "_add_product"):
-        original = getattr(fused_loss, name)
+    for name in ("product", "add_product"):
+        original = getattr(plain, name)
         monkeypatch.setattr(
-            fused_loss, name, lambda *args, run=original: (products.append(args[-1].shape), run(*args))[1]
+            plain, name, lambda *args, run=original: (products.append(args[-1].shape), run(*args))[1]
         )
     x = operands({}, torch.float32)
 

@@ -15,7 +15,7 @@ from tests.train.runs import progress_of, train_arguments
 from train.config import LossConfig
 from train.draft.dspark.module import DSparkTrainerModule
 from train.losses import slots as definition
-from train.losses.slots import LossSums, Objective, SlotFigures, acceptance, divide, sum_slots
+from train.losses.slots import LossSums, Objective, SlotFigures, Supervised, acceptance, divide, sum_slots
 from train.trainer.metrics import Window
 
 WEIGHTS = {"ce": 0.1, "l1": 0.9, "confidence": 1.0}
@@ -45,7 +45,7 @@ def test_the_weights_are_those_of_the_loss_table() -> None:
 def test_a_term_is_weighed_with_the_others(with_brier: Objective) -> None:
     """Slot by slot: losses that fit on paper, w = 1 and exp(-1/4)."""
     slots = SlotFigures(
-        eval_mask=torch.tensor([[[True, True]]]),
+        supervised=Supervised.of(torch.tensor([[[True, True]]])),
         ce=torch.tensor([1.0, 2.0], dtype=torch.float64),
         l1=torch.tensor([0.5, 1.0], dtype=torch.float64),  # acceptance 0.75, 0.5
         confidence=torch.tensor([0.0, 0.0], dtype=torch.float64),  # 0.5, so errors of 0.0625 and 0

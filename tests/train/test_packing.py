@@ -50,6 +50,27 @@ def test_a_pack_is_its_documents_alone(head: str) -> None:
         )
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_dummy_blocks_change_no_number(head: str) -> None:
+    """Sums over more rows are added up in another order, so a gradient may move by float64's rounding."""
+    found = []
+    for dummies in (0, 61):
+        batch, model = as_pack(random_samples(MASKS), ANCHORS), small_model(**HEADS[head])
+        for name, filler in (("anchor_positions", 0), ("block_keep_mask", False)):
+            batch[name] = torch.nn.functional.pad(batch[name], (0, dummies), value=filler)
+        metrics = DSparkTrainerModule(model, 4.0, 0.3, 0.9, 0.7)(**batch)
+        metrics.loss.backward()
+        found.append((metrics, gradients(model)))
+    (few, wanted), (many, moved) = found
+    assert few.loss == many.loss
+    for one, other in zip(few.sums.tensors(), many.sums.tensors(), strict=True):
+        assert torch.equal(one, other)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(
+            moved[name], gradient, rtol=0, atol=1e-14 * gradient.abs().max().item(), msg=name
+        )
+
+
 def test_a_pack_and_padded_rows_add_up_to_the_same() -> None:
     samples, packed, padded = random_samples(MASKS), small_model(), small_model()
     a = DSparkTrainerModule(packed, 4.0)(**as_pack(samples, ANCHORS))

@@ -50,6 +50,8 @@ from train.trainer.setup import most_candidates
         ("train.optimizer=sgd", 2, ["adamw, muon"]),
         ("train.parallelism=tp", 2, ["ddp, fsdp"]),
         ("draft.attention=flex", 2, ["needs CUDA", "auto"]),
+        ("loss.kernel=triton", 2, ["loss.kernel", "NVIDIA GPU, got device cpu", "auto"]),
+        ("loss.kernel=cuda", 2, ["auto, triton, torch"]),
         ("train.compile=yes", 2, ["auto, on, off"]),
         ("nonsense", 2, ["table.key=value"]),
     ],

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.cache import CacheReader, last_positions
 from pipeline.cache.layout import LAST_HIDDEN, context_name
+from pipeline.device import use_device
 
 Loaded = TypeVar("Loaded")
 
@@ -257,13 +258,21 @@ def _runs(positions: Tensor) -> list[slice]:
 
 
 def prefetch(
-    jobs: Iterable[Callable[[], Loaded]], depth: int = DEPTH, threads: int = THREADS
+    jobs: Iterable[Callable[[], Loaded]],
+    device: torch.device,
+    depth: int = DEPTH,
+    threads: int = THREADS,
 ) -> Iterator[Loaded]:
     """Run loading jobs on threads, `depth` ahead, and yield their results in order.
 
     A job's error is raised in place of its result.
+
+    Args:
+        device: device that the results go to, current in the threads.
     """
-    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="batches") as pool:
+    with ThreadPoolExecutor(
+        threads, thread_name_prefix="batches", initializer=use_device, initargs=(device,)
+    ) as pool:
         pending: deque[Future[Loaded]] = deque()
         try:
             for job in jobs:
@@ -303,7 +312,7 @@ def loaded(
             batch.flops = count_flops(batch)
             return batch
 
-        yield from _copied(prefetch(partial(load_pinned, *pack) for pack in packs), device)
+        yield from _copied(prefetch((partial(load_pinned, *pack) for pack in packs), device), device)
         return
     # Reuse memory: page faults on fresh memory take longer than the copying.
     free: SimpleQueue[Tensor] = SimpleQueue()
@@ -316,7 +325,7 @@ def loaded(
         batch.flops = count_flops(batch)
         return batch, memory
 
-    for batch, memory in prefetch(partial(load, *pack) for pack in packs):
+    for batch, memory in prefetch((partial(load, *pack) for pack in packs), device):
         yield batch.to(device)
         free.put(memory)
 

@@ -12,8 +12,10 @@ A round of speculative decoding:
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -47,6 +49,36 @@ class Decoded:
     """Seconds of target forwards and of accepting tokens."""
 
 
+class Laps:
+    """Time of consecutive parts of a decoding. A GPU's is taken from its events, without waiting for it."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self.end("")
+
+    def end(self, part: str) -> None:
+        """End a part: what came after the part before it."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append((part, event))
+        else:
+            self._marks.append((part, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the sum of each part, 0 for one that never came. Waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        sums: dict[str, float] = defaultdict(float)
+        for (_, begun), (part, ended) in pairwise(self._marks):
+            if isinstance(ended, float):
+                sums[part] += ended - begun
+            else:
+                sums[part] += begun.elapsed_time(ended) / 1000
+        return sums
+
+
 def decode_plain(
     target: CachedTarget,
     prompt: Sequence[int],
@@ -67,14 +99,15 @@ def decode_plain(
     """
     target.reset()
     logits = _first_logits(target, prompt)[0]
-    result, started = Decoded([]), _now(logits)
+    result, laps = Decoded([]), Laps(logits.device)
     while True:
         token = choose(logits[0], temperature, generator)
         result.tokens.append(token.item())
         if result.tokens[-1] in stop or len(result.tokens) >= max_new_tokens:
             break
         logits, _ = target.forward(token[None], 1)
-    result.seconds = _now(logits) - started
+    laps.end("decoding")
+    result.seconds = sum(laps.seconds().values())
     return result
 
 
@@ -121,7 +154,7 @@ def decode_speculative(
     result = Decoded([], tried=[0] * slots, accepted=[0] * slots)
     assert features is not None
     draft.extend(features)
-    clock = started = _now(logits)
+    laps = Laps(logits.device)
     anchor = choose(logits[0], temperature, generator)
     result.tokens.append(anchor.item())
     while result.tokens[-1] not in stop and len(result.tokens) < max_new_tokens:
@@ -133,19 +166,19 @@ def decode_speculative(
             generator=generator,
         )
         ids = torch.cat([anchor[None], drafted.tokens])
-        clock, before = _now(ids), clock
-        result.draft_seconds += clock - before
+        laps.end("drafting")
         logits, features = target.forward(ids, len(ids))
         count, anchor = accept(drafted.tokens, drafted.probs, logits, temperature, generator)
-        emitted = [*drafted.tokens[:count].tolist(), anchor.item()]
+        emitted = torch.cat([drafted.tokens[:count], anchor[None]]).tolist()
         target.take_back(len(drafted.tokens) - count)
-        clock, before = _now(logits), clock
-        result.verify_seconds += clock - before
+        laps.end("verifying")
         draft.extend(features[: count + 1])
-        clock, before = _now(logits), clock
-        result.draft_seconds += clock - before
+        laps.end("drafting")
         _count(result, len(drafted.tokens), count, emitted, stop)
-    result.seconds = _now(logits) - started
+    laps.end("the end")
+    seconds = laps.seconds()
+    result.seconds = sum(seconds.values())
+    result.draft_seconds, result.verify_seconds = seconds["drafting"], seconds["verifying"]
     del result.tokens[max_new_tokens:]  # cut only here: counts of a cut last block would be too low
     return result
 
@@ -160,10 +193,3 @@ def _count(result: Decoded, verified: int, count: int, emitted: list[int], stop:
         result.accepted[slot] += slot < count
     result.tokens += emitted[:end]
     result.emitted += end
-
-
-def _now(tensor: Tensor) -> float:
-    """Return the time after all pending work on the tensor's device is done."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()

@@ -106,27 +106,33 @@ def _blocks(slots: SlotFigures, members: np.ndarray, starts: np.ndarray) -> Bloc
         members: sample numbers of the pack.
         starts: each sample's first position in it, and the last one's end.
     """
-    valid = slots.eval_mask[0].cpu().numpy()  # [N, K]
+    further = {name: term(slots) for name, term in TERMS.items() if name not in ("ce", "l1", "confidence")}
+    own = {"ce": slots.ce, "l1": slots.l1, "matches": slots.matches, "confidence": slots.confidence}
+    found = {name: values for name, values in (own | further).items() if values is not None}
+    # One copy for all: each of them would wait for the device. float64 holds the numbers exactly.
+    table = torch.stack([slots.supervised.numbers.double(), *(each.double() for each in found.values())])
+    numbers, *columns = table.cpu().numpy()
+    if not np.isfinite(columns).all():
+        raise RunError("the draft's figures are not finite: its weights are damaged, take another one")
     anchors = slots.anchor_positions[0].cpu().numpy()
+    shape = slots.supervised.mask.shape[1:]  # [N, K]
 
-    def laid_out(values: torch.Tensor) -> np.ndarray:
-        exact = values.cpu() if values.dtype == torch.bool else values.double().cpu()
-        if not torch.isfinite(exact).all():
-            raise RunError("the draft's figures are not finite: its weights are damaged, take another one")
-        out = np.zeros(valid.shape, exact.numpy().dtype)
-        out[valid] = exact.numpy()
-        return out[kept]
+    def laid_out(values: np.ndarray | float) -> np.ndarray:
+        out = np.zeros(shape)
+        out.flat[numbers.astype(np.int64)] = values
+        return out
 
+    valid = laid_out(1.0).astype(bool)
     kept = valid[:, 0]
-    found = {name: term(slots) for name, term in TERMS.items() if name not in ("ce", "l1", "confidence")}
+    values = {name: laid_out(each)[kept] for name, each in zip(found, columns, strict=True)}
     document = np.searchsorted(starts, anchors[kept], side="right") - 1
     return Blocks(
         sample=members[document],
         position=anchors[kept] - starts[document],
         valid=valid[kept],
-        ce=laid_out(slots.ce),
-        accept=np.clip(1 - laid_out(slots.l1) / 2, 0, 1),
-        matches=laid_out(slots.matches),
-        confidence=None if slots.confidence is None else laid_out(slots.confidence),
-        further={name: laid_out(values) for name, values in found.items() if values is not None},
+        ce=values["ce"],
+        accept=np.clip(1 - values["l1"] / 2, 0, 1),
+        matches=values["matches"].astype(bool),
+        confidence=values.get("confidence"),
+        further={name: values[name] for name in further if name in values},
     )

@@ -16,7 +16,8 @@ from train.data.packing import sequential_packs, share
 from train.data.sampling import AnchorChoice, spread_anchors
 from train.draft import DRAFTS
 from train.draft.kind import TrainerModule
-from train.losses.slots import LossSums, Objective, divide
+from train.losses.slots import LossSums, Objective, divide, to_numbers
+from train.runtime.compiled import compiles
 from train.runtime.console import bar
 from train.runtime.distributed import Ranks
 from train.runtime.precision import autocast
@@ -43,7 +44,9 @@ def held_out_batches(
     own = share(sequential_packs(reader.lengths[samples], size), ranks.rank, ranks.world)
     packs = [samples[members] for members in own]
     layer_ids = tuple(module.draft_model.config.target_layer_ids)
-    collate = DRAFTS[config.draft.kind].collate(choose)
+    # Two tiles of attention: kernels for a single one would be compiled by themselves.
+    blocks = -(-256 // config.draft.block_size) if compiles(config.train.compile, ranks.device) else 0
+    collate = DRAFTS[config.draft.kind].collate(choose, blocks)
     chosen = [(members.tolist(), collate) for members in packs]
     batches = loaded(reader, chosen, layer_ids, size, ranks.device)
     return packs, bar(batches, ranks, total=len(packs), unit="batch", desc=title, leave=False)
@@ -82,11 +85,8 @@ def validate(
     assert total is not None
     total = LossSums.from_tensors(list(total.terms), ranks.total(total.tensors()))
     figures = divide(total, Objective.of(config.loss)).values()
-    return {
-        "samples": len(samples),
-        "blocks": int(total.blocks),
-        **{name: value.tolist() for name, value in figures.items()},
-    }
+    found = to_numbers(figures | {"blocks": total.blocks})
+    return {"samples": len(samples), "blocks": int(found.pop("blocks")), **found}
 
 
 def format_validation(result: dict[str, Any]) -> str:

@@ -6,11 +6,12 @@ here return the sums; the division happens once, after everything that belongs t
 
 To add a term: write its function, put it in `TERMS`, give it a weight `<name>_alpha` in
 `train.config.LossConfig`, and test it against an independent reference. A term that needs the whole
-vocabulary, as cross entropy does, also needs its gradient in `train.losses.fused`.
+vocabulary, as cross entropy does, also needs its gradient in `train.losses.plain` and `train.losses.kernels`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,56 @@ from pipeline.features import at_least_fp32
 from train.config import LossConfig
 
 
+@dataclass(frozen=True)
+class Supervised:
+    """Which slots of a forward are supervised, as a mask and as numbers.
+
+    The numbers are found once. A mask used as an index is expanded to them at each use, forward and backward,
+    and each time the host waits for the GPU.
+    """
+
+    mask: Tensor
+    """`[B, N, K]` bool."""
+    numbers: Tensor
+    """Where the mask, flattened, is True: `[M]` int64, ascending."""
+
+    @classmethod
+    def of(cls, mask: Tensor, count: int | None = None) -> Supervised:
+        """Find the slots that a mask `[B, N, K]` names; `count` as in `places`."""
+        return cls(mask, places(mask.flatten(), count))
+
+    def take(self, values: Tensor) -> Tensor:
+        """Return the values of the supervised slots: `[B, N, K, ..]` to `[M, ..]`."""
+        return values.flatten(0, 2).index_select(0, self.numbers)
+
+    def lay_out(self, values: Tensor) -> Tensor:
+        """Lay values of the supervised slots, `[M]`, out as `[B, N, K]`, with zeros at the other slots."""
+        laid_out = values.new_zeros(self.mask.numel()).index_copy(0, self.numbers, values)
+        return laid_out.view(self.mask.shape)
+
+    def weights(self, gamma: float | None) -> Tensor:
+        """Return the weight of each supervised slot, `[M]`; `gamma` as in `slot_weights`."""
+        slots = self.mask.shape[-1]
+        return slot_weights(slots, gamma, self.mask.device).index_select(0, self.numbers % slots)
+
+
+def places(mask: Tensor, count: int | None = None) -> Tensor:
+    """Return where a mask `[n]` is True: `[M]` int64, ascending.
+
+    Args:
+        count: M, known on the host; None waits for the device to tell.
+    """
+    if count is None:
+        return mask.nonzero().squeeze(1)
+    torch._assert_async(mask.sum() == count)
+    return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]
+
+
 @dataclass
 class SlotFigures:
-    """The M supervised slots of a forward, in the order of the mask that says which they are."""
+    """The M supervised slots of a forward, in the order of their numbers."""
 
-    eval_mask: Tensor
-    """`[B, N, K]` bool."""
+    supervised: Supervised
     ce: Tensor
     """Cross entropy with the data's token, `[M]`."""
     l1: Tensor | None
@@ -158,15 +203,20 @@ class StepMetrics:
         return {"loss": self.loss, **terms, **own}
 
 
+def to_numbers(figures: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return figures as numbers, or as lists of them, in one copy from the device."""
+    flat = torch.cat([value.detach().double().flatten() for value in figures.values()]).tolist()
+    parts = iter(flat)
+    return {
+        name: next(parts) if value.ndim == 0 else list(itertools.islice(parts, value.numel()))
+        for name, value in figures.items()
+    }
+
+
 def slot_weights(block_size: int, gamma: float | None, device: torch.device | None = None) -> Tensor:
     """Return w_k = exp(-k / gamma), k from 0: `[K]` fp32; all ones when gamma is None."""
     slots = torch.arange(block_size, dtype=torch.float32, device=device)
     return torch.ones_like(slots) if gamma is None else torch.exp(-slots / gamma)
-
-
-def supervised_weights(eval_mask: Tensor, gamma: float | None) -> Tensor:
-    """Return the weight of each supervised slot, `[M]`, in the order of the mask `[B, N, K]`."""
-    return slot_weights(eval_mask.shape[-1], gamma, eval_mask.device).expand(eval_mask.shape)[eval_mask]
 
 
 def slot_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -180,12 +230,11 @@ def slot_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple
 
 def sum_slots(slots: SlotFigures, objective: Objective) -> LossSums:
     """Add up the supervised slots. A term that the forward has no figures for is zero."""
-    mask, zero = slots.eval_mask, slots.ce.new_zeros(())
-    weights = supervised_weights(mask, objective.decay_gamma)
+    mask, zero = slots.supervised.mask, slots.ce.new_zeros(())
+    weights = slots.supervised.weights(objective.decay_gamma)
     found = {name: TERMS[name](slots) for name in objective.weights}
-    accept = slots.ce.new_zeros(mask.shape)  # [B, N, K]
-    if slots.l1 is not None:
-        accept[mask] = acceptance(slots.l1)
+    accepted = torch.zeros_like(slots.ce) if slots.l1 is None else acceptance(slots.l1)
+    accept = slots.supervised.lay_out(accepted)  # [B, N, K]
     return LossSums(
         weight=weights.sum(),
         terms={name: zero if each is None else (weights * each).sum() for name, each in found.items()},

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.losses.slots import LossSums, Objective, divide
+from train.losses.slots import LossSums, Objective, divide, to_numbers
 
 # Dense bf16 and TF32 FLOP/s by part of the device's name, from NVIDIA's datasheets. The first match is used.
 _PEAKS = {
     "GB200": (2.5e15, 1.25e15),
     "B200": (2.25e15, 1.125e15),
     "GH200": (9.9e14, 4.95e14),
+    "H200 NVL": (8.35e14, 4.18e14),
     "H200": (9.89e14, 4.945e14),
     "H100 PCIe": (7.56e14, 3.78e14),
     "H100 NVL": (8.35e14, 4.18e14),
@@ -55,7 +56,7 @@ class Window:
     def _begin(self) -> None:
         self._sums: LossSums | None = None
         self._numbers = {"tokens": 0.0, "flops": 0.0, "waited": 0.0, "seconds": 0.0, "skipped": 0.0}
-        self._norm: float | None = None
+        self._norm: Tensor | None = None
 
     @property
     def empty(self) -> bool:
@@ -65,7 +66,7 @@ class Window:
     def add(self, sums: LossSums, norm: Tensor) -> None:
         """Add a step's losses, and keep the norm of its gradient before clipping."""
         self._sums = sums if self._sums is None else self._sums + sums
-        self._norm = norm.item()
+        self._norm = norm
 
     def count(self, **numbers: float) -> None:
         """Add to `tokens`, `flops`, `seconds`, seconds `waited` for data, and `skipped` steps."""
@@ -76,17 +77,18 @@ class Window:
         """Return the log line, and reset the sums. Losses and the norm are None if all steps were skipped."""
         terms = [f"{name}_loss" for name in self._objective.weights]
         names = ["loss", *terms, "accept_rate", "tau"]
-        values: dict[str, Any] = {"step": step, **dict.fromkeys(names)}
+        values: dict[str, Any] = {"step": step, **dict.fromkeys([*names, "grad_norm"])}
         blocks = 0.0
-        if self._sums is not None:
-            found = divide(self._sums, self._objective).values()
-            values |= {name: found[name].item() for name in names}
-            blocks = self._sums.blocks.item()
+        if self._sums is not None and self._norm is not None:
+            figures = divide(self._sums, self._objective).values()
+            wanted = {name: figures[name] for name in names} | {"grad_norm": self._norm}
+            found = to_numbers(wanted | {"blocks": self._sums.blocks})
+            blocks = found.pop("blocks")
+            values |= found
         numbers = self._numbers
         seconds = max(numbers["seconds"], 1e-9)
         flops = numbers["flops"] / seconds
         values |= {
-            "grad_norm": self._norm,
             "lr": lr,
             "epoch": epoch,
             "skipped_steps": int(numbers["skipped"]),
@@ -103,7 +105,8 @@ class Window:
     def state(self) -> dict[str, Any]:
         """Return the sums as values for JSON, which keeps them exactly."""
         sums = None if self._sums is None else [value.tolist() for value in self._sums.tensors()]
-        return {"sums": sums, "norm": self._norm, **self._numbers}
+        norm = None if self._norm is None else self._norm.item()
+        return {"sums": sums, "norm": norm, **self._numbers}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state`. Raise ValueError if it has other names than this version's."""
@@ -113,7 +116,8 @@ class Window:
         if sums is not None:
             tensors = [torch.tensor(value, device=self._device) for value in sums]
             self._sums = LossSums.from_tensors(list(self._objective.weights), tensors)
-        self._norm = state["norm"]
+        norm = state["norm"]
+        self._norm = None if norm is None else torch.tensor(norm, device=self._device)
         self._numbers = {name: state[name] for name in self._numbers}
 
 

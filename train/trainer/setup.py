@@ -17,6 +17,7 @@ from train.data.split import split
 from train.draft import DRAFTS
 from train.draft.kind import DraftKind
 from train.draft.shape import draft_shape, resolved
+from train.losses.fused import resolve_kernel
 from train.runs.weights import check_warm_start, warm_start
 from train.runtime.trackers import check_trackers
 from train.trainer.optimizer import check_optimizer
@@ -58,6 +59,7 @@ def set_up(
     shape = draft_shape(reader, config)
     kind = DRAFTS[config.draft.kind]
     kind.attention(config.draft.attention, shape, device)
+    resolve_kernel(config.loss.kernel, device)
     if begins and config.draft.init_from is not None:
         check_warm_start(kind, shape, Path(config.draft.init_from))
     samples, held_out = split(reader, config.train.held_out)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from train.draft.dspark.model import DSparkForwardOutput
-from train.losses.slots import LossSums, Objective, SlotFigures, divide, slot_losses, sum_slots
+from train.losses.slots import LossSums, Objective, SlotFigures, Supervised, divide, slot_losses, sum_slots
 
 
 @dataclass
@@ -69,11 +69,13 @@ def compute_dspark_loss(
         l1_loss_alpha: weight of the L1 distance to the target's distribution.
         confidence_head_alpha: weight of the confidence head's binary cross entropy.
     """
-    mask = outputs.eval_mask
+    supervised = Supervised.of(outputs.eval_mask)
     teacher, confidence = outputs.aligned_target_logits, outputs.confidence_pred
     ce, l1 = slot_losses(
-        outputs.draft_logits[mask], outputs.target_ids[mask], None if teacher is None else teacher[mask]
+        supervised.take(outputs.draft_logits),
+        supervised.take(outputs.target_ids),
+        None if teacher is None else supervised.take(teacher),
     )
-    slots = SlotFigures(mask, ce, l1, None if confidence is None else confidence[mask])
+    slots = SlotFigures(supervised, ce, l1, None if confidence is None else supervised.take(confidence))
     weights = {"ce": ce_loss_alpha, "l1": l1_loss_alpha, "confidence": confidence_head_alpha}
     return step_metrics(slots, Objective(weights, loss_decay_gamma))

@@ -195,6 +195,8 @@ def flex_block_mask(
     if document_ids is None:
         document_ids = torch.zeros(rows, seq_len, dtype=torch.int32, device=device)
     documents = document_ids.gather(1, anchor_positions)  # [B, N]
+    # A part of a pack's anchors has the strides of the whole, and would be compiled once more.
+    anchor_positions = anchor_positions.clone(memory_format=torch.contiguous_format)
 
     def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // block_size
@@ -208,4 +210,5 @@ def flex_block_mask(
 
     queries = num_anchors * block_size
     make = compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-    return make(visible, rows, None, queries, seq_len + queries, device=device)
+    with torch.no_grad():  # compiled once for training and evaluation
+        return make(visible, rows, None, queries, seq_len + queries, device=device)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from train.config import RunConfig
 from train.data.loader import Arguments
-from train.draft.dspark.attention import resolve_attention
+from train.draft.dspark.attention import flex_options, resolve_attention
 from train.draft.dspark.loss import DSparkStepMetrics, step_metrics
 from train.draft.dspark.model import DraftBlocks, Qwen3DSparkModel
-from train.losses.fused import LowRankBias, SlotOperands, vocabulary_loss
-from train.losses.slots import Objective, SlotFigures, positive, supervised_weights
+from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
+from train.losses.slots import Objective, SlotFigures, Supervised, places, positive
+from train.runtime.compiled import compiled_for_training, compiles
 from train.runtime.precision import allow_tf32, resolve_precision
 
 __all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
@@ -49,7 +50,7 @@ class DSparkTrainerModule(nn.Module):
         self.draft_model = draft_model
         weights = {"ce": ce_loss_alpha, "l1": l1_loss_alpha, "confidence": confidence_head_alpha}
         self.objective = objective or Objective(weights, loss_decay_gamma)
-        self.compile_loss = False
+        self.compile_loss, self.loss_kernel = False, "torch"
 
     def forward(
         self,
@@ -63,12 +64,15 @@ class DSparkTrainerModule(nn.Module):
         denominator: Tensor | None = None,
         observe: bool = False,
         spans: np.ndarray | None = None,
+        supervised_tokens: np.ndarray | None = None,
     ) -> DSparkStepMetrics:
         """Draft and compute the loss; arguments as in `Qwen3DSparkModel.forward` and `hidden_states`.
 
         Args:
             denominator: divisor of the loss; None takes the sum of slot weights of this forward.
             observe: record the slots where draft and target have the same most likely token; needs a teacher.
+            supervised_tokens: supervised tokens of each block after its anchor, known on the host, `[B, N]`;
+                from `collate_anchors`. Without it and `spans` the host waits for a GPU to count the slots.
 
         Raises:
             ValueError: the L1 term has a weight, but there is no teacher.
@@ -87,15 +91,21 @@ class DSparkTrainerModule(nn.Module):
             document_ids,
             spans,
         )
-        mask = blocks.eval_mask
-        operands = self._operands(blocks, input_ids, target_last_hidden_states)
-        matches = torch.zeros(len(operands.labels), dtype=torch.bool, device=mask.device) if observe else None
-        vocabulary, ce, l1 = vocabulary_loss(operands, compile_passes=self.compile_loss, matches=matches)
+        known = None
+        if spans is not None and supervised_tokens is not None:
+            block_size = self.draft_model.block_size
+            known = teacher_positions(spans, supervised_tokens, block_size, input_ids.shape[1])
+        supervised = Supervised.of(blocks.eval_mask, None if known is None else len(known))
+        operands = self._operands(blocks, supervised, input_ids, target_last_hidden_states, known)
+        matches = torch.zeros_like(operands.labels, dtype=torch.bool) if observe else None
+        vocabulary, ce, l1 = vocabulary_loss(
+            operands, kernel=self.loss_kernel, compile_passes=self.compile_loss, matches=matches
+        )
         slots = SlotFigures(
-            eval_mask=mask,
+            supervised=supervised,
             ce=ce,
             l1=None if operands.teacher_hidden is None else l1,
-            confidence=None if blocks.confidence_pred is None else blocks.confidence_pred[mask],
+            confidence=None if blocks.confidence_pred is None else supervised.take(blocks.confidence_pred),
             matches=matches,
             anchor_positions=blocks.anchor_positions,
         )
@@ -108,25 +118,39 @@ class DSparkTrainerModule(nn.Module):
         total = positive(metrics.sums.weight if denominator is None else denominator)
         return dataclasses.replace(metrics, loss=loss / total)
 
-    def _operands(self, blocks: DraftBlocks, input_ids: Tensor, last_hidden: Tensor | None) -> SlotOperands:
+    def _operands(
+        self,
+        blocks: DraftBlocks,
+        supervised: Supervised,
+        input_ids: Tensor,
+        last_hidden: Tensor | None,
+        known: np.ndarray | None,
+    ) -> SlotOperands:
         """Select the supervised slots, and each of their teachers' positions once.
 
         Only these meet the vocabulary. With many anchors, a position is the teacher of up to K slots.
+
+        Args:
+            known: from `teacher_positions`, where the host knows them.
         """
-        model, mask = self.draft_model, blocks.eval_mask
-        rows = mask.nonzero()[:, 0] * input_ids.shape[1]
-        used, positions = torch.unique(rows + blocks.teacher_positions[mask], return_inverse=True)
+        model, take = self.draft_model, supervised.take
+        rows = supervised.numbers // blocks.eval_mask[0].numel() * input_ids.shape[1]
+        position = rows + take(blocks.teacher_positions)  # [M], in the flattened rows
+        present = torch.zeros_like(input_ids, dtype=torch.bool).flatten().index_fill_(0, position, True)
+        distinct = None if known is None else np.unique(known)
+        used = places(present, None if distinct is None else len(distinct))  # [U]
         bias, head = None, model.markov_head
         if head is not None:
             # The token before a label is at its teacher's position.
-            latent = head.markov_w1(input_ids.flatten()[used]) if head.by_position else blocks.latent[mask]
+            latent = head.markov_w1(input_ids.flatten()[used]) if head.by_position else take(blocks.latent)
             bias = LowRankBias(latent=latent, weight=head.markov_w2.weight, by_position=head.by_position)
-        weights = supervised_weights(mask, self.objective.decay_gamma)
+        weights = supervised.weights(self.objective.decay_gamma)
         return SlotOperands(
-            hidden=blocks.hidden[mask],
+            hidden=take(blocks.hidden),
             head=model.lm_head.weight,
-            labels=blocks.target_ids[mask],
-            positions=positions,
+            labels=take(blocks.target_ids),
+            positions=(present.cumsum(0) - 1).index_select(0, position),
+            ordered=None if known is None else np.searchsorted(distinct, np.sort(known)),
             ce_weights=self.objective.weights.get("ce", 0.0) * weights,
             l1_weights=self.objective.weights.get("l1", 0.0) * weights,
             teacher_hidden=None if last_hidden is None else last_hidden.flatten(0, 1)[used],
@@ -143,24 +167,55 @@ class DSparkTrainerModule(nn.Module):
         """
         model, train = self.draft_model, config.train
         allow_tf32(train.tf32)
-        model.attention = resolve_attention(config.draft.attention, model.config, device)
+        bf16 = resolve_precision(device, train.precision) == "bf16"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        chosen = config.draft.attention
+        model.attention = resolve_attention(chosen, model.config, device, dtype, train.batch_tokens)
+        if model.attention == "flex":
+            for layer in model.layers:
+                layer.self_attn.flex_options = flex_options(model.config.head_dim, dtype, device)
         model.activation_checkpointing = train.activation_checkpointing
-        if resolve_precision(device, train.precision) == "bf16" and not model.lm_head.weight.requires_grad:
+        frozen = not model.lm_head.weight.requires_grad
+        if frozen and bf16:
             model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
-        if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
+        self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
+        if compiles(train.compile, device):
             self.compile_loss = True
             # Under DDP, Dynamo would split graphs at gradient buckets, which flex_attention does not allow.
             torch._dynamo.config.optimize_ddp = False
             # sdpa's groups of blocks are no part of a graph, and a checkpointed layer would not be either.
             if by_layer or model.attention == "sdpa":
                 for layer in model.layers:
-                    layer.compile()
+                    layer.forward = compiled_for_training(layer.forward)
             else:
-                model.backbone = torch.compile(model.backbone)
+                model.backbone = compiled_for_training(model.backbone)
 
     @staticmethod
     def pieces(tensors: Arguments, blocks: int) -> Iterator[Arguments]:
-        """Split the arguments of a forward into parts of at most `blocks` blocks each."""
-        names = [name for name in ("anchor_positions", "block_keep_mask", "spans") if name in tensors]
-        for start in range(0, tensors["anchor_positions"].shape[1], blocks):
-            yield {**tensors, **{name: tensors[name][:, start : start + blocks] for name in names}}
+        """Split the arguments of a forward into even parts of at most `blocks` blocks each."""
+        each = ("anchor_positions", "block_keep_mask", "spans", "supervised_tokens")
+        names = [name for name in each if name in tensors]
+        total = tensors["anchor_positions"].shape[1]
+        size = -(-total // -(-total // blocks))
+        for start in range(0, total, size):
+            yield {**tensors, **{name: tensors[name][:, start : start + size] for name in names}}
+
+
+def teacher_positions(
+    spans: np.ndarray, supervised_tokens: np.ndarray, block_size: int, seq_len: int
+) -> np.ndarray:
+    """Return the position of each supervised slot's teacher, in the order of the slots.
+
+    Args:
+        spans: from `masks.context_spans`, `[B, N, 2]`.
+        supervised_tokens: supervised tokens of each block after its anchor, `[B, N]`.
+        block_size: K.
+        seq_len: S.
+
+    Returns:
+        Positions in the flattened rows, `[M]`; a teacher is at the position before its label.
+    """
+    slots = np.arange(block_size)
+    rows = np.arange(len(spans))[:, None, None] * seq_len
+    positions = rows + spans[..., 1:] + slots  # [B, N, K]
+    return positions[slots < supervised_tokens[..., None]]
