@@ -78,14 +78,20 @@ class Recorder(TorchDispatchMode):
         return kwargs["out"] if "out" in kwargs else func(*args, **kwargs)
 
 
-def test_a_weights_gradient_is_added_up_by_the_product_itself() -> None:
+@pytest.mark.parametrize(
+    ("able", "operations"),
+    [(True, ["aten.addmm.dtype_out"]), (False, ["aten.mm.dtype", "aten.add_.Tensor"])],
+    ids=["torch 2.9", "before"],
+)
+def test_a_weights_gradient_is_added_up_by_the_product_itself(monkeypatch, able, operations) -> None:
     """Of a weight `[V, R]`: a product of its own, then added, would write and read it once more a chunk."""
+    monkeypatch.setattr(chunks, "ADDS_IN_FP32", able)
     with FakeTensorMode(), torch.no_grad():
         out = torch.empty(64, 8, device=CUDA)
         left, right = (torch.empty(*s, device=CUDA, dtype=torch.bfloat16) for s in ((64, 16), (16, 8)))
         with Recorder() as recorder:
             add_product(out, left, right)
-    assert recorder.seen == ["aten.addmm.dtype_out"]
+    assert recorder.seen == operations
 
 
 @pytest.fixture

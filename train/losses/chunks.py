@@ -27,6 +27,8 @@ LEAST_ON_CUDA, MOST_ON_CUDA = 2**26, 2**28
 FREE_BYTES = 64
 # Rows of a tile of a GPU's matrix product. A chunk of whole tiles leaves none half empty.
 TILE_ROWS = 128
+# Earlier versions refuse to add a product of bf16 to fp32.
+ADDS_IN_FP32 = torch.__version__ >= (2, 9)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Compute `out += left @ right`."""
     if left.dtype == out.dtype:
         out.addmm_(left, right)
-    elif _sums_in_fp32(left):
+    elif _sums_in_fp32(left) and ADDS_IN_FP32:
         torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
     else:
         out += product(left, right)
