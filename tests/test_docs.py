@@ -21,7 +21,7 @@ from train.config import RunConfig
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 200
 # Options of other programs, which the pages mention beside ours.
-OTHERS = {"--shutdown-timeout", "--run-path", "--speculative-dspark-confidence-sts-path"}
+OTHERS = {"--list", "--shutdown-timeout", "--run-path", "--speculative-dspark-confidence-sts-path"}
 FOLDERS = r"(?:pipeline|capture|train|tests|benchmarks|configs|docs)"
 
 Pages = dict[str, str]
@@ -168,7 +168,7 @@ def bad_targets(pages: Pages) -> list[str]:
     """Return the targets and variables that the Makefile doesn't have."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.M))
-    variables = set(re.findall(r"^([A-Z]+) \?=", makefile, flags=re.M))
+    variables = set(re.findall(r"^([A-Z_]+) \?=", makefile, flags=re.M))
     return [
         f"{page}: make {word}"
         for page, text in pages.items()

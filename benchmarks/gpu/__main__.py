@@ -15,6 +15,7 @@ section failed or a figure fell short; 2 for a wrong command line.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.gpu.figures import NOT_RUN, PASSED, Outcome, failures, heading, lines_of
 from benchmarks.gpu.sections import SECTIONS, Section
-from benchmarks.gpu.work import ENVIRONMENT, ROOT, run_section, state_key
+from benchmarks.gpu.work import ENVIRONMENT, ROOT, clear_other_scratch, run_section, state_key
 
 BUDGET_SECONDS = 600
 
@@ -65,11 +66,23 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     os.environ.update(ENVIRONMENT)
     folder = given.folder / state_key(given.pretend)
-    if given.fresh:
-        for section in given.sections:
-            shutil.rmtree(folder / section.name, ignore_errors=True)
-            (folder / f"{section.name}.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"error: another call works in {folder}: wait for its end", file=sys.stderr)
+            return 1
+        clear_other_scratch(folder, given.pretend)
+        if given.fresh:
+            for section in given.sections:
+                shutil.rmtree(folder / section.name, ignore_errors=True)
+                (folder / f"{section.name}.json").unlink(missing_ok=True)
+        return conclude(run_all(given, folder))
+
+
+def run_all(given: argparse.Namespace, folder: Path) -> list[Outcome]:
+    """Run the sections that are left, and print the table. Without a GPU the first one ends it."""
     began, outcomes = time.monotonic(), []
     print(heading(), flush=True)
     for section in given.sections:
@@ -81,7 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print("\n".join(lines_of(outcome)), flush=True)
         if section.name == "machine" and outcome.bad:
             break
-    return conclude(outcomes)
+    return outcomes
 
 
 def finished(path: Path) -> Outcome | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from benchmarks.gpu.figures import Figure, Limit, judged
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.work import ROOT
 
+PROCESSES = 4
 MARK = re.compile(r"mark\.gpu\b")
 # On a pretend device only what needs no compiler and no second process.
 PRETENDED = "bf16_is_near or (cpus_numbers and sdpa)"
@@ -29,6 +32,8 @@ def tests(place: Place) -> list[Figure]:
 
         pytest.main([*words, "-k", PRETENDED, "--noconftest", "--assert=plain"])
     else:
+        if importlib.util.find_spec("xdist"):  # most of the time goes into compiling, on one core each
+            words += ["--numprocesses", str(min(PROCESSES, os.cpu_count() or 1))]
         subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT)
     return figures_of(report, place)
 

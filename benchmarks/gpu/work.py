@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -29,8 +30,14 @@ GRACE_SECONDS = 5
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
 
 
+def machine_key(pretend: bool) -> str:
+    """Return a name for this machine, for a folder's name to begin with."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", platform.node()) or "machine"
+    return f"pretend-{name}-" if pretend else f"gpu-{name}-"
+
+
 def state_key(pretend: bool) -> str:
-    """Return a name for this code, machine and these versions, short enough for a folder."""
+    """Return a name for this code, machine and these versions, for a folder."""
     digest = hashlib.sha256(repr((platform.node(), _gpus(), pretend, sys.version)).encode())
     for name in PACKAGES:
         try:
@@ -43,7 +50,16 @@ def state_key(pretend: bool) -> str:
     for path in sorted(files):
         digest.update(path.relative_to(ROOT).as_posix().encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return ("pretend-" if pretend else "") + digest.hexdigest()[:12]
+    return machine_key(pretend) + digest.hexdigest()[:12]
+
+
+def clear_other_scratch(folder: Path, pretend: bool) -> None:
+    """Remove the scratch that this machine left for other code: nothing will go on with it."""
+    for other in folder.parent.glob(f"{machine_key(pretend)}*"):
+        if other != folder:
+            for path in other.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _gpus() -> str:

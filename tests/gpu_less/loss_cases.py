@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
@@ -69,7 +69,32 @@ class LossCase:
 
 def compute(case: LossCase, kernel: str, device: str = "cpu") -> dict[str, Tensor]:
     """Return losses, gradients by the operands' names, and where the most likely tokens match."""
-    x = {name: tensor.to(device) for name, tensor in case.operands().items()}
+    return _compute(case, {name: tensor.to(device) for name, tensor in case.operands().items()}, kernel)
+
+
+def compute_with_other_weights(case: LossCase) -> list[list[float]]:
+    """Return the loss by either kernel, again after the bias's weight changed, and after the head did."""
+    x, found = case.operands(), []
+    for changed in (None, "weight", "head"):
+        if changed:
+            with torch.no_grad():
+                x[changed].mul_(1.5)
+        found.append([_compute(case, x, kernel)["total"].item() for kernel in ("torch", "triton")])
+    return found
+
+
+def compute_without_gradients(case: LossCase) -> list[float]:
+    """Return the loss by the kernel in inference mode, with gradients, and in inference mode again."""
+    x, found = case.operands(), []
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            bare = replace(case, trained=()) if inference else case
+            found.append(_compute(bare, x, "triton")["total"].item())
+    return found
+
+
+def _compute(case: LossCase, x: dict[str, Tensor], kernel: str) -> dict[str, Tensor]:
+    device = x["hidden"].device.type
     trained = [x[name].requires_grad_(True) for name in case.names()]
     bias = LowRankBias(latent=x["latent"], weight=x["weight"], by_position=case.bias == "position")
     names = ("hidden", "head", "labels", "positions", "ce_weights", "l1_weights")

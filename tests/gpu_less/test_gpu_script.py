@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 from benchmarks.gpu.figures import Limit, judged
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.syncs import count_waits
+from benchmarks.gpu.work import state_key
 from tests.gpu_less.pretend.ledger import ROOT
 
 pytestmark = pytest.mark.gpu_less
@@ -194,10 +196,43 @@ def test_waits_of_a_trace_are_those_of_the_steps_threads() -> None:
         count_waits(events[:2])
 
 
-def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--folder", str(tmp_path), "--only", "machine"]
+def called(*words: str | Path) -> subprocess.CompletedProcess:
+    """The script on this machine, which has no GPU."""
+    command = [sys.executable, "-m", "benchmarks.gpu", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_two_calls_at_a_time_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / state_key(pretend=True)
+    folder.mkdir()
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = called("--pretend", "--folder", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: another call works in {folder}: wait for its end\n"
+
+
+def test_what_other_code_left_on_this_machine_is_removed_but_its_results(tmp_path: Path) -> None:
+    old = state_key(pretend=True)[:-1] + "x"
+    for name in (old, "pretend-another-machine"):
+        (tmp_path / name / "capture").mkdir(parents=True)
+        (tmp_path / name / "step.json").write_text("{}")
+    assert called("--pretend", "--folder", tmp_path, "--only", "step", "--seconds", "0").returncode == 0
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")}
+    assert f"{old}/step.json" in left
+    assert f"{old}/capture" not in left
+    assert "pretend-another-machine/capture" in left
+
+
+def test_a_section_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    done = called("--folder", tmp_path, "--only", "step,speed")
+    assert done.returncode == 2
+    assert f"no section speed: expected some of {', '.join(SECTIONS)}" in done.stderr
+
+
+def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
+    done = called("--folder", tmp_path, "--only", "machine")
     assert done.returncode == 1
     assert "expected a CUDA device" in done.stderr
     assert "pass --pretend" in done.stderr

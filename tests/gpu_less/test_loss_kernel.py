@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu_less.loss_cases import Interpreter, LossCase, compute, computed_with, define
+from tests.gpu_less.loss_cases import (
+    Interpreter,
+    LossCase,
+    compute,
+    compute_with_other_weights,
+    compute_without_gradients,
+    computed_with,
+    define,
+)
 
 pytest.importorskip("triton", reason="needs triton")
 pytestmark = pytest.mark.gpu_less
@@ -163,6 +171,19 @@ def test_what_is_no_number_spreads_as_in_the_plain_pass(interpreter, change, bia
     assert got["l1"].isnan().sum() in range(1, case.slots)  # others are not touched
     for name in ("ce", "l1", "hidden"):
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_weights_that_change_are_seen(interpreter) -> None:
+    """The head is copied once, beside the bias's weight."""
+    found = interpreter.call(compute_with_other_weights, LossCase())
+    assert len({total for total, _ in found}) == 3
+    for plain, kernel in found:
+        assert kernel == pytest.approx(plain, rel=1e-5)
+
+
+def test_inference_mode_leaves_nothing_behind(interpreter) -> None:
+    found = interpreter.call(compute_without_gradients, LossCase())
+    assert found == [found[0]] * 3
 
 
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu_less.budget import BUDGET
 from tests.gpu_less.conftest import capture_words
 from tests.gpu_less.pretend.ledger import Note
 from tests.gpu_less.session import Session
@@ -18,30 +19,6 @@ from tests.train.runs import lines_of, train_arguments
 
 pytestmark = pytest.mark.gpu_less
 
-BUDGET = {
-    # The states of a batch are encoded and copied without a look at them.
-    "forward of capture": 0,
-    # The loop stays two batches ahead of the GPU: it waits for the batch before those.
-    "batch of capture": 1,
-    # The thread that writes a shard waits for the shard's copies.
-    "shard of capture": 1,
-    # The loader's threads count the supervised slots, so that the GPU need not be asked.
-    "micro-batch": 0,
-    # The loss and the gradient's norm are finite or not: that decides whether the step is taken.
-    "optimiser step": 1,
-    # All figures of a line in one copy.
-    "log line": 1,
-    # Sums stay on the GPU until the evaluation ends.
-    "micro-batch of validation": 0,
-    # All figures of an evaluation in one copy.
-    "validation": 1,
-    # `dspark evaluate` looks at each block: the figures of all slots, and the anchors.
-    "forward of evaluation": 2,
-    # How many tokens the target accepts, and which they are.
-    "round of decoding": 2,
-    # The token decides whether the text ends.
-    "token of plain decoding": 1,
-}
 # The first batch brings the codecs' statistics to the GPU.
 SET_UP = "Statistics.to"
 # Families whose own forward waits, in lines of transformers that no argument avoids.
@@ -161,10 +138,20 @@ def test_evaluation(gpu: Session, gpu_cache: Path, trainings: Callable) -> None:
     assert_within("forward of evaluation", forwards, syncs)
 
 
-def test_decoding(gpu: Session, gpu_cache: Path, qwen: Path, trainings: Callable) -> None:
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_decoding(gpu: Session, gpu_cache: Path, qwen: Path, trainings: Callable, temperature: str) -> None:
     run, _ = trainings(1)
     words = ["speculate", "--cache", gpu_cache, "--run", run, "--target", qwen, "--dtype", "float32"]
-    words += ["--num-prompts", "2", "--temperature", "0", "--device", "cuda", "--json", "--max-new-tokens"]
+    words += [
+        "--num-prompts",
+        "2",
+        "--temperature",
+        temperature,
+        "--device",
+        "cuda",
+        "--json",
+        "--max-new-tokens",
+    ]
     few, many = (gpu.ok(*words, str(tokens)) for tokens in (8, 24))
     for kind, function, count in (
         ("round of decoding", "decode_speculative", "rounds"),

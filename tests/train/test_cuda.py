@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.syncs import budget
 from tests.conftest import EXACT, LAYERS, run_ok
 from tests.train.drafts import as_pack, random_samples, small_model
 from tests.train.runs import lines_of, progress_of, train_arguments, weights_of
@@ -25,6 +23,8 @@ from train.data.sampling import random_anchors
 from train.draft.dspark.collate import collate_anchors
 from train.draft.dspark.module import DSparkTrainerModule
 from train.losses.chunks import product
+from train.runtime.precision import autocast
+from train.trainer.setup import build_draft, set_up
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,7 +111,7 @@ def test_packs_of_two_sizes_go_through_one_compiled_module(attention: str, check
 
 @contextmanager
 def waits(mode: str) -> Iterator[None]:
-    """Let torch warn of operations that wait for the GPU, or refuse them."""
+    """Set what torch does about operations that wait for the GPU: `error` refuses them."""
     torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
@@ -119,16 +119,22 @@ def waits(mode: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_backward_never_waits_for_the_gpu_and_a_forward_seldom() -> None:
-    module, batch = DSparkTrainerModule(small_model().float().cuda(), 4.0), packed("cuda", torch.float32)
-    module(**batch).loss.backward()  # what is done once
-    with warnings.catch_warnings(record=True) as found, waits("warn"):
-        warnings.simplefilter("always")
-        loss = module(**batch).loss
-    said = [str(each.message) for each in found if "synchronizing CUDA operation" in str(each.message)]
-    assert len(said) <= budget(), "\n".join(said)
-    with waits("error"):
-        loss.backward()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_micro_batch_never_waits_for_the_gpu(cache_dir: Path, precision: str) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    draft = DraftConfig(num_layers=1, block_size=3, markov_rank=8, head_dim=16)
+    settings = {"batch_tokens": 256, "anchors_per_batch": 64, "held_out": 0.2, "precision": precision}
+    setup = set_up(cache_dir, RunConfig(draft=draft, train=TrainConfig(**settings)), device)
+    module = setup.kind.on(build_draft(setup).to(device), setup.config, device)
+    pack = (setup.samples[:2].tolist(), setup.kind.collate(random_anchors(64, 0, 0)))
+    layers = tuple(setup.shape.target_layer_ids)
+    once, again = loaded(setup.reader, [pack, pack], layers, 256, device)
+    one = torch.ones((), device=device)
+    for batch, mode in ((once, "default"), (again, "error")):  # the first one compiles, and allocates
+        with waits(mode):
+            with autocast(device, precision):
+                loss = module(**batch.tensors(), denominator=one).loss
+            loss.backward()
 
 
 def test_bf16_is_near_fp32_and_sums_up_in_fp32() -> None:

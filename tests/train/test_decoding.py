@@ -11,6 +11,7 @@ from tests.train.drafts import HIDDEN, LAYERS, VOCAB, sliding, small_model
 from train.draft.dspark.decoder import DraftDecoder
 from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.model import Qwen3DSparkModel
+from train.runtime.sampling import draw
 
 HEADS = [*MARKOV_HEADS, "none"]
 S = 23
@@ -122,3 +123,14 @@ def test_what_is_forgotten_is_forgotten() -> None:
         each.extend(second[:4])
     assert decoder.length == 4
     torch.testing.assert_close(decoder.block_states(7), fresh.block_states(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_is_drawn_as_torch_draws_it(dtype: torch.dtype) -> None:
+    for size in (1, 2, 7, 320):
+        weights = torch.rand(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+        weights[: size // 3] = 0
+        for seed in range(20):
+            own, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
+            assert draw(weights, own) == torch.multinomial(weights, 1, generator=theirs)[0]
+            assert torch.equal(own.get_state(), theirs.get_state())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from tests.train.memory import Allocations
 from train.config import RunConfig
 from train.data.sampling import spread_anchors
 from train.draft.dspark import masks
-from train.draft.dspark import module as module_of_drafts
 from train.draft.dspark.collate import collate_anchors
 from train.draft.dspark.masks import GroupedMask, block_attention_mask, sdpa_mask
 from train.draft.dspark.model import Qwen3DSparkModel
@@ -160,7 +158,10 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
 def test_compiled_layers_serve_packs_of_any_groups(monkeypatch, checkpointing: bool) -> None:
     """Groups have other shapes in every pack. Graphs are made for the first one only, whatever is kept."""
     monkeypatch.setattr(masks, "GROUP", 3)
-    monkeypatch.setattr(module_of_drafts, "compiled_for_training", _traced)
+    real = torch.compile  # graphs run op by op: what is traced is of interest, and there may be no g++
+    monkeypatch.setattr(
+        torch, "compile", lambda function, dynamic, **_: real(function, dynamic=dynamic, backend="aot_eager")
+    )
     settings = {"train": {"precision": "fp32", "compile": "on", "activation_checkpointing": checkpointing}}
     config = configuration.build(RunConfig, settings, "test")
     plain, compiled = small_model(), small_model()
@@ -185,8 +186,3 @@ def test_compiled_layers_serve_packs_of_any_groups(monkeypatch, checkpointing: b
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] >= 2  # before and after the attention
     assert graphs == graphs[:1] * 3
-
-
-def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile to graphs that run op by op: what is traced is of interest, and there may be no g++."""
-    return torch.compile(function, backend="aot_eager")

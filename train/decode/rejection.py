@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from train.runtime.sampling import draw
+
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """Return a token from logits `[V]`: the most likely one at temperature 0, else a sample."""
     if temperature == 0:
         return logits.argmax()
-    return torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)[0]
+    return draw(torch.softmax(logits / temperature, -1), generator)
 
 
 def accept(
@@ -48,7 +50,7 @@ def accept(
         return count, own[count]
     target_probs = torch.softmax(target_logits / temperature, -1)
     if n == 0:
-        return 0, torch.multinomial(target_probs[0], 1, generator=generator)[0]
+        return 0, draw(target_probs[0], generator)
     assert draft_probs is not None
     rows = torch.arange(n, device=drafted.device)
     chance = target_probs[rows, drafted] / draft_probs[rows, drafted]
@@ -57,5 +59,5 @@ def accept(
     left = target_probs[count]
     if count < n:
         rest = (left - draft_probs[count]).clamp(min=0)
-        left = rest if rest.sum() > 0 else left  # the sum is 0 if both are equal up to rounding
-    return count, torch.multinomial(left, 1, generator=generator)[0]
+        left = torch.where(rest.sum() > 0, rest, left)  # the sum is 0 if both are equal up to rounding
+    return count, draw(left, generator)

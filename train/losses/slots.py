@@ -65,7 +65,7 @@ def places(mask: Tensor, count: int | None = None) -> Tensor:
     """
     if count is None:
         return mask.nonzero().squeeze(1)
-    torch._assert_async(mask.sum() == count)
+    torch._assert_async(mask.sum() == count, "the host counted another number of supervised slots")
     return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]
 
 

@@ -150,6 +150,9 @@ class _Joined:
 
     def weight(self, head: Tensor, bias_weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return both in a dtype. The tensor is valid until the next call."""
+        if torch.is_inference_mode_enabled():  # its tensors can't be written later, nor tell of changes
+            joined = torch.cat([head, bias_weight.to(dtype)], 1)
+            return F.pad(joined, (0, -joined.shape[1] % 8))
         hidden, end = head.shape[1], head.shape[1] + bias_weight.shape[1]
         key = (head.data_ptr(), head._version, head.shape, head.dtype, head.device, dtype, end)
         if self._weight is None or key != self._key:

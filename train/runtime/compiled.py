@@ -30,12 +30,14 @@ def compiled_for_training(function: Callable[..., Any]) -> Callable[..., Any]:
     A training step's shapes never change, and kernels for known sizes are faster. Evaluation has packs of
     many sizes.
     """
-    with_gradients = _compile(function, dynamic=False)
-    without = _compile(function, dynamic=True, any_shape=True)
+
+    @cache
+    def made(gradients: bool) -> Callable[..., Any]:
+        return _compile(function, dynamic=not gradients, any_shape=not gradients)
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        return (with_gradients if torch.is_grad_enabled() else without)(*arguments, **named)
+        return made(torch.is_grad_enabled())(*arguments, **named)
 
     return call
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.features import at_least_fp32, head_logits
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.kind import Drafted
+from train.runtime.sampling import draw
 
 
 class DraftDecoder:
@@ -121,7 +122,7 @@ class DraftDecoder:
                 scores = scores + head(latent)
             if temperature > 0:
                 probs.append(torch.softmax(scores / temperature, -1))
-                previous = torch.multinomial(probs[-1], 1, generator=generator)[0]
+                previous = draw(probs[-1], generator)
             else:
                 previous = scores.argmax()
             tokens.append(previous)
