@@ -62,7 +62,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 def test_each_kind_of_step_is_compiled_once(compiled) -> None:
     # A single tile of queries is a shape of its own.
     assert compiled["flex"]["graphs"] == {
-        "create_block_mask": 2,
         "backbone": 3,
         "backbone backward": 1,
     }
@@ -77,7 +76,6 @@ def test_each_case_compiles_for_the_kernel_that_auto_chooses(compiled, case) -> 
 
 def test_a_window_is_a_mask_of_its_own_and_no_graph_more(compiled) -> None:
     assert compiled["flex, a sliding window, checkpointing, fp32"]["graphs"] == {
-        "create_block_mask": 2,
         "backbone": 1,
         "backbone backward": 1,
     }

@@ -25,7 +25,7 @@ from tests.conftest import run_ok
 from tests.train.drafts import as_pack, random_samples, small_model
 from tests.train.runs import lines_of, train_arguments
 from train.config import RunConfig, TrainConfig
-from train.draft.dspark import masks, module
+from train.draft.dspark import module
 from train.draft.dspark.module import DSparkTrainerModule
 from train.runtime import compiled as compiling
 
@@ -79,7 +79,6 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traced]:
     monkeypatch.setattr(module, "flex_options", lambda *_: {"FORCE_USE_FLEX_ATTENTION": True})
     # Compiled flex_attention has no backward on a CPU.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None, raising=False)
-    monkeypatch.setattr(masks, "create_block_mask", compiling.compiled(masks.create_block_mask))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield seen
     compiling.compiled.cache_clear()
@@ -108,8 +107,8 @@ def test_a_run_compiles_each_function_once_for_training_and_once_for_evaluation(
     assert sum("held_out" in line for line in lines_of(tmp_path / "run")) == 3
     assert traced.widths[True] == {96}
     assert len(traced.widths[False]) > 2
-    # Masks are made without gradients, and the loss computes its own.
-    wanted = {"create_block_mask": 1, "backbone and backward": 1, "backbone": 1, "differentiate": 1}
+    # The loss computes its own gradients, in the forward.
+    wanted = {"backbone and backward": 1, "backbone": 1, "differentiate": 1}
     assert traced.graphs == wanted
     # Packs of all anchors, in parts, by the draft and by an untrained one.
     run_ok("evaluate", "--cache", cache_dir, "--run", tmp_path / "run", "--device", "cpu")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,10 +159,13 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
 def test_compiled_layers_serve_packs_of_any_groups(monkeypatch, checkpointing: bool) -> None:
     """Groups have other shapes in every pack. Graphs are made for the first one only, whatever is kept."""
     monkeypatch.setattr(masks, "GROUP", 3)
-    real = torch.compile  # graphs run op by op: what is traced is of interest, and there may be no g++
-    monkeypatch.setattr(
-        torch, "compile", lambda function, dynamic, **_: real(function, dynamic=dynamic, backend="aot_eager")
-    )
+    real = torch.compile
+
+    def traced(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """Return a function whose graphs run op by op: they are of interest, and there may be no g++."""
+        return real(function, dynamic=options["dynamic"], backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
     settings = {"train": {"precision": "fp32", "compile": "on", "activation_checkpointing": checkpointing}}
     config = configuration.build(RunConfig, settings, "test")
     plain, compiled = small_model(), small_model()
