@@ -106,6 +106,13 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         return sums.view(*left.shape[:-1], right.shape[-1])
 
 
+def operand_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of a product with `weight`: that of autocast, which leaves float64 alone."""
+    device, dtype = weight.device.type, weight.dtype
+    autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else dtype
+
+
 def vocabulary_logits(states: Tensor, weight: Tensor) -> Tensor:
     """Return `states @ weight.T` in at least fp32. Autocast rounds the operands, never the logits.
 
@@ -116,9 +123,7 @@ def vocabulary_logits(states: Tensor, weight: Tensor) -> Tensor:
     Returns:
         `[.., V]` float32, or float64 for float64 weights.
     """
-    device, dtype = states.device.type, weight.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = operand_dtype(weight)
     return product(states.to(dtype), weight.to(dtype).T)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.features import product
 from tests.conftest import EXACT, LAYERS, run_ok
 from tests.train.drafts import as_pack, random_samples, small_model
 from tests.train.runs import lines_of, progress_of, train_arguments, weights_of
@@ -22,7 +23,6 @@ from train.data.loader import load_batch, loaded
 from train.data.sampling import random_anchors
 from train.draft.dspark.collate import collate_anchors
 from train.draft.dspark.module import DSparkTrainerModule
-from train.losses.chunks import product
 from train.runtime.precision import autocast
 from train.trainer.setup import build_draft, set_up
 

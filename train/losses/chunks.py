@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.features import at_least_fp32
+from pipeline.features import product
 from train.losses.operands import SlotOperands
 
 # Logits held at a time on a CPU. Fewer rows make narrow, slow matrix products.
@@ -127,13 +127,6 @@ def _known_spans(positions: np.ndarray, rows: int) -> list[tuple[int, int]]:
     """Return the same from positions on the host."""
     starts = range(0, len(positions), rows)
     return [(int(positions[i]), int(positions[i : i + rows][-1]) + 1) for i in starts]
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right`, at least fp32: half-precision operands are summed up in fp32 where possible."""
-    if _sums_in_fp32(left):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return at_least_fp32(left @ right)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.errors import ConfigError
+from pipeline.features import operand_dtype
 from train.losses.chunks import VocabularyPass
 from train.losses.operands import LowRankBias, SlotOperands
 from train.losses.plain import PlainPass
@@ -81,8 +82,7 @@ def vocabulary_loss(
     tensors = operands.differentiable()
     if not torch.is_grad_enabled():  # a Function sees requires_grad even then, and would do the work
         tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
-    device = operands.hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else operands.head.dtype
+    dtype = operand_dtype(operands.head)
 
     def make(operands: SlotOperands, needed: tuple[bool, ...]) -> VocabularyPass:
         if kernel == "torch":
@@ -91,7 +91,7 @@ def vocabulary_loss(
 
         return TritonPass(operands, dtype, matches, needed)
 
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(operands.hidden.device.type, enabled=False):
         return _VocabularyLoss.apply(*tensors, operands, make)
 
 

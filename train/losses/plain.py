@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from train.losses.chunks import Chunk, VocabularyPass, add_product, product
+from pipeline.features import product
+from train.losses.chunks import Chunk, VocabularyPass, add_product
 from train.losses.operands import SlotOperands
 from train.runtime.compiled import compiled
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from train.losses.chunks import Chunk, VocabularyPass, add_product, product
+from pipeline.features import product
+from train.losses.chunks import Chunk, VocabularyPass, add_product
 from train.losses.kernels import BLOCK, WARPS, losses_kernel, teacher_kernel
 from train.losses.operands import SlotOperands
 
