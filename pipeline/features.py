@@ -13,7 +13,6 @@ from itertools import pairwise
 from operator import index
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import LayerIdError, LayerIdWarning
@@ -85,6 +84,44 @@ def at_least_fp32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return `left @ right` in at least fp32, whatever autocast says. Both operands have one dtype.
+
+    Half-precision operands are summed up in fp32 on CUDA. Other devices round the sums to the operands'
+    dtype first.
+
+    Args:
+        left: `[.., I]`.
+        right: `[I, J]`.
+
+    Returns:
+        `[.., J]` float32, or float64 for float64 operands.
+    """
+    with torch.autocast(left.device.type, enabled=False):
+        if not left.is_cuda or left.dtype not in (torch.bfloat16, torch.float16):
+            return at_least_fp32(left @ right)
+        if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+            return left.float() @ right.float()  # the product below has no derivative in torch
+        sums = torch.mm(left.reshape(-1, left.shape[-1]), right, out_dtype=torch.float32)
+        return sums.view(*left.shape[:-1], right.shape[-1])
+
+
+def vocabulary_logits(states: Tensor, weight: Tensor) -> Tensor:
+    """Return `states @ weight.T` in at least fp32. Autocast rounds the operands, never the logits.
+
+    Args:
+        states: `[.., I]`.
+        weight: `[V, I]`.
+
+    Returns:
+        `[.., V]` float32, or float64 for float64 weights.
+    """
+    device, dtype = states.device.type, weight.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return product(states.to(dtype), weight.to(dtype).T)
+
+
 def head_logits(hidden: Tensor, head: Tensor, softcap: float | None = None, scale: float = 1.0) -> Tensor:
     """Compute vocabulary logits of post-norm hidden states in fp32, otherwise as the target does.
 
@@ -97,6 +134,6 @@ def head_logits(hidden: Tensor, head: Tensor, softcap: float | None = None, scal
     Returns:
         `[.., V]` float32, or float64 for float64 weights.
     """
-    logits = at_least_fp32(F.linear(hidden.to(head.dtype), head))
+    logits = vocabulary_logits(hidden, head)
     logits = logits if scale == 1 else logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

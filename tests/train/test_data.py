@@ -121,6 +121,18 @@ def test_anchors_are_each_inside_their_sample(reader: CacheReader) -> None:
     assert np.bincount([documents[p] for p in kept]).tolist() == anchor_quotas(candidates, 13).tolist()
 
 
+def test_packs_are_filled_up_to_one_number_of_blocks(reader: CacheReader) -> None:
+    choose = sampling.random_anchors(13, 0, 0)
+    few, many = (load_batch(reader, SAMPLES, (0,), TOKENS, collate_anchors(choose, n)) for n in (0, 47))
+    nothing = load_batch(reader, [], (0,), TOKENS, collate_anchors(choose, 47))
+    shapes = {name: value.shape for name, value in many.collated.items()}
+    assert shapes == {"anchor_positions": (1, 48), "block_keep_mask": (1, 48), "spans": (1, 48, 2)}
+    assert {name: value.shape for name, value in nothing.collated.items()} == shapes
+    for name, value in many.collated.items():
+        assert (value[:, :16] == few.collated[name]).all()
+        assert not value[:, 16:].any()
+
+
 def test_anchors_depend_on_the_sample_and_its_quota_alone(reader: CacheReader) -> None:
     def drawn(samples: list[int], total: int, seed: int = 5, epoch: int = 2) -> list[list[int]]:
         batch = load_batch(reader, samples, (0,), TOKENS, random_anchors(total, seed, epoch))

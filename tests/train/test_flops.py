@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.train.drafts import as_pack, random_samples, sliding, small_config, small_model
 from train.data.loader import Pack
-from train.draft.dspark.flops import training_flops
+from train.draft.dspark import attention, masks
+from train.draft.dspark.flops import hidden_flops, training_flops
 from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.module import DSparkTrainerModule
 from train.trainer.metrics import peak_flops
@@ -40,9 +41,9 @@ def test_products_are_those_that_run(head: str | None) -> None:
     pack = Pack(**own, collated=collated, num_tokens=tokens)
     blocks, config = batch["anchor_positions"].shape[1], model.config
     pairs = sum(anchor + config.block_size for own in ANCHORS for anchor in own) * config.block_size
-    attention = 12 * config.num_attention_heads * config.head_dim * pairs * config.num_hidden_layers
+    attended = 12 * config.num_attention_heads * config.head_dim * pairs * config.num_hidden_layers
     assert blocks == sum(map(len, ANCHORS))
-    wanted = training_flops(config, pack) - attention
+    wanted = training_flops(config, pack) - attended
     # The first slot's recurrent state and the blocks' input, which get no gradient, cost a little less.
     assert ran == pytest.approx(wanted, rel=0.03)
 
@@ -61,10 +62,32 @@ def test_a_window_leaves_only_what_is_seen() -> None:
     assert training_flops(small_config(**sliding(10)), pack) == full  # the last slot of 7 is at 9
 
 
+def test_what_sdpa_computes_in_vain(monkeypatch) -> None:
+    """Counted on paper: anchors 1, 4, 7, 11 of 12 tokens, K = 3, two layers of 4 heads of width 8."""
+    config = small_config(num_anchors=4)
+    seen = 3 * ((1 + 3) + (4 + 3) + (7 + 3) + (11 + 3))
+    assert hidden_flops(config, 12) == 2 * 4 * 8 * 12 * (12 * (12 + 12) - seen)
+    monkeypatch.setattr(masks, "GROUP", 2)  # the first two see 4 positions at most, the others 11
+    computed = 6 * (4 + 6) + 6 * (11 + 6)
+    assert hidden_flops(config, 12) == 2 * 4 * 8 * (16 * computed - 12 * seen)
+
+
+def test_sdpa_in_place_of_flex_is_said_with_what_it_costs(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(attention, "flex_block_mask", fail)
+    shape = {"num_anchors": 512, "block_size": 7, "num_attention_heads": 32, "head_dim": 128}
+    config = small_config(**shape, num_hidden_layers=5)  # Qwen3-4B's
+    with pytest.warns(UserWarning, match="using sdpa, which is slower.* 1.4 TFLOP .* 4096 tokens"):
+        assert attention.resolve_attention("auto", config, torch.device("cuda")) == "sdpa"
+
+
 def test_peaks_are_found_by_name(monkeypatch) -> None:
     cuda = torch.device("cuda")
     names = {
         "NVIDIA H200": 9.89e14,
+        "NVIDIA H200 NVL": 8.35e14,
         "NVIDIA GH200 480GB": 9.9e14,
         "NVIDIA H100 80GB HBM3": 9.89e14,
         "NVIDIA H100 PCIe": 7.56e14,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,7 +159,13 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
 def test_compiled_layers_serve_packs_of_any_groups(monkeypatch, checkpointing: bool) -> None:
     """Groups have other shapes in every pack. Graphs are made for the first one only, whatever is kept."""
     monkeypatch.setattr(masks, "GROUP", 3)
-    monkeypatch.setattr(torch.nn.Module, "compile", _without_a_compiler)
+    real = torch.compile
+
+    def traced(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """Return a function whose graphs run op by op: they are of interest, and there may be no g++."""
+        return real(function, dynamic=options["dynamic"], backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
     settings = {"train": {"precision": "fp32", "compile": "on", "activation_checkpointing": checkpointing}}
     config = configuration.build(RunConfig, settings, "test")
     plain, compiled = small_model(), small_model()
@@ -183,8 +190,3 @@ def test_compiled_layers_serve_packs_of_any_groups(monkeypatch, checkpointing: b
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] >= 2  # before and after the attention
     assert graphs == graphs[:1] * 3
-
-
-def _without_a_compiler(module: torch.nn.Module) -> None:
-    """`Module.compile` whose graphs run op by op: what is traced is of interest, and there may be no g++."""
-    module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from tests import reference
 from tests.train.drafts import BLOCK, as_batch, as_pack, random_samples, sliding, small_model, spec_of
@@ -47,6 +48,27 @@ def test_a_pack_is_its_documents_alone(head: str) -> None:
         scale = gradient.abs().max().item()
         torch.testing.assert_close(
             parameter.grad, gradient, rtol=1e-4, atol=1e-5 * scale + 1e-12, msg=f"{name}: {parameter.grad}"
+        )
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_dummy_blocks_change_no_number(head: str) -> None:
+    """Sums over more rows are added up in another order, so a gradient may move by float64's rounding."""
+    found = []
+    for dummies in (0, 61):
+        batch, model = as_pack(random_samples(MASKS), ANCHORS), small_model(**HEADS[head])
+        for name, filler in (("anchor_positions", 0), ("block_keep_mask", False)):
+            batch[name] = torch.nn.functional.pad(batch[name], (0, dummies), value=filler)
+        metrics = DSparkTrainerModule(model, 4.0, 0.3, 0.9, 0.7)(**batch)
+        metrics.loss.backward()
+        found.append((metrics, gradients(model)))
+    (few, wanted), (many, moved) = found
+    assert few.loss == many.loss
+    for one, other in zip(few.sums.tensors(), many.sums.tensors(), strict=True):
+        assert torch.equal(one, other)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(
+            moved[name], gradient, rtol=0, atol=1e-14 * gradient.abs().max().item(), msg=name
         )
 
 
@@ -112,6 +134,29 @@ def test_both_masks_say_the_same(window: int | None) -> None:
         row = torch.zeros(queries, keys, dtype=torch.long)
         got = flex.mask_mod(row, row, torch.arange(queries)[:, None] + row, torch.arange(keys) + row)
         assert torch.equal(got, dense[0, 0])
+
+
+@pytest.mark.parametrize("window", [None, 9, 200])
+@pytest.mark.parametrize("blocks", [1, 48, 150])
+@pytest.mark.parametrize("documents", [1, 7, 300])
+def test_tiles_are_those_that_torch_finds_by_looking_at_every_entry(
+    window: int | None, blocks: int, documents: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def ascending(most: int, count: int) -> torch.Tensor:
+        return torch.randint(most, (2, count), generator=generator).sort(1).values
+
+    length, size = 700, 7
+    mask = flex_block_mask(ascending(length, blocks), length, size, ascending(documents, length), window)
+    queries = blocks * size
+    wanted = create_block_mask(mask.mask_mod, 2, None, queries, length + queries, device="cpu")
+    assert wanted.full_kv_num_blocks.any() == (blocks > 1 and documents == 1 and window is None)
+    for name, value in vars(wanted).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(mask, name), value), name
+        elif name != "mask_mod":
+            assert getattr(mask, name) == value, name
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

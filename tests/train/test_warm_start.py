@@ -58,6 +58,17 @@ def test_it_begins_with_those_weights(tmp_path: Path, cache_dir: Path, first: Pa
     for name, weight in weights_of(run).items():
         rounded = wanted[name].bfloat16().float() if source in ("released", "shards") else wanted[name]
         assert torch.equal(weight, rounded), name
+
+
+def test_a_draft_goes_on_with_a_window(tmp_path: Path, cache_dir: Path, first: Path) -> None:
+    """A window is no part of what weights mean: a draft for long contexts may begin with one without."""
+    run = tmp_path / "run"
+    run_ok(*train_arguments(cache_dir, run, **STILL, draft__init_from=first, draft__sliding_window=5))
+    config = json.loads((run / "latest" / "config.json").read_text())
+    assert (config["layer_types"], config["sliding_window"]) == (["sliding_attention"], 5)
+    wanted = weights_of(first, "best")
+    assert all(torch.equal(weight, wanted[name]) for name, weight in weights_of(run).items())
+    assert lines_of(run)[-1]["held_out"]["tau"] != lines_of(first)[-1]["held_out"]["tau"]
     assert "init_from" in (run / "config.toml").read_text()
 
 

@@ -137,8 +137,9 @@ class DraftKind:
     """Combine a draft and an objective."""
     attention: Callable[[str, PretrainedConfig, torch.device], str]
     """Return the kernel that a value of `draft.attention` selects. Raise ConfigError if it can't run."""
-    collate: Callable[[AnchorChoice], Collate]
-    """Return the collate function for a choice of anchors."""
+    collate: Callable[[AnchorChoice, int], Collate]
+    """Return the collate function for a choice of anchors, and the least number of blocks of a pack. Where
+    the draft is compiled, packs of one size are compiled once."""
     decoder: Callable[[Any], Decoder]
     """Return a decoder of a draft."""
     flops: Callable[[PretrainedConfig, Pack], float]

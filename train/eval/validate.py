@@ -17,6 +17,7 @@ from train.data.sampling import AnchorChoice, spread_anchors
 from train.draft import DRAFTS
 from train.draft.kind import TrainerModule
 from train.losses.slots import LossSums, Objective, divide, to_numbers
+from train.runtime.compiled import compiles
 from train.runtime.console import bar
 from train.runtime.distributed import Ranks
 from train.runtime.precision import autocast
@@ -43,7 +44,9 @@ def held_out_batches(
     own = share(sequential_packs(reader.lengths[samples], size), ranks.rank, ranks.world)
     packs = [samples[members] for members in own]
     layer_ids = tuple(module.draft_model.config.target_layer_ids)
-    collate = DRAFTS[config.draft.kind].collate(choose)
+    # Two tiles of attention: kernels for a single one would be compiled by themselves.
+    blocks = -(-256 // config.draft.block_size) if compiles(config.train.compile, ranks.device) else 0
+    collate = DRAFTS[config.draft.kind].collate(choose, blocks)
     chosen = [(members.tolist(), collate) for members in packs]
     batches = loaded(reader, chosen, layer_ids, size, ranks.device)
     return packs, bar(batches, ranks, total=len(packs), unit="batch", desc=title, leave=False)

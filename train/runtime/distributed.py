@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -148,7 +147,7 @@ def open_ranks(device: str) -> Iterator[Ranks]:
         device: `auto`, `cuda` (one GPU per process), `cuda:1`, `cpu`.
 
     Raises:
-        UsageError: torch lacks the device, or there are fewer GPUs than processes.
+        UsageError: torch lacks the device, or two ranks were given one GPU.
         RunError: another rank died.
     """
     place = torchrun_place()
@@ -158,17 +157,18 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     if place.world == 1:
         yield Ranks(place, here)
         return
-    if cuda:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if processes > torch.cuda.device_count() or device not in ("auto", "cuda"):
-            if place.local_rank:  # the machine's first process prints the message
-                raise SystemExit(UsageError.exit_code)
-            raise UsageError(
-                f"{processes} processes on this machine for {torch.cuda.device_count()} GPUs and --device "
-                f"{device}: start one process per GPU, with --device cuda"
-            )
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=here if cuda else None)
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        if cuda:
+            _refuse_shared_gpus(place, str(torch.cuda.get_device_properties(here).uuid), store)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.world,
+            timeout=TIMEOUT,
+            device_id=here if cuda else None,
+        )
     except (ValueError, RuntimeError) as error:
         reason = one_line(error)
         raise RunError(
@@ -189,6 +189,34 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     finally:
         if ranks.met:  # else this could wait forever for a rank that died
             dist.destroy_process_group()
+
+
+def _refuse_shared_gpus(place: WorkerPlace, gpu: str, store: dist.Store) -> None:
+    """Check that each rank has a GPU of its own, whatever its launcher calls it.
+
+    Some launchers show each process all GPUs of the machine, others only its own. So numbers and counts of
+    visible GPUs say nothing.
+
+    Args:
+        gpu: the UUID of this rank's GPU.
+        store: a store of all ranks.
+
+    Raises:
+        UsageError: two ranks have the same GPU; raised on the first rank.
+        SystemExit: likewise, on the other ranks.
+    """
+    store.set(f"gpu of rank {place.rank}", gpu)
+    owners: dict[str, int] = {}
+    for rank in range(place.world):
+        gpu = store.get(f"gpu of rank {rank}").decode()
+        first = owners.setdefault(gpu, rank)
+        if first != rank:
+            if place.rank:
+                raise SystemExit(UsageError.exit_code)
+            raise UsageError(
+                f"ranks {first} and {rank} have the same GPU ({gpu}): start one process per GPU, with "
+                "--device cuda; a launcher that shows each process one GPU must show each its own"
+            )
 
 
 class SpreadModule:

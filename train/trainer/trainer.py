@@ -30,6 +30,7 @@ from train.runs.directory import begin, check_run, flat_settings, locked
 from train.runs.names import CHECKPOINTS, METRICS, TRACE, TRACKERS
 from train.runs.page import TrainingPage, read_training
 from train.runs.state import Best, Progress
+from train.runtime.compiled import compiles
 from train.runtime.console import Display, say
 from train.runtime.distributed import Ranks, open_ranks
 from train.runtime.precision import autocast
@@ -205,7 +206,8 @@ class Training:
 
     def _collate(self, epoch: int) -> Collate:
         train = self.config.train
-        return self.setup.kind.collate(random_anchors(train.anchors_per_batch, train.seed, epoch))
+        blocks = train.anchors_per_batch if compiles(train.compile, self.ranks.device) else 0
+        return self.setup.kind.collate(random_anchors(train.anchors_per_batch, train.seed, epoch), blocks)
 
     def _step(self, step: Step) -> bool:
         """Take an optimiser step. Return whether a checkpoint is due by time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -16,8 +17,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 from pipeline.errors import ConfigError
 from pipeline.features import at_least_fp32
 from pipeline.text import one_line
+from train.draft.dspark.flops import hidden_flops
 from train.draft.dspark.masks import BlockGroup, GroupedMask, Mask, decoding_mask, flex_block_mask
 from train.runtime.compiled import compiled
+
+# Bytes of shared memory that a block of threads may have on the smallest GPU that the compiler's own tiles
+# of flex_attention fit, an A100. GeForce and L40 cards have 101,376.
+SMALL_GPU = 166_912
 
 
 class DSparkRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -40,11 +46,49 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos + rotate_half(states) * sin
 
 
-def resolve_attention(name: str, config: Qwen3Config, device: torch.device) -> Literal["sdpa", "flex"]:
+def flex_options(dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, bool | int]:
+    """Return what flex_attention's kernels are told, so that they compile and run on the device.
+
+    Args:
+        dim: D, the width of an attention head.
+        dtype: of queries, keys and values.
+    """
+    # Below 128 queries the compiler would take its decoding kernel, which has no tile for grouped heads.
+    options: dict[str, bool | int] = {"FORCE_USE_FLEX_ATTENTION": True}
+    memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SMALL_GPU)
+    if memory < SMALL_GPU:  # the compiler's own tiles are an A100's
+        row = dim * dtype.itemsize
+        options |= {
+            "fwd_BLOCK_M": 64 if row <= 256 else 32,
+            "fwd_BLOCK_N": 32 if row <= 512 else 16,
+            "fwd_num_stages": 2 if row <= 256 else 1,
+            "bwd_num_stages": 1,
+        }
+        if row > 256:
+            options |= dict.fromkeys(
+                ("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32 if row <= 512 else 16
+            )
+    return options
+
+
+def resolve_attention(
+    name: str,
+    config: Qwen3Config,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 4096,
+) -> Literal["sdpa", "flex"]:
     """Return the attention kernel to use: `auto` is flex if it runs on the device, else sdpa.
 
     For `auto` on CUDA, a forward and backward with the draft's dimensions are tried: flex needs a compiler,
-    and its kernels don't fit every GPU's shared memory.
+    and its kernels don't fit every GPU's shared memory. A warning says what sdpa costs instead.
+
+    Args:
+        name: value of `draft.attention`.
+        config: the draft's config.
+        device: where the draft runs.
+        dtype: of queries, keys and values.
+        tokens: of a pack, for the warning.
 
     Raises:
         ConfigError: `name` is flex and the device is not CUDA, where flex has no backward.
@@ -56,22 +100,35 @@ def resolve_attention(name: str, config: Qwen3Config, device: torch.device) -> L
     if device.type != "cuda":
         return "sdpa"
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    anchors = torch.arange(1, 65, device=device)[None]
-    queries, size = anchors.shape[1] * config.block_size, 256
+    count, size = 64, 256
+    queries = count * config.block_size
     try:
+        anchors = torch.arange(1, count + 1, device=device)[None]
         mask = flex_block_mask(anchors, size, config.block_size)
         shapes = ((heads, queries), (kv_heads, size + queries), (kv_heads, size + queries))
-        states = [torch.randn(1, h, n, dim, device=device, dtype=torch.bfloat16) for h, n in shapes]
-        attend(*(state.requires_grad_(True) for state in states), mask).sum().backward()
+        states = [torch.randn(1, h, n, dim, device=device, dtype=dtype) for h, n in shapes]
+        options = flex_options(dim, dtype, device)
+        attend(*(state.requires_grad_(True) for state in states), mask, options).sum().backward()
         torch.cuda.synchronize(device)
     except Exception as error:  # compilers and drivers raise anything
         reason = one_line(error)
-        warnings.warn(f"flex_attention does not run here ({reason}): using sdpa", stacklevel=2)
+        more = hidden_flops(config, tokens) / 1e12
+        warnings.warn(
+            f"flex_attention does not run here ({reason}): using sdpa, which is slower. It computes about "
+            f"{more:.2g} TFLOP a micro-batch of {tokens} tokens that flex_attention would skip",
+            stacklevel=2,
+        )
         return "sdpa"
     return "flex"
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Mask,
+    options: Mapping[str, bool | int] | None = None,
+) -> Tensor:
     """Compute attention with the kernel that the mask belongs to.
 
     Args:
@@ -79,6 +136,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
         keys: `[B, kv heads, S + N*K, D]`; heads are a multiple of kv heads.
         values: as `keys`.
         mask: from `masks`: a BlockMask selects flex_attention, the others scaled_dot_product_attention.
+        options: of flex_attention's kernels, from `flex_options`.
 
     Returns:
         `[B, heads, N*K, D]`.
@@ -89,7 +147,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
         # Uncompiled flex_attention holds all scores in memory, which is acceptable only in CPU tests.
         alone = query.is_cuda and not torch.compiler.is_compiling()
         flex = compiled(flex_attention) if alone else flex_attention
-        return flex(query, keys, values, block_mask=mask, enable_gqa=True)
+        return flex(query, keys, values, block_mask=mask, enable_gqa=True, kernel_options=options)
     if isinstance(mask, GroupedMask):
         return _in_groups(query, keys, values, mask)
     return _sdpa(query, keys, values, mask)
@@ -171,6 +229,7 @@ class DSparkAttention(nn.Module):
     def __init__(self, config: Qwen3Config, window: int | None = None):
         super().__init__()
         self.window = window
+        self.flex_options: dict[str, bool | int] | None = None
         hidden, self.head_dim = config.hidden_size, config.head_dim
         query_width = config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
@@ -242,5 +301,5 @@ class DSparkAttention(nn.Module):
         values = torch.cat([self.v_proj(context), self.v_proj(block)], dim=1)
         keys = rotate(self.k_norm(self._heads(keys)).transpose(1, 2), cos, sin)  # [B, kv heads, S + N*K, D]
         values = self._heads(values).transpose(1, 2)
-        attended = attend(query, keys, values, mask)
+        attended = attend(query, keys, values, mask, self.flex_options)
         return self.o_proj(attended.transpose(1, 2).flatten(2))

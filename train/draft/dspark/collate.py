@@ -15,8 +15,12 @@ from train.draft.dspark.masks import context_spans
 ANCHOR_MULTIPLE = 16
 
 
-def collate_anchors(choose: AnchorChoice) -> Collate:
+def collate_anchors(choose: AnchorChoice, blocks: int = 0) -> Collate:
     """Return the collate function of block drafters: each sample's anchors, as positions of the pack.
+
+    Args:
+        choose: the anchors of each sample.
+        blocks: dummy blocks make up for what a pack has less than this.
 
     It returns `anchor_positions` `[1, N]` int64 and `block_keep_mask` `[1, N]` bool; and on the host `spans`,
     as `masks.context_spans` makes it, and `supervised_tokens` `[1, N]`: how many follow an anchor in its
@@ -26,7 +30,7 @@ def collate_anchors(choose: AnchorChoice) -> Collate:
     def collate(samples: Sequence[PackedSample]) -> Arguments:
         chosen = choose([_candidates(sample.loss_mask) for sample in samples], [s.id for s in samples])
         count = sum(map(len, chosen))
-        width = -(-max(count, 1) // ANCHOR_MULTIPLE) * ANCHOR_MULTIPLE
+        width = -(-max(count, blocks, 1) // ANCHOR_MULTIPLE) * ANCHOR_MULTIPLE
         anchors, first, following = np.zeros((3, 1, width), dtype=np.int64)
         if count:
             starts = [np.full(len(own), sample.start) for own, sample in zip(chosen, samples, strict=True)]

@@ -119,7 +119,7 @@ class DraftDecoder:
             scores = logits[slot]
             if head is not None:
                 latent, state = head.step(embedded, hidden[slot], state)
-                scores = scores + at_least_fp32(head(latent))
+                scores = scores + head(latent)
             if temperature > 0:
                 probs.append(torch.softmax(scores / temperature, -1))
                 previous = draw(probs[-1], generator)

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from train.data.loader import Pack
 from train.draft.dspark.anchors import build_eval_mask, label_positions, restarting_positions
 from train.draft.dspark.markov import MARKOV_HEADS
-from train.draft.dspark.masks import layer_windows
+from train.draft.dspark.masks import GroupedMask, layer_windows, sdpa_mask
 
 
 def _attended(seen: Tensor, size: int, window: int | None) -> int:
@@ -67,3 +67,29 @@ def training_flops(config: PretrainedConfig, pack: Pack) -> float:
     if config.enable_confidence_head:
         total += 6 * rows * (hidden + rank * bool(config.confidence_head_with_markov))
     return float(total)
+
+
+def hidden_flops(config: PretrainedConfig, tokens: int) -> float:
+    """Return the FLOPs that sdpa spends on context which no slot sees, in one forward and backward.
+
+    The pack is one document with its anchors evenly spread, so that each block sees half of it on average.
+    flex_attention skips nearly all of this. The groups' backward also computes their forward again.
+
+    Args:
+        config: the draft's config.
+        tokens: P, the document's length.
+    """
+    size = config.block_size
+    anchors = torch.linspace(1, tokens - 1, config.num_anchors).long()[None]
+    pairs = 0
+    for window in layer_windows(config):
+        mask = sdpa_mask(anchors, tokens, size, window=window)
+        if isinstance(mask, GroupedMask):
+            for group in mask.groups:
+                queries = (group.blocks.stop - group.blocks.start) * size
+                context = group.context.stop - group.context.start
+                pairs += 16 * queries * (context + queries)
+        else:
+            pairs += 12 * mask.numel()
+        pairs -= 12 * _attended(anchors[0], size, window)
+    return float(pairs * config.num_attention_heads * config.head_dim)

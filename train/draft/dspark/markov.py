@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from pipeline.features import vocabulary_logits
+
 
 class MarkovHead(nn.Module, ABC):
     """Base of all heads: W1 embeds the previous token x, `latent` transforms it, W2 maps to the vocabulary.
@@ -52,8 +54,8 @@ class MarkovHead(nn.Module, ABC):
         return self.latent(embedded, hidden), None
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Return the logits' bias `[.., V]`, from the input of W2 for some slots, `[.., R]`."""
-        return self.markov_w2(latent)
+        """Return the logits' bias `[.., V]` in fp32, from the input of W2 for some slots, `[.., R]`."""
+        return vocabulary_logits(latent, self.markov_w2.weight)
 
 
 class VanillaMarkovHead(MarkovHead):

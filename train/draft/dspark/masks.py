@@ -16,16 +16,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig
 
 from train.draft.body import FULL, SLIDING
 from train.draft.dspark.anchors import create_position_ids, restarting_positions
-from train.runtime.compiled import compiled
 
 # Blocks that sdpa computes together. More see more that is hidden; fewer take more launches.
 GROUP = 64
+# Queries and keys of a tile of flex_attention's mask: its kernels skip hidden tiles, and look at no entry of
+# those that are seen whole.
+TILE = 128
 
 
 def layer_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
@@ -191,21 +194,55 @@ def flex_block_mask(
     window: int | None = None,
 ) -> BlockMask:
     """Return the same mask for flex_attention, which skips hidden tiles; arguments as above."""
-    device, (rows, num_anchors) = anchor_positions.device, anchor_positions.shape
-    if document_ids is None:
-        document_ids = torch.zeros(rows, seq_len, dtype=torch.int32, device=device)
-    documents = document_ids.gather(1, anchor_positions)  # [B, N]
+    # In 32 bits, as kernels compute in. A part of a pack's anchors has the strides of the whole, for which
+    # all would be compiled once more: hence a copy.
+    anchors = anchor_positions.to(torch.int32).clone(memory_format=torch.contiguous_format)  # [B, N]
+    first = torch.zeros_like(anchors)
+    if document_ids is not None:
+        first = anchors - restarting_positions(document_ids).gather(1, anchor_positions).to(torch.int32)
 
     def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // block_size
-        anchor = anchor_positions[row, block]
-        before = key < anchor  # always False for keys of blocks
+        anchor, lowest = anchors[row, block], first[row, block]
         if window is not None:
-            before = before & (key > anchor + query % block_size - window)
-        same = document_ids[row, key.clamp(max=seq_len - 1)] == documents[row, block]
-        own = (key >= seq_len) & ((key - seq_len) // block_size == block)
-        return (before & same) | own
+            lowest = torch.maximum(lowest, anchor + query % block_size - window + 1)
+        own = seq_len + block * block_size
+        return ((key >= lowest) & (key < anchor)) | ((key >= own) & (key < own + block_size))
 
-    queries = num_anchors * block_size
-    make = compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-    return make(visible, rows, None, queries, seq_len + queries, device=device)
+    seen = _seen_of_tiles(anchors, first, seq_len, block_size, window)[:, None]  # [B, 1, Q tiles, key tiles]
+    queries = anchors.shape[1] * block_size
+    return BlockMask.from_kv_blocks(
+        *_ordered((seen > 0) & (seen < TILE * TILE)),
+        *_ordered(seen == TILE * TILE),
+        BLOCK_SIZE=TILE,
+        mask_mod=visible,
+        seq_lengths=(queries, seq_len + queries),
+    )
+
+
+def _seen_of_tiles(
+    anchors: Tensor, first: Tensor, seq_len: int, block_size: int, window: int | None
+) -> Tensor:
+    """Return how many entries of each tile of the mask are True, `[B, query tiles, key tiles]`.
+
+    Counted slot by slot from the two ranges of keys that it sees, so that no entry is looked at.
+    """
+    queries, device = anchors.shape[1] * block_size, anchors.device
+    blocks = torch.arange(anchors.shape[1], dtype=torch.int32, device=device)
+    own = (seq_len + block_size * blocks).expand_as(anchors)
+    ranges = torch.stack([first, anchors, own, own + block_size], dim=-1)  # [B, N, 4]
+    lowest, anchor, own, end = ranges.repeat_interleave(block_size, dim=1)[..., None].unbind(2)  # [B, Q, 1]
+    if window is not None:
+        slots = torch.arange(queries, dtype=torch.int32, device=device)[:, None] % block_size
+        lowest = torch.maximum(lowest, anchor + slots - window + 1)
+    starts = torch.arange(0, seq_len + queries, TILE, dtype=torch.int32, device=device)
+    seen = (anchor.minimum(starts + TILE) - lowest.maximum(starts)).clamp(min=0)
+    seen += (end.minimum(starts + TILE) - own.maximum(starts)).clamp(min=0)
+    seen = F.pad(seen, (0, 0, 0, -queries % TILE))
+    return seen.unflatten(1, (-1, TILE)).sum(2)
+
+
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of True in the last dimension, and all places there with those of True first."""
+    places = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return tiles.sum(-1, dtype=torch.int32), places.to(torch.int32)

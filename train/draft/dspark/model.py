@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from pipeline.features import at_least_fp32, head_logits
+from pipeline.features import head_logits
 from train.draft.dspark.anchors import (
     build_eval_mask,
     create_noise_embed,
@@ -283,7 +283,7 @@ class Qwen3DSparkModel(PreTrainedModel):
     def draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
         """Return the fp32 logits `[.., V]` of block states `[.., H]` and Markov latents `[.., R]`."""
         logits = head_logits(hidden, self.lm_head.weight, self.softcap, self.logit_scale)
-        return logits if latent is None else logits + at_least_fp32(self.markov_head(latent))
+        return logits if latent is None else logits + self.markov_head(latent)
 
     def forward(
         self,

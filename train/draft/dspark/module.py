@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from train.config import RunConfig
 from train.data.loader import Arguments
-from train.draft.dspark.attention import resolve_attention
+from train.draft.dspark.attention import flex_options, resolve_attention
 from train.draft.dspark.loss import DSparkStepMetrics, step_metrics
 from train.draft.dspark.model import DraftBlocks, Qwen3DSparkModel
 from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
 from train.losses.slots import Objective, SlotFigures, Supervised, places, positive
+from train.runtime.compiled import compiled_for_training, compiles
 from train.runtime.precision import allow_tf32, resolve_precision
 
 __all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
@@ -166,30 +167,38 @@ class DSparkTrainerModule(nn.Module):
         """
         model, train = self.draft_model, config.train
         allow_tf32(train.tf32)
-        model.attention = resolve_attention(config.draft.attention, model.config, device)
+        bf16 = resolve_precision(device, train.precision) == "bf16"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        chosen = config.draft.attention
+        model.attention = resolve_attention(chosen, model.config, device, dtype, train.batch_tokens)
+        if model.attention == "flex":
+            for layer in model.layers:
+                layer.self_attn.flex_options = flex_options(model.config.head_dim, dtype, device)
         model.activation_checkpointing = train.activation_checkpointing
         frozen = not model.lm_head.weight.requires_grad
-        if frozen and resolve_precision(device, train.precision) == "bf16":
+        if frozen and bf16:
             model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
         self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
-        if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):
+        if compiles(train.compile, device):
             self.compile_loss = True
             # Under DDP, Dynamo would split graphs at gradient buckets, which flex_attention does not allow.
             torch._dynamo.config.optimize_ddp = False
             # sdpa's groups of blocks are no part of a graph, and a checkpointed layer would not be either.
             if by_layer or model.attention == "sdpa":
                 for layer in model.layers:
-                    layer.compile()
+                    layer.forward = compiled_for_training(layer.forward)
             else:
-                model.backbone = torch.compile(model.backbone)
+                model.backbone = compiled_for_training(model.backbone)
 
     @staticmethod
     def pieces(tensors: Arguments, blocks: int) -> Iterator[Arguments]:
-        """Split the arguments of a forward into parts of at most `blocks` blocks each."""
+        """Split the arguments of a forward into even parts of at most `blocks` blocks each."""
         each = ("anchor_positions", "block_keep_mask", "spans", "supervised_tokens")
         names = [name for name in each if name in tensors]
-        for start in range(0, tensors["anchor_positions"].shape[1], blocks):
-            yield {**tensors, **{name: tensors[name][:, start : start + blocks] for name in names}}
+        total = tensors["anchor_positions"].shape[1]
+        size = -(-total // -(-total // blocks))
+        for start in range(0, total, size):
+            yield {**tensors, **{name: tensors[name][:, start : start + size] for name in names}}
 
 
 def teacher_positions(

@@ -1,0 +1,97 @@
+"""Compile a draft's backbone at Qwen3-4B's shape for a GPU that is not there, pack after pack.
+
+    python -m tests.gpu_less.mocked.backbone '{"packs": [[512, true]]}'
+
+prints what became of it as JSON. `packs` are numbers of anchors, and whether gradients are wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.gpu_less.mocked.gpu import GPUS, faked, install
+from tests.train.drafts import small_config
+from train.config import DraftConfig, RunConfig, TrainConfig
+from train.draft.dspark.masks import context_spans
+from train.draft.dspark.model import Qwen3DSparkModel
+from train.draft.dspark.module import DSparkTrainerModule
+
+TOKENS = 4096
+SHAPE = {
+    "vocab_size": 1024,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "block_size": 7,
+    "target_layer_ids": [1, 9, 17, 25, 33],
+    "num_target_layers": 36,
+    "markov_rank": 256,
+}
+
+
+def main(
+    packs: list[tuple[int, bool]],
+    gpu: str = "h100",
+    attention: str = "auto",
+    precision: str = "bf16",
+    checkpointing: bool = False,
+    layers: int = 1,
+    kernels: str | None = None,
+    **draft: Any,
+) -> dict[str, Any]:
+    """Compile; return the attention kernel chosen, the number of graphs, and the seconds of each pack.
+
+    Args:
+        kernels: file for the names and sources of the Triton kernels.
+        draft: more fields of the draft's configuration.
+    """
+    compiler, device = install(GPUS[gpu]), torch.device("cuda:0")
+    config = small_config(**SHAPE, num_hidden_layers=layers, **draft)
+    module = DSparkTrainerModule(Qwen3DSparkModel(config).float())
+    model, seconds = module.draft_model, []
+    settings = RunConfig(
+        draft=DraftConfig(attention=attention),
+        train=TrainConfig(precision=precision, activation_checkpointing=checkpointing),
+    )
+    with faked(module):
+        module.prepare(settings, device)
+        probed = compiler.graphs.copy()
+        for anchors, grad in packs:
+            began = time.perf_counter()
+            known = np.linspace(1, TOKENS - 8, anchors, dtype=np.int64)[None]
+            module.train(grad)
+            with (
+                torch.set_grad_enabled(grad),
+                torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"),
+            ):
+                states = model.hidden_states(
+                    torch.empty(1, anchors * config.block_size, config.hidden_size, device=device),
+                    torch.empty(1, TOKENS, 5, config.hidden_size, dtype=torch.bfloat16, device=device),
+                    torch.zeros(1, anchors, dtype=torch.int64, device=device),
+                    torch.zeros(1, TOKENS, dtype=torch.int32, device=device),
+                    spans=context_spans(known, np.zeros_like(known)),
+                )
+            assert states.is_cuda
+            assert states.shape == (1, anchors, config.block_size, config.hidden_size)
+            if grad:
+                states.float().sum().backward()
+            seconds.append(time.perf_counter() - began)
+    if kernels:
+        Path(kernels).write_bytes(pickle.dumps(compiler.kernels))
+    return {"attention": model.attention, "graphs": compiler.graphs - probed, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(**json.loads(sys.argv[1]))), flush=True)
+    os._exit(0)  # threads of autograd wait for the device

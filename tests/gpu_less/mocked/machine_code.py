@@ -1,0 +1,98 @@
+"""Compile Triton kernels that Inductor generated to the machine code of a GPU that is not there.
+
+    python -m tests.gpu_less.mocked.machine_code KERNELS h100 flex
+
+prints, for each kernel of the file whose name has the word, what it needs, as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import re
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch._inductor.runtime.triton_heuristics as heuristics
+import triton
+from triton.compiler import ASTSource
+
+from tests.gpu_less.mocked.gpu import GPUS, Gpu, install
+
+# Sizes of a program where Inductor would try several.
+SIZES = {"XBLOCK": 1024, "YBLOCK": 32, "R0_BLOCK": 2048}
+
+
+def needs(name: str, source: str, gpu: Gpu, folder: Path) -> dict[str, Any]:
+    """Return the kernel's bytes of shared memory, and its global loads and stores by width in bytes."""
+    kind, function, described = _read(name, source, folder)
+    meta = described["triton_meta"]
+    signature, constants = dict(meta["signature"]), dict(meta.get("constants", {}))
+    for each, type_ in signature.items():
+        if type_ == "constexpr" and each in function.arg_names:
+            constants.setdefault(each, SIZES[each])
+    made = triton.compile(
+        ASTSource(
+            fn=function,
+            signature={each: signature.get(each, "constexpr") for each in function.arg_names},
+            constexprs={
+                (function.arg_names.index(each),): value
+                for each, value in constants.items()
+                if each in function.arg_names
+            },
+            attrs=meta["configs"][0],
+        ),
+        target=gpu.target,
+        options={"num_warps": described.get("num_warps", 8), "num_stages": described.get("num_stages", 1)},
+    )
+    found = re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)", made.asm["ptx"])
+    widths = {(way, int(count or 1) * int(bits) // 8) for way, count, bits in found}
+    return {
+        "name": name,
+        "kind": kind,
+        "shared": made.metadata.shared,
+        "loads": sorted(width for way, width in widths if way == "ld"),
+        "stores": sorted(width for way, width in widths if way == "st"),
+        "long_indices": "i64" in signature.values(),
+    }
+
+
+def _read(name: str, source: str, folder: Path) -> tuple[str, Any, dict[str, Any]]:
+    """Return the kernel's kind, its function, and what Inductor says about it."""
+    path = folder / f"{name[:60]}.py"
+    path.write_text(source.replace("triton_helpers.set_driver_to_gpu()", ""))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return next(value for value in vars(module).values() if isinstance(value, tuple) and len(value) == 3)
+
+
+def describe_kernels() -> None:
+    """Let the decorators of generated kernels keep what they are given, in this process from now on."""
+    for kind in ("template", "reduction", "persistent_reduction", "pointwise"):
+        setattr(heuristics, kind, partial(_describe, kind))
+
+
+def _describe(kind: str, *_: Any, **described: Any) -> Any:
+    return lambda function: (kind, function, described)
+
+
+def main(kernels: str, gpu: str, word: str) -> list[dict[str, Any]]:
+    install(GPUS[gpu])
+    describe_kernels()
+    with tempfile.TemporaryDirectory() as folder:
+        return [
+            needs(name, source, GPUS[gpu], Path(folder))
+            for name, source in dict(pickle.loads(Path(kernels).read_bytes())).items()
+            if word in name
+        ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])), flush=True)
+    os._exit(0)
