@@ -126,12 +126,8 @@ def test_packs_are_filled_up_to_one_number_of_blocks(reader: CacheReader) -> Non
     few, many = (load_batch(reader, SAMPLES, (0,), TOKENS, collate_anchors(choose, n)) for n in (0, 47))
     nothing = load_batch(reader, [], (0,), TOKENS, collate_anchors(choose, 47))
     shapes = {name: value.shape for name, value in many.collated.items()}
-    assert shapes == {
-        "anchor_positions": (1, 48),
-        "block_keep_mask": (1, 48),
-        "spans": (1, 48, 2),
-        "supervised_tokens": (1, 48),
-    }
+    each = dict.fromkeys(("anchor_positions", "block_keep_mask", "supervised_tokens"), (1, 48))
+    assert shapes == {**each, "spans": (1, 48, 2)}
     assert {name: value.shape for name, value in nothing.collated.items()} == shapes
     for name, value in many.collated.items():
         assert (value[:, :16] == few.collated[name]).all()
