@@ -58,7 +58,8 @@ def set_up(
     reader.check_shards()
     shape = draft_shape(reader, config)
     kind = DRAFTS[config.draft.kind]
-    kind.attention(config.draft.attention, shape, device)
+    if config.draft.attention != "auto":  # auto can't fail; it is tried when the draft is prepared
+        kind.attention(config.draft.attention, shape, device)
     resolve_kernel(config.loss.kernel, device)
     if begins and config.draft.init_from is not None:
         check_warm_start(kind, shape, Path(config.draft.init_from))
