@@ -27,10 +27,15 @@ NORM_NAMES = ("norm", "final_norm", "ln_f", "norm_f", "final_layernorm", "final_
 # Other names of the final norm, by model type.
 NORM_EXCEPTIONS = {"lfm2": "embedding_norm", "lfm2_moe": "embedding_norm", "lfm3": "embedding_norm"}
 
-# Functions of transformers that look into the rows of a forward, in versions that have them.
-_LOOKS = (
-    (masking_utils, "find_packed_sequence_indices"),
-    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+# Functions of transformers that look into the rows of a forward, in versions that have them. They are kept
+# from the start, so that forwards in several threads can't put each other's stand-in back for good.
+_LOOKS = tuple(
+    (owner, name, getattr(owner, name))
+    for owner, name in (
+        (masking_utils, "find_packed_sequence_indices"),
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+    )
+    if hasattr(owner, name)
 )
 # Config names of the factor on token embeddings. These and the names for logits below count only if the
 # forward reads them, because many configs have some that their model ignores.
@@ -247,13 +252,12 @@ def rows_taken_as_given() -> Iterator[None]:
     It would look whether position ids restart within a row, and whether a row ends with padding, and the host
     would wait for the GPU to tell. Rows of a capture hold one sequence each, padded on the right.
     """
-    found = [(owner, name, getattr(owner, name)) for owner, name in _LOOKS if hasattr(owner, name)]
-    for owner, name, _ in found:
+    for owner, name, _ in _LOOKS:
         setattr(owner, name, lambda *_: None)
     try:
         yield
     finally:
-        for owner, name, look in found:
+        for owner, name, look in _LOOKS:
             setattr(owner, name, look)
 
 

@@ -14,10 +14,19 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
+    masking_utils,
 )
 
 from pipeline.errors import TargetError
-from pipeline.hooks import check_states, find_decoder, find_final_norm, find_layers, input_device, tap_states
+from pipeline.hooks import (
+    check_states,
+    find_decoder,
+    find_final_norm,
+    find_layers,
+    input_device,
+    rows_taken_as_given,
+    tap_states,
+)
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +259,23 @@ def test_token_ids_go_where_the_embedding_is(model):
     with torch.device("meta"):
         assert input_device(LlamaForCausalLM(model.config)) == torch.device("meta")
     assert input_device(Wrapper(nn.Linear(2, 2))) == torch.device("cpu")
+
+
+def test_transformers_looks_into_rows_again_after_an_exception():
+    look = masking_utils.find_packed_sequence_indices
+    with rows_taken_as_given():
+        assert masking_utils.find_packed_sequence_indices is not look
+    with pytest.raises(ZeroDivisionError), rows_taken_as_given():
+        raise ZeroDivisionError
+    assert masking_utils.find_packed_sequence_indices is look
+
+
+def test_transformers_looks_into_rows_again_after_forwards_that_overlap():
+    """Those of two threads need not end in the order that they began in."""
+    look = masking_utils.find_packed_sequence_indices
+    first, second = rows_taken_as_given(), rows_taken_as_given()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert masking_utils.find_packed_sequence_indices is look

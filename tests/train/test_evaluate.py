@@ -149,6 +149,16 @@ def test_training_says_the_same_of_the_same_anchors(two_sources: Path, run_dir: 
         assert quick[name] == pytest.approx(full[name], rel=1e-5), name
 
 
+def test_kernels_of_training_need_not_run_here(two_sources: Path, run_dir: Path, tmp_path: Path) -> None:
+    """A run that asked for a GPU's kernels is evaluated on a CPU."""
+    run = shutil.copytree(run_dir, tmp_path / "gpu", symlinks=True)
+    settings = (run / "config.toml").read_text()
+    assert (settings.count('attention = "auto"'), settings.count('kernel = "auto"')) == (1, 1)
+    settings = settings.replace('attention = "auto"', 'attention = "flex"')
+    (run / "config.toml").write_text(settings.replace('kernel = "auto"', 'kernel = "triton"'))
+    assert evaluated(two_sources, run) == evaluated(two_sources, run_dir)
+
+
 def test_a_draft_without_a_confidence_head(two_sources: Path, tmp_path: Path) -> None:
     run = tmp_path / "plain"
     settings = {"draft__confidence_head": "false", "draft__markov_head": "none"}

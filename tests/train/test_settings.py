@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,10 +17,11 @@ from pipeline import config as configuration
 from pipeline.errors import ConfigError
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.runs import train_arguments
-from train.config import PAPER, DraftConfig, LossConfig, RunConfig
+from train.config import PAPER, DraftConfig, LossConfig, RunConfig, TrainConfig
+from train.draft.dspark import attention
 from train.draft.dspark.markov import MARKOV_HEADS
 from train.runs.directory import flat_settings, load_run_config
-from train.trainer.setup import most_candidates
+from train.trainer.setup import most_candidates, set_up
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,16 @@ def test_a_bad_setting_is_one_line(
 def test_a_window_without_a_layer_or_a_layer_without_a_window(window, types, message) -> None:
     with pytest.raises(ConfigError, match=message):
         DraftConfig(num_layers=1, sliding_window=window, layer_types=types)
+
+
+def test_a_set_up_tries_no_kernels(cache_dir: Path, monkeypatch) -> None:
+    """The draft's own trial follows, in its precision; a second warning would name another cost."""
+    tried: list[str] = []
+    monkeypatch.setattr(attention, "flex_block_mask", lambda *_: tried.append("flex"))
+    train = TrainConfig(batch_tokens=256, anchors_per_batch=64, held_out=0.2)
+    config = RunConfig(draft=DraftConfig(num_layers=1, block_size=3), train=train)
+    set_up(cache_dir, config, torch.device("cuda"))  # a warning would be an error
+    assert not tried
 
 
 def test_muon_where_torch_lacks_it(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:

@@ -156,6 +156,8 @@ def open_on_cache(cache: Path, run: Path, ranks: Ranks, which: str = BEST) -> Dr
     config = load_run_config(run)
     if ranks.device.type != "cuda":  # the attention kernel used in training may need CUDA
         config = replace(config, draft=replace(config.draft, attention="auto"))
+    if config.loss.kernel == "triton":  # likewise; auto selects it wherever it runs
+        config = replace(config, loss=replace(config.loss, kernel="auto"))
     find_checkpoint(run, which)  # fail early: reading the cache's index takes longer
     reader = CacheReader(cache)
     reader.check_shards()

@@ -58,7 +58,7 @@ def set_up(
     reader.check_shards()
     shape = draft_shape(reader, config)
     kind = DRAFTS[config.draft.kind]
-    if config.draft.attention != "auto":  # which finds a kernel, later, when the draft is there to try it
+    if config.draft.attention != "auto":  # auto can't fail; it is tried when the draft is prepared
         kind.attention(config.draft.attention, shape, device)
     resolve_kernel(config.loss.kernel, device)
     if begins and config.draft.init_from is not None:
