@@ -91,7 +91,7 @@ def test_a_weights_gradient_is_added_up_by_the_product_itself(monkeypatch, able,
         left, right = (torch.empty(*s, device=CUDA, dtype=torch.bfloat16) for s in ((64, 16), (16, 8)))
         with Recorder() as recorder:
             add_product(out, left, right)
-    assert recorder.seen == operations
+    assert [each for each in recorder.seen if each != "aten.view.default"] == operations
 
 
 @pytest.fixture
