@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -20,7 +21,8 @@ from benchmarks.gpu.work import start_process
 def dspark(*words: str | Path) -> str:
     """Run `dspark ...` in this process and return its standard output.
 
-    Compiled code of earlier commands is forgotten, as in a new process.
+    Compiled code of earlier commands is forgotten, as in a new process, and memory of the GPU is given back:
+    a section may start other processes on it.
 
     Raises:
         RuntimeError: it did not end with exit code 0.
@@ -37,6 +39,8 @@ def dspark(*words: str | Path) -> str:
         with redirect_stdout(out):
             code = cli.main(arguments, prog_name="dspark", standalone_mode=False)
     finally:
+        gc.collect()
+        torch.cuda.empty_cache()
         print(f"{out.getvalue()}({time.monotonic() - began:.1f} s)\n", flush=True)
     if code:
         raise RuntimeError(f"dspark {arguments[0]} ended with exit code {code}, its message is in the log")

@@ -23,8 +23,8 @@ class Section:
     """Estimate for an H100, not measured. A section begins only if so much is left of the budget."""
     needs: tuple[str, ...] = ()
     """Packages beyond those that every section needs."""
-    keeps_until: str | None = None
-    """The later section that uses its scratch last."""
+    keeps_for: tuple[str, ...] = ()
+    """The later sections that use its scratch."""
 
     @property
     def most_seconds(self) -> int:
@@ -51,7 +51,13 @@ _ALL = (
     Section("step", "parts of a training step, share of the peak", "benchmarks.gpu.shapes:step", 60),
     Section("codecs", "encoding and decoding on the device", "benchmarks.gpu.states:codecs", 15),
     Section("loader", "from the page cache to the device", "benchmarks.gpu.states:loader", 45),
-    Section("capture", "against the bare forward", "benchmarks.gpu.states:capture", 90, keeps_until="train"),
+    Section(
+        "capture",
+        "against the bare forward",
+        "benchmarks.gpu.states:capture",
+        90,
+        keeps_for=("ranks", "train"),
+    ),
     Section("ranks", "ddp and fsdp on two GPUs", "benchmarks.gpu.ranks:ranks", 90),
     Section("train", "the real command: waits, host syncs, memory", "benchmarks.gpu.syncs:train", 45),
     Section("tests", "pytest -m gpu", "benchmarks.gpu.suite:tests", 120, needs=("pytest", "hypothesis")),

@@ -109,18 +109,29 @@ def run_section(section: Section, folder: Path, seconds: float, *, pretend: bool
         _stop(process)
         raise
     outcome.seconds, outcome.log = time.monotonic() - began, str(log)
-    if outcome.status == PASSED:
-        _clear(section, folder)
     if outcome.status != NOT_RUN:
         outcome.save(result)
+    if outcome.status in (PASSED, SKIPPED):
+        clear(section, folder)
     return outcome
 
 
-def _clear(section: Section, folder: Path) -> None:
-    """Remove the scratch that nobody needs after a section has passed."""
-    unneeded = [each.name for each in SECTIONS.values() if each.keeps_until == section.name]
-    for name in unneeded if section.keeps_until else [section.name, *unneeded]:
+def clear(section: Section, folder: Path) -> None:
+    """Remove the scratch that nobody needs after a section has passed or was skipped.
+
+    What other sections use stays until each of them has: one that failed or did not run will be repeated.
+    """
+    unneeded = [] if section.keeps_for else [section.name]
+    for each in SECTIONS.values():
+        if section.name in each.keeps_for and all(_is_over(name, folder) for name in each.keeps_for):
+            unneeded.append(each.name)
+    for name in unneeded:
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _is_over(section: str, folder: Path) -> bool:
+    path = folder / f"{section}.json"
+    return path.is_file() and Outcome.load(path).status in (PASSED, SKIPPED)
 
 
 def _outcome(section: Section, process: multiprocessing.Process, result: Path, *, cut_short: bool) -> Outcome:

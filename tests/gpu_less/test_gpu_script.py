@@ -11,11 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu.figures import Limit, judged
+from benchmarks.gpu import figures
+from benchmarks.gpu.commands import dspark
+from benchmarks.gpu.figures import Limit, Outcome, judged
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.syncs import count_waits
-from benchmarks.gpu.work import state_key
+from benchmarks.gpu.work import clear, state_key
 from tests.gpu_less.pretend.ledger import ROOT
 
 pytestmark = pytest.mark.gpu_less
@@ -223,6 +226,25 @@ def test_what_other_code_left_on_this_machine_is_removed_but_its_results(tmp_pat
     assert f"{old}/step.json" in left
     assert f"{old}/capture" not in left
     assert "pretend-another-machine/capture" in left
+
+
+def test_a_cache_is_kept_until_all_sections_that_use_it_are_over(tmp_path: Path) -> None:
+    """A section that failed, or did not fit into the budget, needs it in the next call."""
+    (tmp_path / "capture").mkdir()
+    Outcome("train", figures.PASSED).save(tmp_path / "train.json")
+    clear(SECTIONS["train"], tmp_path)
+    for status, kept in ((figures.FAILED, True), (figures.SKIPPED, False)):
+        Outcome("ranks", status).save(tmp_path / "ranks.json")
+        clear(SECTIONS["train"], tmp_path)
+        assert (tmp_path / "capture").exists() == kept
+
+
+def test_a_command_gives_memory_of_the_gpu_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks need all of it, after one process has trained in the section's own."""
+    calls: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(True))
+    assert "Usage" in dspark("train", "--help")
+    assert calls == [True]
 
 
 def test_a_section_that_does_not_exist_is_refused(tmp_path: Path) -> None:

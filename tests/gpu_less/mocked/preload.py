@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 SOURCE = Path(__file__).with_name("guard.cpp")
-BUILT = Path(__file__).parents[3] / ".cache" / "mocked"
+ROOT = Path(__file__).parents[3]
+BUILT = ROOT / ".cache" / "mocked"
 
 
 def environment() -> dict[str, str]:
@@ -26,9 +30,8 @@ def environment() -> dict[str, str]:
     if compiler is None or not (installed / "include").is_dir():
         pytest.skip("needs g++ and torch's headers")
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    library = BUILT / f"guard-{key}.so"
+    library = folder() / f"guard-{key}.so"
     if not library.exists():
-        BUILT.mkdir(parents=True, exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
         headers = [f"-I{installed / each}" for each in ("include", "include/torch/csrc/api/include")]
         linked = [f"-L{installed / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{installed / 'lib'}"]
@@ -36,4 +39,25 @@ def environment() -> dict[str, str]:
         subprocess.run([compiler, *flags, SOURCE, "-o", made, *linked], check=True)
         made.rename(library)  # workers of one session may build it at the same time
     threads = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
-    return {**os.environ, **threads, "LD_PRELOAD": str(library), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"LD_PRELOAD": str(library), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONPATH": path}
+    return {**os.environ, **threads, **own}
+
+
+def folder() -> Path:
+    """Return where the library is built: beside the code, or where that can't be, a temporary folder."""
+    if not set(" :") & set(str(BUILT)):  # each ends a path of LD_PRELOAD
+        try:
+            BUILT.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=BUILT):
+                return BUILT
+        except OSError:  # a checkout that is read-only, or another user's
+            pass
+    return _temporary()
+
+
+@cache
+def _temporary() -> Path:
+    made = tempfile.mkdtemp(prefix="dspark-mocked-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
