@@ -34,7 +34,7 @@ from pipeline.cache import CacheWriter
 from pipeline.cache.progress.claims import Worker
 from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
-from pipeline.hooks import find_decoder, input_device
+from pipeline.hooks import find_decoder, input_device, rows_taken_as_given
 from pipeline.process import WorkerPlace
 from pipeline.quiet import quiet_transformers
 from pipeline.signals import StopRequest
@@ -107,7 +107,8 @@ def bare_seconds(target: HFDSparkTargetModel, prepared: PreparedCapture) -> floa
     synchronise(device)
     began = time.perf_counter()
     for ids in batches:
-        decoder(input_ids=ids, use_cache=False)
+        with rows_taken_as_given():  # as capture does
+            decoder(input_ids=ids, use_cache=False)
     synchronise(device)
     return time.perf_counter() - began
 

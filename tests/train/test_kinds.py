@@ -43,7 +43,7 @@ def test_every_part_of_a_kind_is_used(
     tmp_path: Path, cache_dir: Path, target_dir: Path, asked: Counter[str]
 ) -> None:
     run = tmp_path / "run"
-    run_ok(*train_arguments(cache_dir, run, train__max_steps=2))
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=2, draft__attention="sdpa"))
     trained = {"config", "build", "initialise", "module", "attention", "collate", "flops", "lr_scales"}
     assert {name for name, count in asked.items() if count} == trained
     asked.clear()
