@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import pickle
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from tests.gpu_less.mocked.preload import environment
+from tests.gpu_less.mocked.preload import environment, run
 
 pytestmark = pytest.mark.gpu_less
 # Packs are numbers of blocks, and whether gradients are wanted. Training packs have one size; evaluation's
 # have any, down to the single tile of 128 queries that the compiler knows a kernel of its own for.
 CASES: dict[str, dict[str, Any]] = {
-    "flex": {"packs": [[512, True], [496, False], [16, False], [272, False], [512, True]]},
+    "flex": {
+        "packs": [[512, True], [496, False], [16, False], [272, False], [512, True]],
+        "machine_code": True,
+    },
     "flex, a sliding window, checkpointing, fp32": {
         "packs": [[512, True]],
         "attention": "flex",
@@ -36,27 +36,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def start(module: str, *arguments: str) -> str:
-    """Return what a process with a mocked GPU prints."""
-    command = [sys.executable, "-m", f"tests.gpu_less.mocked.{module}", *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1]
-
-
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What became of each case, with its Triton kernels."""
-    folder = tmp_path_factory.mktemp("kernels")
-
-    def run(name: str) -> dict[str, Any]:
-        kernels = folder / f"{name}.pickle"
-        result = json.loads(start("backbone", json.dumps({**CASES[name], "kernels": str(kernels)})))
-        return {**result, "file": kernels, "kernels": dict(pickle.loads(kernels.read_bytes()))}
-
+def compiled() -> dict[str, dict[str, Any]]:
+    """What became of each case."""
     environment()  # builds, or skips
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(run, CASES), strict=True))
+        found = pool.map(lambda case: run("backbone", json.dumps(case)), CASES.values())
+        return dict(zip(CASES, found, strict=True))
 
 
 def test_each_kind_of_step_is_compiled_once(compiled) -> None:
@@ -82,7 +68,7 @@ def test_a_window_is_a_mask_of_its_own_and_no_graph_more(compiled) -> None:
 
 
 def test_attention_is_read_16_bytes_at_a_time_and_fits_an_h100(compiled) -> None:
-    kernels = json.loads(start("machine_code", str(compiled["flex"]["file"]), "h100", "triton_tem"))
+    kernels = compiled["flex"]["needs"]
     assert len(kernels) >= 3  # forward, backward, forward without gradients
     for kernel in kernels:
         assert 0 < kernel["shared"] <= 232_448, kernel
@@ -93,9 +79,7 @@ def test_attention_is_read_16_bytes_at_a_time_and_fits_an_h100(compiled) -> None
 def test_attention_fits_a_small_gpu(compiled) -> None:
     """The compiler's own tiles need 101,888 bytes and more; an RTX 3090 has 101,376."""
     cases = [["bfloat16", 128], ["bfloat16", 256]]
-    for case, (forward, backward) in zip(
-        cases, json.loads(start("flex", "rtx3090", json.dumps(cases))), strict=True
-    ):
+    for case, (forward, backward) in zip(cases, run("flex", "rtx3090", json.dumps(cases)), strict=True):
         assert 0 < forward <= 101_376, case
         assert 0 < backward <= 101_376, case
 

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.gpu_less.mocked.preload import environment
+from tests.gpu_less.mocked.preload import run
 
 pytestmark = pytest.mark.gpu_less
-ROOT = Path(__file__).parents[2]
 CHUNKS = [(1664, 900), (1408, 760), (1300, 1300), (1792, 1001)]
 
 
-def run(module: str, *arguments: str) -> Any:
-    command = [sys.executable, "-m", f"tests.gpu_less.mocked.{module}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    kernels = str(tmp_path_factory.mktemp("kernels") / "loss")
-    found = run("loss", json.dumps({"chunks": CHUNKS, "kernels": kernels}))
-    return found | {"needs": run("machine_code", kernels, "h100", "")}
+def compiled() -> dict[str, Any]:
+    return run("loss", json.dumps({"chunks": CHUNKS}))
 
 
 def test_other_numbers_of_slots_and_positions_compile_nothing(compiled: dict[str, Any]) -> None:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from pipeline.cache.codecs import CODECS
-from tests.gpu_less.mocked.preload import environment
+from tests.gpu_less.mocked.preload import run
 
 pytestmark = pytest.mark.gpu_less
 
 
 def test_codecs_stay_on_the_gpu_and_only_the_check_of_fp16_waits_for_it() -> None:
-    command = [sys.executable, "-m", "tests.gpu_less.mocked.codecs"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    operations = json.loads(done.stdout.splitlines()[-1])
+    operations = run("codecs")
     assert list(operations) == list(CODECS)
     waits = [name for name, own in operations.items() if "aten::_local_scalar_dense" in own]
     assert waits == ["fp16"]  # whose values may be too large for it

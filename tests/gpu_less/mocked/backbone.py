@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from tests.gpu_less.mocked.gpu import GPUS, faked, install
+from tests.gpu_less.mocked.machine_code import needs_of
 from tests.train.drafts import small_config
 from train.config import DraftConfig, RunConfig, TrainConfig
 from train.draft.dspark.masks import context_spans
@@ -47,19 +45,19 @@ def main(
     precision: str = "bf16",
     checkpointing: bool = False,
     layers: int = 1,
-    kernels: str | None = None,
+    machine_code: bool = False,
     **draft: Any,
 ) -> dict[str, Any]:
-    """Compile; return the attention kernel chosen, the number of graphs, and the seconds of each pack.
+    """Compile; return the attention kernel chosen, the number of graphs, and the Triton kernels' sources.
 
     Args:
-        kernels: file for the names and sources of the Triton kernels.
+        machine_code: return what the kernels of attention need as well.
         draft: more fields of the draft's configuration.
     """
     compiler, device = install(GPUS[gpu]), torch.device("cuda:0")
     config = small_config(**SHAPE, num_hidden_layers=layers, **draft)
     module = DSparkTrainerModule(Qwen3DSparkModel(config).float())
-    model, seconds = module.draft_model, []
+    model = module.draft_model
     settings = RunConfig(
         draft=DraftConfig(attention=attention),
         train=TrainConfig(precision=precision, activation_checkpointing=checkpointing),
@@ -68,7 +66,6 @@ def main(
         module.prepare(settings, device)
         probed = compiler.graphs.copy()
         for anchors, grad in packs:
-            began = time.perf_counter()
             known = np.linspace(1, TOKENS - 8, anchors, dtype=np.int64)[None]
             module.train(grad)
             with (
@@ -86,10 +83,15 @@ def main(
             assert states.shape == (1, anchors, config.block_size, config.hidden_size)
             if grad:
                 states.float().sum().backward()
-            seconds.append(time.perf_counter() - began)
-    if kernels:
-        Path(kernels).write_bytes(pickle.dumps(compiler.kernels))
-    return {"attention": model.attention, "graphs": compiler.graphs - probed, "seconds": seconds}
+    found = {
+        "attention": model.attention,
+        "graphs": compiler.graphs - probed,
+        "kernels": dict(compiler.kernels),
+    }
+    if machine_code:
+        templates = [each for each in compiler.kernels if each[0].startswith("triton_tem")]
+        found["needs"] = needs_of(templates, GPUS[gpu])
+    return found
 
 
 if __name__ == "__main__":

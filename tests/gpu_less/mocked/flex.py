@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.gpu_less.mocked.gpu import GPUS, install
-from tests.gpu_less.mocked.machine_code import describe_kernels, needs
+from tests.gpu_less.mocked.machine_code import needs_of
 from train.draft.dspark.attention import attend, flex_options
 from train.draft.dspark.masks import flex_block_mask
 
@@ -39,9 +37,8 @@ def main(gpu: str, cases: list[tuple[str, int]]) -> list[list[int]]:
             options = flex_options(dim, states[0].dtype, device)
             attend(*(state.requires_grad_() for state in states), mask, options).sum().backward()
             found.append([each for each in compiler.kernels if each[0].startswith("triton_tem")])
-    describe_kernels()
-    with tempfile.TemporaryDirectory() as folder:
-        return [[needs(*each, GPUS[gpu], Path(folder))["shared"] for each in kernels] for kernels in found]
+    needed = [needs_of(kernels, GPUS[gpu]) for kernels in found]
+    return [[each["shared"] for each in kernels] for kernels in needed]
 
 
 if __name__ == "__main__":

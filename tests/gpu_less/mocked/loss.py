@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.gpu_less.mocked.gpu import GPUS, install
+from tests.gpu_less.mocked.machine_code import needs_of
 from train.losses.plain import differentiate_compiled
 
 VOCAB = 151_936
 
 
-def main(chunks: list[tuple[int, int]], kernels: str | None = None) -> dict[str, Any]:
-    """Compile, with a bias by position; return the number of kernels for each chunk, and their sources.
+def main(chunks: list[tuple[int, int]]) -> dict[str, Any]:
+    """Compile, with a bias by position.
 
-    Args:
-        kernels: file for the names and sources of the Triton kernels.
+    Returns:
+        The number of kernels for each chunk, their sources, and what they need.
     """
     compiler, generated = install(GPUS["h100"]), []
 
@@ -44,9 +43,8 @@ def main(chunks: list[tuple[int, int]], kernels: str | None = None) -> dict[str,
             )
             assert [each.shape for each in found] == [(slots, VOCAB), (slots,), (slots,)]
             generated.append(len(compiler.kernels) - before)
-    if kernels:
-        Path(kernels).write_bytes(pickle.dumps(compiler.kernels))
-    return {"generated": generated, "sources": [source for _, source in compiler.kernels]}
+    sources = [source for _, source in compiler.kernels]
+    return {"generated": generated, "sources": sources, "needs": needs_of(compiler.kernels, GPUS["h100"])}
 
 
 if __name__ == "__main__":

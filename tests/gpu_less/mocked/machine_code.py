@@ -1,18 +1,9 @@
-"""Compile Triton kernels that Inductor generated to the machine code of a GPU that is not there.
-
-    python -m tests.gpu_less.mocked.machine_code KERNELS h100 flex
-
-prints, for each kernel of the file whose name has the word, what it needs, as JSON.
-"""
+"""Compile Triton kernels that Inductor generated to the machine code of a GPU that is not there."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import pickle
 import re
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -22,14 +13,27 @@ import torch._inductor.runtime.triton_heuristics as heuristics
 import triton
 from triton.compiler import ASTSource
 
-from tests.gpu_less.mocked.gpu import GPUS, Gpu, install
+from tests.gpu_less.mocked.gpu import Gpu
 
 # Sizes of a program where Inductor would try several.
 SIZES = {"XBLOCK": 1024, "YBLOCK": 32, "R0_BLOCK": 2048}
 
 
-def needs(name: str, source: str, gpu: Gpu, folder: Path) -> dict[str, Any]:
-    """Return the kernel's bytes of shared memory, and its global loads and stores by width in bytes."""
+def needs_of(kernels: list[tuple[str, str]], gpu: Gpu) -> list[dict[str, Any]]:
+    """Return what each kernel needs: shared memory in bytes, and widths of global loads and stores.
+
+    No kernel can be generated in this process from then on.
+
+    Args:
+        kernels: names and sources.
+    """
+    for kind in ("template", "reduction", "persistent_reduction", "pointwise"):
+        setattr(heuristics, kind, partial(_describe, kind))
+    with tempfile.TemporaryDirectory() as folder:
+        return [_needs(name, source, gpu, Path(folder)) for name, source in dict(kernels).items()]
+
+
+def _needs(name: str, source: str, gpu: Gpu, folder: Path) -> dict[str, Any]:
     kind, function, described = _read(name, source, folder)
     meta = described["triton_meta"]
     signature, constants = dict(meta["signature"]), dict(meta.get("constants", {}))
@@ -73,27 +77,6 @@ def _read(name: str, source: str, folder: Path) -> tuple[str, Any, dict[str, Any
     return next(value for value in vars(module).values() if isinstance(value, tuple) and len(value) == 3)
 
 
-def describe_kernels() -> None:
-    """Let the decorators of generated kernels keep what they are given, in this process from now on."""
-    for kind in ("template", "reduction", "persistent_reduction", "pointwise"):
-        setattr(heuristics, kind, partial(_describe, kind))
-
-
 def _describe(kind: str, *_: Any, **described: Any) -> Any:
+    """Stand in for a decorator of generated kernels: keep what it is given."""
     return lambda function: (kind, function, described)
-
-
-def main(kernels: str, gpu: str, word: str) -> list[dict[str, Any]]:
-    install(GPUS[gpu])
-    describe_kernels()
-    with tempfile.TemporaryDirectory() as folder:
-        return [
-            needs(name, source, GPUS[gpu], Path(folder))
-            for name, source in dict(pickle.loads(Path(kernels).read_bytes())).items()
-            if word in name
-        ]
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])), flush=True)
-    os._exit(0)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +45,14 @@ def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"LD_PRELOAD": str(library), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONPATH": path}
     return {**os.environ, **threads, **own}
+
+
+def run(module: str, *arguments: str) -> Any:
+    """Run a module of this package in such a process; return what it prints last, as JSON."""
+    command = [sys.executable, "-m", f"{__package__}.{module}", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def folder() -> Path:
