@@ -114,7 +114,7 @@ def _cuda_elements(device: torch.device) -> int:
 def _spans(positions: Tensor, rows: int) -> list[tuple[int, int]]:
     """Return the first position, and the one after the last, of each `rows` ascending positions.
 
-    Wait for the device, as nothing else in the pass does.
+    The host waits for the device here, and nowhere else in the pass.
     """
     if not len(positions):
         return []

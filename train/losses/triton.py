@@ -141,7 +141,8 @@ def _teacher_figures(
 class _Joined:
     """The weights of head and bias side by side, `[V, H + R]`, and zeros that fill rows up to 16 bytes.
 
-    The head's part is copied when the head is another or has changed, the bias's part at every call.
+    The head's part is copied when the head is another or has changed, the bias's part at every call. A change
+    through the head's `.data` is not noticed. Head and copy are held until there is another.
     """
 
     def __init__(self) -> None:
