@@ -12,6 +12,7 @@ from benchmarks import loader as reading
 from benchmarks.capture import GPU, QWEN3_4B, Row, capture_rows
 from benchmarks.gpu.figures import Figure, Limit, SkipSection, judged
 from benchmarks.gpu.place import FULL, Place
+from benchmarks.page_cache import warm
 from pipeline.cache import CacheReader
 from pipeline.cache.tools.convert import convert
 from pipeline.options import DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC
@@ -54,7 +55,7 @@ def loader(place: Place) -> list[Figure]:
     convert(exact, default, context_codec=DEFAULT_CONTEXT_CODEC, last_codec=DEFAULT_LAST_CODEC)
     rows: list[Row] = []
     for name, path in (("bf16", exact), (f"{DEFAULT_CONTEXT_CODEC}+{DEFAULT_LAST_CODEC}", default)):
-        reading.warm(path)
+        warm(path)
         reader = CacheReader(path)
         case = f"{name}, warm, to the GPU"
         epochs = place.pick(3, 3, 1)
