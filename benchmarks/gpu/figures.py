@@ -84,7 +84,7 @@ def judged(rows: Iterable[Row], limits: dict[str, Limit], *, pretend: bool) -> l
 
 @dataclass
 class Outcome:
-    """What became of a section."""
+    """Outcome of a section."""
 
     section: str
     status: str

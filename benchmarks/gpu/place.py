@@ -17,7 +17,7 @@ FULL, SMALL, TINY = "full", "small", "tiny"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a section runs."""
+    """Machine and folder of a section."""
 
     folder: Path
     """Scratch of this section alone, removed once it has passed."""
@@ -26,7 +26,7 @@ class Place:
     size: str = TINY
     """Name of the shapes that fit its memory: full, small or tiny."""
     notes: list[str] = field(default_factory=list)
-    """What the section had to leave out, each in a few words."""
+    """Parts that the section had to leave out, each in a few words."""
 
     def pick(self, full: Shape, small: Shape, tiny: Shape) -> Shape:
         """Return the value for this size."""

@@ -1,4 +1,4 @@
-"""How often the host may wait for a GPU: on the pretend device of tests, and on a real one by `make gpu`."""
+"""Waits for a GPU that the host may do: on the pretend device of tests, and on a real one by `make gpu`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tests.gpu_less.pretend.ledger import ROOT, Note
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a command."""
+    """Outcome of a command."""
 
     code: int
     out: str
@@ -28,7 +28,7 @@ class Outcome:
 
     @property
     def json(self) -> Any:
-        """What a command with --json printed."""
+        """Output of a command with --json."""
         return json.loads(self.out)
 
 

@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    """What became of each case."""
+    """Outcome of each case."""
     environment()  # builds, or skips
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda case: run("backbone", json.dumps(case)), CASES.values())

@@ -1,4 +1,4 @@
-"""How the pass over the vocabulary is cut on a GPU, and what its products write."""
+"""Chunks of the pass over the vocabulary on a GPU, and what its products write."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ pytestmark = [
 
 @dataclass
 class Traced:
-    """What was compiled, and the shapes that were seen."""
+    """Compiled graphs, and the shapes that were seen."""
 
     graphs: Counter[str] = field(default_factory=Counter)
     """Graphs by the name of the function, with "and backward" where gradients were wanted."""

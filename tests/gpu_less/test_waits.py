@@ -1,4 +1,4 @@
-"""How often the host waits for a GPU: a budget for every kind of work, and no line beyond it.
+"""Waits of the host for a GPU: a budget for every kind of work, and no line beyond it.
 
 While the host waits it prepares no work, and the GPU runs dry until it has launched the next kernels.
 """
@@ -43,7 +43,7 @@ def assert_within(kind: str, times: int, notes: dict[Note, int]) -> None:
 
 
 def added(few: dict[Note, int], many: dict[Note, int]) -> dict[Note, int]:
-    """What the larger of two runs has more: waits of the set-up, once each, cancel out."""
+    """Return what the larger of two runs has more: waits of the set-up, once each, cancel out."""
     more = {note: count - few.get(note, 0) for note, count in many.items()}
     return {note: count for note, count in more.items() if count > 0}
 

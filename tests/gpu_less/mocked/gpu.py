@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass(frozen=True)
 class Gpu:
-    """What compilers ask of a GPU. Sizes in bytes, of shared memory per multiprocessor and per block."""
+    """Properties of a GPU that compilers ask for. Sizes in bytes; shared memory per multiprocessor and block."""
 
     name: str
     capability: tuple[int, int]

@@ -1,4 +1,4 @@
-"""What the pretend device saw: host synchronisations, contexts, faults, each by the lines that caused it."""
+"""Notes of the pretend device: host synchronisations, contexts, faults, each by the lines that caused it."""
 
 from __future__ import annotations
 

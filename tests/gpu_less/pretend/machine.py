@@ -73,7 +73,7 @@ class Machine:
     memory: list[Memory] = field(default_factory=lambda: [Memory()])
     lock: Any = field(default_factory=threading.RLock)
     host: Clock = field(default_factory=dict)
-    """What the host knows to be done."""
+    """Work that the host knows to be done."""
     streams: list[Stream] = field(default_factory=list)
     """Every stream, by its number."""
     defaults: dict[int, Stream] = field(default_factory=dict)

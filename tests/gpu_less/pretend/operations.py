@@ -1,4 +1,4 @@
-"""What an operation does besides computing on the CPU: it waits, it refuses mixed devices, it is launched."""
+"""Effects of an operation besides its numbers: it waits, it refuses mixed devices, it is launched."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def _attend(func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class Effects:
-    """What an operation does to its arguments, from its schema."""
+    """Effects of an operation on its arguments, from its schema."""
 
     views: bool
     """It returns a view: nothing runs on the GPU."""
