@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass(frozen=True)
 class Gpu:
-    """Properties of a GPU that compilers ask for. Sizes in bytes; shared memory per multiprocessor and block."""
+    """Properties of a GPU that compilers ask for, in bytes; shared memory of a multiprocessor and a block."""
 
     name: str
     capability: tuple[int, int]
