@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from pipeline.chat.rows import FORMS
 from pipeline.errors import UsageError
 from pipeline.options import (
     CONTEXT_CODECS,
@@ -124,10 +125,10 @@ data_options = gathered(
         click.option("--subset", help="Subset (configuration) of a Hub dataset."),
         click.option(
             "--format",
-            type=click.Choice(["auto", "messages", "conversations", "prompt", "tokens", "text"]),
+            type=click.Choice(["auto", *FORMS]),
             default="auto",
             show_default=True,
-            help="Form of the rows. auto: detected from each source's first row.",
+            help="Form of the rows. auto: detected from each source's first row; never preference.",
         ),
         click.option("--chat-template", help="Jinja file to use instead of the tokenizer's own template."),
         click.option(

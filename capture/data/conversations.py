@@ -16,9 +16,19 @@ from typing import Any, Literal
 import numpy as np
 
 from capture.data.sources import RawRow, open_sources
-from capture.data.turns import Rendered, Span, render_turns
+from capture.data.turns import Rendered, Span, render_turns, unmasked
 from pipeline.cache.index import count_candidates, sample_id
-from pipeline.chat.rows import FORM_KEYS, BadRowError, Conversation, Text, Tokens, parse_line, read_row
+from pipeline.chat.rows import (
+    BadRowError,
+    Content,
+    Conversation,
+    Text,
+    Tokens,
+    detect_form,
+    form_keys,
+    parse_line,
+    read_row,
+)
 from pipeline.chat.template import ChatTemplate
 from pipeline.errors import DataError
 
@@ -29,6 +39,9 @@ _REASONING = re.compile(rf"\A\s*(?:<think>)?{_TO_CLOSE}|\A\s*<think>.*\Z|<think>
 
 NO_CANDIDATE = "no two supervised tokens in a row"
 TOO_LONG = "longer than --max-length"
+BEYOND_LENGTH = "no answer within --max-length"
+NO_ANSWER = "no assistant turn"
+MASKED = "every answer to learn from is masked by the data's own keys"
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,8 @@ class RowTokenizer:
     """Exclude <think>...</think> from the loss."""
     max_length: int = 4096
     too_long: Literal["cut", "drop"] = "cut"
+    stop_ids: tuple[int, ...] = ()
+    """Tokens at which generation stops, by the target's generation config."""
 
     def __call__(self, row: RawRow, form: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return a row's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8, of which the last is 1.
@@ -73,41 +88,75 @@ class RowTokenizer:
             BadRowError: the row is invalid.
             DroppedRowError: the row is valid, but training can't use it, or the options exclude it.
         """
-        ids, mask = self.tokenize(read_row(parse_line(row) if isinstance(row, bytes) else row, form))
-        ids, mask = _without_tail(ids, mask)
+        return self.sample(self.read(row, form))
+
+    def read(self, row: RawRow, form: str | None = None) -> Content:
+        """Return a row's content. Raises BadRowError if the row is invalid."""
+        return read_row(parse_line(row) if isinstance(row, bytes) else row, form)
+
+    def sample(self, content: Content) -> tuple[np.ndarray, np.ndarray]:
+        """Return `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8 as `__call__` does."""
+        if isinstance(content, Conversation):
+            answers = {i for i, message in enumerate(content.messages) if message["role"] == "assistant"}
+            if not answers:
+                raise DroppedRowError(NO_ANSWER)
+            learned = {max(answers)} if self.supervise == "last" else answers
+            if learned <= content.masked:
+                raise DroppedRowError(MASKED)
+        ids, mask = _without_tail(*self.tokenize(content))
         if len(ids) > self.max_length and self.too_long == "drop":
             raise DroppedRowError(TOO_LONG)
+        whole = count_candidates(mask)
         ids, mask = _without_tail(ids[: self.max_length], mask[: self.max_length])
         if count_candidates(mask) == 0:
-            raise DroppedRowError(NO_CANDIDATE)
+            raise DroppedRowError(BEYOND_LENGTH if whole else NO_CANDIDATE)
         return ids, mask
 
     def tokenize(self, content: Conversation | Text | Tokens) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids `[S]` int32 and loss mask `[S]` uint8 of the whole row, uncut."""
         if isinstance(content, Tokens):
-            outside = [token for token in content.input_ids if not 0 <= token < self.vocab_size]
-            if outside:
-                raise BadRowError(
-                    "tokens outside the vocabulary",
-                    f"token id {outside[0]} is outside the target's vocabulary [0, {self.vocab_size}): "
-                    "tokenise the row with the target's own tokenizer",
-                )
-            return np.array(content.input_ids, np.int32), np.array(content.loss_mask, np.uint8)
-        tokenizer = self.template.tokenizer
-        if isinstance(content, Text):
-            ids = np.array(tokenizer(content.text)["input_ids"], np.int32)
-            return ids, np.ones(len(ids), np.uint8)
+            ids, mask = np.array(content.input_ids, np.int64), np.array(content.loss_mask, np.uint8)
+        elif isinstance(content, Text):
+            ids = np.array(self.template.tokenizer(content.text)["input_ids"], np.int64)
+            mask = np.ones(len(ids), np.uint8)
+        else:
+            ids, mask = self._tokenize_conversation(content)
+        self._refuse_beyond(ids)
+        return ids.astype(np.int32), mask
+
+    def _refuse_beyond(self, ids: np.ndarray) -> None:
+        """Refuse tokens that the target has no embedding for: a tokenizer can have more."""
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if len(outside):
+            token = (
+                self.template.tokenizer.convert_ids_to_tokens(int(outside[0])) if outside[0] >= 0 else None
+            )
+            named = f" ({str(token)[:40]!r})" if token is not None else ""
+            raise BadRowError(
+                "tokens outside the vocabulary",
+                f"token id {outside[0]}{named} is outside the target's vocabulary [0, {self.vocab_size}): "
+                "use the tokenizer that the target was trained with, or leave out the row",
+            )
+
+    def _tokenize_conversation(self, content: Conversation) -> tuple[np.ndarray, np.ndarray]:
         rendered = render_turns(self.template, content)
         if not rendered.text.isascii() and any("\ud800" <= c <= "\udfff" for c in rendered.text):
             raise BadRowError(
                 "not text",
                 "the chat template renders half of a surrogate pair, which is no text: fix the row",
             )
+        tokenizer = self.template.tokenizer
         encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.array(encoded["input_ids"], np.int32)
+        ids = np.array(encoded["input_ids"], np.int64)
         offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2)
-        spans = self._last_turn(content, rendered) if self.supervise == "last" else rendered.spans
-        mask = mask_spans(spans, ids, offsets, self.template.special_ids)
+        spans = rendered.spans
+        if content.masked:
+            spans = unmasked(self.template, content, rendered)
+        if self.supervise == "last":
+            last = self._last_turn(content, rendered)
+            spans = [span for span in last if span in spans]
+        stops = () if self.template.has_marks(content.tools) else self.stop_ids
+        mask = mask_spans(spans, ids, offsets, self.template.special_ids, stops)
         if self.mask_reasoning:
             mask[_reasoning_tokens(rendered.text, rendered.spans, offsets)] = 0
         return ids, mask
@@ -132,31 +181,39 @@ def _without_tail(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def mask_spans(
-    spans: Sequence[Span], ids: np.ndarray, offsets: np.ndarray, special: Sequence[int]
+    spans: Sequence[Span],
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    special: Sequence[int],
+    stops: Sequence[int] = (),
 ) -> np.ndarray:
     """Return the loss mask `[S]` uint8 of spans: each from its first token through its end-of-turn token.
 
-    A span without an end-of-turn token is supervised through its content. Text that a template adds after
-    the end-of-turn token (usually a line feed) is not generated by the model.
+    A span without an end-of-turn token is supervised through its content, and through the stop token right
+    after it: some templates (GLM's, Apertus') write the token that ends an answer only before the next turn.
+    Text that a template adds after the end-of-turn token (usually a line feed) is not generated by the model.
 
     Args:
         ids: `[S]`.
         offsets: start and end (exclusive) of each token in characters, `[S, 2]`.
         special: ids of special tokens.
+        stops: ids of the tokens at which generation stops.
     """
-    starts, stops = offsets.T
+    starts, ends_at = offsets.T
     mask = np.zeros(len(ids), dtype=np.uint8)
     is_special = np.isin(ids, special)
     for span in spans:
-        reached = np.flatnonzero(stops > span.start)
+        reached = np.flatnonzero(ends_at > span.start)
         if not len(reached):
             continue
         content_end = span.end if span.whole else span.content_end
-        inside = np.flatnonzero((starts < content_end) & (stops > span.start))
-        ends = np.flatnonzero(is_special & (starts >= content_end) & (stops <= span.end))
+        inside = np.flatnonzero((starts < content_end) & (ends_at > span.start))
+        ends = np.flatnonzero(is_special & (starts >= content_end) & (ends_at <= span.end))
         if not len(ends) and not len(inside):
             continue  # an empty answer without an end-of-turn token
         last = ends[0] if len(ends) else inside[-1]
+        if not len(ends) and not is_special[last] and last + 1 < len(ids) and ids[last + 1] in stops:
+            last += 1
         mask[reached[0] : last + 1] = 1
     return mask
 
@@ -190,7 +247,8 @@ def read_conversations(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
             except BadRowError as problem:
                 raise DataError(f"{source.at(number)}: {problem}") from None
             if "messages" not in row:
-                row = {key: value for key, value in row.items() if key not in FORM_KEYS}
+                own = form_keys(detect_form(row) or "messages")
+                row = {key: value for key, value in row.items() if key not in own}
                 row |= {"messages": content.messages} | ({"tools": content.tools} if content.tools else {})
             rows.append((source.at(number), row))
     if not rows:

@@ -51,7 +51,9 @@ def prepare_data(options: DataOptions, target: Target, today: str | None = None)
         mask_reasoning=options.mask_reasoning,
         max_length=options.max_length,
         too_long=options.too_long,
+        stop_ids=stop_ids(target),
     )
+    _warn_of_tokens_beyond(identity, tokenize.vocab_size)
     selection = Selection(
         min_supervised=options.min_supervised,
         num_samples=options.num_samples,
@@ -65,12 +67,36 @@ def prepare_data(options: DataOptions, target: Target, today: str | None = None)
     samples = load_data(sources, tokenize, identity.sha256, selection, workers=options.tokenize_workers)
     for source, form in zip(sources, samples.forms, strict=True):
         note(f"data {source.place}: rows of {form}")
+    if samples.masked:
+        note(
+            f"{samples.masked:,} answers are left out of the loss by the data's own keys (weight, train, ...)"
+        )
     for problem in samples.problems:
         note(f"skipped {problem}")
     bad = sum(count for reason, count in samples.rows.items() if reason.startswith("dropped: bad row"))
     if bad > MAX_PROBLEMS:
         note(f"skipped {bad - MAX_PROBLEMS:,} more bad rows")
     return PreparedData(sources, samples, template, identity)
+
+
+def _warn_of_tokens_beyond(tokenizer: TokenizerIdentity, rows: int) -> None:
+    if tokenizer.length > rows:
+        note(
+            f"warning: the tokenizer has {tokenizer.length:,} tokens, the target's embedding {rows:,} rows: "
+            f"a row with a token id from {rows} on is a bad row"
+        )
+
+
+def stop_ids(target: Target) -> tuple[int, ...]:
+    """Return the tokens at which the target stops, by its generation config, else by its config."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(target.directory, local_files_only=True).eos_token_id
+    except (OSError, ValueError):  # none, or not readable
+        found = getattr(target.config.get_text_config(), "eos_token_id", None)
+    ids = found if isinstance(found, (list, tuple)) else [found]
+    return tuple(sorted({i for i in ids if isinstance(i, int)}))
 
 
 def _chat_template(options: DataOptions, tokenizer: Any, today: str | None) -> ChatTemplate:

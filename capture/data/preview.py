@@ -47,7 +47,7 @@ def preview(target: TargetOptions, options: DataOptions, *, row: int | None, cou
 
 
 def _sample(place: str, sample: TokenizedSample, tokenizer: Any) -> Iterator[str]:
-    supervised = int(sample.loss_mask.sum())
+    supervised = int(sample.loss_mask[1:].sum())  # nothing predicts the first token
     share = supervised / len(sample.input_ids)
     yield bold(f"== {place}: {len(sample.input_ids):,} tokens, {supervised:,} supervised ({share:.0%})")
     yield marked_text(

@@ -33,12 +33,12 @@ from capture.data.conversations import DroppedRowError, RowTokenizer, TokenizedS
 from capture.data.sources import RawRow, Source
 from pipeline import files
 from pipeline.cache.index import SampleFacts, count_candidates, last_hidden_rows, sample_id
-from pipeline.chat import rows, template
-from pipeline.chat.rows import FORMS, BadRowError, detect_form, parse_line
+from pipeline.chat import messages, rows, template
+from pipeline.chat.rows import BadRowError, Conversation, detect_form, parse_line
 from pipeline.errors import DataError
 
 # Modules that decide tokens and masks; a change to one of them invalidates kept tokens.
-_CODE = (conversations, rows, sources, template, turns)
+_CODE = (conversations, messages, rows, sources, template, turns)
 DUPLICATE = "a duplicate"
 BEYOND = "beyond --num-samples"
 # Rows per task of a worker.
@@ -56,6 +56,7 @@ _SCHEMA = pa.schema(
         pa.field("sample_id", pa.binary(16)),
         pa.field("last_rows", pa.int32()),
         pa.field("candidates", pa.int32()),
+        pa.field("masked", pa.int32()),  # answers that the row itself leaves out of the loss
         pa.field("input_ids", pa.list_(pa.int32())),
         pa.field("loss_mask", pa.list_(pa.uint8())),
     ]
@@ -85,10 +86,12 @@ class TokenizedData:
     """Of the samples, in the order of the data, or shuffled."""
     rows: Counter[str] = field(default_factory=Counter)
     """Rows read, captured, and dropped by reason: read = captured + all dropped."""
-    forms: list[str] = field(default_factory=list)
-    """Form of each source's rows, names in `pipeline.chat.rows.FORMS`."""
+    forms: list[str | None] = field(default_factory=list)
+    """Form of each source's rows, names in `pipeline.chat.rows.FORMS`; None if no row has a known one."""
     problems: list[str] = field(default_factory=list)
     """Messages of the first bad rows, each with its place."""
+    masked: int = 0
+    """Answers of the samples that the data's own keys leave out of the loss."""
     _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     _table: Any = field(default=None, repr=False)
     _path: Path = field(default=Path(), repr=False)
@@ -177,14 +180,17 @@ def _only_one(path: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _form_of(source: Source) -> str:
-    """Return the form of the first row that has a known one; rows of another form will be bad rows."""
+def _form_of(source: Source) -> str | None:
+    """Return the form of the first row that has a known one; rows of another form will be bad rows.
+
+    None if no row has a known one: every row will be a bad row that names the known forms.
+    """
     for _, row in source.rows():
         with contextlib.suppress(BadRowError):
             form = detect_form(parse_line(row) if isinstance(row, bytes) else row)
             if form:
                 return form
-    return next(iter(FORMS))  # no row has a known form, so every row will be a bad row
+    return None
 
 
 def _key(
@@ -230,7 +236,7 @@ def _write(path: Path, records: Iterator[dict[str, Any]], sources: Sequence[Sour
 
 
 def _arrange(
-    table: pa.Table, path: Path, selection: Selection, sources: Sequence[Source], forms: list[str]
+    table: pa.Table, path: Path, selection: Selection, sources: Sequence[Source], forms: list[str | None]
 ) -> TokenizedData:
     reasons = pc.value_counts(table["dropped"]).to_pylist()
     counts = Counter({f"dropped: {r['values']}": r["counts"] for r in reasons if r["values"]})
@@ -254,7 +260,8 @@ def _arrange(
     ).take(order)
     bad = table.filter(pc.not_equal(table["problem"], "")).slice(0, MAX_PROBLEMS).to_pylist()
     problems = [f"{sources[row['source']].at(row['source_row'])}: {row['problem']}" for row in bad]
-    return TokenizedData(facts, counts, forms, problems, order, table, path)
+    masked = int(pc.sum(table["masked"].take(pa.array(order))).as_py() or 0)
+    return TokenizedData(facts, counts, forms, problems, masked, order, table, path)
 
 
 def _select(records: Iterator[dict[str, Any]], selection: Selection) -> Iterator[dict[str, Any]]:
@@ -279,7 +286,7 @@ def _select(records: Iterator[dict[str, Any]], selection: Selection) -> Iterator
 
 def _records(
     sources: Sequence[Source],
-    forms: Sequence[str],
+    forms: Sequence[str | None],
     tokenize: RowTokenizer,
     selection: Selection,
     workers: int | None,
@@ -302,7 +309,7 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_Row = tuple[int, str, int, RawRow]  # source, form, row number, row
+_Row = tuple[int, str | None, int, RawRow]  # source, form, row number, row
 
 
 def _chunks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
@@ -369,7 +376,9 @@ def _tokenize_chunk(tokenize: RowTokenizer, chunk: list[_Row]) -> list[dict[str,
         record: dict[str, Any] = dict.fromkeys(_SCHEMA.names)
         record |= {"source": source, "source_row": number, "dropped": "", "problem": ""}
         try:
-            ids, mask = tokenize(row, form)
+            content = tokenize.read(row, form)
+            ids, mask = tokenize.sample(content)
+            record["masked"] = len(content.masked) if isinstance(content, Conversation) else 0
             record |= {"input_ids": ids, "loss_mask": mask, "sample_id": sample_id(ids, mask)}
             record |= {"last_rows": len(last_hidden_rows(mask)), "candidates": count_candidates(mask)}
         except DroppedRowError as reason:

@@ -7,7 +7,7 @@ that ends with it. A turn whose position can't be proved is refused, never guess
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.chat.rows import BadRowError, Conversation, Message
 from pipeline.chat.template import ChatTemplate
@@ -27,6 +27,8 @@ class Span:
     """End of everything that the template adds to the turn, without outer spaces."""
     whole: bool = False
     """True: all of it is the assistant's. False: that ends with the first special token after the content."""
+    message: int | None = None
+    """Number of its message; None for a generation mark, which names none."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,58 @@ def render_turns(template: ChatTemplate, conversation: Conversation) -> Rendered
         BadRowError: the template refuses the conversation, or the position of a turn can't be proved.
     """
     finder = _Finder(template, conversation)
+    for number, message in enumerate(conversation.messages):
+        if message.get("tool_calls") and not finder.renders_calls(number):
+            raise BadRowError(
+                "template drops tool calls",
+                f"the chat template drops the tool calls of message {number}, so its turn would be learned as "
+                "an empty answer: use a template with tools, or take the row out",
+            )
     if template.has_marks(conversation.tools):
         text, marks = template.render_marked(conversation.messages, conversation.tools, prompt=False)
         return Rendered(text, [finder.marked(start, end) for start, end in marks])
     spans: list[Span] = []
     for number, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and (number or _says_something(message)):
-            spans.append(finder.find(number, spans[-1].end if spans else 0))
+            span = finder.find(number, spans[-1].end if spans else 0)
+            spans.append(replace(span, message=number))
     return Rendered(finder.text, spans)
+
+
+def unmasked(template: ChatTemplate, conversation: Conversation, rendered: Rendered) -> list[Span]:
+    """Return the spans of the messages that the row does not leave out of the loss.
+
+    Raises:
+        BadRowError: it can't be proved which message a generation mark belongs to.
+    """
+    owners = [span.message for span in rendered.spans]
+    if None in owners:
+        owners = _owners_of_marks(template, conversation, rendered)
+    return [s for s, owner in zip(rendered.spans, owners, strict=True) if owner not in conversation.masked]
+
+
+def _owners_of_marks(
+    template: ChatTemplate, conversation: Conversation, rendered: Rendered
+) -> list[int | None]:
+    """Return the message number of each generation mark."""
+    messages, tools = conversation.messages, conversation.tools
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    starts = []
+    for number in answers:
+        before = template.render_marked(messages[:number], tools, prompt=False)[0] if number else ""
+        starts.append(len(before) if rendered.text.startswith(before) else None)
+    if None not in starts:  # a message can have several marks, or none
+        return [
+            max((n for n, at in zip(answers, starts, strict=True) if at <= span.start), default=None)
+            for span in rendered.spans
+        ]
+    if len(answers) == len(rendered.spans):
+        return list(answers)
+    raise BadRowError(
+        "template rewrites",
+        "the chat template's generation marks can't be matched with the messages, so that the masked ones "
+        "among them are unknown: use another template, or take the row out",
+    )
 
 
 class _Finder:
@@ -70,6 +116,15 @@ class _Finder:
             messages = self._messages[:count]
             self._beginnings[key] = self._template.render_marked(messages, self._tools, prompt=prompt)[0]
         return self._beginnings[key]
+
+    def renders_calls(self, number: int) -> bool:
+        """Return whether the text depends on the tool calls of a message."""
+        message = {key: value for key, value in self._messages[number].items() if key != "tool_calls"}
+        messages = [*self._messages[:number], message, *self._messages[number + 1 :]]
+        try:
+            return self._template.render_marked(messages, self._tools, prompt=False)[0] != self.text
+        except BadRowError:  # a template may demand a call before a tool's message
+            return True
 
     def marked(self, start: int, end: int) -> Span:
         """Return a mark's span, without the turn's header and the spaces after its end of turn.

@@ -6,29 +6,24 @@ identify the form.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-Message = dict[str, Any]
+from pipeline.chat.messages import (
+    ROLES,
+    BadRowError,
+    Conversation,
+    Message,
+    read_conversation,
+    read_list,
+    read_text,
+    read_tools,
+    without_nulls,
+)
 
-
-class BadRowError(Exception):
-    """A row that can't be used. `kind` names the count that it adds to; `str()` is the full message."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # keys may hold surrogates
-        self.kind = kind
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages for a chat template."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
+__all__ = ["FORMS", "BadRowError", "Content", "Conversation", "Message", "Text", "Tokens", "read_row"]
 
 
 @dataclass(frozen=True)
@@ -48,21 +43,8 @@ class Tokens:
 
 Content = Conversation | Text | Tokens
 
-# Names of roles in ShareGPT-style data.
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
+# Label of positions without a loss, as in PyTorch's cross entropy.
+IGNORED = -100
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -76,169 +58,177 @@ def parse_line(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _text(value: Any, what: str) -> str:
-    """Return a value as valid text. Content in parts is joined if all of them are text."""
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(p, dict) and p.get("type") == "text" for p in value)
-    ):
-        value = "".join(_text(part.get("text"), what) for part in value)
-    if not isinstance(value, str):
-        raise BadRowError(
-            "malformed message", f"{what} is not text: expected a string, got {type(value).__name__}"
-        )
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRowError("not text", f"{what} has half of a surrogate pair, which is not text: fix the row")
-    return value
-
-
-def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = row.get("tools") or None
-    if isinstance(tools, str):  # columnar data often stores schemas as JSON text
-        try:
-            tools = json.loads(tools) or None
-        except (ValueError, RecursionError) as error:
-            raise BadRowError("malformed tools", f'"tools" is text but not JSON ({error})') from None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise BadRowError("malformed tools", 'expected "tools" to be a list of JSON schemas')
-    return tools
-
-
-def _tool_call(call: Any, what: str) -> dict[str, Any]:
-    """Return an OpenAI tool call with its arguments as an object, as chat templates expect them."""
-    if not isinstance(call, dict):
-        raise BadRowError("malformed message", f"{what}: expected each tool call to be an object")
-    function = call.get("function")
-    inner = dict(function) if isinstance(function, dict) else dict(call)
-    if isinstance(inner.get("arguments"), str):
-        # Invalid JSON is the model's own error and stays text.
-        with contextlib.suppress(ValueError, RecursionError):
-            inner["arguments"] = json.loads(inner["arguments"])
-    return {**call, "function": inner} if isinstance(function, dict) else inner
-
-
-def _message(message: Any, number: int) -> Message:
-    what = f"message {number}"
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise BadRowError("malformed message", f'{what} has no "role": expected role and content')
-    clean = {key: value for key, value in message.items() if value is not None}
-    if clean.get("tool_calls"):
-        if not isinstance(clean["tool_calls"], list):
-            raise BadRowError("malformed message", f'{what}: expected "tool_calls" to be a list')
-        clean["tool_calls"] = [_tool_call(call, what) for call in clean["tool_calls"]]
-        clean.setdefault("content", "")
-    else:
-        clean.pop("tool_calls", None)
-    if "content" not in clean:
-        raise BadRowError("malformed message", f'{what} has no text "content": expected role and content')
-    clean["content"] = _text(clean["content"], what)
-    if isinstance(clean.get("reasoning_content"), str):
-        _text(clean["reasoning_content"], what)
-    return clean
+def _system(row: dict[str, Any]) -> list[Message]:
+    """Return the message of a system prompt beside the turns, if there is one."""
+    system = row.get("system")
+    if not isinstance(system, str) or not system:
+        return []
+    return [{"role": "system", "content": read_text(system, "the system prompt")}]
 
 
 def from_messages(row: dict[str, Any]) -> Conversation:
     """Read OpenAI's form: `messages`, optionally with `tools`."""
-    messages = row.get("messages")
+    messages = read_list(row.get("messages"))
     if not isinstance(messages, list) or not messages:
         raise BadRowError("no messages", _expected(row))
-    return Conversation([_message(m, i) for i, m in enumerate(messages)], _tools(row))
+    return read_conversation(messages, read_tools(row))
 
 
 def from_conversations(row: dict[str, Any]) -> Conversation:
     """Read ShareGPT's form: `conversations` of from/value (or role/content), `system` and `tools`."""
-    turns = row.get("conversations")
+    turns = read_list(row.get("conversations", row.get("conversation")))
     if not isinstance(turns, list) or not turns:
         raise BadRowError("no messages", _expected(row))
-    messages: list[Message] = []
-    if isinstance(row.get("system"), str) and row["system"]:
-        messages.append({"role": "system", "content": _text(row["system"], "the system prompt")})
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise BadRowError(
-                "malformed message", f"message {number} is not an object: expected from and value"
-            )
-        if "from" not in turn:
-            messages.append(_message(turn, number))
-            continue
-        role = _ROLES.get(str(turn["from"]).lower())
-        if role is None:
-            known = ", ".join(_ROLES)
-            raise BadRowError(
-                "unknown role",
-                f"message {number} is from {str(turn['from'])[:40]!r}, expected one of {known}",
-            )
-        messages.append({"role": role, "content": _text(turn.get("value"), f"message {number}")})
-    return Conversation(messages, _tools(row))
+    masked_role = row.get("mask", "user")  # NeMo's form names the role without a loss
+    if not isinstance(masked_role, str) or ROLES.get(masked_role.lower()) != "user":
+        raise BadRowError(
+            "malformed message", f'"mask" {str(masked_role)[:40]!r}: only the user\'s turns can be masked so'
+        )
+    return _after(_system(row), read_conversation(turns, read_tools(row)))
+
+
+def _after(first: list[Message], rest: Conversation) -> Conversation:
+    """Return a conversation with messages before it."""
+    masked = frozenset(number + len(first) for number in rest.masked)
+    return Conversation([*first, *rest.messages], rest.tools, masked)
+
+
+def _turns(value: Any, role: str, what: str) -> list[Any]:
+    """Return a list of messages as it is, and a text as the one message of `role`."""
+    if isinstance(value, list) and not any(isinstance(part, dict) and "type" in part for part in value):
+        return value
+    return [{"role": role, "content": read_text(value, what)}]
 
 
 def from_prompt(row: dict[str, Any]) -> Conversation:
     """Read `prompt` with `response` or `completion`: each a text, or a list of messages (TRL's form)."""
-    answer = row.get("response", row.get("completion"))
+    if row.get("label") is False:  # TRL's unpaired preferences
+        raise BadRowError("a rejected answer", '"label" is false: this answer is a bad example, take it out')
+    prompt = _turns(row.get("prompt"), "user", "the prompt")
+    answer = _turns(row.get("response", row.get("completion")), "assistant", "the response")
+    return _after(_system(row), read_conversation([*prompt, *answer], read_tools(row)))
 
-    def turns(value: Any, role: str, what: str) -> list[Message]:
-        if isinstance(value, list) and not any(isinstance(p, dict) and "type" in p for p in value):
-            return [_message(m, i) for i, m in enumerate(value)]
-        return [{"role": role, "content": _text(value, what)}]
 
-    prompt = turns(row.get("prompt"), "user", "the prompt")
-    if isinstance(row.get("system"), str) and row["system"]:
-        prompt.insert(0, {"role": "system", "content": _text(row["system"], "the system prompt")})
-    return Conversation([*prompt, *turns(answer, "assistant", "the response")], _tools(row))
+def from_alpaca(row: dict[str, Any]) -> Conversation:
+    """Read Alpaca's form: `instruction`, `input` and `output`; also Dolly's `context` and `response`."""
+    turns: list[Message] = []
+    for pair in read_list(row.get("history")) or []:  # LLaMA-Factory's earlier turns
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRowError("malformed message", 'expected "history" to be a list of [question, answer]')
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    question = read_text(row.get("instruction"), "the instruction")
+    given = row.get("input", row.get("context"))
+    if given:
+        question += "\n\n" + read_text(given, "the input")
+    turns += _turns(question, "user", "the instruction")
+    turns += _turns(row.get("output", row.get("response")), "assistant", "the output")
+    return _after(_system(row), read_conversation(turns, read_tools(row)))
+
+
+def from_preference(row: dict[str, Any]) -> Conversation:
+    """Read the better answer of a preference pair: `chosen`, a text or messages, and mostly `prompt`."""
+    chosen = _turns(read_list(row.get("chosen")), "assistant", '"chosen"')
+    first = chosen[0] if chosen and isinstance(chosen[0], dict) else {}
+    whole = ROLES.get(str(first.get("role", first.get("from"))).lower()) != "assistant"
+    prompt = [] if whole else _turns(read_list(row.get("prompt")), "user", "the prompt of a preference pair")
+    return _after(_system(row), read_conversation([*prompt, *chosen], read_tools(row)))
 
 
 def from_text(row: dict[str, Any]) -> Text:
     """Read plain `text`."""
-    return Text(_text(row.get("text"), 'the "text" of this row'))
+    return Text(read_text(row.get("text"), 'the "text" of this row'))
 
 
 def from_tokens(row: dict[str, Any]) -> Tokens:
-    """Read tokens: `input_ids` and `loss_mask`, of equal length."""
-    ids, mask = row.get("input_ids"), row.get("loss_mask")
+    """Read tokens: `input_ids` with `loss_mask`, or with `labels`, -100 where there is no loss.
+
+    Padding that `attention_mask` names at either end is cut off.
+    """
+    ids, labels = row.get("input_ids"), row.get("labels")
+    mask = row.get("loss_mask")
+    name = "labels" if mask is None else "loss_mask"
+    if mask is None and isinstance(labels, list):
+        mask = [int(label != IGNORED) for label in labels]
     if not isinstance(ids, list) or not isinstance(mask, list):
-        raise BadRowError("malformed tokens", 'expected lists "input_ids" and "loss_mask"')
+        raise BadRowError("malformed tokens", f'expected lists "input_ids" and "{name}"')
     if len(ids) != len(mask):
         raise BadRowError(
             "malformed tokens",
-            f"expected input_ids and loss_mask of equal length, got {len(ids)} and {len(mask)}",
+            f"expected input_ids and {name} of equal length, got {len(ids)} and {len(mask)}",
         )
     if not all(type(i) is int for i in ids) or not all(m in (0, 1) for m in mask):
-        raise BadRowError("malformed tokens", "expected integers in input_ids, and 0 or 1 in loss_mask")
-    return Tokens(ids, [int(m) for m in mask])
+        raise BadRowError("malformed tokens", f"expected integers in input_ids, and 0 or 1 in {name}")
+    if name == "labels" and any(m and i != label for m, i, label in zip(mask, ids, labels, strict=True)):
+        raise BadRowError(
+            "malformed tokens",
+            "expected labels to be -100 or equal to input_ids, not shifted: each label names its own token",
+        )
+    start, end = _attended(row, len(ids))
+    return Tokens(ids[start:end], [int(m) for m in mask[start:end]])
+
+
+def _attended(row: dict[str, Any], length: int) -> tuple[int, int]:
+    """Return first and end of the tokens that are no padding."""
+    attention, positions = row.get("attention_mask"), row.get("position_ids")
+    if positions is not None and positions != list(range(length)):
+        raise BadRowError("malformed tokens", "position_ids do not count from 0: expected one row, unpacked")
+    if attention is None:
+        return 0, length
+    if not isinstance(attention, list) or len(attention) != length or any(a not in (0, 1) for a in attention):
+        raise BadRowError("malformed tokens", f"expected an attention_mask of {length} zeros and ones")
+    start = attention.index(1) if 1 in attention else length
+    end = start + sum(attention)
+    if sum(attention[start:end]) != end - start:
+        raise BadRowError(
+            "malformed tokens", "attention_mask has zeros between tokens: expected padding at an end only"
+        )
+    return start, end
 
 
 # name: (groups of keys, function that reads the row). A row has a form if it has a key of each group; the
 # first form in this order is taken.
 FORMS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[dict[str, Any]], Content]]] = {
     "messages": ((("messages",),), from_messages),
-    "conversations": ((("conversations",),), from_conversations),
+    "conversations": ((("conversations", "conversation"),), from_conversations),
     "prompt": ((("prompt",), ("response", "completion")), from_prompt),
-    "tokens": ((("input_ids",), ("loss_mask",)), from_tokens),
+    "alpaca": ((("instruction",), ("output", "response")), from_alpaca),
+    "tokens": ((("input_ids",), ("loss_mask", "labels")), from_tokens),
     "text": ((("text",),), from_text),
+    "preference": ((("chosen",),), from_preference),
 }
+# Taken only if asked for: a pair can also be meant for another kind of training.
+ON_REQUEST = ("preference",)
 
 
-# Keys that hold the content of a row, in any form.
-FORM_KEYS = {"system", *(key for groups, _ in FORMS.values() for group in groups for key in group)}
+def form_keys(form: str) -> set[str]:
+    """Return the keys that hold the content of a row of this form."""
+    beside = {"alpaca": {"input", "context", "history"}, "preference": {"prompt", "rejected"}}
+    keys = {key for group in FORMS[form][0] for key in group}
+    return keys | beside.get(form, set()) | {"system", "mask"}
 
 
 def _has(row: dict[str, Any], form: str) -> bool:
     return all(any(key in row for key in group) for group in FORMS[form][0])
 
 
+def _needed(form: str) -> str:
+    return " and ".join(" or ".join(f'"{key}"' for key in group) for group in FORMS[form][0])
+
+
+def _keys(row: dict[str, Any]) -> str:
+    return ", ".join(map(str, row))[:200] or "none"
+
+
 def _expected(row: dict[str, Any]) -> str:
-    keys = ", ".join(map(str, row))[:200] or "none"
-    return (
-        'expected a row with "messages": [{"role": ..., "content": ...}] (or conversations, prompt and '
-        f"response, text, input_ids and loss_mask), got keys: {keys}"
-    )
+    forms = "; ".join(_needed(form) for form in FORMS if form not in ON_REQUEST)
+    asked = next((f" ({_needed(f)} needs --format {f})" for f in ON_REQUEST if _has(row, f)), "")
+    return f"expected a row with one of: {forms}; got keys: {_keys(row)}{asked}"
 
 
 def detect_form(row: dict[str, Any]) -> str | None:
     """Return the first form whose keys the row has (null counts as absent); None if there is none."""
     present = {key: value for key, value in row.items() if value is not None}
-    return next((form for form in FORMS if _has(present, form)), None)
+    return next((form for form in FORMS if form not in ON_REQUEST and _has(present, form)), None)
 
 
 def read_row(row: dict[str, Any], form: str | None = None) -> Content:
@@ -250,12 +240,14 @@ def read_row(row: dict[str, Any], form: str | None = None) -> Content:
     Raises:
         BadRowError: the row has no known form or another form, or is malformed.
     """
-    row = {key: value for key, value in row.items() if value is not None}  # null counts as absent
+    row = without_nulls(row)
     found = form or detect_form(row)
     if found is None:
         raise BadRowError("no known form", _expected(row))
     if not _has(row, found):
-        needed = " and ".join(" or ".join(f'"{key}"' for key in group) for group in FORMS[found][0])
-        keys = ", ".join(map(str, row))[:200] or "none"
-        raise BadRowError("another form", f"expected a row with {needed}, like the others, got keys: {keys}")
+        raise BadRowError(
+            "another form",
+            f"expected {_needed(found)} as in the other rows of this source (form {found}), got keys: "
+            f"{_keys(row)}",
+        )
     return FORMS[found][1](row)

@@ -126,14 +126,14 @@ BAD: dict[str, tuple[Any, str | None, str, str]] = {
         {"text": "x"},
         "messages",
         "another form",
-        '"messages", like the others, got keys: text',
+        '"messages" as in the other rows of this source (form messages), got keys: text',
     ),
     "half a form": ({"prompt": "x"}, "prompt", "another form", '"response" or "completion"'),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         None,
-        "malformed message",
-        "message 0 is not text",
+        "not text",
+        "message 0 has a part of type 'image_url'",
     ),
     "a role nobody knows": (
         {"conversations": [{"from": "narrator", "value": "x"}]},

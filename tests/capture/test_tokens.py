@@ -61,7 +61,7 @@ KINDS = {
     "again": (lambda i: talk("the same as ever"), None),  # the first is captured, the others are duplicates
     "unanswered": (
         lambda i: {"messages": [{"role": "user", "content": str(i)}]},
-        "dropped: no two supervised",
+        "dropped: no assistant turn",
     ),
     "no JSON": (lambda i: "{" + str(i), "dropped: bad row, not JSON"),
     "a list": (lambda i: f"[{i}]", "dropped: bad row, not a JSON object"),

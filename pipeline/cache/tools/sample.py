@@ -64,7 +64,7 @@ def sample_facts(reader: CacheReader, number: int) -> dict[str, Any]:
         "source_row": int(reader.source_rows[number]),
         "shard": reader.shard_of(number),
         "tokens": len(input_ids),
-        "supervised": int(loss_mask.sum(dtype=torch.int64)),
+        "supervised": reader.num_last_rows(number),
         "input_ids": input_ids.tolist(),
         "loss_mask": loss_mask.tolist(),
     }
