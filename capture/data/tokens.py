@@ -31,6 +31,7 @@ from tqdm import tqdm
 from capture.data import conversations, sources, turns
 from capture.data.conversations import DroppedRowError, RowTokenizer, TokenizedSample
 from capture.data.sources import RawRow, Source
+from capture.data.token_cache import make_writable, token_cache
 from pipeline import files
 from pipeline.cache.index import SampleFacts, count_candidates, last_hidden_rows, sample_id
 from pipeline.chat import rows, template
@@ -109,14 +110,6 @@ class TokenizedData:
         return sample
 
 
-def token_cache() -> Path:
-    """Return the folder of tokenised data: $DSPARK_TOKENS, or dspark/tokens in the user's cache folder."""
-    folder = os.environ.get("DSPARK_TOKENS")
-    if folder:
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark" / "tokens"
-
-
 def load_data(
     sources: Sequence[Source],
     tokenize: RowTokenizer,
@@ -140,7 +133,7 @@ def load_data(
     forms = [selection.form or _form_of(source) for source in sources]
     table = _open(path)
     if table is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_writable(path.parent)
         with _only_one(path.with_suffix(".lock")):
             table = _open(path)  # another process may have written it during the wait
             if table is None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -332,12 +331,3 @@ class CacheReader:
 def last_positions(loss_mask: Tensor) -> Tensor:
     """Return the positions `[M]` of a sample's stored last hidden states: t-1 per supervised label t >= 1."""
     return loss_mask[1:].nonzero().squeeze(1)
-
-
-def held_out(sample_ids: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose the held-out samples by the leading 32 bits of their ids `[n, 16]` uint8; return `[n]` bool.
-
-    A sample is on the same side in every cache, whatever the order or the codecs.
-    """
-    leading = np.ascontiguousarray(sample_ids[:, :4]).view(">u4").squeeze(1)
-    return leading < fraction * 2**32

@@ -17,7 +17,7 @@ from pipeline.cache.index import open_index, sample_ids
 from pipeline.cache.manifest import INDEX, MANIFEST, PROGRESS, Manifest, read_manifest
 from pipeline.cache.progress.claims import WorkerState, live_workers
 from pipeline.cache.progress.finished import finished_shards, listed_shards, target_written
-from pipeline.cache.reader import held_out
+from pipeline.cache.split import held_out
 from pipeline.cache.verify import DAMAGED
 from pipeline.errors import CacheError
 from pipeline.text import duration, size
