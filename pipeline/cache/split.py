@@ -52,7 +52,7 @@ def held_out_problem(sample_ids: np.ndarray, fraction: float) -> str | None:
         return None
     side = "left to train on" if out else "held out"
     share = smallest_share(sample_ids)
-    remedy = "capture more data" if share is None else f"the smallest share that works is {share:g}"
+    remedy = "capture more data" if share is None else f"the smallest share that works is {share:.12g}"
     return f"train.held_out = {fraction} leaves no sample {side} of the cache's {count:,}: {remedy}"
 
 
@@ -99,4 +99,4 @@ def training_lines(sample_ids: np.ndarray, lengths: np.ndarray) -> Iterator[str]
     remedy = more_steps(batches * EPOCHS, MICRO_BATCHES_PER_STEP)
     for problem in (few_steps(each * EPOCHS, remedy), held_out_problem(sample_ids, HELD_OUT)):
         if problem:
-            yield f"warning: {problem}"
+            yield f"warning: with the default settings, {problem}"

@@ -57,8 +57,8 @@ def lengthen(run: Path, progress: Progress, total: int) -> None:
     if total < progress.total_steps:
         raise RunError(
             f"{run} is a run of {progress.total_steps:,} optimiser steps, {progress.step:,} of them done, "
-            f"and can't become one of {total:,}: set train.max_steps to {progress.total_steps} or more, choose "
-            "another --run, or pass --fresh to start over"
+            f"and can't become one of {total:,}: set train.max_steps to {progress.total_steps} or more, "
+            "choose another --run, or pass --fresh to start over"
         )
     if total > progress.total_steps:
         progress.total_steps, progress.complete, progress.evaluations_without_gain = total, False, 0
