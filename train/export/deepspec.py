@@ -127,7 +127,7 @@ def _check_split(reader: CacheReader, config: RunConfig) -> None:
     try:
         split(reader, config.train.held_out)
     except ConfigError as error:
-        raise ConfigError(f"{_ASKER}: {error}; set it with --set train.held_out=") from None
+        raise ConfigError(f"{_ASKER}: {error}; set the share with --set train.held_out=") from None
 
 
 def _check_weights(weights: dict[str, Tensor], folder: Path) -> None:

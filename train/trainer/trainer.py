@@ -78,8 +78,6 @@ def train(
             check_run(run, setup.config, identity, fresh=fresh)
             if profile_steps:
                 _check_profile(profile_steps, setup, None if fresh else _newest(run, setup))
-            elif not fresh:
-                _newest(run, setup)  # refuses a shorter run before anything is written
         if ranks.leads:
             say(configuration.to_toml(setup.config), err=False)
         with ranks.together():
