@@ -222,7 +222,7 @@ def test_a_ragged_record_is_a_bad_row_with_its_place(tmp_path, target_dir):
         ("a,b\n1,2\n", "names the columns of a known form .*got: a, b"),
         ("text,text\n1,2\n", "each once"),
         ("", "got: none"),
-        ('text\n"X,
+        ('text\n"never closed\n', "near line 2"),
         ("text\n\udcff\n", "near line"),
     ],
 )
