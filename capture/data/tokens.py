@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from capture.data import conversations, sources, turns
+from capture.data import conversations, readers, sources, turns
 from capture.data.conversations import DroppedRowError, RowTokenizer, TokenizedSample
 from capture.data.sources import RawRow, Source
 from capture.data.token_cache import make_writable, token_cache
@@ -39,7 +39,7 @@ from pipeline.chat.rows import FORMS, BadRowError, detect_form, parse_line
 from pipeline.errors import DataError
 
 # Modules that decide tokens and masks; a change to one of them invalidates kept tokens.
-_CODE = (conversations, rows, sources, template, turns)
+_CODE = (conversations, readers, rows, sources, template, turns)
 DUPLICATE = "a duplicate"
 BEYOND = "beyond --num-samples"
 # Rows per task of a worker.
