@@ -14,6 +14,7 @@ from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, build_index, read_manifest
 from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
 from pipeline.features import default_layer_ids, validate_target_layer_ids
+from pipeline.rope import RopeLengths, rope_lengths
 from pipeline.target_model.load import DTYPES, Target, open_target
 from pipeline.target_model.options import TargetOptions
 
@@ -32,6 +33,8 @@ class PreparedCapture:
     batching: CapturePlan
     index: pa.Table
     plan: Plan
+    rope: RopeLengths
+    """Lengths between which the target's RoPE changes."""
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
@@ -71,17 +74,20 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
     prepared = prepare_data(options.data, target, found.data.settings.get("today") if found else None)
     data, template = prepared.samples, prepared.template
     target.check_length(int(data.facts.lengths.max()))
-    batching = plan_capture(data.facts.lengths, options.batch_tokens, options.shard_tokens)
+    rope = rope_lengths(target.config, target.shell)
+    batching = plan_capture(data.facts.lengths, options.batch_tokens, options.shard_tokens, rope)
     facts = data.facts.take(batching.order)
     index, plan = build_index(facts, batching.shards)
     date = {"today": template.today} if template.prints_the_date else {}
+    # Earlier versions batched across such lengths: their caches are others.
+    split = {"rope": rope.describe()} if rope.matter(data.facts.lengths) else {}
     identity = Identity(
         target=shape,
         tokenizer=prepared.tokenizer,
         data=DataIdentity(
             sources=tuple(source.name for source in prepared.sources),
             sha256=facts.content_hash(),
-            settings=options.data.settings() | date,
+            settings=options.data.settings() | date | split,
         ),
         features=FeatureIdentity(
             layer_ids=layer_ids, context_codec=options.context_codec, last_codec=options.last_codec
@@ -89,7 +95,7 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
         shard_tokens=options.shard_tokens,
         batch_tokens=options.batch_tokens,
     )
-    return PreparedCapture(options, target, identity, found, data, batching, index, plan)
+    return PreparedCapture(options, target, identity, found, data, batching, index, plan, rope)
 
 
 def _with_dtype_of(found: Identity | None, options: TargetOptions) -> TargetOptions:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import pipeline.hooks
 from capture.data.conversations import TokenizedSample
 from capture.shards.proof import PROOF_TOKENS
-from capture.shards.proof import prove_target as prove_with_codec
+from capture.shards.proof import prove_states as prove_with_codec
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity, read_manifest
 from pipeline.cache.layout import LAST_HIDDEN
