@@ -13,10 +13,14 @@ from capture.example import with_example
 from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, build_index, read_manifest
 from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
+from pipeline.errors import CacheError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
 from pipeline.rope import RopeLengths, rope_lengths
 from pipeline.target_model.load import DTYPES, Target, open_target
 from pipeline.target_model.options import TargetOptions
+
+# Name, among the recorded settings, of the lengths at which the target's RoPE changes within the data.
+ROPE = "rope"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +48,22 @@ class PreparedCapture:
         """Refuse a directory that holds another capture. The target's weights are not compared.
 
         Raises:
-            CacheError: naming the fields that differ.
+            CacheError: naming the fields that differ, or the change of RoPE that it was batched across.
         """
         if self.found is not None:
             target = replace(self.identity.target, weights=self.found.target.weights)
             refuse_another(self.options.cache, self.found, replace(self.identity, target=target))
+            self._check_rope(self.found)
+
+    def _check_rope(self, found: Identity) -> None:
+        """Refuse a cache whose samples were batched across other lengths at which the RoPE changes."""
+        ours, theirs = (identity.data.settings.get(ROPE) for identity in (self.identity, found))
+        if ours != theirs:
+            raise CacheError(
+                f"{self.options.cache} was captured in other batches, and rows batched across a change of "
+                f"the target's RoPE have wrong states (existing against requested: {theirs or 'not regarded'} "
+                f"against {ours or 'not regarded'}): choose another --cache, or remove that directory"
+            )
 
     def full_identity(self) -> Identity:
         """Return the identity with the hash of the target's weights, which reads all of them.
@@ -79,8 +94,8 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
     facts = data.facts.take(batching.order)
     index, plan = build_index(facts, batching.shards)
     date = {"today": template.today} if template.prints_the_date else {}
-    # Earlier versions batched across such lengths: their caches are others.
-    split = {"rope": rope.describe()} if rope.matter(data.facts.lengths) else {}
+    # Earlier versions batched across such lengths: `_check_rope` refuses their caches.
+    split = {ROPE: rope.describe()} if rope.matter(data.facts.lengths) else {}
     identity = Identity(
         target=shape,
         tokenizer=prepared.tokenizer,

@@ -1,8 +1,8 @@
 """RoPE whose frequencies depend on the length of a forward: longrope and dynamic NTK.
 
-transformers chooses the frequencies of a forward from its longest row. A row batched with longer ones may then
-get other states than alone. `LengthRope` says which lengths share their frequencies, `independent_rope` makes
-a forward forget the ones before it.
+transformers chooses the frequencies of a forward from its longest row. A row batched with longer ones may
+then get other states than alone. `RopeLengths` says which lengths may share a forward, `independent_rope`
+makes a forward forget the ones before it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class RopeLengths:
         return len(np.unique(self.groups(lengths))) > 1
 
     def describe(self) -> str:
-        """Return kinds and limits in a few words, such as `longrope, other frequencies beyond 4,096 tokens`."""
+        """Return kinds and limits in a few words."""
         return "; ".join(
             f"{rope.kind}, other frequencies "
             + (f"beyond {rope.limit:,} tokens" if rope.limit else "for every length")
@@ -87,7 +87,7 @@ def rope_lengths(config: Any, model: nn.Module | None = None) -> RopeLengths:
 
 
 def trained_positions(config: Any) -> int | None:
-    """Return the positions that a target's Hugging Face config names, as its RoPE extends them; None: none."""
+    """Return the positions of a Hugging Face config, as its RoPE extends them; None if it names none."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:

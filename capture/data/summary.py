@@ -35,9 +35,9 @@ def position_lines(config: Any, lengths: np.ndarray) -> Iterator[str]:
     limit = trained_positions(config)
     if limit and lengths.max() > limit:
         yield (
-            f"warning: {int((lengths > limit).sum()):,} of {len(lengths):,} samples are longer than the target's "
-            f"{limit:,} positions (the longest has {lengths.max():,} tokens), where its states may be of no use: "
-            f"give --max-length {limit}, or extend the target's RoPE in its config"
+            f"warning: {int((lengths > limit).sum()):,} of {len(lengths):,} samples are longer than the "
+            f"target's {limit:,} positions (the longest has {lengths.max():,} tokens), beyond which its states "
+            f"may be of no use: give --max-length {limit}, or extend the target's RoPE in its config"
         )
 
 

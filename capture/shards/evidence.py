@@ -144,7 +144,7 @@ def _candidates(prepared: PreparedCapture) -> Iterator[range]:
 
 
 def proof_batches(prepared: PreparedCapture) -> list[range]:
-    """Return batches of the lengths that occur: the longest, the shortest, and both sides of each RoPE switch.
+    """Return batches of the lengths that occur: longest, shortest, and both sides of the first RoPE switch.
 
     Only batches of several samples count: any other holds a row alone.
     """

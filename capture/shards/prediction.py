@@ -30,7 +30,8 @@ _SHUFFLE_SEED = 0
 # docs/capture.md, and benchmarks/broken_targets.py.
 FEW_TOKENS = 50  # fewer supervised tokens prove nothing
 SUSPICIOUS_PERPLEXITY = 200
-SUSPICIOUS_RATIO = 20  # of the shuffled text's perplexity to the text's own
+SUSPICIOUS_RATIO = 20  # of the shuffled text's perplexity to the text's own, a lower one is suspicious
+NOISE_PERPLEXITY = 20  # text below it that is as easy when shuffled, such as digits, is noise by itself
 IMPOSSIBLE_PERPLEXITIES = 10  # times the vocabulary, which is the perplexity of a uniform guess
 SMALL_VOCABULARY = 1000  # a smaller one is a test's random model, at whose perplexity nobody wonders
 
@@ -103,8 +104,8 @@ def judge(prediction: Prediction, vocabulary: int) -> Judgement:
     """
     own, shuffled = prediction.perplexity, prediction.shuffled
     seen = (
-        f"perplexity {own:,.4g} of {prediction.tokens:,} supervised tokens, {shuffled:,.4g} with the tokens of "
-        f"each row shuffled, {prediction.top1:.0%} ranked first by the target"
+        f"perplexity {own:,.4g} of {prediction.tokens:,} supervised tokens, {shuffled:,.4g} with the tokens "
+        f"of each row shuffled, {prediction.top1:.0%} ranked first by the target"
     )
     if prediction.tokens < FEW_TOKENS:
         return Judgement("good", f"proof: {seen}")
@@ -115,7 +116,8 @@ def judge(prediction: Prediction, vocabulary: int) -> Judgement:
             f"{seen}; its weights are broken (a tensor random, swapped or without its scale), its dtype "
             "overflows, or its tokenizer is another model's",
         )
-    if not own <= SUSPICIOUS_PERPLEXITY or not shuffled >= SUSPICIOUS_RATIO * own:
+    alike = own > NOISE_PERPLEXITY and not shuffled >= SUSPICIOUS_RATIO * own
+    if not own <= SUSPICIOUS_PERPLEXITY or alike:
         return Judgement(
             "suspicious",
             f"the target predicts the data badly: {seen}; expected a perplexity below "

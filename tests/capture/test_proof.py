@@ -90,6 +90,7 @@ def test_what_the_proof_measures_is_so(family, request):
 def test_what_the_proof_measured_is_in_the_manifest(cache_dir):
     figures = read_manifest(cache_dir).fidelity
     names = {"proof.teacher_tv_mean", "proof.teacher_tv_max", "proof.teacher_tv_rows", "proof.padding_error"}
+    names |= {"proof.perplexity", "proof.shuffled_perplexity", "proof.top1", "proof.supervised_tokens"}
     assert {name for name in figures if name.startswith("proof.")} == names
     assert figures["proof.teacher_tv_mean"] < 0.01
 
