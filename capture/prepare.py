@@ -61,8 +61,9 @@ class PreparedCapture:
         if ours != theirs:
             raise CacheError(
                 f"{self.options.cache} was captured in other batches, and rows batched across a change of "
-                f"the target's RoPE have wrong states (existing against requested: {theirs or 'not regarded'} "
-                f"against {ours or 'not regarded'}): choose another --cache, or remove that directory"
+                f"the target's RoPE have wrong states (existing against requested: "
+                f"{theirs or 'not regarded'} against {ours or 'not regarded'}): choose another --cache, or "
+                "remove that directory"
             )
 
     def full_identity(self) -> Identity:

@@ -36,7 +36,7 @@ def position_lines(config: Any, lengths: np.ndarray) -> Iterator[str]:
     if limit and lengths.max() > limit:
         yield (
             f"warning: {int((lengths > limit).sum()):,} of {len(lengths):,} samples are longer than the "
-            f"target's {limit:,} positions (the longest has {lengths.max():,} tokens), beyond which its states "
+            f"target's {limit:,} positions (the longest has {lengths.max():,} tokens), and its states beyond "
             f"may be of no use: give --max-length {limit}, or extend the target's RoPE in its config"
         )
 

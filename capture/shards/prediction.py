@@ -30,7 +30,7 @@ _SHUFFLE_SEED = 0
 # docs/capture.md, and benchmarks/broken_targets.py.
 FEW_TOKENS = 50  # fewer supervised tokens prove nothing
 SUSPICIOUS_PERPLEXITY = 200
-SUSPICIOUS_RATIO = 20  # of the shuffled text's perplexity to the text's own, a lower one is suspicious
+SUSPICIOUS_RATIO = 10  # of the shuffled text's perplexity to the text's own, a lower one is suspicious
 NOISE_PERPLEXITY = 20  # text below it that is as easy when shuffled, such as digits, is noise by itself
 IMPOSSIBLE_PERPLEXITIES = 10  # times the vocabulary, which is the perplexity of a uniform guess
 SMALL_VOCABULARY = 1000  # a smaller one is a test's random model, at whose perplexity nobody wonders
