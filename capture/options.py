@@ -120,6 +120,8 @@ class CaptureOptions:
     """Codec of last hidden states, a name in `pipeline.cache.codecs.CODECS`."""
     force: bool = False
     """Start even if the disk can't hold the cache."""
+    no_proof: bool = False
+    """Warn, where the proof would refuse a target whose predictions are impossible for the right model."""
 
 
 target_or_example_options = target_options(
@@ -248,6 +250,11 @@ _own_options = gathered(
             help="Codec of the teacher's last hidden states.",
         ),
         click.option("--force", is_flag=True, help="Start even if the disk can't hold the cache."),
+        click.option(
+            "--no-proof",
+            is_flag=True,
+            help="Only warn where the target predicts the data so badly that its weights must be broken.",
+        ),
     ],
 )
 

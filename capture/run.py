@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from capture.console import note, say
-from capture.data.conversations import TokenizedSample
+from capture.data.summary import position_lines
 from capture.options import CaptureOptions
 from capture.plan import check_room, plan_lines
 from capture.prepare import PreparedCapture, prepare
 from capture.shards.clock import Clock
 from capture.shards.disk import ShardDisk
+from capture.shards.evidence import prove_target
 from capture.shards.fill import FilledShard, ShardFiller
-from capture.shards.proof import prove_target
 from capture.shards.statistics import measure_statistics
 from capture.target import HFDSparkTargetModel
 from capture.workers import worker_place
@@ -61,6 +61,8 @@ def capture(options: CaptureOptions, place: WorkerPlace | None = None) -> Captur
     if place.rank == 0:
         for line in plan_lines(prepared):
             say(line)
+        for line in position_lines(prepared.target.config, prepared.data.facts.lengths):
+            note(line)
     prepared.check_directory()
     check_room(prepared)
     identity = prepared.full_identity()
@@ -96,7 +98,7 @@ def _capture_pending(writer: CacheWriter, prepared: PreparedCapture, place: Work
     target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
     statistics = writer.statistics(lambda: measure_statistics(target, identity, data, order))
     codecs = state_codecs(identity, statistics)
-    proof = prove_target(target, identity, _proof_samples(prepared), codecs[LAST_HIDDEN])
+    proof = prove_target(target, identity, prepared, codecs[LAST_HIDDEN], place.rank == 0)
     written = 0
     try:
         with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:
@@ -134,15 +136,6 @@ def _waiting(writer: CacheWriter, stop: StopRequest) -> Callable[[int], None]:
         said = True
 
     return wait
-
-
-def _proof_samples(prepared: PreparedCapture) -> list[TokenizedSample]:
-    """Return two samples of one batch, of different lengths if possible; without such a batch, the first."""
-    lengths, order = prepared.data.facts.lengths, prepared.batching.order
-    batches = [batch for batch in prepared.batching.batches if len(batch) > 1]
-    uneven = (b for b in batches if lengths[order[b[0]]] != lengths[order[b[-1]]])
-    batch = next(uneven, batches[0] if batches else prepared.batching.batches[0])
-    return [prepared.data[int(order[i])] for i in sorted({batch[0], batch[-1]})]
 
 
 def _write_target(

@@ -22,6 +22,7 @@ from pipeline.cache.manifest import is_weights
 from pipeline.device import native_bf16, resolve_device, use_device
 from pipeline.errors import TargetError, UsageError
 from pipeline.hooks import find_final_norm, find_layers, learned_positions
+from pipeline.rope import independent_rope
 from pipeline.target_model.find import resolve_directory, weights_hash
 from pipeline.target_model.identity import target_identity
 from pipeline.target_model.options import TargetOptions
@@ -282,6 +283,7 @@ def load_target(
         model = model.to(device)
     else:
         _refuse_offload(directory, model, device)
+    independent_rope(model)
     return model.eval().requires_grad_(False)
 
 

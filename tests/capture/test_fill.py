@@ -84,7 +84,7 @@ def test_batches_that_do_not_fit_are_split_with_one_warning(tmp_path, fp32_targe
     options = {"batch_tokens": 1000, "shard_tokens": 1000}
     result = run_cli(*arguments(fp32_target, data, tmp_path / "split", **options))
     assert result.exit_code == 0, result.output
-    warnings = [line for line in result.stderr.splitlines() if "warning" in line]
+    warnings = [line for line in result.stderr.splitlines() if "do not fit" in line]
     assert len(warnings) == 1
     assert "do not fit the memory of cpu" in warnings[0]
     assert "split from now on" in warnings[0]
