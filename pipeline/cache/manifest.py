@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+
 from pipeline import config, files
+from pipeline.cache.skipped import Skipped
 from pipeline.errors import CacheError, ConfigError
 from pipeline.features import validate_target_layer_ids
 from pipeline.text import one_line
@@ -182,18 +185,23 @@ class Manifest:
     """The shards; empty until the cache is complete."""
     files: tuple[FileRecord, ...] = ()
     """Every other file of the cache but the manifest; empty until the cache is complete."""
+    skipped: Skipped = Skipped()
+    """Samples that no reader returns; empty until the cache is complete, and left out of the file if empty."""
 
     @property
     def num_samples(self) -> int:
-        return sum(self.plan.samples)
+        """Samples that a reader returns."""
+        return sum(self.plan.samples) - len(self.skipped)
 
     @property
     def num_tokens(self) -> int:
-        return sum(self.plan.tokens)
+        """Tokens of the samples that a reader returns."""
+        return sum(self.plan.tokens) - sum(self.skipped.tokens)
 
     @property
     def num_last_rows(self) -> int:
-        return sum(self.plan.last_rows)
+        """Label rows of the samples that a reader returns."""
+        return sum(self.plan.last_rows) - sum(self.skipped.last_rows)
 
     @property
     def num_files(self) -> int:
@@ -211,7 +219,10 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the file's bytes. Equal manifests give equal bytes."""
-        unsealed = (_dumps(dataclasses.asdict(self) | {"checksum": UNSEALED}) + "\n").encode()
+        values = dataclasses.asdict(self) | {"checksum": UNSEALED}
+        if not len(self.skipped):  # a version that does not know the key reads a cache that does not need it
+            del values["skipped"]
+        unsealed = (_dumps(values) + "\n").encode()
         return unsealed.replace(UNSEALED.encode(), hashlib.sha256(unsealed).hexdigest().encode(), 1)
 
 
@@ -286,8 +297,9 @@ def _check(manifest: Manifest, path: Path) -> None:
         raise _damaged(path, "a size outside 0 to 2^48")
     for column in (sizes, plan.samples, plan.tokens, plan.last_rows, shards.bytes):
         sizes = [*sizes, *([min(column), max(column)] if column else [])]
-    if min(sizes) < 1 or max(sizes) > MAX_COUNT or manifest.num_tokens > MAX_COUNT:
+    if min(sizes) < 1 or max(sizes) > MAX_COUNT or sum(plan.tokens) > MAX_COUNT:
         raise _damaged(path, "a size outside 1 to 2^48")
+    _check_skipped(manifest, path)
     try:
         validate_target_layer_ids(features.layer_ids, target.num_layers)
     except ValueError as error:
@@ -313,6 +325,22 @@ def _check(manifest: Manifest, path: Path) -> None:
             )
 
 
+def _check_skipped(manifest: Manifest, path: Path) -> None:
+    """Refuse skipped samples that the plan can't have. Raises CacheError."""
+    skipped, plan = manifest.skipped, manifest.plan
+    if not len(skipped):
+        return
+    if manifest.status != "complete":
+        raise _damaged(path, "it skips samples and is incomplete")
+    if not 0 <= skipped.sample[0] <= skipped.sample[-1] < sum(plan.samples):
+        raise _damaged(path, "it skips a sample outside its plan")
+    if len(skipped) == sum(plan.samples):
+        raise _damaged(path, "it skips every sample")
+    for column in (skipped.source, skipped.source_row, skipped.tokens, skipped.last_rows):
+        if min(column) < 0 or max(column) > MAX_COUNT:
+            raise _damaged(path, "a skipped sample with a number outside 0 to 2^48")
+
+
 is_sha256 = re.compile("[0-9a-f]{64}").fullmatch
 
 
@@ -326,6 +354,16 @@ def is_target_file(name: str) -> bool:
 def is_weights(name: str) -> bool:
     """Return whether a file name looks like model weights, which a cache must not hold."""
     return name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"))
+
+
+def check_skipped_against(index: pa.Table, cache: Path, manifest: Manifest) -> None:
+    """Check that the skipped samples are those of the index.
+
+    Raises:
+        CacheError: a source, row or length of theirs is another one.
+    """
+    if manifest.skipped.differs_from(index):
+        raise _damaged(cache / MANIFEST, f"its skipped samples differ from those of {INDEX}")
 
 
 # Names of things, which may differ: the hashes beside them decide identity.
