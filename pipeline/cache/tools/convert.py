@@ -26,6 +26,7 @@ from pipeline.cache.price import Price, cache_price, check_disk, free_bytes
 from pipeline.cache.progress.claims import Worker, claim_name, take_shards
 from pipeline.cache.reader import MAX_SCALE, CacheReader, last_positions
 from pipeline.cache.shard import ShardBuffer, map_shard
+from pipeline.cache.skipped import uncounted
 from pipeline.cache.statistics import (
     TOKENS,
     StateStatistics,
@@ -90,7 +91,8 @@ def convert(
         click.echo(line)
     if not force:
         check_disk(destination, cost, "keep fewer layers (--layers) or use smaller codecs")
-    writer = CacheWriter(destination, identity, old.manifest.plan, old.index, old.manifest.rows, history)
+    rows = uncounted(old.manifest.rows, old.manifest.skipped)  # the writer counts them again
+    writer = CacheWriter(destination, identity, old.manifest.plan, old.index, rows, history)
     if writer.complete:
         return Converted(writer.manifest, complete=True, reused=True, shards=0)
     _warn_of_finer_codecs(old.manifest.identity, identity)
@@ -200,6 +202,7 @@ class Source:
         self.starts, self.lengths, self.shards, self.last_starts, self.last_rows = (
             table[name].to_numpy() for name in ("token_start", "length", "shard", "last_start", "last_rows")
         )
+        self.skipped = self.manifest.skipped.by_shard(self.manifest.plan.samples)
         self.statistics = read_statistics(path, self.identity)
         self.codecs = state_codecs(self.identity, self.statistics)
         self._shard: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -255,6 +258,16 @@ class Source:
         mask[torch.from_numpy(self.starts[self.shards == shard])] = 0  # the row before it is another sample's
         return mask.nonzero().squeeze(1) - 1
 
+    def skipped_rows(self, shard: int) -> list[tuple[slice, slice]]:
+        """Return the token rows and label rows of each skipped sample of a shard."""
+        first = sum(self.manifest.plan.samples[:shard])
+        found = []
+        for local in sorted(n for numbers in self.skipped.get(shard, {}).values() for n in numbers):
+            start, last = int(self.starts[first + local]), int(self.last_starts[first + local])
+            end, last_end = start + int(self.lengths[first + local]), last + int(self.last_rows[first + local])
+            found.append((slice(start, end), slice(last, last_end)))
+        return found
+
     def head(self) -> Tensor:
         """Read the target's `lm_head.weight` `[V, H]`."""
         return self.reader.frozen()["lm_head.weight"]
@@ -276,7 +289,7 @@ class Source:
     def measure(self, identity: Identity, between: Callable[[], None]) -> dict[str, Statistics]:
         """Return the statistics for a cache of `identity`: this one's, else measured from its rows.
 
-        As in a capture, the rows are the first of `chosen_samples`, without position 0.
+        As in a capture, the rows are the first of `chosen_samples`, without position 0 and skipped samples.
 
         Args:
             between: called before each sample; may raise to stop.
@@ -284,7 +297,13 @@ class Source:
         wanted = standardised_states(identity)
         known = {state: self.statistics[state] for state in wanted if state in self.statistics}
         sums = {state: StateStatistics() for state in wanted if state not in known}
-        samples = chosen_samples(len(self.lengths)) if sums else []
+        kept = self.manifest.skipped.kept(len(self.lengths))
+        samples = [i for i in chosen_samples(len(self.lengths)) if kept[i]] if sums else []
+        if sums and not samples:
+            raise CacheError(
+                f"{self.path} skips every sample that statistics are measured from: capture it again with "
+                "the codecs that you want"
+            )
         last = {}
         for i in samples:
             between()
@@ -326,7 +345,7 @@ def _convert(writer: CacheWriter, worker: Worker, old: Source, stop: StopRequest
             between()
             buffer = writer.new_shard(shard, memory)
             measured = filler.fill(buffer, shard)
-            writer.write_shard(shard, buffer, measured)
+            writer.write_shard(shard, buffer, measured, skipped=old.skipped.get(shard, {}))
             worker.release(claim_name(shard))
             worker.captured(plan.tokens[shard])
             bar.update(plan.tokens[shard])
@@ -359,7 +378,9 @@ class Filler:
         for name in ("input_ids", "loss_mask"):
             new[name].copy_(stored[name])
         labels = self._old.label_rows(shard)
-        checked = torch.tensor(spread(len(labels)))
+        skipped = self._old.skipped_rows(shard)
+        checked = [row for row in spread(len(labels)) if not any(s.start <= row < s.stop for _, s in skipped)]
+        checked = torch.tensor(checked, dtype=torch.long)
         measured: Measured = {}
         for state, bound in self._codecs.items():
             suffixes = bound.codec.specs(1, self._identity.target.hidden_size)
@@ -370,10 +391,20 @@ class Filler:
                 figures = [relative_error(state)] + [TEACHER_TV] * (state == LAST_HIDDEN)
                 measured |= dict.fromkeys(figures, (0.0,) * len(checked))
                 continue
-            for start in range(0, len(new[names[""]]), ROWS):
+            good = torch.ones(len(new[names[""]]), dtype=torch.bool)
+            for tokens, last in skipped:
+                good[last if state == LAST_HIDDEN else tokens] = False
+            for start in range(0, len(good), ROWS):
                 part = slice(start, start + ROWS)
-                for suffix, encoded in bound.encode(self._old.decode(shard, state, part)).items():
+                own = self._old.decode(shard, state, part)
+                own[~good[part]] = 0  # no codec refuses a zero
+                for suffix, encoded in bound.encode(own).items():
                     new[names[suffix]][part] = encoded
+            for tokens, last in skipped:
+                for name in names.values():
+                    new[name][last if state == LAST_HIDDEN else tokens].view(torch.uint8).zero_()
+            if not len(checked):
+                continue
             rows = checked if state == LAST_HIDDEN else labels[checked]
             own = self._old.decode(shard, state, rows)
             parts = {suffix: new[name][rows] for suffix, name in names.items()}
