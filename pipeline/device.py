@@ -62,7 +62,13 @@ def reuse_freed_memory() -> None:
 
 
 # What allocators say in a RuntimeError of no type of its own: CUDA and HIP, cuBLAS and cuDNN, MPS, and the CPU.
-_NO_MEMORY = ("out of memory", "ALLOC_FAILED", "Invalid buffer size", "can't allocate memory", "not enough memory")
+_NO_MEMORY = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "Invalid buffer size",
+    "can't allocate memory",
+    "not enough memory",
+)
 
 
 def out_of_memory(error: BaseException) -> bool:

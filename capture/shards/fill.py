@@ -286,7 +286,10 @@ class ShardFiller:
         """Run a batch and return True; False if it does not fit the memory, of which it then keeps none."""
         try:
             self._run_whole(shard, batch)
-        except (RuntimeError, MemoryError) as error:  # its traceback, which ends here, keeps the batch's memory
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # its traceback, which ends here, keeps the batch's memory
             if not out_of_memory(error):
                 raise
             return False

@@ -200,7 +200,9 @@ class CacheReader:
 
     def _damaged_sample(self, i: int, reason: str) -> CacheError:
         shard = self.path / shard_file(self.shard_of(i))
-        return CacheError(f"{shard} is damaged (sample {self.numbers[i]} {reason}): run `dspark verify`, or capture again")
+        return CacheError(
+            f"{shard} is damaged (sample {self.numbers[i]} {reason}): run `dspark verify`, or capture again"
+        )
 
     def layer_view(self, i: int, layer_id: int) -> Tensor:
         """Return a view of a layer's stored features of sample `i`: `[S, H]` bfloat16 for codec bf16."""

@@ -296,7 +296,6 @@ class SampleChecks:
                 return f"sample {i} has a loss mask that contradicts the index"
         return None
 
-
     def not_blank(self, shard: int, tensors: Mapping[str, Tensor]) -> str | None:
         """Return the problem with the states of a shard's skipped samples, if any byte of them is not 0."""
         for local in sorted(n for numbers in self._skipped.get(shard, {}).values() for n in numbers):

@@ -39,8 +39,8 @@ from pipeline.cache.manifest import (
     write_manifest,
 )
 from pipeline.cache.progress.records import TARGET, Records, ShardRecord, TargetRecord
-from pipeline.cache.skipped import ByReason, Skipped, counted, skipped_samples, uncounted
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
+from pipeline.cache.skipped import ByReason, Skipped, counted, skipped_samples, uncounted
 from pipeline.cache.statistics import read_statistics, standardised_states, statistics_bytes
 from pipeline.errors import CacheError, WriteError
 

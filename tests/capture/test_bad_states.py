@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from capture.target import HFDSparkTargetModel
 from pipeline.cache import CacheReader, read_manifest
 from pipeline.cache.manifest import shard_file
-from pipeline.errors import TargetError
 from tests.capture.conftest import arguments, tree
 from tests.capture.test_fill import after_each_forward
 from tests.conftest import assert_refused, run_cli, run_ok
@@ -174,8 +171,10 @@ def test_failing_names_state_and_place_and_skipping_continues(tmp_path, fp32_tar
     cache = tmp_path / "cache"
     result = run_cli(*arguments(fp32_target, data, cache, **SMALL))
     assert_refused(result, 1, " of rows.jsonl", "--bad-states skip", "same command")
-    kept = {name: (cache / "shards" / f"{name[:5]}.safetensors").stat().st_mtime_ns
-            for name in finished_shards(cache)}
+    kept = {
+        name: (cache / "shards" / f"{name[:5]}.safetensors").stat().st_mtime_ns
+        for name in finished_shards(cache)
+    }
     run_ok(*arguments(fp32_target, data, cache, **SMALL, **SKIP))
     for name, stamp in kept.items():
         assert (cache / "shards" / f"{name[:5]}.safetensors").stat().st_mtime_ns == stamp

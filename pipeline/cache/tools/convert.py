@@ -264,7 +264,10 @@ class Source:
         found = []
         for local in sorted(n for numbers in self.skipped.get(shard, {}).values() for n in numbers):
             start, last = int(self.starts[first + local]), int(self.last_starts[first + local])
-            end, last_end = start + int(self.lengths[first + local]), last + int(self.last_rows[first + local])
+            end, last_end = (
+                start + int(self.lengths[first + local]),
+                last + int(self.last_rows[first + local]),
+            )
             found.append((slice(start, end), slice(last, last_end)))
         return found
 
