@@ -102,7 +102,7 @@ class CaptureOptions:
     last_codec: str = DEFAULT_LAST_CODEC
     """Codec of last hidden states, a name in `pipeline.cache.codecs.CODECS`."""
     bad_states: str = "fail"
-    """Whether a sample with bad states stops the capture, or is skipped and recorded. Not part of the identity."""
+    """fail: a sample with bad states stops the capture; skip: it is recorded. Not part of the identity."""
     max_bad_states: float = 0.001
     """Maximum share of skipped samples; one is always allowed. Not part of the identity."""
     force: bool = False

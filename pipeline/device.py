@@ -61,7 +61,7 @@ def reuse_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-# What allocators say in a RuntimeError of no type of its own: CUDA and HIP, cuBLAS and cuDNN, MPS, and the CPU.
+# Words of allocators in a plain RuntimeError: CUDA and HIP, cuBLAS and cuDNN, MPS, the CPU.
 _NO_MEMORY = (
     "out of memory",
     "ALLOC_FAILED",

@@ -24,7 +24,7 @@ _REMEDIES = {
 
 
 def peaks_reason(peaks: np.ndarray) -> str | None:
-    """Return the reason to skip a sample, given the largest absolute value of each row; None for a good one."""
+    """Return the reason to skip a sample, None for a good one, given the largest absolute value per row."""
     if not np.isfinite(peaks).all():
         return NOT_FINITE
     return None if peaks.any() else ALL_ZERO
@@ -126,8 +126,8 @@ class BadSamples:
                 more = f" and {len(numbers) - MAX_NAMED:,} more" if len(numbers) > MAX_NAMED else ""
                 parts.append(f"{len(numbers):,} {reason} ({named}{more})")
         raise TargetError(
-            f"{len(reasons):,} of {self._number:,} samples are bad, --max-bad-states {self._share:.4g} allows "
-            f"{self._limit:,}: {'; '.join(parts)}. So many point to the target or its dtype, not to the data: "
-            "check its weights, or try --dtype float32 in a new cache. Every finished shard is kept: the same "
-            "command with a higher --max-bad-states goes on"
+            f"{len(reasons):,} of {self._number:,} samples are bad, --max-bad-states {self._share:.4g} "
+            f"allows {self._limit:,}: {'; '.join(parts)}. So many point to the target or its dtype, not to "
+            "the data: check its weights, or try --dtype float32 in a new cache. Every finished shard is "
+            "kept: the same command with a higher --max-bad-states goes on"
         )

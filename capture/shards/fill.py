@@ -261,7 +261,7 @@ class ShardFiller:
         if self._fits(shard, batch):
             return
         if len(batch) == 1:
-            # Memory of copies in flight is free after this wait, so that a second failure is the sample's own.
+            # Memory of copies in flight is free after this wait: a second failure is the sample's own.
             self._copier.mark()()
             torch.cuda.empty_cache()
             if not self._fits(shard, batch):
@@ -283,13 +283,10 @@ class ShardFiller:
         self._run(shard, batch[half:])
 
     def _fits(self, shard: FilledShard, batch: list[TokenizedSample]) -> bool:
-        """Run a batch and return True; False if it does not fit the memory, of which it then keeps none."""
+        """Run a batch and return True; False, keeping no memory of it, if it does not fit."""
         try:
             self._run_whole(shard, batch)
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # its traceback, which ends here, keeps the batch's memory
+        except (RuntimeError, MemoryError) as error:  # its traceback keeps the batch's memory, and ends here
             if not out_of_memory(error):
                 raise
             return False

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from pipeline import config, files
-from pipeline.cache.skipped import Skipped
+from pipeline.cache.skipped import Skipped, impossible
 from pipeline.errors import CacheError, ConfigError
 from pipeline.features import validate_target_layer_ids
 from pipeline.text import one_line
@@ -185,8 +183,8 @@ class Manifest:
     """The shards; empty until the cache is complete."""
     files: tuple[FileRecord, ...] = ()
     """Every other file of the cache but the manifest; empty until the cache is complete."""
-    skipped: Skipped = Skipped()
-    """Samples that no reader returns; empty until the cache is complete, and left out of the file if empty."""
+    skipped: Skipped = dataclasses.field(default_factory=Skipped)
+    """Samples that no reader returns; empty until the cache is complete. An empty one is not written."""
 
     @property
     def num_samples(self) -> int:
@@ -299,7 +297,8 @@ def _check(manifest: Manifest, path: Path) -> None:
         sizes = [*sizes, *([min(column), max(column)] if column else [])]
     if min(sizes) < 1 or max(sizes) > MAX_COUNT or sum(plan.tokens) > MAX_COUNT:
         raise _damaged(path, "a size outside 1 to 2^48")
-    _check_skipped(manifest, path)
+    if reason := impossible(manifest.skipped, sum(plan.samples)):
+        raise _damaged(path, reason)
     try:
         validate_target_layer_ids(features.layer_ids, target.num_layers)
     except ValueError as error:
@@ -309,6 +308,8 @@ def _check(manifest: Manifest, path: Path) -> None:
             raise _damaged(path, "it holds an absolute path")
     if not all(map(is_sha256, [*shards.sha256, *(record.sha256 for record in manifest.files)])):
         raise _damaged(path, "it holds a hash that is no SHA-256")
+    if manifest.status != "complete" and len(manifest.skipped):
+        raise _damaged(path, "it skips samples and is incomplete")
     if manifest.status == "complete":
         if not len(shards.bytes) == len(shards.sha256) == len(plan):
             raise _damaged(path, "its shards differ from those of its plan")
@@ -325,22 +326,6 @@ def _check(manifest: Manifest, path: Path) -> None:
             )
 
 
-def _check_skipped(manifest: Manifest, path: Path) -> None:
-    """Refuse skipped samples that the plan can't have. Raises CacheError."""
-    skipped, plan = manifest.skipped, manifest.plan
-    if not len(skipped):
-        return
-    if manifest.status != "complete":
-        raise _damaged(path, "it skips samples and is incomplete")
-    if not 0 <= skipped.sample[0] <= skipped.sample[-1] < sum(plan.samples):
-        raise _damaged(path, "it skips a sample outside its plan")
-    if len(skipped) == sum(plan.samples):
-        raise _damaged(path, "it skips every sample")
-    for column in (skipped.source, skipped.source_row, skipped.tokens, skipped.last_rows):
-        if min(column) < 0 or max(column) > MAX_COUNT:
-            raise _damaged(path, "a skipped sample with a number outside 0 to 2^48")
-
-
 is_sha256 = re.compile("[0-9a-f]{64}").fullmatch
 
 
@@ -354,16 +339,6 @@ def is_target_file(name: str) -> bool:
 def is_weights(name: str) -> bool:
     """Return whether a file name looks like model weights, which a cache must not hold."""
     return name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"))
-
-
-def check_skipped_against(index: pa.Table, cache: Path, manifest: Manifest) -> None:
-    """Check that the skipped samples are those of the index.
-
-    Raises:
-        CacheError: a source, row or length of theirs is another one.
-    """
-    if manifest.skipped.differs_from(index):
-        raise _damaged(cache / MANIFEST, f"its skipped samples differ from those of {INDEX}")
 
 
 # Names of things, which may differ: the hashes beside them decide identity.

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.cache.codecs import get_codec
-from pipeline.cache.index import count_candidates, open_index, sample_ids
+from pipeline.cache.index import check_skipped, count_candidates, open_index, sample_ids
 from pipeline.cache.index import sample_id as content_id
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
 from pipeline.cache.manifest import (
     FROZEN,
     INDEX,
+    MANIFEST,
     Manifest,
-    check_skipped_against,
     is_weights,
     read_manifest,
     shard_file,
@@ -91,7 +91,7 @@ class CacheReader:
             self.manifest.identity, read_statistics(self.path, self.manifest.identity)
         )
         table = open_index(self.path / INDEX, self.manifest.plan)
-        check_skipped_against(table, self.path, self.manifest)
+        check_skipped(table, self.path / MANIFEST, self.manifest.skipped)
         self._read_index(table)
         self._map = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._map_shard)
 

@@ -1,4 +1,4 @@
-"""Skipped samples: they keep their place in plan, index and shard, and no reader returns them. See FORMAT.md."""
+"""Skipped samples: each keeps its place in plan, index and shard, and no reader returns it. See FORMAT.md."""
 
 from __future__ import annotations
 
@@ -100,6 +100,20 @@ def skipped_samples(reasons: Mapping[int, str], table: pa.Table) -> Skipped:
     )
 
 
+def impossible(skipped: Skipped, number: int) -> str | None:
+    """Return why a complete cache of `number` samples in its plan can't skip these; None if it can."""
+    if not len(skipped):
+        return None
+    if not 0 <= skipped.sample[0] <= skipped.sample[-1] < number:
+        return "it skips a sample outside its plan"
+    if len(skipped) == number:
+        return "it skips every sample"
+    columns = (skipped.source, skipped.source_row, skipped.tokens, skipped.last_rows)
+    if any(min(column) < 0 or max(column) >= 2**63 for column in columns):
+        return "a skipped sample with a number outside 0 to 2^63"
+    return None
+
+
 def is_possible(skipped: ByReason, samples: int) -> bool:
     """Return whether a record may name these samples of a shard of `samples` samples."""
     numbers = [n for column in skipped.values() for n in column]
@@ -109,6 +123,30 @@ def is_possible(skipped: ByReason, samples: int) -> bool:
         and all(0 <= n < samples for n in numbers)
         and all(len(column) and list(column) == sorted(column) for column in skipped.values())
     )
+
+
+class SkippedRows:
+    """Rows of skipped samples in the tensors of their shards.
+
+    Args:
+        skipped: of each shard that has any.
+        samples: the plan's column.
+        table: the index.
+    """
+
+    def __init__(self, skipped: Mapping[int, ByReason], samples: Sequence[int], table: pa.Table):
+        self._skipped = skipped
+        self._first = np.cumsum(samples, dtype=np.int64) - samples
+        self._columns = [
+            table[name].to_numpy() for name in ("token_start", "length", "last_start", "last_rows")
+        ]
+
+    def of(self, shard: int) -> Iterator[tuple[int, slice, slice]]:
+        """Yield each skipped sample of a shard: its row of the index, its tokens, its label rows."""
+        numbers = sorted(n for column in self._skipped.get(shard, {}).values() for n in column)
+        for i in (int(self._first[shard]) + n for n in numbers):
+            start, length, last, rows = (int(column[i]) for column in self._columns)
+            yield i, slice(start, start + length), slice(last, last + rows)
 
 
 def counted(rows: Mapping[str, int], skipped: Skipped) -> dict[str, int]:

@@ -34,7 +34,7 @@ from pipeline.cache.manifest import (
     read_manifest,
 )
 from pipeline.cache.shard import MAX_HEADER_BYTES, map_shard
-from pipeline.cache.skipped import ByReason, state_rows
+from pipeline.cache.skipped import ByReason, SkippedRows, state_rows
 from pipeline.cache.statistics import check_statistics_listed, read_statistics
 from pipeline.errors import CacheError
 
@@ -272,11 +272,10 @@ class FileChecks:
 
 
 class SampleChecks:
-    """Compares the tokens in shards with the sample ids and counts of the index, and skipped samples with 0."""
+    """Compares the tokens in shards with the index, and the states of skipped samples with zeros."""
 
     def __init__(self, manifest: Manifest, table: pa.Table, skipped: Mapping[int, ByReason]):
-        self._skipped = skipped
-        self._last_start = table["last_start"].to_numpy()
+        self._skipped = SkippedRows(skipped, manifest.plan.samples, table)
         samples = np.array(manifest.plan.samples, dtype=np.int64)
         self._ends = np.cumsum(samples)
         self._first = self._ends - samples
@@ -298,11 +297,8 @@ class SampleChecks:
 
     def not_blank(self, shard: int, tensors: Mapping[str, Tensor]) -> str | None:
         """Return the problem with the states of a shard's skipped samples, if any byte of them is not 0."""
-        for local in sorted(n for numbers in self._skipped.get(shard, {}).values() for n in numbers):
-            i = int(self._first[shard]) + local
-            start, last = int(self._start[i]), int(self._last_start[i])
-            tokens = slice(start, start + int(self._length[i]))
-            for name, rows in state_rows(tensors, tokens, slice(last, last + int(self._labels[i]))):
+        for i, tokens, last in self._skipped.of(shard):
+            for name, rows in state_rows(tensors, tokens, last):
                 if rows.view(torch.uint8).any():
                     return f"sample {i} is skipped, and its {name} is not zero bytes"
         return None

@@ -343,7 +343,7 @@ class CacheWriter:
         return self._reasons(records)
 
     def _reasons(self, records: Iterable[ShardRecord | None]) -> dict[int, str]:
-        """Return the reason of each sample that these shards skip, all shards in order, None an unwritten one."""
+        """Return the reason of each sample that all shards skip, in order; None is a shard not written."""
         found, first = {}, 0
         for record, samples in zip(records, self.manifest.plan.samples, strict=True):
             for reason, numbers in (record.skipped if record else {}).items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 from pipeline.cache.codecs import Statistics, get_codec
 from pipeline.cache.codecs.base import peaks
-from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, relative_error, spread
 from pipeline.cache.layout import LAST_HIDDEN, part_name, shard_specs
 from pipeline.cache.manifest import FROZEN, INDEX, FileRecord, Identity, Manifest, shard_file
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes
 from pipeline.cache.progress.claims import Worker, claim_name, take_shards
 from pipeline.cache.reader import MAX_SCALE, CacheReader, last_positions
-from pipeline.cache.shard import ShardBuffer, map_shard
-from pipeline.cache.skipped import uncounted
+from pipeline.cache.shard import map_shard
+from pipeline.cache.skipped import SkippedRows, uncounted
 from pipeline.cache.statistics import (
     TOKENS,
     StateStatistics,
@@ -35,6 +34,7 @@ from pipeline.cache.statistics import (
     standardised_states,
     state_codecs,
 )
+from pipeline.cache.tools.filler import Filler
 from pipeline.cache.verify import FileChecks, Problem
 from pipeline.cache.writer import CacheWriter
 from pipeline.errors import CacheError, UsageError
@@ -42,8 +42,6 @@ from pipeline.features import validate_target_layer_ids
 from pipeline.signals import StopRequest, stop_on_signals
 from pipeline.text import size
 
-# Rows decoded and encoded at a time.
-ROWS = 2048
 # Name of the claim on writing `target/`.
 _TARGET = "target"
 
@@ -203,6 +201,7 @@ class Source:
             table[name].to_numpy() for name in ("token_start", "length", "shard", "last_start", "last_rows")
         )
         self.skipped = self.manifest.skipped.by_shard(self.manifest.plan.samples)
+        self.skipped_rows = SkippedRows(self.skipped, self.manifest.plan.samples, table)
         self.statistics = read_statistics(path, self.identity)
         self.codecs = state_codecs(self.identity, self.statistics)
         self._shard: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -257,19 +256,6 @@ class Source:
         mask = self.shard(shard)["loss_mask"].clone()
         mask[torch.from_numpy(self.starts[self.shards == shard])] = 0  # the row before it is another sample's
         return mask.nonzero().squeeze(1) - 1
-
-    def skipped_rows(self, shard: int) -> list[tuple[slice, slice]]:
-        """Return the token rows and label rows of each skipped sample of a shard."""
-        first = sum(self.manifest.plan.samples[:shard])
-        found = []
-        for local in sorted(n for numbers in self.skipped.get(shard, {}).values() for n in numbers):
-            start, last = int(self.starts[first + local]), int(self.last_starts[first + local])
-            end, last_end = (
-                start + int(self.lengths[first + local]),
-                last + int(self.last_rows[first + local]),
-            )
-            found.append((slice(start, end), slice(last, last_end)))
-        return found
 
     def head(self) -> Tensor:
         """Read the target's `lm_head.weight` `[V, H]`."""
@@ -354,70 +340,3 @@ def _convert(writer: CacheWriter, worker: Worker, old: Source, stop: StopRequest
             bar.update(plan.tokens[shard])
             written += 1
     return written
-
-
-class Filler:
-    """Fills shard buffers of a new identity from the source's shards."""
-
-    def __init__(self, old: Source, identity: Identity, statistics: Mapping[str, Statistics]):
-        self._old, self._identity = old, identity
-        self._codecs = state_codecs(identity, statistics)
-        self._kept = {
-            state
-            for state, bound in self._codecs.items()
-            if bound.codec == old.codecs[state].codec
-            and _same(statistics.get(state), old.statistics.get(state))
-        }
-        self._head = torch.empty(0) if LAST_HIDDEN in self._kept else old.head()
-
-    @torch.no_grad()
-    def fill(self, buffer: ShardBuffer, shard: int) -> Measured:
-        """Fill `buffer` and return the errors of a few label rows, measured as in a capture.
-
-        Raises:
-            CacheError: the source's shard is damaged, or a value does not fit the codec.
-        """
-        stored, new = self._old.shard(shard), buffer.tensors
-        for name in ("input_ids", "loss_mask"):
-            new[name].copy_(stored[name])
-        labels = self._old.label_rows(shard)
-        skipped = self._old.skipped_rows(shard)
-        checked = [row for row in spread(len(labels)) if not any(s.start <= row < s.stop for _, s in skipped)]
-        checked = torch.tensor(checked, dtype=torch.long)
-        measured: Measured = {}
-        for state, bound in self._codecs.items():
-            suffixes = bound.codec.specs(1, self._identity.target.hidden_size)
-            names = {suffix: part_name(state, suffix) for suffix in suffixes}
-            if state in self._kept:
-                for name in names.values():
-                    new[name].copy_(stored[name])
-                figures = [relative_error(state)] + [TEACHER_TV] * (state == LAST_HIDDEN)
-                measured |= dict.fromkeys(figures, (0.0,) * len(checked))
-                continue
-            good = torch.ones(len(new[names[""]]), dtype=torch.bool)
-            for tokens, last in skipped:
-                good[last if state == LAST_HIDDEN else tokens] = False
-            for start in range(0, len(good), ROWS):
-                part = slice(start, start + ROWS)
-                own = self._old.decode(shard, state, part)
-                own[~good[part]] = 0  # no codec refuses a zero
-                for suffix, encoded in bound.encode(own).items():
-                    new[names[suffix]][part] = encoded
-            for tokens, last in skipped:
-                for name in names.values():
-                    new[name][last if state == LAST_HIDDEN else tokens].view(torch.uint8).zero_()
-            if not len(checked):
-                continue
-            rows = checked if state == LAST_HIDDEN else labels[checked]
-            own = self._old.decode(shard, state, rows)
-            parts = {suffix: new[name][rows] for suffix, name in names.items()}
-            values = measure_rows(state, bound, own, parts, self._head, self._identity)
-            measured |= {what: tuple(value.tolist()) for what, value in values.items()}
-        return measured
-
-
-def _same(one: Statistics | None, other: Statistics | None) -> bool:
-    """Return whether two states have equal statistics, or both have none."""
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one.mean, other.mean) and torch.equal(one.deviation, other.deviation)

@@ -13,13 +13,12 @@ import numpy as np
 
 from pipeline.cache.codecs import bits_per_value, get_codec
 from pipeline.cache.fidelity import TEACHER_TV
-from pipeline.cache.index import open_index, sample_ids
+from pipeline.cache.index import check_skipped, open_index, sample_ids
 from pipeline.cache.manifest import (
     INDEX,
     MANIFEST,
     PROGRESS,
     Manifest,
-    check_skipped_against,
     read_manifest,
 )
 from pipeline.cache.progress.claims import WorkerState, live_workers
@@ -82,7 +81,7 @@ def _of_the_index(cache: Path, manifest: Manifest, fraction: float) -> Facts:
         if manifest.status == "complete":
             raise
         return {}
-    check_skipped_against(table, cache, manifest)
+    check_skipped(table, cache / MANIFEST, manifest.skipped)
     kept, lengths = manifest.skipped.kept(len(table)), table["length"].to_numpy()
     held = held_out(sample_ids(table), fraction) & kept
     names = manifest.identity.data.sources

@@ -66,8 +66,8 @@ def _skipped(reader: CacheReader, text: str, i: int) -> UsageError:
     source = skipped.source[i]
     name = names[source] if source < len(names) else f"source {source}"
     return UsageError(
-        f"--sample {text}: sample #{skipped.sample[i]} (row {skipped.source_row[i] + 1:,} of {name}) was skipped "
-        f"by the capture: {skipped.reason[i]}; no reader returns it: name another"
+        f"--sample {text}: sample #{skipped.sample[i]} (row {skipped.source_row[i] + 1:,} of {name}) was "
+        f"skipped by the capture: {skipped.reason[i]}; no reader returns it: name another"
     )
 
 
