@@ -59,6 +59,10 @@ class Watch:
         late = [getattr(look, what) for look in looks if look.at >= last - quarter]
         return statistics.median(early), statistics.median(late)
 
+    def seconds(self) -> float:
+        """Return the time between the first and the last look."""
+        return self.looks[-1].at - self.looks[0].at if self.looks else 0.0
+
     def most(self, what: str) -> int:
         """Return the largest value ever seen."""
         return max(getattr(look, what) for look in self.looks)
