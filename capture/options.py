@@ -118,6 +118,10 @@ class CaptureOptions:
     """Codec of context features, a name in `pipeline.cache.codecs.CODECS`."""
     last_codec: str = DEFAULT_LAST_CODEC
     """Codec of last hidden states, a name in `pipeline.cache.codecs.CODECS`."""
+    bad_states: str = "fail"
+    """fail: a sample with bad states stops the capture; skip: it is recorded. Not part of the identity."""
+    max_bad_states: float = 0.001
+    """Maximum share of skipped samples; one is always allowed. Not part of the identity."""
     force: bool = False
     """Start even if the disk can't hold the cache."""
     no_proof: bool = False
@@ -210,6 +214,19 @@ data_options = gathered(
 )
 """Add the options of `DataOptions` to a click command, which receives them as `data`."""
 
+
+def _parse_share(_ctx: click.Context, _param: click.Parameter, text: str) -> float:
+    """Parse `--max-bad-states`, as a click callback. Raises UsageError."""
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if rest or not 0 <= share <= 1:
+        raise UsageError(f"--max-bad-states expects a share such as 0.1% or 0.001, got {text!r}")
+    return share
+
+
 _own_options = gathered(
     CaptureOptions,
     "options",
@@ -248,6 +265,22 @@ _own_options = gathered(
             default=DEFAULT_LAST_CODEC,
             show_default=True,
             help="Codec of the teacher's last hidden states.",
+        ),
+        click.option(
+            "--bad-states",
+            type=click.Choice(["fail", "skip"]),
+            default="fail",
+            show_default=True,
+            help="Stop at a sample whose states are not finite or all zero, or that does not fit the device; "
+            "or skip it, and record that in the cache.",
+        ),
+        click.option(
+            "--max-bad-states",
+            callback=_parse_share,
+            default="0.1%",
+            show_default=True,
+            metavar="SHARE",
+            help="Maximum share of samples that --bad-states skip may skip.",
         ),
         click.option("--force", is_flag=True, help="Start even if the disk can't hold the cache."),
         click.option(

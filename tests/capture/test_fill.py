@@ -141,7 +141,7 @@ def test_a_row_that_does_not_fit_by_itself_is_refused_by_name(
     memory_for(monkeypatch, int(reader.lengths.max()) - 1)
     result = run_cli(*arguments(fp32_target, data, tmp_path / "cache"))
     (_, row), length = places(cache)[longest], reader.lengths[longest]
-    assert_refused(result, 1, f"row {row + 1} of the data", f"{length} tokens", "--max-length")
+    assert_refused(result, 1, f"row {row + 1} of {data.name}", f"{length} tokens", "--max-length")
 
 
 # States that no draft should learn from
@@ -184,7 +184,7 @@ def test_bad_states_are_refused_naming_row_and_state(
     after_each_forward(monkeypatch, change)
     result = run_cli(*arguments(fp32_target, data, tmp_path / "cache"))
     _, row = places(cache)[sample]
-    assert_refused(result, 1, f"row {row + 1} of the data", name, word)
+    assert_refused(result, 1, f"row {row + 1} of {data.name}", name, word, "--bad-states skip")
     assert read_manifest(tmp_path / "cache").status == "incomplete"
     bad = int(reader._shard[sample])
     assert f"{bad:05d}.json" not in finished_shards(tmp_path / "cache")
