@@ -181,6 +181,7 @@ def load_engine(
     """
     quiet_transformers()
     found = open_target(with_example(target))
+    found.check_weights()
     tokenizer = found.tokenizer()
     engine = HuggingFaceEngine(
         found.model,
