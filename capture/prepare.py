@@ -84,6 +84,7 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
     found = read_manifest(options.cache).identity if (options.cache / MANIFEST).is_file() else None
     target = open_target(_with_dtype_of(found, with_example(options.target)))
     shape = target.identity(hash_weights=False)
+    target.check_weights()
     layer_ids = options.layer_ids or default_layer_ids(shape.num_layers)
     layer_ids = tuple(validate_target_layer_ids(layer_ids, shape.num_layers))
     # A template that prints the date prints the day on which the capture began.

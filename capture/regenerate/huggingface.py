@@ -185,6 +185,7 @@ def load_engine(
     """
     quiet_transformers()
     found = open_target(with_example(target))
+    found.check_weights()
     tokenizer = found.tokenizer()
     if template is not None:
         tokenizer.chat_template = template

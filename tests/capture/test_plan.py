@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import namedtuple
@@ -52,15 +53,22 @@ def estimate(target: Path, data: Path, cache: Path, **options: Any) -> int:
 
 @pytest.fixture
 def no_weights(tmp_path, target_dir, monkeypatch) -> Path:
-    """A target whose weights can't be read, and may not be."""
+    """A target whose weights have a header and no values, and may not be loaded."""
     folder = tmp_path / target_dir.name
     shutil.copytree(target_dir, folder)
-    (folder / "model.safetensors").write_bytes(b"nonsense")
+    with (folder / "model.safetensors").open("r+b") as file:
+        end = 8 + int.from_bytes(file.read(8), "little")
+        whole = file.seek(0, os.SEEK_END)
+        file.truncate(end)
+        file.truncate(whole)
+    load = PreTrainedModel.from_pretrained.__func__
 
-    def fail(*_args: Any, **_kwargs: Any) -> None:
-        raise AssertionError("weights were loaded")
+    def from_headers(cls: type, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> Any:
+        if state_dict is None or any(tensor.device.type != "meta" for tensor in state_dict.values()):
+            raise AssertionError("weights were loaded")
+        return load(cls, *args, state_dict=state_dict, **kwargs)
 
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", fail)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_headers))
     return folder
 
 
