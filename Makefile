@@ -13,6 +13,7 @@ SET ?=
 FRESH ?=
 PROMPTS ?= 4
 ONLY ?=
+ROWS ?= 20000
 BUDGET ?= 600
 GPU_PYTHON ?=
 
@@ -25,7 +26,7 @@ OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
 STAGE := $(if $(NPROC),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan capture train evaluate test test-flipped lint format bench gpu clean
+.PHONY: help setup plan capture train evaluate test test-flipped lint format bench gpu soak clean
 
 help:
 	@echo 'make setup      make .venv with everything the example needs (the others do it for you)'
@@ -41,6 +42,7 @@ help:
 	@echo 'make format     rewrite to style'
 	@echo 'make bench      run the benchmarks (but those that train for long: quality.py, initialise.py, optimizers.py)'
 	@echo 'make gpu        on a GPU machine: prove that all works there, and measure it, in ten minutes'
+	@echo 'make soak       capture under every trouble at once (kills, full disk, bad rows), then train; 8 minutes'
 	@echo 'make clean      remove .venv, .cache, caches/ and runs/'
 	@echo
 	@echo 'Variables (make train TARGET=... DATA=...):'
@@ -56,6 +58,7 @@ help:
 	@echo '  PROMPTS  held-out questions that evaluate decodes         [$(PROMPTS)]'
 	@echo '  FRESH    1: clear the run and train from the start        [continue it]'
 	@echo '  ONLY     sections of make gpu, as loss,step               [all]'
+	@echo '  ROWS     rows of make soak                                [$(ROWS)]'
 	@echo '  BUDGET   seconds of make gpu                              [$(BUDGET)]'
 	@echo '  GPU_PYTHON  interpreter of make gpu that has torch for CUDA; no .venv is made then'
 	@echo '  PYTHON   interpreter that makes .venv, 3.11 or newer      [$(PYTHON)]'
@@ -120,6 +123,10 @@ bench: $(STAMP)
 gpu: $(if $(GPU_PYTHON),,$(STAMP))
 	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu --seconds $(BUDGET) \
 		$(if $(ONLY),--only $(ONLY)) $(if $(FRESH),--fresh)
+
+# Needs Linux, where /proc shows memory, open files and threads.
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak --rows $(ROWS)
 
 clean:
 	rm -rf $(VENV) .cache caches runs

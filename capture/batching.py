@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.cache.index import plan_shards
+from pipeline.rope import RopeLengths
 
 # Samples sorted together. A larger window pads less and spreads a shard's samples over more of the data.
 WINDOW_SAMPLES = 4096
@@ -48,13 +49,16 @@ class CapturePlan:
         return (self.batches[b] for b in self.shard_batches[shard])
 
 
-def plan_capture(lengths: np.ndarray, batch_tokens: int, shard_tokens: int) -> CapturePlan:
+def plan_capture(
+    lengths: np.ndarray, batch_tokens: int, shard_tokens: int, rope: RopeLengths | None = None
+) -> CapturePlan:
     """Plan batches and shards.
 
     Args:
         lengths: tokens of each sample of the data, `[n]`.
         batch_tokens: maximum of a batch's rows times its longest sample. A longer sample is its own batch.
         shard_tokens: maximum tokens per shard. A longer sample is its own shard.
+        rope: lengths between which the target's RoPE changes; samples on two sides share no batch.
     """
     order = np.concatenate(
         [
@@ -64,6 +68,7 @@ def plan_capture(lengths: np.ndarray, batch_tokens: int, shard_tokens: int) -> C
         or [np.empty(0, np.int64)]
     )
     ordered = lengths[order].tolist()
+    groups = (rope or RopeLengths()).groups(lengths[order])
     batches: list[range] = []
     sums: list[int] = []
     for start in range(0, len(ordered), WINDOW_SAMPLES):
@@ -75,6 +80,7 @@ def plan_capture(lengths: np.ndarray, batch_tokens: int, shard_tokens: int) -> C
                 end < stop
                 and (end + 1 - start) * longest <= batch_tokens
                 and tokens + ordered[end] <= shard_tokens
+                and groups[end] == groups[start]
             ):
                 tokens += ordered[end]
                 end += 1

@@ -72,6 +72,7 @@ def capture_command(ctx: click.Context, options: CaptureOptions, worker: str | N
 )
 def plan_command(options: CaptureOptions, probing: bool) -> None:
     """Print what `dspark capture` with the same options will do and cost, without loading any weights."""
+    from capture.data.summary import position_lines
     from capture.plan import check_room, plan_lines, probe
     from capture.prepare import prepare
     from pipeline.errors import CacheError
@@ -81,6 +82,8 @@ def plan_command(options: CaptureOptions, probing: bool) -> None:
     prepared = prepare(options)
     for line in plan_lines(prepared):
         click.echo(line)
+    for line in position_lines(prepared.target.config, prepared.data.facts.lengths):
+        click.echo(line, err=True)
     try:
         prepared.check_directory()
     except CacheError as error:

@@ -28,40 +28,18 @@ _SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Conversations to read, and how they become samples."""
+class ReadingOptions:
+    """Rows to read, and the chat template that renders them."""
 
     data: tuple[str, ...] = ()
-    """Files, folders and Hub ids; none of them stands for the example's conversations."""
+    """Files, folders, Hub ids and `-`; none of them stands for the example's conversations."""
     split: str | None = None
     subset: str | None = None
     format: str = "auto"
     chat_template: str | None = None
     template_arg: tuple[str, ...] = ()
-    supervise: str = "all"
-    mask_reasoning: bool = False
-    max_length: int = 4096
-    too_long: str = "cut"
-    min_supervised: int = 0
     num_samples: int | None = None
-    shuffle: bool = False
-    seed: int = 0
     bad_rows: str = "fail"
-    tokenize_workers: int | None = None
-
-    def settings(self) -> dict[str, str]:
-        """Return the manifest's record of the options: each one that has a value, as text."""
-        left_out = ("data", "tokenize_workers")
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
-        if not self.shuffle:
-            del values["seed"]
-        if self.chat_template:  # the identity holds the template's hash; its path is valid here only
-            values["chat_template"] = Path(self.chat_template).name
-        return {
-            name: " ".join(value) if isinstance(value, tuple) else str(value).lower()
-            for name, value in values.items()
-            if value not in (None, (), False)
-        }
 
     def template_arguments(self) -> dict[str, Any]:
         """Return the template variables of `--template-arg name=value`.
@@ -84,6 +62,45 @@ class DataOptions:
                 arguments[name] = value
         return arguments
 
+    def template_text(self) -> str | None:
+        """Return the text of `--chat-template`; None without it. Raises UsageError if it can't be read."""
+        if not self.chat_template:
+            return None
+        try:
+            return Path(self.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"--chat-template {self.chat_template}: expected a readable Jinja file ({error})"
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(ReadingOptions):
+    """Conversations to read, and how they become samples."""
+
+    supervise: str = "all"
+    mask_reasoning: bool = False
+    max_length: int = 4096
+    too_long: str = "cut"
+    min_supervised: int = 0
+    shuffle: bool = False
+    seed: int = 0
+    tokenize_workers: int | None = None
+
+    def settings(self) -> dict[str, str]:
+        """Return the manifest's record of the options: each one that has a value, as text."""
+        left_out = ("data", "tokenize_workers")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        if not self.shuffle:
+            del values["seed"]
+        if self.chat_template:  # the identity holds the template's hash; its path is valid here only
+            values["chat_template"] = Path(self.chat_template).name
+        return {
+            name: " ".join(value) if isinstance(value, tuple) else str(value).lower()
+            for name, value in values.items()
+            if value not in (None, (), False)
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
@@ -102,8 +119,14 @@ class CaptureOptions:
     """Codec of context features, a name in `pipeline.cache.codecs.CODECS`."""
     last_codec: str = DEFAULT_LAST_CODEC
     """Codec of last hidden states, a name in `pipeline.cache.codecs.CODECS`."""
+    bad_states: str = "fail"
+    """fail: a sample with bad states stops the capture; skip: it is recorded. Not part of the identity."""
+    max_bad_states: float = 0.001
+    """Maximum share of skipped samples; one is always allowed. Not part of the identity."""
     force: bool = False
     """Start even if the disk can't hold the cache."""
+    no_proof: bool = False
+    """Warn, where the proof would refuse a target whose predictions are impossible for the right model."""
 
 
 target_or_example_options = target_options(
@@ -111,32 +134,47 @@ target_or_example_options = target_options(
 )
 """Add the options of `TargetOptions`. Without `--target`, `capture.example.with_example` fills it in."""
 
+_reading = [
+    click.option(
+        "--data",
+        multiple=True,
+        help="JSONL, JSON, CSV, TSV, Parquet or Arrow file, a folder of them, a folder saved by datasets, a "
+        "Hub dataset id, or - for standard input. May be given several times. Default of capture, plan and "
+        "preview: the example's conversations.",
+    ),
+    click.option("--split", help="Split of a Hub dataset or a saved one.  [default: train]"),
+    click.option("--subset", help="Subset (configuration) of a Hub dataset."),
+    click.option(
+        "--format",
+        type=click.Choice(["auto", *FORMS]),
+        default="auto",
+        show_default=True,
+        help="Form of the rows. auto: detected from each source's first row.",
+    ),
+    click.option("--chat-template", help="Jinja file to use instead of the tokenizer's own template."),
+    click.option(
+        "--template-arg",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Extra template variable, such as enable_thinking=false. May be given several times.",
+    ),
+    click.option("--num-samples", type=click.IntRange(min=1), help="Maximum number of samples."),
+    click.option(
+        "--bad-rows",
+        type=click.Choice(["fail", "skip"]),
+        default="fail",
+        show_default=True,
+        help="Stop at a row that can't be used, or skip and count it.",
+    ),
+]
+reading_options = gathered(ReadingOptions, "reading", _reading)
+"""Add the options of `ReadingOptions` to a click command, which receives them as `reading`."""
+
 data_options = gathered(
     DataOptions,
     "data",
     [
-        click.option(
-            "--data",
-            multiple=True,
-            help="JSONL, JSON, Parquet or Arrow file, a folder of them, a folder saved by datasets, or a Hub "
-            "dataset id. May be given several times. Default: the example's conversations.",
-        ),
-        click.option("--split", help="Split of a Hub dataset or a saved one.  [default: train]"),
-        click.option("--subset", help="Subset (configuration) of a Hub dataset."),
-        click.option(
-            "--format",
-            type=click.Choice(["auto", *FORMS]),
-            default="auto",
-            show_default=True,
-            help="Form of the rows. auto: detected from each source's first row; never preference.",
-        ),
-        click.option("--chat-template", help="Jinja file to use instead of the tokenizer's own template."),
-        click.option(
-            "--template-arg",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Extra template variable, such as enable_thinking=false. May be given several times.",
-        ),
+        *_reading,
         click.option(
             "--supervise",
             type=click.Choice(["all", "last"]),
@@ -166,16 +204,8 @@ data_options = gathered(
             show_default=True,
             help="Minimum supervised tokens per sample.",
         ),
-        click.option("--num-samples", type=click.IntRange(min=1), help="Maximum number of samples."),
         click.option("--shuffle", is_flag=True, help="Shuffle the samples before --num-samples applies."),
         click.option("--seed", default=0, show_default=True, help="Seed of --shuffle."),
-        click.option(
-            "--bad-rows",
-            type=click.Choice(["fail", "skip"]),
-            default="fail",
-            show_default=True,
-            help="Stop at a row that can't be used, or skip and count it.",
-        ),
         click.option(
             "--tokenize-workers",
             type=click.IntRange(min=1),
@@ -184,6 +214,19 @@ data_options = gathered(
     ],
 )
 """Add the options of `DataOptions` to a click command, which receives them as `data`."""
+
+
+def _parse_share(_ctx: click.Context, _param: click.Parameter, text: str) -> float:
+    """Parse `--max-bad-states`, as a click callback. Raises UsageError."""
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if rest or not 0 <= share <= 1:
+        raise UsageError(f"--max-bad-states expects a share such as 0.1% or 0.001, got {text!r}")
+    return share
+
 
 _own_options = gathered(
     CaptureOptions,
@@ -224,7 +267,28 @@ _own_options = gathered(
             show_default=True,
             help="Codec of the teacher's last hidden states.",
         ),
+        click.option(
+            "--bad-states",
+            type=click.Choice(["fail", "skip"]),
+            default="fail",
+            show_default=True,
+            help="Stop at a sample whose states are not finite or all zero, or that does not fit the device; "
+            "or skip it, and record that in the cache.",
+        ),
+        click.option(
+            "--max-bad-states",
+            callback=_parse_share,
+            default="0.1%",
+            show_default=True,
+            metavar="SHARE",
+            help="Maximum share of samples that --bad-states skip may skip.",
+        ),
         click.option("--force", is_flag=True, help="Start even if the disk can't hold the cache."),
+        click.option(
+            "--no-proof",
+            is_flag=True,
+            help="Only warn where the target predicts the data so badly that its weights must be broken.",
+        ),
     ],
 )
 

@@ -15,6 +15,7 @@ from capture.shards.fill import pad
 from capture.target import HFDSparkTargetModel
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes, written_bytes
+from pipeline.cache.split import training_lines
 from pipeline.hooks import input_device
 from pipeline.options import DEFAULT_LAST_CODEC
 from pipeline.target_model.load import Target
@@ -72,6 +73,7 @@ def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
         f"{batching.padding:.1%} padding"
     )
     yield f"{len(prepared.plan):,} shards of at most {options.shard_tokens:,} tokens"
+    yield from training_lines(prepared.data.facts.sample_ids, prepared.data.facts.lengths)
     yield f"{'codec':<12}{'bytes per token':>16}{'cache':>12}"
     chosen = (options.context_codec, options.last_codec)
     for pair in dict.fromkeys([chosen, *PRICED]):

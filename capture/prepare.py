@@ -13,9 +13,14 @@ from capture.example import with_example
 from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, build_index, read_manifest
 from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
+from pipeline.errors import CacheError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
+from pipeline.rope import RopeLengths, rope_lengths
 from pipeline.target_model.load import DTYPES, Target, open_target
 from pipeline.target_model.options import TargetOptions
+
+# Name, among the recorded settings, of the lengths at which the target's RoPE changes within the data.
+ROPE = "rope"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,8 @@ class PreparedCapture:
     batching: CapturePlan
     index: pa.Table
     plan: Plan
+    rope: RopeLengths
+    """Lengths between which the target's RoPE changes."""
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
@@ -41,11 +48,23 @@ class PreparedCapture:
         """Refuse a directory that holds another capture. The target's weights are not compared.
 
         Raises:
-            CacheError: naming the fields that differ.
+            CacheError: naming the fields that differ, or the change of RoPE that it was batched across.
         """
         if self.found is not None:
             target = replace(self.identity.target, weights=self.found.target.weights)
             refuse_another(self.options.cache, self.found, replace(self.identity, target=target))
+            self._check_rope(self.found)
+
+    def _check_rope(self, found: Identity) -> None:
+        """Refuse a cache whose samples were batched across other lengths at which the RoPE changes."""
+        ours, theirs = (identity.data.settings.get(ROPE) for identity in (self.identity, found))
+        if ours != theirs:
+            raise CacheError(
+                f"{self.options.cache} was captured in other batches, and rows batched across a change of "
+                f"the target's RoPE have wrong states (existing against requested: "
+                f"{theirs or 'not regarded'} against {ours or 'not regarded'}): choose another --cache, or "
+                "remove that directory"
+            )
 
     def full_identity(self) -> Identity:
         """Return the identity with the hash of the target's weights, which reads all of them.
@@ -65,23 +84,27 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
     found = read_manifest(options.cache).identity if (options.cache / MANIFEST).is_file() else None
     target = open_target(_with_dtype_of(found, with_example(options.target)))
     shape = target.identity(hash_weights=False)
+    target.check_weights()
     layer_ids = options.layer_ids or default_layer_ids(shape.num_layers)
     layer_ids = tuple(validate_target_layer_ids(layer_ids, shape.num_layers))
     # A template that prints the date prints the day on which the capture began.
     prepared = prepare_data(options.data, target, found.data.settings.get("today") if found else None)
     data, template = prepared.samples, prepared.template
     target.check_length(int(data.facts.lengths.max()))
-    batching = plan_capture(data.facts.lengths, options.batch_tokens, options.shard_tokens)
+    rope = rope_lengths(target.config, target.shell)
+    batching = plan_capture(data.facts.lengths, options.batch_tokens, options.shard_tokens, rope)
     facts = data.facts.take(batching.order)
     index, plan = build_index(facts, batching.shards)
     date = {"today": template.today} if template.prints_the_date else {}
+    # Earlier versions batched across such lengths: `_check_rope` refuses their caches.
+    split = {ROPE: rope.describe()} if rope.matter(data.facts.lengths) else {}
     identity = Identity(
         target=shape,
         tokenizer=prepared.tokenizer,
         data=DataIdentity(
             sources=tuple(source.name for source in prepared.sources),
             sha256=facts.content_hash(),
-            settings=options.data.settings() | date,
+            settings=options.data.settings() | date | split,
         ),
         features=FeatureIdentity(
             layer_ids=layer_ids, context_codec=options.context_codec, last_codec=options.last_codec
@@ -89,7 +112,7 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
         shard_tokens=options.shard_tokens,
         batch_tokens=options.batch_tokens,
     )
-    return PreparedCapture(options, target, identity, found, data, batching, index, plan)
+    return PreparedCapture(options, target, identity, found, data, batching, index, plan, rope)
 
 
 def _with_dtype_of(found: Identity | None, options: TargetOptions) -> TargetOptions:

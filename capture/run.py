@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +12,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from capture.console import note, say
-from capture.data.conversations import TokenizedSample
+from capture.data.summary import position_lines
 from capture.options import CaptureOptions
 from capture.plan import check_room, plan_lines
 from capture.prepare import PreparedCapture, prepare
+from capture.shards.bad import BadSamples
 from capture.shards.clock import Clock
 from capture.shards.disk import ShardDisk
+from capture.shards.evidence import prove_target
 from capture.shards.fill import FilledShard, ShardFiller
-from capture.shards.proof import prove_target
 from capture.shards.statistics import measure_statistics
 from capture.target import HFDSparkTargetModel
 from capture.workers import worker_place
@@ -61,6 +63,8 @@ def capture(options: CaptureOptions, place: WorkerPlace | None = None) -> Captur
     if place.rank == 0:
         for line in plan_lines(prepared):
             say(line)
+        for line in position_lines(prepared.target.config, prepared.data.facts.lengths):
+            note(line)
     prepared.check_directory()
     check_room(prepared)
     identity = prepared.full_identity()
@@ -70,7 +74,7 @@ def capture(options: CaptureOptions, place: WorkerPlace | None = None) -> Captur
     shards = 0
     if writer.pending() or not writer.target_written() or not writer.statistics_written():
         shards = _capture_pending(writer, prepared, place)
-    manifest = writer.finalise()
+    manifest = writer.finalise(bad_samples(prepared).check)
     return Captured(manifest or writer.manifest, complete=manifest is not None, reused=False, shards=shards)
 
 
@@ -93,10 +97,11 @@ def _capture_pending(writer: CacheWriter, prepared: PreparedCapture, place: Work
     if prepared.target.device.type == "cpu":
         reuse_freed_memory()
     identity, data, order = writer.manifest.identity, prepared.data, prepared.batching.order
+    bad = bad_samples(prepared, writer.skipped())
     target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
-    statistics = writer.statistics(lambda: measure_statistics(target, identity, data, order))
+    statistics = writer.statistics(lambda: measure_statistics(target, identity, data, order, bad))
     codecs = state_codecs(identity, statistics)
-    proof = prove_target(target, identity, _proof_samples(prepared), codecs[LAST_HIDDEN])
+    proof = prove_target(target, identity, prepared, codecs[LAST_HIDDEN], place.rank == 0)
     written = 0
     try:
         with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:
@@ -104,7 +109,7 @@ def _capture_pending(writer: CacheWriter, prepared: PreparedCapture, place: Work
             while True:
                 if not writer.target_written() and worker.claim(_TARGET):
                     _write_target(writer, prepared, target.model, proof)
-                written += capture_shards(writer, worker, place, filler, prepared, stop)
+                written += capture_shards(writer, worker, place, filler, prepared, stop, bad)
                 done = writer.target_written() and not writer.pending()
                 if done or not worker.others_died(_waiting(writer, stop)):
                     break
@@ -136,15 +141,6 @@ def _waiting(writer: CacheWriter, stop: StopRequest) -> Callable[[int], None]:
     return wait
 
 
-def _proof_samples(prepared: PreparedCapture) -> list[TokenizedSample]:
-    """Return two samples of one batch, of different lengths if possible; without such a batch, the first."""
-    lengths, order = prepared.data.facts.lengths, prepared.batching.order
-    batches = [batch for batch in prepared.batching.batches if len(batch) > 1]
-    uneven = (b for b in batches if lengths[order[b[0]]] != lengths[order[b[-1]]])
-    batch = next(uneven, batches[0] if batches else prepared.batching.batches[0])
-    return [prepared.data[int(order[i])] for i in sorted({batch[0], batch[-1]})]
-
-
 def _write_target(
     writer: CacheWriter, prepared: PreparedCapture, model: nn.Module, proof: dict[str, float]
 ) -> None:
@@ -170,11 +166,16 @@ def capture_shards(
     filler: ShardFiller,
     prepared: PreparedCapture,
     stop: StopRequest,
+    bad: BadSamples | None = None,
 ) -> int:
     """Capture every shard that no other process holds. Return their number.
 
     The target works on one shard while threads hash and write the shards before it.
+
+    Args:
+        bad: decides about bad samples; None makes it of the options.
     """
+    bad = bad or bad_samples(prepared, writer.skipped())
     batching, data = prepared.batching, prepared.data
     plan, pending, clock = writer.manifest.plan, writer.pending(), filler.clock
     total = writer.manifest.num_tokens
@@ -197,21 +198,42 @@ def capture_shards(
 
         for shard in take_shards(writer, worker, place.rank, place.world):
             memory = disk.buffer()
-            batches = [[data[int(batching.order[i])] for i in batch] for batch in batching.batches_of(shard)]
-            filled = filler.fill(writer.new_shard(shard, memory), batches, between)
-            disk.put(memory, _finish(writer, worker, shard, filled, clock))
+            members = list(batching.batches_of(shard))
+            batches = [[data[int(batching.order[i])] for i in batch] for batch in members]
+            found_bad = functools.partial(_found_in_shard, bad, members[0].start)
+            filled = filler.fill(writer.new_shard(shard, memory), batches, between, found_bad)
+            disk.put(memory, _finish(writer, worker, shard, filled, clock, bad))
             written += 1
     return written
 
 
+def bad_samples(prepared: PreparedCapture, known: Mapping[int, str] | None = None) -> BadSamples:
+    """Return what the options make of bad samples.
+
+    Args:
+        known: as for `BadSamples`.
+    """
+    options, sources = prepared.options, prepared.identity.data.sources
+    skip = options.bad_states == "skip"
+    return BadSamples(skip, options.max_bad_states, prepared.index, sources, known)
+
+
+def _found_in_shard(bad: BadSamples, first: int, sample: int, reason: str, key: int | str | None) -> None:
+    """Tell `bad` of a sample of the shard whose first sample is row `first` of the index."""
+    bad.found(first + sample, reason, key)
+
+
 def _finish(
-    writer: CacheWriter, worker: Worker, shard: int, filled: FilledShard, clock: Clock
+    writer: CacheWriter, worker: Worker, shard: int, filled: FilledShard, clock: Clock, bad: BadSamples
 ) -> Callable[[], None]:
     """Return a shard's last step, for a thread: wait for its copies, check it, hash it, write it."""
 
     def finish() -> None:
         measured = filled.finish()
-        writer.write_shard(shard, filled.buffer, measured, step=clock.step)
+        skipped = filled.skipped()
+        writer.write_shard(shard, filled.buffer, measured, step=clock.step, skipped=skipped)
         worker.release(claim_name(shard))
+        if skipped:
+            bad.check()
 
     return finish

@@ -22,6 +22,7 @@ from pipeline.hooks import (
     rows_taken_as_given,
     tap_states,
 )
+from pipeline.rope import independent_rope
 
 
 @dataclass
@@ -66,6 +67,7 @@ class _FrozenTarget:
 
     def __init__(self, model: nn.Module, target_layer_ids: Sequence[int]):
         self.model = model.eval()
+        independent_rope(model)
         self._num_layers = len(self._get_transformer_layers())
         self.target_layer_ids = self._validate_layer_ids(target_layer_ids)
 

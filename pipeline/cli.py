@@ -5,6 +5,7 @@ To add a command: write a click command in the stage that owns it and add a row 
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Iterator
@@ -144,8 +145,19 @@ def cli() -> None:
     """Train DSpark speculative-decoding drafts offline: capture once, train many."""
 
 
+def _replace_what_cannot_be_shown() -> None:
+    """Let stdout and stderr write a mark for a character that their encoding lacks, instead of failing.
+
+    Click itself writes UTF-8 where the encoding is ASCII.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
 def main(*command: str) -> None:
     """Run the command line; `command` is put before the arguments, as `python -m capture` does."""
+    _replace_what_cannot_be_shown()
     try:
         cli([*command, *sys.argv[1:]], prog_name="dspark")
     except BrokenPipeError:  # the reader of the output has ended, as with `dspark ... | head`

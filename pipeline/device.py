@@ -59,3 +59,20 @@ def reuse_freed_memory() -> None:
     if mallopt is not None:
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# Words of allocators in a plain RuntimeError: CUDA and HIP, cuBLAS and cuDNN, MPS, the CPU.
+_NO_MEMORY = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "Invalid buffer size",
+    "can't allocate memory",
+    "not enough memory",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device or the host has too little memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.cache.split import BATCH_TOKENS, EPOCHS, HELD_OUT, MICRO_BATCHES_PER_STEP
 from pipeline.config import show
 from pipeline.errors import ConfigError
 
@@ -163,15 +164,15 @@ _COUNTS = (
 class TrainConfig:
     """`[train]`: data order, optimiser, schedule, evaluation, logs and checkpoints."""
 
-    epochs: int = 10
+    epochs: int = EPOCHS
     """Passes over the training samples, unless max_steps is set."""
     max_steps: int | None = None
     """Optimiser steps; overrides epochs."""
-    batch_tokens: int = 4096
+    batch_tokens: int = BATCH_TOKENS
     """P, tokens per micro-batch: whole samples are packed into one row of this length."""
     anchors_per_batch: int = 512
     """N, blocks trained per micro-batch, divided among its samples in proportion to their candidates."""
-    micro_batches_per_step: int = 128
+    micro_batches_per_step: int = MICRO_BATCHES_PER_STEP
     """Micro-batches per optimiser step, divided among the ranks: the world size does not change the run."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon trains the matrices of fc and the layers with Muon, the rest with AdamW."""
@@ -193,7 +194,7 @@ class TrainConfig:
     """Global norm that gradients are clipped to."""
     seed: int = 0
     """Seed of the initial weights, the data order and the anchors."""
-    held_out: float = 0.05
+    held_out: float = HELD_OUT
     """Share of the samples kept for evaluation, chosen by a hash of their content."""
     eval_anchors: int = 32
     """Anchors per held-out sample, evenly spread over its candidates."""

@@ -115,28 +115,30 @@ class RowTokenizer:
     def tokenize(self, content: Conversation | Text | Tokens) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids `[S]` int32 and loss mask `[S]` uint8 of the whole row, uncut."""
         if isinstance(content, Tokens):
-            ids, mask = np.array(content.input_ids, np.int64), np.array(content.loss_mask, np.uint8)
-        elif isinstance(content, Text):
+            self._refuse_beyond(content.input_ids)  # before numpy, whose integers are bounded
+            return np.array(content.input_ids, np.int32), np.array(content.loss_mask, np.uint8)
+        if isinstance(content, Text):
             ids = np.array(self.template.tokenizer(content.text)["input_ids"], np.int64)
             mask = np.ones(len(ids), np.uint8)
         else:
             ids, mask = self._tokenize_conversation(content)
-        self._refuse_beyond(ids)
+        self._refuse_beyond(ids.tolist())
         return ids.astype(np.int32), mask
 
-    def _refuse_beyond(self, ids: np.ndarray) -> None:
+    def _refuse_beyond(self, ids: Sequence[int]) -> None:
         """Refuse tokens that the target has no embedding for: a tokenizer can have more."""
-        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if len(outside):
-            token = (
-                self.template.tokenizer.convert_ids_to_tokens(int(outside[0])) if outside[0] >= 0 else None
-            )
-            named = f" ({str(token)[:40]!r})" if token is not None else ""
-            raise BadRowError(
-                "tokens outside the vocabulary",
-                f"token id {outside[0]}{named} is outside the target's vocabulary [0, {self.vocab_size}): "
-                "use the tokenizer that the target was trained with, or leave out the row",
-            )
+        outside = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if outside is None:
+            return
+        tokenizer = self.template.tokenizer
+        named = (
+            f" ({tokenizer.convert_ids_to_tokens(outside)!r:.40})" if 0 <= outside < len(tokenizer) else ""
+        )
+        raise BadRowError(
+            "tokens outside the vocabulary",
+            f"token id {outside}{named} is outside the target's vocabulary [0, {self.vocab_size}): use the "
+            "tokenizer that the target was trained with, or leave out the row",
+        )
 
     def _tokenize_conversation(self, content: Conversation) -> tuple[np.ndarray, np.ndarray]:
         rendered = render_turns(self.template, content)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from capture import example
@@ -14,7 +13,6 @@ from capture.data.tokens import MAX_PROBLEMS, Selection, TokenizedData, load_dat
 from capture.options import DataOptions
 from pipeline.cache import TokenizerIdentity
 from pipeline.chat.template import ChatTemplate
-from pipeline.errors import UsageError
 from pipeline.target_model.identity import tokenizer_identity
 from pipeline.target_model.load import Target
 
@@ -101,13 +99,5 @@ def stop_ids(target: Target) -> tuple[int, ...]:
 
 def _chat_template(options: DataOptions, tokenizer: Any, today: str | None) -> ChatTemplate:
     """Return the tokenizer's chat template, or the one from the file that the options name."""
-    template = None
-    if options.chat_template:
-        try:
-            template = Path(options.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"--chat-template {options.chat_template}: expected a readable Jinja file ({error})"
-            ) from None
     date = {"today": today} if today else {}
-    return ChatTemplate(tokenizer, template, options.template_arguments(), **date)
+    return ChatTemplate(tokenizer, options.template_text(), options.template_arguments(), **date)

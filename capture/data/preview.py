@@ -10,7 +10,7 @@ import numpy as np
 from capture.console import bold
 from capture.data.conversations import TokenizedSample
 from capture.data.preparation import prepare_data
-from capture.data.summary import accounts, data_lines
+from capture.data.summary import accounts, data_lines, position_lines
 from capture.example import with_example
 from capture.options import DataOptions
 from pipeline.errors import UsageError
@@ -44,6 +44,7 @@ def preview(target: TargetOptions, options: DataOptions, *, row: int | None, cou
         place = sources[data.facts.sources[i]].at(int(data.facts.source_rows[i]))
         yield from _sample(place, data[i], found.tokenizer())
     yield from data_lines(data)
+    yield from position_lines(found.config, data.facts.lengths)
 
 
 def _sample(place: str, sample: TokenizedSample, tokenizer: Any) -> Iterator[str]:

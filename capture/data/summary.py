@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from capture.console import bold
 from capture.data.tokens import TokenizedData
+from pipeline.rope import trained_positions
 
 BAR_WIDTH = 40
 
@@ -26,6 +28,17 @@ def data_lines(data: TokenizedData) -> Iterator[str]:
     )
     yield from histogram(lengths)
     yield f"rows: {accounts(data.rows)}"
+
+
+def position_lines(config: Any, lengths: np.ndarray) -> Iterator[str]:
+    """Yield a warning if samples are longer than the positions that the target was made for."""
+    limit = trained_positions(config)
+    if limit and lengths.max() > limit:
+        yield (
+            f"warning: {int((lengths > limit).sum()):,} of {len(lengths):,} samples are longer than the "
+            f"target's {limit:,} positions (the longest has {lengths.max():,} tokens), and its states beyond "
+            f"may be of no use: give --max-length {limit}, or extend the target's RoPE in its config"
+        )
 
 
 def accounts(rows: Mapping[str, int]) -> str:

@@ -28,9 +28,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from capture.data import conversations, sources, turns
+from capture.data import conversations, readers, sources, turns
 from capture.data.conversations import DroppedRowError, RowTokenizer, TokenizedSample
 from capture.data.sources import RawRow, Source
+from capture.data.token_cache import make_writable, token_cache
 from pipeline import files
 from pipeline.cache.index import SampleFacts, count_candidates, last_hidden_rows, sample_id
 from pipeline.chat import messages, rows, template
@@ -38,7 +39,7 @@ from pipeline.chat.rows import BadRowError, Conversation, detect_form, parse_lin
 from pipeline.errors import DataError
 
 # Modules that decide tokens and masks; a change to one of them invalidates kept tokens.
-_CODE = (conversations, messages, rows, sources, template, turns)
+_CODE = (conversations, messages, readers, rows, sources, template, turns)
 DUPLICATE = "a duplicate"
 BEYOND = "beyond --num-samples"
 # Rows per task of a worker.
@@ -112,14 +113,6 @@ class TokenizedData:
         return sample
 
 
-def token_cache() -> Path:
-    """Return the folder of tokenised data: $DSPARK_TOKENS, or dspark/tokens in the user's cache folder."""
-    folder = os.environ.get("DSPARK_TOKENS")
-    if folder:
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark" / "tokens"
-
-
 def load_data(
     sources: Sequence[Source],
     tokenize: RowTokenizer,
@@ -143,7 +136,7 @@ def load_data(
     forms = [selection.form or _form_of(source) for source in sources]
     table = _open(path)
     if table is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_writable(path.parent)
         with _only_one(path.with_suffix(".lock")):
             table = _open(path)  # another process may have written it during the wait
             if table is None:

@@ -50,8 +50,8 @@ def render_turns(template: ChatTemplate, conversation: Conversation) -> Rendered
         if message.get("tool_calls") and not finder.renders_calls(number):
             raise BadRowError(
                 "template drops tool calls",
-                f"the chat template drops the tool calls of message {number}, so its turn would be learned as "
-                "an empty answer: use a template with tools, or take the row out",
+                f"the chat template drops the tool calls of message {number}, so that an empty turn would be "
+                "learned: use a template with tools, or take the row out",
             )
     if template.has_marks(conversation.tools):
         text, marks = template.render_marked(conversation.messages, conversation.tools, prompt=False)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from capture.options import DataOptions, target_or_example_options
+from capture.options import ReadingOptions, reading_options, target_or_example_options
 from pipeline.errors import DataError, DSparkError, UsageError
 from pipeline.target_model.options import TargetOptions
+
+if TYPE_CHECKING:  # so that --help imports no torch
+    from capture.regenerate.dialogue import Dialogue
+    from capture.regenerate.engine import Outcome
 
 _AT_LEAST_0, _AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 
@@ -24,23 +29,16 @@ _IN_PROCESS = (
     "gguf_file",
     "device",
     "device_map",
+    "chat_template",
 )
 _ENDPOINT = ("model", "concurrency", "retries", "timeout")
 
 
 @click.command("regenerate")
 @target_or_example_options
-@click.option(
-    "--data", required=True, help="Rows with messages: a file, a folder or a dataset id, as for capture."
-)
+@reading_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSONL to write, in input order.")
 @click.option("--fresh", is_flag=True, help="Start over: discard the progress, replace the output.")
-@click.option(
-    "--template-arg",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Extra template variable, such as enable_thinking=false. May be given several times.",
-)
 @click.option(
     "--max-new-tokens", type=_AT_LEAST_1, default=512, show_default=True, help="Maximum tokens per answer."
 )
@@ -101,10 +99,9 @@ _ENDPOINT = ("model", "concurrency", "retries", "timeout")
 def regenerate_command(
     ctx: click.Context,
     target: TargetOptions,
-    data: str,
+    reading: ReadingOptions,
     out: Path,
     fresh: bool,
-    template_arg: tuple[str, ...],
     batch_size: int,
     endpoint: str | None,
     model: str | None,
@@ -117,7 +114,7 @@ def regenerate_command(
 
     Each answer is conditioned on the regenerated answers before it. System prompts, tools, tool messages,
     turns that call tools, and a row's other keys stay unchanged. An answer that reaches --max-new-tokens is
-    cut after its last sentence.
+    cut after its last sentence. Rows without a turn to answer are kept as they are, and counted apart.
 
     If the command is stopped, run it again (without --fresh) to continue: OUT.progress keeps the answers
     until all rows are answered. Endpoint, batch size and concurrency may then differ; another target,
@@ -127,21 +124,26 @@ def regenerate_command(
     the command fails. The same command then retries only the failed rows.
     """
     _check_engine_options(ctx, endpoint)
-    from capture.regenerate.dialogue import read_dialogues, rows_hash
+    from capture.regenerate.dialogue import rows_hash
     from capture.regenerate.engine import Engine, Sampling
     from capture.regenerate.progress import progress_path
-    from capture.regenerate.run import check_output, failed_path, regenerate_file
+    from capture.regenerate.reading import read_dialogues
+    from capture.regenerate.run import check_output, regenerate_file
 
-    check_output(out, data, fresh=fresh)
-    template_arguments = DataOptions(template_arg=template_arg).template_arguments()
+    check_output(out, reading.data, fresh=fresh)
+    template_arguments, template = reading.template_arguments(), reading.template_text()
     sampling = Sampling(**sampling_options)
-    dialogues = read_dialogues(data)
+    dialogues = read_dialogues(reading)
     engine: Engine
     if endpoint is None:
         from capture.regenerate.huggingface import load_engine
 
         engine, identity = load_engine(
-            target, sampling, batch_size=batch_size, template_arguments=template_arguments
+            target,
+            sampling,
+            batch_size=batch_size,
+            template=template,
+            template_arguments=template_arguments,
         )
     else:
         from capture.regenerate.endpoint import EndpointEngine
@@ -169,8 +171,18 @@ def regenerate_command(
             f"interrupted: the answers so far are in {progress_path(out)}; run this again "
             "(without --fresh) to continue"
         ) from None
-    written = len(dialogues) - len(failures)
-    click.echo(f"{out}: {written:,} conversations with the target's own answers")
+    _report(out, dialogues, failures)
+
+
+def _report(out: Path, dialogues: Sequence[Dialogue], failures: Sequence[Outcome]) -> None:
+    """Print the counts of rows. Raises DataError if some failed."""
+    from capture.regenerate.run import failed_path
+
+    kept = sum(not dialogue.turns for dialogue in dialogues)
+    answered = len(dialogues) - len(failures) - kept
+    click.echo(f"{out}: {answered:,} conversations with the target's own answers")
+    if kept:
+        click.echo(f"{out}: {kept:,} rows kept as they were: no assistant turn to answer")
     if failures:
         first = failures[0]
         raise DataError(

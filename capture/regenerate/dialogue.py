@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from capture.data.conversations import read_conversations
+from pipeline.chat.rows import BadRowError, Conversation, read_row
 from pipeline.errors import DataError
 from pipeline.text import one_line
 
@@ -40,6 +41,9 @@ class Dialogue:
     """
 
     def __post_init__(self) -> None:
+        messages = [_with_role(message) for message in self.row["messages"]]
+        if messages != self.row["messages"]:
+            self.row = {**self.row, "messages": messages}
         self.turns = [
             i
             for i, message in enumerate(self.row["messages"])
@@ -66,7 +70,8 @@ class Dialogue:
         """
         if self.row["messages"][0]["role"] == "assistant":
             raise DataError("the assistant opens this conversation, so there is nothing to answer")
-        return self.messages()[: self.turns[len(self.answers)]]
+        before = self.messages()[: self.turns[len(self.answers)]]
+        return [{key: value for key, value in message.items() if value is not None} for message in before]
 
     def result(self) -> dict[str, Any]:
         """Return the row with the answers so far inserted, otherwise unchanged."""
@@ -100,6 +105,21 @@ class Dialogue:
         return list(encoded["input_ids"])
 
 
+@functools.cache
+def _role(name: str) -> str:
+    """Return the role that a name such as `gpt` stands for, as in ShareGPT's form; an unknown name itself."""
+    try:
+        content = read_row({"conversations": [{"from": name, "value": "text"}]})
+    except BadRowError:
+        return name
+    return content.messages[0]["role"] if isinstance(content, Conversation) else name
+
+
+def _with_role(message: Message) -> Message:
+    role = _role(message["role"])
+    return message if role == message["role"] else {**message, "role": role}
+
+
 def with_arguments(messages: list[Message], change: Callable[[Any], Any]) -> list[Message]:
     """Return the messages with `change` applied to the arguments of every tool call.
 
@@ -127,12 +147,6 @@ def _parsed(arguments: Any) -> Any:
         return json.loads(arguments)
     except ValueError:  # invalid JSON is the model's own error and is rendered as text
         return arguments
-
-
-def read_dialogues(data: str) -> list[Dialogue]:
-    """Read the rows of `data` as dialogues without answers. Raises DataError if one is no conversation."""
-    rows = read_conversations(data)
-    return [Dialogue(number, where, row) for number, (where, row) in enumerate(rows)]
 
 
 def to_json(row: dict[str, Any]) -> str:

@@ -170,18 +170,25 @@ def load_engine(
     sampling: Sampling,
     *,
     batch_size: int,
+    template: str | None = None,
     template_arguments: dict[str, Any],
 ) -> tuple[HuggingFaceEngine, dict[str, Any]]:
     """Return the engine for a target, and the target's properties that decide answers.
 
     The weights are loaded when the first batch needs them.
 
+    Args:
+        template: replaces the tokenizer's chat template; None keeps that.
+
     Raises:
         TargetError: no such target, or transformers can't read it.
     """
     quiet_transformers()
     found = open_target(with_example(target))
+    found.check_weights()
     tokenizer = found.tokenizer()
+    if template is not None:
+        tokenizer.chat_template = template
     engine = HuggingFaceEngine(
         found.model,
         tokenizer,

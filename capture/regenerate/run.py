@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from capture.data.stdin import STDIN
 from capture.regenerate.dialogue import Dialogue, to_json
 from capture.regenerate.engine import Engine, Outcome, Sampling
 from capture.regenerate.progress import Progress, progress_path
@@ -24,13 +25,13 @@ def failed_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.failed.jsonl")
 
 
-def check_output(out: Path, data: str, *, fresh: bool) -> None:
+def check_output(out: Path, data: Sequence[str], *, fresh: bool) -> None:
     """Raise UsageError if `out` can't be written, or would replace a file of another origin."""
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: no such directory {out.parent}; make it first")
     if out.is_dir():
         raise UsageError(f"--out {out} is a directory: expected a file to write")
-    if Path(data).resolve() in (out.resolve(), out.resolve().parent):
+    if any(out.resolve().is_relative_to(Path(spec).resolve()) for spec in data if spec != STDIN):
         raise UsageError(f"--out {out} would be part of --data: write it elsewhere")
     if out.exists() and not fresh and not progress_path(out).exists():
         raise UsageError(f"--out {out} exists already: name another file, or replace it with --fresh")

@@ -17,13 +17,16 @@ from torch import Tensor
 
 from capture.console import note
 from capture.data.conversations import TokenizedSample
+from capture.shards.bad import peaks_reason, problem, state_name  # noqa: F401, the last one is the proof's
 from capture.shards.clock import Clock
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity, last_hidden_rows
 from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, spread
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name
 from pipeline.cache.shard import ShardBuffer
+from pipeline.cache.skipped import REASONS, TOO_LARGE, state_rows
 from pipeline.cache.statistics import StateCodec
+from pipeline.device import out_of_memory
 from pipeline.errors import TargetError
 from pipeline.hooks import input_device
 
@@ -34,6 +37,13 @@ MAX_TEACHER_TV = 0.05
 MAX_SHARD_TEACHER_TV = 0.25
 # Batches in flight on a GPU while the next one is prepared.
 BATCHES_AHEAD = 2
+# Called with a bad sample's number in its shard, the reason, and the state that shows it; raises to stop.
+BadSample = Callable[[int, str, int | str | None], None]
+
+
+def _refuse(sample: int, reason: str, key: int | str | None) -> None:
+    """Raise TargetError for any bad sample."""
+    raise TargetError(problem(f"place {sample} of a shard", reason, key, 0))
 
 
 class Copier:
@@ -88,6 +98,9 @@ class FilledShard:
     samples: list[TokenizedSample]
     checked: list[int]
     """Label rows to compare with the target's."""
+    found_bad: BadSample
+    bad: dict[int, str] = field(default_factory=dict)
+    """Reason of each bad sample, by its number in the shard. `finish` completes it."""
     _filled: tuple[int, int, int] = (0, 0, 0)
     """Samples, tokens and label rows filled so far."""
     _wait: Callable[[], None] = lambda: None
@@ -103,17 +116,19 @@ class FilledShard:
                 self._measured.setdefault(name, []).append(value)
 
     def finish(self) -> Measured:
-        """Wait for the copies, check every state, and return the measured errors.
+        """Wait for the copies, check every state, blank bad samples, and return the good ones' errors.
 
         Raises:
-            TargetError: a state with NaN, infinity or only zeros, or a teacher that differs from the
-                target's; naming the sample.
+            TargetError: a teacher that differs from the target's; or what `found_bad` raises.
         """
         self._wait()
+        ran = self._good_rows()
         for key, first, peaks in self._peaks:
             self._check_peaks(key, first, peaks.numpy())
-        measured = {name: tuple(torch.cat(rows).tolist()) for name, rows in self._measured.items()}
-        variation = measured.get(TEACHER_TV, (0.0,))
+        good = torch.from_numpy(self._good_rows()[ran])
+        self._blank()
+        measured = {name: tuple(torch.cat(rows)[good].tolist()) for name, rows in self._measured.items()}
+        variation = measured.get(TEACHER_TV) or (0.0,)
         if not sum(variation) / len(variation) <= MAX_SHARD_TEACHER_TV:
             raise TargetError(
                 f"the stored teacher of {len(self.samples)} samples, among them the one at row "
@@ -128,13 +143,41 @@ class FilledShard:
         while start < len(peaks):
             sample = self.samples[i]
             rows = len(last_hidden_rows(sample.loss_mask)) if key == LAST_HIDDEN else len(sample.input_ids)
-            check_peaks(peaks[start : start + rows], key, sample)
+            reason = peaks_reason(peaks[start : start + rows])
+            if reason is not None:
+                self.mark(i, reason, key)
             start, i = start + rows, i + 1
 
+    def mark(self, sample: int, reason: str, key: int | str | None = None) -> None:
+        """Mark a sample as bad, for the gravest of its reasons. Raises what `found_bad` does."""
+        reason = min(reason, self.bad.get(sample, reason), key=REASONS.index)
+        if self.bad.get(sample) != reason:
+            self.bad[sample] = reason
+            self.found_bad(sample, reason, key)
 
-def state_name(key: int | str) -> str:
-    """Return the name of a state in messages."""
-    return "the last hidden state" if key == LAST_HIDDEN else f"layer {key}"
+    def skipped(self) -> dict[str, list[int]]:
+        """Return the bad samples by reason, as a shard's record holds them. Call it after `finish`."""
+        found: dict[str, list[int]] = {}
+        for sample in sorted(self.bad):
+            found.setdefault(self.bad[sample], []).append(sample)
+        return found
+
+    def _good_rows(self) -> np.ndarray:
+        """Return which of the checked label rows belong to samples that are not known as bad, as bools."""
+        ends = np.cumsum([len(last_hidden_rows(sample.loss_mask)) for sample in self.samples])
+        owners = np.searchsorted(ends, self.checked, side="right")
+        return ~np.isin(owners, list(self.bad))
+
+    def _blank(self) -> None:
+        """Write zero bytes over the states of bad samples."""
+        lengths = np.array([len(sample.input_ids) for sample in self.samples])
+        labels = np.array([len(last_hidden_rows(sample.loss_mask)) for sample in self.samples])
+        ends, last_ends = np.cumsum(lengths), np.cumsum(labels)
+        for i in self.bad:
+            tokens = slice(int(ends[i] - lengths[i]), int(ends[i]))
+            last = slice(int(last_ends[i] - labels[i]), int(last_ends[i]))
+            for _, rows in state_rows(self.buffer.tensors, tokens, last):
+                rows.view(torch.uint8).zero_()
 
 
 def check_peaks(peaks: np.ndarray, key: int | str, sample: TokenizedSample) -> None:
@@ -143,16 +186,10 @@ def check_peaks(peaks: np.ndarray, key: int | str, sample: TokenizedSample) -> N
     Raises:
         TargetError: they hold NaN or infinity, or only zeros.
     """
-    if not np.isfinite(peaks).all():
-        problem = "holds NaN or infinity"
-    elif not peaks.any():
-        problem = "is all zero"
-    else:
-        return
-    raise TargetError(
-        f"{state_name(key)} of the sample at row {sample.source_row + 1} of the data {problem}: "
-        "check the target's weights, or try --dtype float32"
-    )
+    reason = peaks_reason(peaks)
+    if reason is not None:
+        place = f"row {sample.source_row + 1} of the data"
+        raise TargetError(problem(place, reason, key, len(sample.input_ids)))
 
 
 def row_peaks(rows: Tensor) -> Tensor:
@@ -183,19 +220,22 @@ class ShardFiller:
         buffer: ShardBuffer,
         batches: Sequence[Sequence[TokenizedSample]],
         between: Callable[[int], None] = lambda tokens: None,
+        found_bad: BadSample = _refuse,
     ) -> FilledShard:
         """Run `batches`, the samples of one shard in order.
 
         Args:
             between: called after each batch with its number of tokens; raises to stop.
+            found_bad: called with each bad sample's number in the shard, its reason and the state that shows
+                it, here or by the shard's `finish`; raises to stop.
 
         Raises:
-            TargetError: a sample does not fit the device's memory, or a layer did not run.
+            TargetError: a layer did not run.
         """
         tensors = buffer.tensors
         samples = [sample for batch in batches for sample in batch]
         label_rows = sum(len(last_hidden_rows(sample.loss_mask)) for sample in samples)
-        shard = FilledShard(buffer, samples, spread(label_rows))
+        shard = FilledShard(buffer, samples, spread(label_rows), found_bad)
         tensors["input_ids"].copy_(torch.from_numpy(np.concatenate([s.input_ids for s in shard.samples])))
         tensors["loss_mask"].copy_(torch.from_numpy(np.concatenate([s.loss_mask for s in shard.samples])))
         ahead: deque[Callable[[], None]] = deque()
@@ -218,16 +258,19 @@ class ShardFiller:
 
     def _run(self, shard: FilledShard, batch: list[TokenizedSample]) -> None:
         """Forward, encode and copy the next batch, in halves if it does not fit the device's memory."""
-        try:
-            return self._run_whole(shard, batch)
-        except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                raise TargetError(
-                    f"the sample at row {batch[0].source_row + 1} of the data, {longest(batch):,} tokens, "
-                    f"does not fit the memory of {self.device} by itself: lower --max-length, or spread the "
-                    "target over more GPUs with --device-map auto"
-                ) from error
-        # Outside the handler, whose traceback would keep the failed batch's memory.
+        if self._fits(shard, batch):
+            return
+        if len(batch) == 1:
+            # Memory of copies in flight is free after this wait: a second failure is the sample's own.
+            self._copier.mark()()
+            torch.cuda.empty_cache()
+            if not self._fits(shard, batch):
+                torch.cuda.empty_cache()
+                first, token, last = shard._filled
+                shard.mark(first, TOO_LARGE)
+                labels = len(last_hidden_rows(batch[0].loss_mask))
+                shard._filled = (first + 1, token + len(batch[0].input_ids), last + labels)
+            return
         torch.cuda.empty_cache()
         half = (len(batch) + 1) // 2
         if self._limit == sys.maxsize:
@@ -238,6 +281,16 @@ class ShardFiller:
         self._limit = min(self._limit, half * longest(batch))
         self._run(shard, batch[:half])
         self._run(shard, batch[half:])
+
+    def _fits(self, shard: FilledShard, batch: list[TokenizedSample]) -> bool:
+        """Run a batch and return True; False, keeping no memory of it, if it does not fit."""
+        try:
+            self._run_whole(shard, batch)
+        except (RuntimeError, MemoryError) as error:  # its traceback keeps the batch's memory, and ends here
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _run_whole(self, shard: FilledShard, batch: list[TokenizedSample]) -> None:
         """Forward, encode and copy the next batch. It counts as filled only when all of it succeeded."""

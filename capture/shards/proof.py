@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from pipeline.cache.statistics import StateCodec
 from pipeline.errors import TargetError
 from pipeline.features import head_logits
 from pipeline.hooks import input_device, tap_states
+from pipeline.rope import RopeLengths
 
 # Tokens of each sample that the proof uses; longer samples are cut.
 PROOF_TOKENS = 256
@@ -31,13 +33,17 @@ OTHER_BATCH = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @torch.no_grad()
-def prove_target(
+def prove_states(
     target: HFDSparkTargetModel,
     identity: Identity,
     samples: Sequence[TokenizedSample],
     last_codec: StateCodec,
+    rope: RopeLengths = RopeLengths(),  # noqa: B008 - frozen
 ) -> dict[str, float]:
     """Prove hooks, padding and teacher on `samples`, run as one padded batch and one of them alone.
+
+    Args:
+        rope: lengths that may not share a batch; samples that would differ so are cut to one length.
 
     Returns:
         The total variation between the target's own next-token distribution and the one from the stored
@@ -50,6 +56,9 @@ def prove_target(
     samples = sorted(samples, key=lambda s: -len(s.input_ids))
     width = min(PROOF_TOKENS, len(samples[0].input_ids))
     cuts = [width] + [max(2, 3 * width // 4)] * (len(samples) - 1)  # so that there is padding
+    lengths = np.minimum([len(s.input_ids) for s in samples], cuts)
+    if rope.matter(lengths):
+        cuts = [int(lengths.min())] * len(samples)
     samples = [
         TokenizedSample(s.source_row, s.input_ids[:cut], s.loss_mask[:cut])
         for s, cut in zip(samples, cuts, strict=True)
@@ -64,7 +73,23 @@ def prove_target(
         check_peaks(row_peaks(rows[0]).cpu().numpy(), key, sample)
     _prove_hooks(target, tapped, output)
     teacher = _prove_teacher(target, identity, last_codec, tapped[LAST_HIDDEN][0], output.logits[0])
-    return teacher | _prove_padding(target, tapped, samples, shortest, device)
+    return teacher | {"proof.padding_error": _prove_padding(target, tapped, samples, shortest, device)}
+
+
+@torch.no_grad()
+def prove_batch(target: HFDSparkTargetModel, samples: Sequence[TokenizedSample]) -> float:
+    """Prove that the shortest of `samples` has the same states alone and in their batch.
+
+    Returns:
+        The relative error of its rows.
+
+    Raises:
+        TargetError: they differ more than rounding explains.
+    """
+    shortest = min(range(len(samples)), key=lambda i: len(samples[i].input_ids))
+    device = input_device(target.model)
+    alone = target.states(pad([samples[shortest]], device))
+    return _prove_padding(target, alone, samples, shortest, device)
 
 
 def _prove_hooks(target: HFDSparkTargetModel, tapped: dict[int | str, Tensor], output: object) -> None:
@@ -130,7 +155,7 @@ def _prove_padding(
     samples: Sequence[TokenizedSample],
     shortest: int,
     device: torch.device,
-) -> dict[str, float]:
+) -> float:
     """Prove that a row has the same states alone and in a padded batch through capture's forward."""
     length = len(samples[shortest].input_ids)
     states = target.states(pad(samples, device))
@@ -145,7 +170,7 @@ def _prove_padding(
             "(one row at a time)",
         )
         worst = max(worst, error)
-    return {"proof.padding_error": worst}
+    return worst
 
 
 def _require_same(got: Tensor, want: Tensor, limit: float, problem: str, remedy: str) -> float:

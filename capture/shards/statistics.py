@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from capture.data.conversations import TokenizedSample
 from capture.data.tokens import TokenizedData
-from capture.shards.fill import check_peaks, pad, row_peaks
+from capture.shards.bad import BadSamples, peaks_reason, problem
+from capture.shards.fill import pad, row_peaks
 from capture.target import HFDSparkTargetModel
-from pipeline.cache import Identity
+from pipeline.cache import Identity, last_hidden_rows
 from pipeline.cache.codecs import Statistics
 from pipeline.cache.layout import LAST_HIDDEN, context_name
+from pipeline.cache.skipped import TOO_LARGE
 from pipeline.cache.statistics import TOKENS, StateStatistics, chosen_samples, standardised_states
+from pipeline.device import out_of_memory
+from pipeline.errors import TargetError
 from pipeline.hooks import input_device
 
 
 @torch.no_grad()
 def measure_statistics(
-    target: HFDSparkTargetModel, identity: Identity, data: TokenizedData, order: np.ndarray
+    target: HFDSparkTargetModel,
+    identity: Identity,
+    data: TokenizedData,
+    order: np.ndarray,
+    bad: BadSamples | None = None,
 ) -> dict[str, Statistics]:
     """Measure mean and deviation of each state that is standardised, without position 0.
 
@@ -26,22 +37,72 @@ def measure_statistics(
     channels. One such token would decide a channel's deviation.
 
     Args:
-        order: the data's number of the cache's i-th sample. It alone decides which samples are measured.
+        order: the data's number of the cache's i-th sample. It decides which samples are measured.
+        bad: told of bad samples, which are passed over; None refuses them.
 
     Raises:
-        TargetError: a state holds NaN or infinity, or only zeros.
+        TargetError: a bad sample that is not to be skipped, or nothing else.
     """
     wanted = standardised_states(identity)
     if not wanted:
         return {}
-    samples = [data[int(order[i])] for i in chosen_samples(len(order))]
-    samples = [TokenizedSample(s.source_row, s.input_ids[:TOKENS], s.loss_mask[:TOKENS]) for s in samples]
     sums = {name: StateStatistics() for name in wanted}
-    device = input_device(target.model)
-    for sample in samples:  # one at a time: it fits the memory if --batch-tokens fits
-        for key, values in target.states(pad([sample], device)).items():
-            name = LAST_HIDDEN if key == LAST_HIDDEN else context_name(key)
-            if name in sums:
-                check_peaks(row_peaks(values[0]).cpu().numpy(), key, sample)
-                sums[name].add(values[0, 1:])
+    chosen, measured = chosen_samples(len(order)), 0
+    for i in chosen:  # one at a time: it fits the memory if --batch-tokens fits
+        sample = data[int(order[i])]
+        sample = TokenizedSample(sample.source_row, sample.input_ids[:TOKENS], sample.loss_mask[:TOKENS])
+        states = _states(target, sample)
+        reason, key = (TOO_LARGE, None) if states is None else _verdict(states, sample, sums)
+        if reason is not None:
+            if bad is None:
+                place = f"row {sample.source_row + 1} of the data"
+                raise TargetError(problem(place, reason, key, len(sample.input_ids)))
+            bad.found(i, reason, key)
+            continue
+        assert states is not None
+        measured += 1
+        for state, values in states.items():
+            if _name(state) in sums:
+                sums[_name(state)].add(values[1:])
+    if not measured:
+        raise TargetError(
+            f"each of the {len(chosen)} samples that statistics are measured from is bad: check the target's "
+            "weights, or try --dtype float32"
+        )
     return {name: each.result() for name, each in sums.items()}
+
+
+def _name(key: int | str) -> str:
+    return LAST_HIDDEN if key == LAST_HIDDEN else context_name(int(key))
+
+
+def _states(target: HFDSparkTargetModel, sample: TokenizedSample) -> dict[int | str, Tensor] | None:
+    """Return the states `[S, H]` of one sample; None if it does not fit the memory, tried twice."""
+    for _ in range(2):
+        try:
+            states = target.states(pad([sample], input_device(target.model)))
+            return {key: values[0] for key, values in states.items()}
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()  # outside the handler, whose traceback keeps memory
+    return None
+
+
+def _verdict(
+    states: Mapping[int | str, Tensor], sample: TokenizedSample, measured: Container[str]
+) -> tuple[str | None, int | str | None]:
+    """Return the reason why a sample is bad, and the state that shows it; None twice for a good one.
+
+    Looked at are the rows that are stored, and those that are measured.
+    """
+    for key, rows in states.items():
+        if key == LAST_HIDDEN and LAST_HIDDEN not in measured:
+            labels = torch.from_numpy(last_hidden_rows(sample.loss_mask)).to(rows.device)
+            if not len(labels):  # the sample is cut before its first label
+                continue
+            rows = rows[labels]
+        reason = peaks_reason(row_peaks(rows).cpu().numpy())
+        if reason is not None:
+            return reason, key
+    return None, None

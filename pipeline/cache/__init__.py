@@ -17,7 +17,7 @@ __getattr__, __all__ = lazy_exports(
         "TokenizerIdentity": "pipeline.cache.manifest",
         "build_index": "pipeline.cache.index",
         "count_candidates": "pipeline.cache.index",
-        "held_out": "pipeline.cache.reader",
+        "held_out": "pipeline.cache.split",
         "last_hidden_rows": "pipeline.cache.index",
         "last_positions": "pipeline.cache.reader",
         "plan_shards": "pipeline.cache.index",

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.manifest import Plan
+from pipeline.cache.skipped import Skipped
 from pipeline.errors import CacheError
 from pipeline.text import one_line
 
@@ -168,6 +169,22 @@ def open_index(path: Path, plan: Plan) -> pa.Table:
     if not _matches(table, plan):
         raise CacheError(f"{path} is damaged (its rows do not tile the shards of the plan): capture again")
     return table
+
+
+def check_skipped(table: pa.Table, path: Path, skipped: Skipped) -> None:
+    """Check that skipped samples are those of the index.
+
+    Args:
+        path: the manifest that lists them.
+
+    Raises:
+        CacheError: a source, row or length of theirs is another one.
+    """
+    if skipped.differs_from(table):
+        raise CacheError(
+            f"{path} is damaged (its skipped samples differ from those of the index): restore it, or remove "
+            "the cache and capture again"
+        )
 
 
 def sample_ids(table: pa.Table) -> np.ndarray:

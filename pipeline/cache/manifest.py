@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import config, files
+from pipeline.cache.skipped import Skipped, impossible
 from pipeline.errors import CacheError, ConfigError
 from pipeline.features import validate_target_layer_ids
 from pipeline.text import one_line
@@ -182,18 +183,23 @@ class Manifest:
     """The shards; empty until the cache is complete."""
     files: tuple[FileRecord, ...] = ()
     """Every other file of the cache but the manifest; empty until the cache is complete."""
+    skipped: Skipped = dataclasses.field(default_factory=Skipped)
+    """Samples that no reader returns; empty until the cache is complete. An empty one is not written."""
 
     @property
     def num_samples(self) -> int:
-        return sum(self.plan.samples)
+        """Samples that a reader returns."""
+        return sum(self.plan.samples) - len(self.skipped)
 
     @property
     def num_tokens(self) -> int:
-        return sum(self.plan.tokens)
+        """Tokens of the samples that a reader returns."""
+        return sum(self.plan.tokens) - sum(self.skipped.tokens)
 
     @property
     def num_last_rows(self) -> int:
-        return sum(self.plan.last_rows)
+        """Label rows of the samples that a reader returns."""
+        return sum(self.plan.last_rows) - sum(self.skipped.last_rows)
 
     @property
     def num_files(self) -> int:
@@ -211,7 +217,10 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the file's bytes. Equal manifests give equal bytes."""
-        unsealed = (_dumps(dataclasses.asdict(self) | {"checksum": UNSEALED}) + "\n").encode()
+        values = dataclasses.asdict(self) | {"checksum": UNSEALED}
+        if not len(self.skipped):  # a version that does not know the key reads a cache that does not need it
+            del values["skipped"]
+        unsealed = (_dumps(values) + "\n").encode()
         return unsealed.replace(UNSEALED.encode(), hashlib.sha256(unsealed).hexdigest().encode(), 1)
 
 
@@ -286,8 +295,10 @@ def _check(manifest: Manifest, path: Path) -> None:
         raise _damaged(path, "a size outside 0 to 2^48")
     for column in (sizes, plan.samples, plan.tokens, plan.last_rows, shards.bytes):
         sizes = [*sizes, *([min(column), max(column)] if column else [])]
-    if min(sizes) < 1 or max(sizes) > MAX_COUNT or manifest.num_tokens > MAX_COUNT:
+    if min(sizes) < 1 or max(sizes) > MAX_COUNT or sum(plan.tokens) > MAX_COUNT:
         raise _damaged(path, "a size outside 1 to 2^48")
+    if reason := impossible(manifest.skipped, sum(plan.samples)):
+        raise _damaged(path, reason)
     try:
         validate_target_layer_ids(features.layer_ids, target.num_layers)
     except ValueError as error:
@@ -297,6 +308,8 @@ def _check(manifest: Manifest, path: Path) -> None:
             raise _damaged(path, "it holds an absolute path")
     if not all(map(is_sha256, [*shards.sha256, *(record.sha256 for record in manifest.files)])):
         raise _damaged(path, "it holds a hash that is no SHA-256")
+    if manifest.status != "complete" and len(manifest.skipped):
+        raise _damaged(path, "it skips samples and is incomplete")
     if manifest.status == "complete":
         if not len(shards.bytes) == len(shards.sha256) == len(plan):
             raise _damaged(path, "its shards differ from those of its plan")

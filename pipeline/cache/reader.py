@@ -10,15 +10,24 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.cache.codecs import get_codec
-from pipeline.cache.index import count_candidates, open_index, sample_ids
+from pipeline.cache.index import check_skipped, count_candidates, open_index, sample_ids
 from pipeline.cache.index import sample_id as content_id
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
-from pipeline.cache.manifest import FROZEN, INDEX, Manifest, is_weights, read_manifest, shard_file
+from pipeline.cache.manifest import (
+    FROZEN,
+    INDEX,
+    MANIFEST,
+    Manifest,
+    is_weights,
+    read_manifest,
+    shard_file,
+)
 from pipeline.cache.shard import MappedShard, advise, map_shard
 from pipeline.cache.statistics import StateCodec, check_statistics_listed, read_statistics, state_codecs
 from pipeline.cache.verify import FileChecks
@@ -48,7 +57,7 @@ class CachedSample:
 
 
 class CacheReader:
-    """Read access to a complete cache.
+    """Read access to a complete cache. Samples are numbered from 0, without those that the cache skips.
 
     Opening reads the manifest, maps the index and checks the other small files. It touches no shard, so its
     time does not depend on their contents. A shard is checked and mapped when first read; `check_shards`
@@ -82,13 +91,23 @@ class CacheReader:
             self.manifest.identity, read_statistics(self.path, self.manifest.identity)
         )
         table = open_index(self.path / INDEX, self.manifest.plan)
-        self.sample_ids = sample_ids(table)
-        self.sources, self.source_rows = table["source"].to_numpy(), table["source_row"].to_numpy()
+        check_skipped(table, self.path / MANIFEST, self.manifest.skipped)
+        self._read_index(table)
+        self._map = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._map_shard)
+
+    def _read_index(self, table: pa.Table) -> None:
+        """Take the columns of the index, without its skipped samples."""
+        skipped = self.manifest.skipped
+        kept = np.flatnonzero(skipped.kept(len(table))) if len(skipped) else slice(None)
+        self.numbers = np.arange(len(table))[kept]
+        """Row of the index of each sample, by which messages and commands name it."""
+        ids = sample_ids(table)
+        self.sample_ids, self.skipped_ids = ids[kept], ids[list(skipped.sample)]
+        self.sources, self.source_rows = (table[n].to_numpy()[kept] for n in ("source", "source_row"))
         self._shard, self._start, self.lengths, self._last_start, self._last_rows, self.candidates = (
-            table[name].to_numpy()
+            table[name].to_numpy()[kept]
             for name in ("shard", "token_start", "length", "last_start", "last_rows", "candidates")
         )
-        self._map = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._map_shard)
 
     def _check_files(self) -> None:
         """Check folders, the sizes of files beside the shards, and that `target/` has no other weights."""
@@ -181,7 +200,9 @@ class CacheReader:
 
     def _damaged_sample(self, i: int, reason: str) -> CacheError:
         shard = self.path / shard_file(self.shard_of(i))
-        return CacheError(f"{shard} is damaged (sample {i} {reason}): run `dspark verify`, or capture again")
+        return CacheError(
+            f"{shard} is damaged (sample {self.numbers[i]} {reason}): run `dspark verify`, or capture again"
+        )
 
     def layer_view(self, i: int, layer_id: int) -> Tensor:
         """Return a view of a layer's stored features of sample `i`: `[S, H]` bfloat16 for codec bf16."""
@@ -332,12 +353,3 @@ class CacheReader:
 def last_positions(loss_mask: Tensor) -> Tensor:
     """Return the positions `[M]` of a sample's stored last hidden states: t-1 per supervised label t >= 1."""
     return loss_mask[1:].nonzero().squeeze(1)
-
-
-def held_out(sample_ids: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose the held-out samples by the leading 32 bits of their ids `[n, 16]` uint8; return `[n]` bool.
-
-    A sample is on the same side in every cache, whatever the order or the codecs.
-    """
-    leading = np.ascontiguousarray(sample_ids[:, :4]).view(">u4").squeeze(1)
-    return leading < fraction * 2**32

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 
 from pipeline import files, text
 from pipeline.cache.codecs import get_codec
@@ -32,6 +34,7 @@ from pipeline.cache.manifest import (
     read_manifest,
 )
 from pipeline.cache.shard import MAX_HEADER_BYTES, map_shard
+from pipeline.cache.skipped import ByReason, SkippedRows, state_rows
 from pipeline.cache.statistics import check_statistics_listed, read_statistics
 from pipeline.errors import CacheError
 
@@ -95,6 +98,7 @@ def verify_cache(
     for codec in (manifest.identity.features.context_codec, manifest.identity.features.last_codec):
         get_codec(codec)
     check_statistics_listed(cache, manifest)
+    skipped = None
     if manifest.status == "complete":
         records, shards = list(manifest.all_files()), len(manifest.plan)
     else:
@@ -105,9 +109,12 @@ def verify_cache(
         if again.status == "complete":  # another process has just finished it
             return verify_cache(cache, fast=fast, threads=threads, begin=begin, progress=progress)
         records, shards = finished.files(), len(finished.shards)
+        skipped = {shard: record.skipped for shard, record in finished.shards.items() if record.skipped}
     begin(sum(record.bytes for record in records))
     problems, whole = _strangers(cache), _folder_problems(cache)
-    with FileChecks(cache, manifest, fast=fast, threads=threads, progress=progress) as checks:
+    with FileChecks(
+        cache, manifest, fast=fast, threads=threads, progress=progress, skipped=skipped
+    ) as checks:
         index_problem, table = checks.index([r for r in records if r.file == INDEX])
         rest = [r for r in records if r.file != INDEX and r.file.partition("/")[0] not in whole]
         problems += checks.problems(rest, table)
@@ -130,6 +137,7 @@ class FileChecks:
     Args:
         threads: None for `default_threads()`.
         fast, progress: as for `verify_cache`.
+        skipped: skipped samples of finished shards; None takes those of the manifest.
     """
 
     def __init__(
@@ -140,8 +148,10 @@ class FileChecks:
         fast: bool = False,
         threads: int | None = None,
         progress: Callable[[int], object] = lambda done_bytes: None,
+        skipped: Mapping[int, ByReason] | None = None,
     ):
         self.cache, self.manifest, self.fast = cache, manifest, fast
+        self._skipped = manifest.skipped.by_shard(manifest.plan.samples) if skipped is None else skipped
         self._progress, self._lock, self._stop = progress, threading.Lock(), threading.Event()
         self._pool = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="verify")
 
@@ -160,7 +170,7 @@ class FileChecks:
         Args:
             table: the index, to compare the samples' tokens with their ids too.
         """
-        contents = None if table is None or self.fast else SampleChecks(self.manifest, table)
+        contents = None if table is None or self.fast else SampleChecks(self.manifest, table, self._skipped)
         found = self._pool.map(lambda record: self._problem(record, contents), records)
         return [problem for problem in found if problem]
 
@@ -179,6 +189,8 @@ class FileChecks:
         except CacheError as error:
             return Problem(INDEX, _reason(error)), None
         if hashlib.sha256(sample_ids(table)).hexdigest() == self.manifest.identity.data.sha256:
+            if self.manifest.skipped.differs_from(table):
+                return Problem(MANIFEST, f"its skipped samples differ from those of {INDEX}"), None
             return None, table
         if records and not self.fast:  # the index is the one that the manifest lists
             return Problem(MANIFEST, f"identity.data.sha256 differs from the sample ids in {INDEX}"), None
@@ -226,7 +238,8 @@ class FileChecks:
         tensors = map_shard(path, shard_specs(self.manifest.identity, self.manifest.plan[shard])).tensors
         if contents is None:
             return None
-        return contents.problem(shard, tensors["input_ids"].numpy(), tensors["loss_mask"].numpy())
+        problem = contents.problem(shard, tensors["input_ids"].numpy(), tensors["loss_mask"].numpy())
+        return problem or contents.not_blank(shard, tensors)
 
     def _hash(self, path: Path, count: Callable[[int], None]) -> str:
         """Return the SHA-256 of a plain file. Follows no link and waits for no pipe."""
@@ -259,9 +272,10 @@ class FileChecks:
 
 
 class SampleChecks:
-    """Compares the tokens in shards with the sample ids and counts of the index."""
+    """Compares the tokens in shards with the index, and the states of skipped samples with zeros."""
 
-    def __init__(self, manifest: Manifest, table: pa.Table):
+    def __init__(self, manifest: Manifest, table: pa.Table, skipped: Mapping[int, ByReason]):
+        self._skipped = SkippedRows(skipped, manifest.plan.samples, table)
         samples = np.array(manifest.plan.samples, dtype=np.int64)
         self._ends = np.cumsum(samples)
         self._first = self._ends - samples
@@ -279,6 +293,14 @@ class SampleChecks:
                 return f"sample {i} has other tokens than its id says"
             if (int(mask[1:].sum()), count_candidates(mask)) != (self._labels[i], self._candidates[i]):
                 return f"sample {i} has a loss mask that contradicts the index"
+        return None
+
+    def not_blank(self, shard: int, tensors: Mapping[str, Tensor]) -> str | None:
+        """Return the problem with the states of a shard's skipped samples, if any byte of them is not 0."""
+        for i, tokens, last in self._skipped.of(shard):
+            for name, rows in state_rows(tensors, tokens, last):
+                if rows.view(torch.uint8).any():
+                    return f"sample {i} is skipped, and its {name} is not zero bytes"
         return None
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 
 import pyarrow as pa
 from torch import Tensor
@@ -39,6 +40,7 @@ from pipeline.cache.manifest import (
 )
 from pipeline.cache.progress.records import TARGET, Records, ShardRecord, TargetRecord
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
+from pipeline.cache.skipped import ByReason, Skipped, counted, skipped_samples, uncounted
 from pipeline.cache.statistics import read_statistics, standardised_states, statistics_bytes
 from pipeline.errors import CacheError, WriteError
 
@@ -73,7 +75,8 @@ class CacheWriter:
         self.path = path
         self.progress = path / PROGRESS
         self._standardised = bool(standardised_states(identity))
-        self._records = Records(path, self._standardised)
+        self._records = Records(path, self._standardised, plan.samples)
+        self._table = index
         self._statistics = ""  # SHA-256 of their file, once this process has read it
         self.manifest = Manifest(
             created_by=f"dspark-pipeline {__version__}",
@@ -156,7 +159,14 @@ class CacheWriter:
         """Turn a complete but damaged cache back into an incomplete one that keeps its good shards."""
         self._records.publish_kept(found, damaged)
         # A rewritten shard has the same bytes, so the measured fidelity stays true.
-        self.manifest = dataclasses.replace(found, status="incomplete", shards=ShardFiles(), files=())
+        self.manifest = dataclasses.replace(
+            found,
+            status="incomplete",
+            rows=uncounted(found.rows, found.skipped),
+            shards=ShardFiles(),
+            files=(),
+            skipped=Skipped(),
+        )
         write_manifest(self.path, self.manifest)
 
     def _write_index(self, data: bytes) -> None:
@@ -202,6 +212,7 @@ class CacheWriter:
         buffer: ShardBuffer,
         measured: Measured | None = None,
         step: Callable[[str], AbstractContextManager] = nullcontext,
+        skipped: ByReason = MappingProxyType({}),
     ) -> None:
         """Publish one shard, then its record.
 
@@ -209,6 +220,8 @@ class CacheWriter:
             buffer: from `new_shard(shard)`, filled.
             measured: figures of some of its rows, see `pipeline.cache.fidelity`.
             step: as in `pipeline.files.publish_bytes`.
+            skipped: its samples that no reader shall return, whose states are zero bytes: by reason, their
+                numbers in the shard in order.
 
         Raises:
             WriteError: the file can't be written; nothing of it remains.
@@ -224,6 +237,7 @@ class CacheWriter:
                 sha256=digest,
                 measured=measured or {},
                 statistics=self._statistics,
+                skipped={reason: tuple(numbers) for reason, numbers in skipped.items()},
             )
             self._records.publish(f"{shard:05d}.json", record)
 
@@ -320,8 +334,32 @@ class CacheWriter:
             record = TargetRecord(files=tuple(records), proof=proof or {})
             self._records.publish(TARGET, record)
 
-    def finalise(self) -> Manifest | None:
-        """Publish the complete manifest and return it; None while a shard or `target/` is not written."""
+    def skipped(self) -> dict[int, str]:
+        """Return the reason of each sample that finished shards skip, by its row of the index.
+
+        Reads every record: call it rarely.
+        """
+        records = map(self._records.shard, range(len(self.manifest.plan)))
+        return self._reasons(records)
+
+    def _reasons(self, records: Iterable[ShardRecord | None]) -> dict[int, str]:
+        """Return the reason of each sample that all shards skip, in order; None is a shard not written."""
+        found, first = {}, 0
+        for record, samples in zip(records, self.manifest.plan.samples, strict=True):
+            for reason, numbers in (record.skipped if record else {}).items():
+                found |= {first + number: reason for number in numbers}
+            first += samples
+        return found
+
+    def finalise(self, check: Callable[[dict[int, str]], None] = lambda skipped: None) -> Manifest | None:
+        """Publish the complete manifest and return it; None while a shard or `target/` is not written.
+
+        Args:
+            check: called with the result of `skipped` before; raises to leave the cache incomplete.
+
+        Raises:
+            CacheError: every sample is skipped, or the statistics are lost or damaged.
+        """
         shards = []
         for shard in range(len(self.manifest.plan)):
             record = self._records.shard(shard)
@@ -334,11 +372,20 @@ class CacheWriter:
         statistics = self._statistics_record()
         if any(each.sha256 != r.statistics for each in statistics for r in shards):
             raise self._damaged_statistics()
+        reasons = self._reasons(shards)
+        check(reasons)
+        if len(reasons) == sum(self.manifest.plan.samples):
+            raise CacheError(
+                f"{self.path} would hold no sample: all {len(reasons):,} have bad states; check the target"
+            )
+        skipped = skipped_samples(reasons, self._table)
         fidelity = self.manifest.fidelity or target.proof | summarise(r.measured for r in shards)
         self.manifest = dataclasses.replace(
             self.manifest,
             status="complete",
             fidelity=fidelity,
+            rows=counted(self.manifest.rows, skipped),
+            skipped=skipped,
             shards=ShardFiles(bytes=tuple(r.bytes for r in shards), sha256=tuple(r.sha256 for r in shards)),
             files=(self._index, *statistics, *target.files),
         )

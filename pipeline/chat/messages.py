@@ -117,9 +117,11 @@ def read_list(value: Any) -> Any:
 def read_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Return the row's `tools`; None without any. Columnar data often stores them as JSON text."""
     tools = row.get("tools") or None
+    if tools is None and isinstance(row.get("functions"), list):  # OpenAI's older key
+        tools = [{"type": "function", "function": function} for function in row["functions"]] or None
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) or None
+            tools = without_nulls(json.loads(tools)) or None
         except (ValueError, RecursionError) as error:
             raise BadRowError("malformed tools", f'"tools" is text but not JSON ({error})') from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -138,12 +140,21 @@ def read_conversation(items: Iterable[Any], tools: list[dict[str, Any]] | None =
         what = f"message {number}"
         if not isinstance(item, dict):
             raise BadRowError("malformed message", f"{what} is not an object: expected role and content")
-        left_out = [_masks(key, item[key], what) for key in _MASKS if key in item]
+        left_out = [_masks(key, item[key], what) for key in _of(item)]
         message = _message({key: value for key, value in item.items() if key not in _MASKS}, what)
         messages.append(message)
-        if message["role"] == "assistant" and any(left_out):
-            masked.add(number)
+        if message["role"] != "assistant" or not any(left_out):
+            continue
+        if not all(left_out):
+            raise BadRowError(
+                "malformed message", f"{what}: its keys {', '.join(_of(item))} contradict each other"
+            )
+        masked.add(number)
     return Conversation(messages, tools, frozenset(masked))
+
+
+def _of(item: dict[str, Any]) -> list[str]:
+    return [key for key in _MASKS if key in item]
 
 
 def _masks(key: str, value: Any, what: str) -> bool:

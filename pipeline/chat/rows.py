@@ -71,7 +71,8 @@ def from_messages(row: dict[str, Any]) -> Conversation:
     messages = read_list(row.get("messages"))
     if not isinstance(messages, list) or not messages:
         raise BadRowError("no messages", _expected(row))
-    return read_conversation(messages, read_tools(row))
+    found = read_conversation(messages, read_tools(row))
+    return found if found.messages[0]["role"] == "system" else _after(_system(row), found)
 
 
 def from_conversations(row: dict[str, Any]) -> Conversation:
@@ -95,6 +96,10 @@ def _after(first: list[Message], rest: Conversation) -> Conversation:
 
 def _turns(value: Any, role: str, what: str) -> list[Any]:
     """Return a list of messages as it is, and a text as the one message of `role`."""
+    found = read_list(value)
+    if isinstance(value, str) and isinstance(found, list):  # a text may be any other list in JSON
+        named = [isinstance(each, dict) and ("role" in each or "from" in each) for each in found]
+        value = found if named and all(named) else value
     if isinstance(value, list) and not any(isinstance(part, dict) and "type" in part for part in value):
         return value
     return [{"role": role, "content": read_text(value, what)}]
@@ -102,7 +107,7 @@ def _turns(value: Any, role: str, what: str) -> list[Any]:
 
 def from_prompt(row: dict[str, Any]) -> Conversation:
     """Read `prompt` with `response` or `completion`: each a text, or a list of messages (TRL's form)."""
-    if row.get("label") is False:  # TRL's unpaired preferences
+    if str(row.get("label")).lower() in ("false", "0"):  # TRL's unpaired preferences
         raise BadRowError("a rejected answer", '"label" is false: this answer is a bad example, take it out')
     prompt = _turns(row.get("prompt"), "user", "the prompt")
     answer = _turns(row.get("response", row.get("completion")), "assistant", "the response")
@@ -117,7 +122,7 @@ def from_alpaca(row: dict[str, Any]) -> Conversation:
             raise BadRowError("malformed message", 'expected "history" to be a list of [question, answer]')
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = read_text(row.get("instruction"), "the instruction")
-    given = row.get("input", row.get("context"))
+    given = row.get("input") or row.get("context")
     if given:
         question += "\n\n" + read_text(given, "the input")
     turns += _turns(question, "user", "the instruction")
@@ -127,10 +132,10 @@ def from_alpaca(row: dict[str, Any]) -> Conversation:
 
 def from_preference(row: dict[str, Any]) -> Conversation:
     """Read the better answer of a preference pair: `chosen`, a text or messages, and mostly `prompt`."""
-    chosen = _turns(read_list(row.get("chosen")), "assistant", '"chosen"')
+    chosen = _turns(row.get("chosen"), "assistant", '"chosen"')
     first = chosen[0] if chosen and isinstance(chosen[0], dict) else {}
     whole = ROLES.get(str(first.get("role", first.get("from"))).lower()) != "assistant"
-    prompt = [] if whole else _turns(read_list(row.get("prompt")), "user", "the prompt of a preference pair")
+    prompt = [] if whole else _turns(row.get("prompt"), "user", "the prompt of a preference pair")
     return _after(_system(row), read_conversation([*prompt, *chosen], read_tools(row)))
 
 
@@ -163,6 +168,8 @@ def from_tokens(row: dict[str, Any]) -> Tokens:
             "malformed tokens",
             "expected labels to be -100 or equal to input_ids, not shifted: each label names its own token",
         )
+    if name == "loss_mask" and isinstance(labels, list) and [int(n != IGNORED) for n in labels] != mask:
+        raise BadRowError("malformed tokens", "labels and loss_mask contradict each other: drop one of them")
     start, end = _attended(row, len(ids))
     return Tokens(ids[start:end], [int(m) for m in mask[start:end]])
 
@@ -247,7 +254,7 @@ def read_row(row: dict[str, Any], form: str | None = None) -> Content:
     if not _has(row, found):
         raise BadRowError(
             "another form",
-            f"expected {_needed(found)} as in the other rows of this source (form {found}), got keys: "
-            f"{_keys(row)}",
+            f"expected {_needed(found)}: the form {found} is that of the source's first row or of --format; "
+            f"got keys: {_keys(row)}",
         )
     return FORMS[found][1](row)

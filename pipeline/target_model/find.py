@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline import files
 from pipeline.errors import TargetError, UsageError
+from pipeline.target_model.adapter import ADAPTER_CONFIG, adapter_files
 from pipeline.target_model.options import TargetOptions
 from pipeline.text import one_line
 
@@ -69,11 +70,23 @@ def resolve_directory(target: str, options: TargetOptions = _PLAIN) -> Path:
 def _checked(directory: Path, gguf_file: str | None) -> Path:
     """Return `directory` if it has the file that config and tokenizer are read from. Raises TargetError."""
     ggufs = sorted(path.name for path in directory.glob("*.gguf"))
+    has_config, is_adapter = ((directory / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    if is_adapter and not has_config:
+        raise TargetError(
+            f"{directory} is an adapter, not a whole model: give its base with --target and this directory "
+            "with --adapter"
+        )
+    if is_adapter:
+        raise TargetError(
+            f"{directory} has {ADAPTER_CONFIG} beside config.json, and transformers would apply it or not by "
+            "whether peft is installed: move the adapter to a directory of its own and give it with "
+            "--adapter, or remove it if it is merged"
+        )
     if gguf_file is not None:
         if not (directory / gguf_file).is_file():
             found = ", ".join(ggufs) or "none"
             raise TargetError(f"no file {gguf_file} in {directory}: it has these GGUF files: {found}")
-    elif not (directory / "config.json").is_file():
+    elif not has_config:
         remedy = f"; for a GGUF file, give --gguf-file {ggufs[0]}" if ggufs else ""
         raise TargetError(f"{directory} has no config.json: expected a Hugging Face model directory{remedy}")
     return directory
@@ -82,15 +95,18 @@ def _checked(directory: Path, gguf_file: str | None) -> Path:
 def weights_hash(directory: Path, options: TargetOptions = _PLAIN) -> str:
     """Compute the SHA-256 over names and contents of a target's weights, and of its code if it is trusted.
 
+    With an adapter, its files are hashed too.
+
     Raises:
-        TargetError: the directory has no weights.
+        TargetError: the directory has no weights, or the adapter's is no adapter.
     """
     patterns = (options.gguf_file,) if options.gguf_file else _WEIGHTS
     weights = sorted({path for pattern in patterns for path in directory.glob(pattern)})
     if not weights:
         raise TargetError(f"{directory} has no weights: expected *.safetensors beside its config.json")
     code = sorted(directory.glob("*.py")) if options.trust_remote_code else []
-    paths = weights + code
+    adapter = adapter_files(Path(options.adapter)) if options.adapter is not None else []
+    paths = weights + code + adapter
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         hashes = threads.map(files.sha256_file, paths)
         lines = [f"{path.name}:{digest}\n" for path, digest in zip(paths, hashes, strict=True)]

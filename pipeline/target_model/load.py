@@ -22,9 +22,20 @@ from pipeline.cache.manifest import is_weights
 from pipeline.device import native_bf16, resolve_device, use_device
 from pipeline.errors import TargetError, UsageError
 from pipeline.hooks import find_final_norm, find_layers, learned_positions
+from pipeline.rope import independent_rope
+from pipeline.target_model.adapter import adapter_files, check_adapter, merge_adapter
+from pipeline.target_model.checkpoint import (
+    REPORTED,
+    check_loaded,
+    check_loading,
+    check_stored,
+    refuse_offload,
+)
 from pipeline.target_model.find import resolve_directory, weights_hash
 from pipeline.target_model.identity import target_identity
+from pipeline.target_model.notes import waiting
 from pipeline.target_model.options import TargetOptions
+from pipeline.target_model.quantisation import check_quantisation, quantisation
 from pipeline.text import one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -51,7 +62,7 @@ class Target:
 
     options: TargetOptions
     name: str
-    """Directory name or Hub id."""
+    """Directory name or Hub id; with an adapter, `base+adapter`."""
     directory: Path
     config: Any
     dtype: torch.dtype
@@ -95,9 +106,32 @@ class Target:
         """Return the tokenizer, read once. Raises TargetError if it is missing or has no offsets."""
         return self._tokenizer
 
+    def check_weights(self) -> None:
+        """Check the checkpoint and the adapter by their headers, without reading the target's weights.
+
+        Raises:
+            TargetError: weights are missing, of another shape, or quantised in a form that is not undone.
+        """
+        check_quantisation(self.directory, self.config)
+        if self.options.gguf_file is None and quantisation(self.config) is None:
+            check_stored(self.directory, self.config, self.shell, self.dtype)
+        if self.options.adapter is not None:
+            check_adapter(Path(self.options.adapter), self.shell)
+
     def model(self) -> nn.Module:
-        """Load the model in eval mode, frozen, on `device` or spread by `--device-map`."""
-        return load_target(self.directory, self.dtype, self.device, self.options, self.config)
+        """Load the model in eval mode, frozen, on `device` or spread by `--device-map`.
+
+        Raises:
+            TargetError: it can't be loaded, or a weight of it would not be the checkpoint's.
+        """
+        waiting(f"loading {self.name} ...")
+        check_quantisation(self.directory, self.config)
+        quantised = quantisation(self.config) is not None
+        model = load_target(self.directory, self.dtype, self.device, self.options, self.config)
+        check_loaded(self.directory, model, self.shell, self.dtype, quantised=quantised)
+        if self.options.adapter is not None:
+            model = merge_adapter(Path(self.options.adapter), model)
+        return model
 
     def files(self) -> dict[str, bytes]:
         """Return config and tokenizer files by name, from which both load again without the weights."""
@@ -140,14 +174,19 @@ def open_target(options: TargetOptions) -> Target:
     name = options.target
     if name is None:
         raise UsageError("no target: give --target a Hugging Face directory or Hub id")
+    waiting(f"opening {name} ...")
     directory = resolve_directory(name, options)
     device = resolve_device(options.device)
     config = load_config(directory, options)
     if options.gguf_file and getattr(config.get_text_config(), "dtype", None) is None:
         config.get_text_config().dtype = torch.bfloat16  # quantised weights have no dtype of their own
+    name = directory.resolve().name if Path(name).is_dir() else name
+    if options.adapter is not None:
+        adapter_files(Path(options.adapter))
+        name = f"{name}+{Path(options.adapter).resolve().name}"
     return Target(
         options=options,
-        name=directory.resolve().name if Path(name).is_dir() else name,
+        name=name,
         directory=directory,
         config=config,
         dtype=resolve_dtype(options.dtype, config, device),
@@ -264,7 +303,8 @@ def load_target(
         config: the target's config; None reads it.
 
     Raises:
-        TargetError: transformers can't load it, or with `--device-map`, it does not fit the GPUs.
+        TargetError: transformers can't load it, not every weight is the checkpoint's, or with
+            `--device-map`, it does not fit the GPUs.
     """
     source = {**_source(options), **gguf_options(options.gguf_file), "dtype": dtype}
     if options.attn_implementation is not None:
@@ -272,28 +312,22 @@ def load_target(
     if options.device_map is not None:
         _need("accelerate", reason="--device-map")
         source["device_map"] = options.device_map
-    auto = auto_class(directory, config or load_config(directory, options))
+    config = config or load_config(directory, options)
+    auto, placed = auto_class(directory, config), options.device_map is not None
+    if not placed and quantisation(config) is not None:  # quantised weights may not move after loading
+        source["device_map"] = {"": device}
     try:
-        model = auto.from_pretrained(directory, **source)
+        model, report = auto.from_pretrained(directory, **source, **REPORTED)
     except Exception as error:
         raise _refusal(directory, "the target can't be loaded", error) from None
-    if options.device_map is None:
+    check_loading(directory, model, report)
+    if not placed:
         use_device(device)
         model = model.to(device)
     else:
-        _refuse_offload(directory, model, device)
+        refuse_offload(directory, model, device)
+    independent_rope(model)
     return model.eval().requires_grad_(False)
-
-
-def _refuse_offload(directory: Path, model: nn.Module, device: torch.device) -> None:
-    """Refuse a target that accelerate put partly on the CPU or disk: slow, and its head can't be read."""
-    places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
-    outside = [place for place in places if place == "disk" or (place == "cpu" and device.type != "cpu")]
-    if outside:
-        raise TargetError(
-            f"{directory}: the target does not fit the GPUs, {len(outside)} of its {len(places)} parts "
-            f"are on {' and '.join(sorted(set(outside)))}: use more GPUs, or a smaller --dtype"
-        )
 
 
 def build_shell(

@@ -23,6 +23,8 @@ class TargetOptions:
     """True lets the model's own Python files run."""
     attn_implementation: str | None = None
     """As in transformers: sdpa, eager, flash_attention_2, ...; None for its default."""
+    adapter: str | None = None
+    """Directory of a LoRA adapter that is merged into the target in memory; None for none."""
     dtype: str = "auto"
     """Dtype that the target computes in; `auto`: the checkpoint's own, but float32 if bf16 is emulated."""
     gguf_file: str | None = None
@@ -36,6 +38,9 @@ _OPTIONS = [
     click.option("--revision", help="Branch, tag or commit of a Hub id."),
     click.option(
         "--trust-remote-code", is_flag=True, help="Let the model's own Python files run. Off by default."
+    ),
+    click.option(
+        "--adapter", help="Directory of a LoRA adapter, merged into the target in memory (needs peft)."
     ),
     click.option("--attn-implementation", help="As in transformers: sdpa, eager, flash_attention_2, ..."),
     click.option(

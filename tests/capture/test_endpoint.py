@@ -57,7 +57,8 @@ def test_turn_by_turn_with_everything_else_kept(server, tmp_path):
     rows[1]["messages"].insert(0, system)
     options = ["--temperature", "0.5", "--top-k", "9", "--top-p", "0.8", "--max-new-tokens", "33"]
     out = run_ok(*arguments(server, tmp_path, rows, *options, "--template-arg", "enable_thinking=false"))
-    assert "3 conversations" in out
+    assert "2 conversations" in out
+    assert "1 rows kept as they were" in out
     done = read(tmp_path / "out.jsonl")
     assert done[0]["id"] == 7
     assert done[1]["messages"][0] == system

@@ -78,7 +78,7 @@ def test_killed_at_any_step_of_finishing_it_finishes_the_next_time(tmp_path, tar
     options = {"shard_tokens": 100_000}
     run_ok(*arguments(target_dir, few, tmp_path / "whole", **options))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.cache.writer.CacheWriter.finalise", lambda self: None)
+        patch.setattr("pipeline.cache.writer.CacheWriter.finalise", lambda *_: None)
         run_ok(*arguments(target_dir, few, tmp_path / "all but finished", **options))
     step, code = 0, -signal.SIGKILL
     while code != 0:

@@ -84,7 +84,7 @@ def test_batches_that_do_not_fit_are_split_with_one_warning(tmp_path, fp32_targe
     options = {"batch_tokens": 1000, "shard_tokens": 1000}
     result = run_cli(*arguments(fp32_target, data, tmp_path / "split", **options))
     assert result.exit_code == 0, result.output
-    warnings = [line for line in result.stderr.splitlines() if "warning" in line]
+    warnings = [line for line in result.stderr.splitlines() if "do not fit" in line]
     assert len(warnings) == 1
     assert "do not fit the memory of cpu" in warnings[0]
     assert "split from now on" in warnings[0]
@@ -141,7 +141,7 @@ def test_a_row_that_does_not_fit_by_itself_is_refused_by_name(
     memory_for(monkeypatch, int(reader.lengths.max()) - 1)
     result = run_cli(*arguments(fp32_target, data, tmp_path / "cache"))
     (_, row), length = places(cache)[longest], reader.lengths[longest]
-    assert_refused(result, 1, f"row {row + 1} of the data", f"{length} tokens", "--max-length")
+    assert_refused(result, 1, f"row {row + 1} of {data.name}", f"{length} tokens", "--max-length")
 
 
 # States that no draft should learn from
@@ -184,7 +184,7 @@ def test_bad_states_are_refused_naming_row_and_state(
     after_each_forward(monkeypatch, change)
     result = run_cli(*arguments(fp32_target, data, tmp_path / "cache"))
     _, row = places(cache)[sample]
-    assert_refused(result, 1, f"row {row + 1} of the data", name, word)
+    assert_refused(result, 1, f"row {row + 1} of {data.name}", name, word, "--bad-states skip")
     assert read_manifest(tmp_path / "cache").status == "incomplete"
     bad = int(reader._shard[sample])
     assert f"{bad:05d}.json" not in finished_shards(tmp_path / "cache")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import namedtuple
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from capture.options import CaptureOptions, DataOptions
 from capture.plan import free_bytes, price
 from capture.prepare import prepare
-from pipeline.cache import read_manifest
+from pipeline.cache import CacheReader, read_manifest
 from pipeline.cache.codecs import CODECS
 from pipeline.target_model.options import TargetOptions
 from pipeline.text import duration, size
@@ -52,15 +53,22 @@ def estimate(target: Path, data: Path, cache: Path, **options: Any) -> int:
 
 @pytest.fixture
 def no_weights(tmp_path, target_dir, monkeypatch) -> Path:
-    """A target whose weights can't be read, and may not be."""
+    """A target whose weights have a header and no values, and may not be loaded."""
     folder = tmp_path / target_dir.name
     shutil.copytree(target_dir, folder)
-    (folder / "model.safetensors").write_bytes(b"nonsense")
+    with (folder / "model.safetensors").open("r+b") as file:
+        end = 8 + int.from_bytes(file.read(8), "little")
+        whole = file.seek(0, os.SEEK_END)
+        file.truncate(end)
+        file.truncate(whole)
+    load = PreTrainedModel.from_pretrained.__func__
 
-    def fail(*_args: Any, **_kwargs: Any) -> None:
-        raise AssertionError("weights were loaded")
+    def from_headers(cls: type, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> Any:
+        if state_dict is None or any(tensor.device.type != "meta" for tensor in state_dict.values()):
+            raise AssertionError("weights were loaded")
+        return load(cls, *args, state_dict=state_dict, **kwargs)
 
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", fail)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_headers))
     return folder
 
 
@@ -91,6 +99,31 @@ def test_a_plan_says_what_a_capture_will_do_and_loads_and_writes_nothing(
     shown = int(re.search(r"^bf16 +(\d+) +.*\(this capture's\)$", said, re.MULTILINE)[1])
     assert per_token < shown < per_token + 40, "the rest is headers"
     assert f"free at {tmp_path / 'cache'}" in lines[-1]
+
+
+def test_a_plan_says_which_training_the_data_allows(tmp_path, target_dir):
+    """Two samples, of which the default share holds none out, and ten steps of training."""
+    data = make_conversations(tmp_path / "chats.jsonl", 2, seed=5)
+    result = run_cli(*plan_arguments(target_dir, data, tmp_path / "cache"))
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    said = "training with the default settings: about 10 optimiser steps, 10 epochs of about 1"
+    assert f"{said}; 0 samples held out" in lines
+    few, empty = [line for line in lines if line.startswith("warning: ")]
+    assert "with the default settings, fewer than 100 optimiser steps" in few
+    assert "lower train.micro_batches_per_step from 128 to 1" in few
+    assert "train.held_out = 0.05 leaves no sample held out of the cache's 2" in empty
+    share = float(empty.rsplit("works is ", 1)[1])
+    cache = tmp_path / "cache"
+    run_ok(*arguments(target_dir, data, cache))
+    out = [sample / 2**32 < share for sample in first_words(cache)]
+    assert sorted(out) == [False, True]
+
+
+def first_words(cache: Path) -> list[int]:
+    """The first 32 bits of each sample's id, which decide on which side it is."""
+    ids = CacheReader(cache).sample_ids
+    return [int.from_bytes(row[:4].tobytes(), "big") for row in ids]
 
 
 @pytest.mark.capability

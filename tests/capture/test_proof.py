@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import pipeline.hooks
 from capture.data.conversations import TokenizedSample
 from capture.shards.proof import PROOF_TOKENS
-from capture.shards.proof import prove_target as prove_with_codec
+from capture.shards.proof import prove_states as prove_with_codec
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity, read_manifest
 from pipeline.cache.layout import LAST_HIDDEN
@@ -90,6 +90,7 @@ def test_what_the_proof_measures_is_so(family, request):
 def test_what_the_proof_measured_is_in_the_manifest(cache_dir):
     figures = read_manifest(cache_dir).fidelity
     names = {"proof.teacher_tv_mean", "proof.teacher_tv_max", "proof.teacher_tv_rows", "proof.padding_error"}
+    names |= {"proof.perplexity", "proof.shuffled_perplexity", "proof.top1", "proof.supervised_tokens"}
     assert {name for name in figures if name.startswith("proof.")} == names
     assert figures["proof.teacher_tv_mean"] < 0.01
 

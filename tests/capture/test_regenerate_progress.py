@@ -127,7 +127,7 @@ def test_a_kill_between_publishing_and_cleaning_up(tmp_path, undisturbed, monkey
         patch.setattr("capture.regenerate.progress.Progress.remove", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             regenerate_file(dialogues(), Parrot(), out, RUN)
-    check_output(out, "chats.jsonl", fresh=False)
+    check_output(out, ["chats.jsonl"], fresh=False)
     parrot = Parrot()
     regenerate_file(dialogues(), parrot, out, RUN)
     assert parrot.asked == []
@@ -185,7 +185,7 @@ def test_failed_rows_are_listed_and_asked_again_alone(tmp_path, undisturbed):
     rows = [json.loads(line) for line in failed.read_text().splitlines()]
     assert rows[0] == {"row": 1, "where": "data:1", "turn": 1, "reason": "won't say"}
     assert rows[1]["row"] == 5
-    check_output(out, "chats.jsonl", fresh=False)
+    check_output(out, ["chats.jsonl"], fresh=False)
     regenerate_file(dialogues(), Parrot(failing=[4]), out, RUN)
     assert [json.loads(line)["row"] for line in failed.read_text().splitlines()] == [5]
     parrot = Parrot()

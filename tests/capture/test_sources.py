@@ -197,9 +197,9 @@ def test_files_that_are_not_what_they_are_called(tmp_path):
         (source,) = open_sources([str(tmp_path / name)])
         with pytest.raises(DataError, match=rf"{name}: not"):
             list(source.rows())
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match="unknown type of data file"):
-        open_sources([str(tmp_path / "a.csv")])
+        open_sources([str(tmp_path / "a.txt")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no data file in the folder"):
         open_sources([str(tmp_path / "empty")])

@@ -282,7 +282,7 @@ def test_of_two_workers_that_measure_differently_the_first_one_decides(
     def slow(*given: Any) -> dict[str, Statistics]:
         own = real(*given)
         monkeypatch.setattr(capture.run, "measure_statistics", shifted)
-        monkeypatch.setattr("pipeline.cache.CacheWriter.finalise", lambda self: None)
+        monkeypatch.setattr("pipeline.cache.CacheWriter.finalise", lambda *_: None)
         run_ok(*command)
         monkeypatch.undo()
         (cache / "progress/00000.json").unlink()  # a shard is left to the slow one
@@ -331,7 +331,7 @@ def test_figures_lost_before_the_last_step_are_measured_again(
     cache = tmp_path / "cache"
     command = arguments(fp32_target, data, cache, **DEFAULT, **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.cache.CacheWriter.finalise", lambda self: None)
+        patch.setattr("pipeline.cache.CacheWriter.finalise", lambda *_: None)
         run_ok(*command)
     (cache / FILE).unlink()
     assert ": complete" in run_ok(*command)

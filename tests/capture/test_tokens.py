@@ -20,7 +20,8 @@ from capture.data.tokens import Selection, TokenizedData, load_data
 from pipeline.chat.template import ChatTemplate
 from pipeline.errors import DataError
 from tests.capture.templates import DATED
-from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
+from tests.conftest import FP32, assert_refused, capture_arguments, run_cli, run_ok
+from tests.machine import obeying_permissions
 from tests.tiny import CHATML, make_conversations, make_tokenizer
 
 TOKENIZER = make_tokenizer(CHATML)
@@ -151,6 +152,52 @@ def test_tokens_are_kept_by_content_and_settings(tmp_path, monkeypatch):
     assert ids(load(tmp_path / "moved/b.jsonl")) != ids(first)
     assert len(calls) == 4
     assert len(list(kept.glob("*.arrow"))) == 3
+
+
+@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
+def test_a_home_that_nobody_may_write_names_the_variable(tmp_path, target_dir, monkeypatch, variable):
+    path = write(tmp_path / "a.jsonl", talk("yes yes"))
+    home = tmp_path / "home"
+    home.mkdir(mode=0o500)
+    for name in ("DSPARK_TOKENS", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(home))
+    with obeying_permissions():
+        result = run_cli("preview", "--target", target_dir, "--data", path, *FP32)
+    folder = home / (".cache" if variable == "HOME" else "") / "dspark" / "tokens"
+    assert_refused(result, 1, str(folder), "Permission denied", "$DSPARK_TOKENS")
+    monkeypatch.setenv("DSPARK_TOKENS", str(tmp_path / "tokens"))
+    with obeying_permissions():
+        assert "1 samples" in run_cli("preview", "--target", target_dir, "--data", path, *FP32).stdout
+
+
+def test_a_folder_of_tokens_that_became_read_only(tmp_path, target_dir, monkeypatch):
+    """What is kept there is used; what is new is one line."""
+    kept = tmp_path / "kept"
+    monkeypatch.setenv("DSPARK_TOKENS", str(kept))
+    path = write(tmp_path / "a.jsonl", talk("yes yes"))
+    first = ids(load(path))
+    kept.chmod(0o500)
+    try:
+        with obeying_permissions():
+            assert ids(load(path)) == first
+            other = write(tmp_path / "b.jsonl", talk("no no no"))
+            result = run_cli("preview", "--target", target_dir, "--data", other, *FP32)
+    finally:
+        kept.chmod(0o700)
+    assert_refused(result, 1, str(kept), "Permission denied", "$DSPARK_TOKENS")
+
+
+def test_no_home_at_all_names_the_variable(tmp_path, target_dir, monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("DSPARK_TOKENS", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    path = write(tmp_path / "a.jsonl", talk("yes yes"))
+    monkeypatch.setattr(Path, "home", unknown)
+    result = run_cli("preview", "--target", target_dir, "--data", path, *FP32)
+    assert_refused(result, 1, "$HOME is not set", "$DSPARK_TOKENS")
 
 
 def test_a_damaged_file_of_tokens_is_made_anew(tmp_path, monkeypatch):

@@ -261,7 +261,8 @@ def test_a_target_that_the_gpus_do_not_hold_is_refused(target_dir, monkeypatch, 
     pytest.importorskip("accelerate")
     model = open_target(options(target_dir)).model()
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": place}
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    report = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, report))
     target = open_target(options(target_dir, device="auto", device_map="auto"))
     with pytest.raises(TargetError) as caught:
         dataclasses.replace(target, device=torch.device(device)).model()

@@ -20,7 +20,8 @@ from tests.train.runs import train_arguments
 from train.config import PAPER, DraftConfig, LossConfig, RunConfig, TrainConfig
 from train.draft.dspark import attention
 from train.draft.dspark.markov import MARKOV_HEADS
-from train.runs.directory import flat_settings, load_run_config
+from train.runs.changes import flat_settings
+from train.runs.directory import load_run_config
 from train.trainer.setup import most_candidates, set_up
 
 

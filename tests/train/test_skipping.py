@@ -127,3 +127,62 @@ def test_a_rank_whose_loss_is_not_finite_skips_all(tmp_path: Path, cache_dir: Pa
         json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines() if "samples" in row
     ]
     assert len(skipped) >= 2
+
+
+@pytest.fixture
+def overflowing(monkeypatch):
+    """Let the weights become infinite after a step, as an optimiser's overflow leaves them."""
+
+    def overflow(at: int) -> None:
+        class Overflowing(loop.Training):
+            def _step(self, step):
+                due = super()._step(step)
+                if self.progress.step == at:
+                    with torch.no_grad():
+                        next(iter(self.model.fc.parameters())).fill_(float("inf"))
+                return due
+
+        monkeypatch.setattr(loop, "Training", Overflowing)
+
+    return overflow
+
+
+@pytest.mark.parametrize("held_out", [0.2, 0])
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_draft_that_is_not_finite_is_never_saved(
+    tmp_path: Path, cache_dir: Path, overflowing, held_out: float, step: int
+) -> None:
+    """Neither on the way nor at the end; what was saved before stays the newest and the best."""
+    overflowing(step)
+    run = tmp_path / "r"
+    settings = {"train__max_steps": 6, "train__checkpoint_every": 2, "train__keep_checkpoints": 9}
+    settings |= {"train__eval_every": 2 if held_out else 0, "train__held_out": held_out}
+    result = run_cli(*train_arguments(cache_dir, run, **settings))
+    last = f"step-{step - 2:06d}"
+    assert_refused(result, 1, f"step {step}: ", "not finite", f"{run} keeps {last}", "train.lr")
+    assert (run / "latest").resolve().name == last
+    assert not (run / "checkpoints" / f"step-{step:06d}").exists()
+    assert not progress_of(run)["complete"]
+    for name in ("latest", *(["best"] if held_out else [])):
+        assert all(torch.isfinite(weight).all() for weight in weights_of(run, name).values())
+    (row,) = json.loads(run_ok("compare", run, "--format", "json"))
+    assert (row["step"], row["complete"]) == (step - 2, False)
+
+
+def test_without_a_checkpoint_nothing_is_there_to_use(tmp_path: Path, cache_dir: Path, overflowing) -> None:
+    overflowing(2)
+    run = tmp_path / "r"
+    result = run_cli(*train_arguments(cache_dir, run, train__max_steps=2, train__held_out=0))
+    assert_refused(result, 1, "step 2: ", "is not finite", f"{run} has no checkpoint")
+    assert_refused(run_cli("export", run, tmp_path / "e", "--to", "hf"), 1, "no finished checkpoint")
+    assert_refused(run_cli("evaluate", "--cache", cache_dir, "--run", run), 1, "no finished checkpoint")
+
+
+def test_a_run_that_ends_in_skipped_steps(tmp_path: Path, cache_dir: Path, poisoned) -> None:
+    """Its last loss is not finite: an evaluation can show that the draft is fine; without one it fails."""
+    poisoned(3, 4)
+    arguments = train_arguments(cache_dir, tmp_path / "a", train__max_steps=4)
+    run_ok(*arguments)
+    assert progress_of(tmp_path / "a")["complete"]
+    result = run_cli(*train_arguments(cache_dir, tmp_path / "b", train__max_steps=4, train__held_out=0))
+    assert_refused(result, 1, "step 4: the loss of the last step is not finite")

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -499,6 +500,51 @@ def test_the_last_error_of_a_log(tmp_path: Path) -> None:
     assert last_error(log, start) == "step 2"
     log.write_bytes(b"error: of yesterday\nstep 1\rerror: first\nerror: caf\xe9\n\nbar\r  \n")
     assert last_error(log, start) == "caf\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "implied"),
+    [
+        ("", ["draft.markov_head=vanilla,none"], True),
+        ("", ["draft.markov_head='none',rnn"], True),
+        ("", ["draft.markov_head=none,rnn", "draft.confidence_with_markov=false"], False),
+        ("[draft]\nconfidence_with_markov = false", ["draft.markov_head=none,rnn"], False),
+        ("[draft]\nconfidence_head = false", ["draft.markov_head=none,rnn"], False),
+    ],
+)
+def test_a_point_without_a_markov_head_needs_no_second_setting(tmp_path, text, settings, implied) -> None:
+    """The confidence head can't see what is not there; what the user has set stays."""
+    (tmp_path / "c.toml").write_text(text)
+    for point in plan_grid(tmp_path / "c.toml", settings):
+        none = point.config.draft.markov_head == "none"
+        own = "draft.confidence_with_markov=false" in point.settings[len(settings) :]
+        assert own == (none and implied), point
+        if implied:
+            assert point.config.draft.confidence_with_markov == (not none)
+        assert "confidence" not in point.name
+
+
+def test_a_users_own_contradiction_stays_an_error(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[draft]\nconfidence_with_markov = true")
+    with pytest.raises(UsageError, match=r"grid point markov_head=none.*confidence_with_markov"):
+        plan_grid(tmp_path / "c.toml", ["draft.markov_head=vanilla,none"])
+
+
+def test_a_longer_run_is_not_complete(tmp_path: Path, cache_dir: Path) -> None:
+    from pipeline.cache import CacheReader
+    from tests.train.runs import train_arguments
+
+    run = tmp_path / "run"
+    run_ok(*train_arguments(cache_dir, run, train__max_steps=2))
+    config, identity = load_run_config(run), CacheReader(cache_dir).manifest.identity
+    for change, complete in (
+        ({}, True),
+        ({"log_every": 1}, True),
+        ({"max_steps": 3}, False),
+        ({"lr": 1.0}, False),
+    ):
+        wanted = replace(config, train=replace(config.train, **change))
+        assert sweep.is_complete(run, wanted, identity) == complete, change
 
 
 def test_two_drafts_are_trained(tmp_path: Path, cache_dir: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, WriteError
 from pipeline.target_model.options import TargetOptions, target_options
+from train.runs.find import find_run
 from train.runs.names import BEST
+
+if TYPE_CHECKING:  # so that --help imports no torch
+    from train.runs.figures import Calibration, Evaluation, Speculation
 
 run_option = click.option(
     "--run",
@@ -19,15 +24,14 @@ run_option = click.option(
     "run",
     type=click.Path(path_type=Path),
     required=True,
-    help="A run that has a checkpoint.",
+    help="A run that has a checkpoint, or one of its checkpoints: RUN/latest, RUN/checkpoints/step-000400.",
 )
 cache_option = click.option(
     "--cache", type=click.Path(path_type=Path), required=True, help="A complete cache."
 )
 checkpoint_option = click.option(
     "--checkpoint",
-    default=BEST,
-    show_default=True,
+    show_default=BEST,
     help="Checkpoint: best (the latest if nothing was held out), latest, or a name such as step-000400.",
 )
 device_option = click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu, ...")
@@ -42,6 +46,23 @@ anchors_seed_option = click.option(
 )
 
 
+def _keep(folder: Path, figures: Evaluation | Calibration | Speculation) -> None:
+    """Put figures beside their draft. Warn if nobody may write there: they were printed.
+
+    Raises:
+        WriteError: it failed for another reason, such as a full disk.
+    """
+    from train.runs.results import save_figures
+    from train.runtime.console import warn
+
+    try:
+        save_figures(folder, figures)
+    except WriteError as error:
+        if getattr(error.__cause__, "errno", None) not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        warn(f"the figures are printed only: {error}")
+
+
 @click.command("evaluate")
 @cache_option
 @run_option
@@ -51,7 +72,7 @@ anchors_seed_option = click.option(
 @device_option
 @json_option
 def evaluate_command(
-    cache: Path, run: Path, checkpoint: str, anchors: int | None, seed: int, device: str, as_json: bool
+    cache: Path, run: Path, checkpoint: str | None, anchors: int | None, seed: int, device: str, as_json: bool
 ) -> None:
     """Measure a draft on a cache's held-out samples. The target is not needed.
 
@@ -61,12 +82,14 @@ def evaluate_command(
     """
     from train.eval.evaluate import evaluate, format_evaluation
     from train.runs.open import open_on_cache
-    from train.runs.results import json_values, save_figures
+    from train.runs.results import json_values
     from train.runtime.distributed import open_ranks
 
+    found = find_run(run)
+    which = found.checkpoint_or(checkpoint)
     with open_ranks(device) as ranks:
         with ranks.together():
-            draft = open_on_cache(cache, run, ranks, checkpoint)
+            draft = open_on_cache(cache, found.path, ranks, which)
         result = evaluate(
             draft.module,
             draft.reader,
@@ -81,7 +104,7 @@ def evaluate_command(
             click.echo(json.dumps(json_values(result)) if as_json else format_evaluation(result))
         with ranks.together():
             if ranks.leads:
-                save_figures(draft.folder, result)
+                _keep(draft.folder, result)
 
 
 def _check_temperatures(_ctx: click.Context, _param: click.Parameter, values: tuple[float, ...]) -> Any:
@@ -152,7 +175,7 @@ def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float)
 def speculate_command(
     target: TargetOptions,
     run: Path,
-    checkpoint: str,
+    checkpoint: str | None,
     prompts: Path | None,
     cache: Path | None,
     num_prompts: int,
@@ -179,17 +202,18 @@ def speculate_command(
     from train.decode.prompts import held_out_prompts, read_prompts
     from train.runs.directory import load_run_config
     from train.runs.open import open_draft
-    from train.runs.results import json_values, save_figures
+    from train.runs.results import json_values
 
     quiet_transformers()
-    draft = open_draft(run, checkpoint)
+    named = find_run(run)
+    draft = open_draft(named.path, named.checkpoint_or(checkpoint))
     found = open_target(target)
     if prompts is not None:
         asked = read_prompts(prompts, found.tokenizer(), draft.target.vocab_size, num_prompts)
     else:
         reader = CacheReader(cache)
         draft.require_target_of(reader)
-        _, held_out = split(reader, load_run_config(run).train.held_out)
+        _, held_out = split(reader, load_run_config(named.path).train.held_out)
         asked = held_out_prompts(reader, held_out, num_prompts)
     pair, folder = load_pair(found, draft), draft.folder
     del draft  # its weights are the pair's by now
@@ -206,7 +230,7 @@ def speculate_command(
         show=partial(click.echo, err=as_json) if show else None,
     )
     click.echo(json.dumps(json_values(result)) if as_json else format_speculation(result))
-    save_figures(folder, result)
+    _keep(folder, result)
 
 
 @click.command("calibrate")
@@ -218,7 +242,7 @@ def speculate_command(
 @device_option
 @json_option
 def calibrate_command(
-    cache: Path, run: Path, checkpoint: str, anchors: int | None, seed: int, device: str, as_json: bool
+    cache: Path, run: Path, checkpoint: str | None, anchors: int | None, seed: int, device: str, as_json: bool
 ) -> None:
     """Fit a temperature per position, so that confidence predicts how often tokens are accepted.
 
@@ -228,15 +252,17 @@ def calibrate_command(
     """
     from train.eval.calibrate import calibrate, format_calibration
     from train.runs.open import open_on_cache
-    from train.runs.results import json_values, save_figures
+    from train.runs.results import json_values
     from train.runtime.distributed import open_ranks
 
+    found = find_run(run)
+    which = found.checkpoint_or(checkpoint)
     with open_ranks(device) as ranks:
         with ranks.together():
-            draft = open_on_cache(cache, run, ranks, checkpoint)
+            draft = open_on_cache(cache, found.path, ranks, which)
         result = calibrate(draft, ranks, anchors=anchors, seed=seed)
         if ranks.leads:
             click.echo(json.dumps(json_values(result)) if as_json else format_calibration(result))
         with ranks.together():
             if ranks.leads:
-                save_figures(draft.folder, result)
+                _keep(draft.folder, result)

@@ -9,6 +9,7 @@ from click import format_filename
 
 from pipeline.errors import UsageError
 from train.cli.evaluate import cache_option, checkpoint_option
+from train.runs.find import find_run
 
 
 @click.command("export")
@@ -40,7 +41,7 @@ def export_command(
     run: Path,
     folder: Path,
     to: str,
-    checkpoint: str,
+    checkpoint: str | None,
     dtype: str,
     with_embeddings: bool,
     cache: Path | None,
@@ -60,7 +61,10 @@ def export_command(
     from train.export.writer import export
 
     quiet_transformers()
-    draft = export(run, folder, to, checkpoint=checkpoint, dtype=dtype, cache=cache)
+    found = find_run(run)
+    draft = export(
+        found.path, folder, to, checkpoint=found.checkpoint_or(checkpoint), dtype=dtype, cache=cache
+    )
     click.echo(
         f"{format_filename(folder)}: the draft of {format_filename(run)} at step {draft.step:,} for "
         f"{draft.target.name}, {dtype}; to serve it see {format_filename(folder / 'README.md')}"

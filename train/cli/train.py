@@ -75,10 +75,12 @@ def train_command(
     config = configuration.build(RunConfig, configuration.apply_overrides(values, overrides), where)
     from pipeline.quiet import quiet_transformers
     from train.eval.validate import format_validation
+    from train.runs.open import run_to_continue
     from train.runtime.console import say
     from train.trainer.trainer import train
 
     quiet_transformers()
+    run = run_to_continue(run)
     result = train(cache, config, run, device=device, fresh=fresh, profile_steps=profile or 0)
     if torchrun_place().rank == 0:
         if result:

@@ -14,9 +14,13 @@ from typing import Any
 
 from pipeline.errors import RunError
 from pipeline.text import duration, table
+from train.runs.changes import flat_settings
 from train.runs.checkpoint import checkpoints
-from train.runs.directory import flat_settings, load_run_cache, load_run_config, read_progress
+from train.runs.directory import load_run_cache, load_run_config, read_progress
+from train.runs.find import NamedRun, find_run
 from train.runs.names import CONFIG, RUN
+from train.runs.open import find_checkpoint
+from train.runs.page import read_training
 
 _FIGURES = ("tau", "accept_by_position", "loss", "ce_loss", "l1_loss", "confidence_loss")
 
@@ -29,48 +33,54 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     None. `best_tau` and `best_step` are None if the best evaluation is the last one.
 
     Args:
-        runs: directories of runs, or folders of runs, which stand for their runs sorted by name.
+        runs: directories of runs, paths of their checkpoints, or folders of runs, which stand for their
+            runs sorted by name.
 
     Raises:
         RunError: a directory is neither, or a run can't be read.
     """
-    folders = run_folders(runs)
-    facts = [{**_settings(run), **_cache(run)} for run in folders]
+    found = named_runs(runs)
+    facts = [{**_settings(run.path), **_cache(run.path)} for run in found]
     keys = [key for key in dict.fromkeys(key for row in facts for key in row) if _differs(key, facts)]
     return [
         {"run": name, **{key: row.get(key) for key in keys}, **_figures(run)}
-        for name, row, run in zip(_names(folders), facts, folders, strict=True)
+        for name, row, run in zip(_names(found), facts, found, strict=True)
     ]
 
 
-def run_folders(runs: Sequence[Path]) -> list[Path]:
-    """List the directories of runs, each once."""
-    found: dict[Path, Path] = {}
-    for run in runs:
-        inside = (
-            [run] if (run / CONFIG).is_file() else sorted(path.parent for path in run.glob(f"*/{CONFIG}"))
-        )
+def named_runs(runs: Sequence[Path]) -> list[NamedRun]:
+    """List the runs that paths name, each once; a folder of runs stands for all of them."""
+    found: dict[tuple[Path, str | None], NamedRun] = {}
+    for path in runs:
+        inside = [find_run(path)]
+        if not (inside[0].path / CONFIG).is_file():
+            inside = [NamedRun(config.parent) for config in sorted(path.glob(f"*/{CONFIG}"))]
         if not inside:
             raise RunError(
-                f"no run at {run} or in its folders: expected {run / CONFIG}; "
-                f"run `dspark train --run {run}` first"
+                f"no run at {path} or in its folders: expected {path / CONFIG}; "
+                f"run `dspark train --run {path}` first"
             )
-        for path in inside:
-            found.setdefault(path.resolve(), path)
+        for run in inside:
+            found.setdefault((run.path.resolve(), run.checkpoint), run)
     return list(found.values())
 
 
-def _names(runs: Sequence[Path]) -> list[str]:
+def _names(runs: Sequence[NamedRun]) -> list[str]:
     """Return the end of each run's path, as long as it takes to tell it from the others."""
-    parts = [(run.absolute() if run.name != ".." else run.resolve()).parts for run in runs]
 
-    def shortest(own: tuple[str, ...]) -> str:
-        for length in range(1, len(own)):
-            if sum(other[-length:] == own[-length:] for other in parts) == 1:
+    def parts_of(run: NamedRun) -> tuple[str, ...]:
+        path = run.path.absolute() if run.path.name != ".." else run.path.resolve()
+        return (path / run.checkpoint if run.checkpoint else path).parts
+
+    every = [parts_of(run) for run in runs]
+
+    def shortest(own: tuple[str, ...], least: int) -> str:
+        for length in range(least, len(own)):
+            if sum(other[-length:] == own[-length:] for other in every) == 1:
                 return "/".join(own[-length:])
         return str(Path(*own))
 
-    return [shortest(own) for own in parts]
+    return [shortest(own, 2 if run.checkpoint else 1) for own, run in zip(every, runs, strict=True)]
 
 
 def _settings(run: Path) -> dict[str, Any]:
@@ -102,9 +112,11 @@ def _differs(key: str, facts: Sequence[dict[str, Any]]) -> bool:
     return any(row.get(key) != told[0].get(key) for row in told)
 
 
-def _figures(run: Path) -> dict[str, Any]:
-    """Return a run's progress and the figures of its last evaluation."""
-    progress = read_progress(run) if checkpoints(run) else None
+def _figures(run: NamedRun) -> dict[str, Any]:
+    """Return a run's progress and the figures of its last evaluation, as of the checkpoint named if any."""
+    progress = read_progress(run.path) if checkpoints(run.path) else None
+    if run.checkpoint:
+        progress = read_training(find_checkpoint(run.path, run.checkpoint)).progress
     evaluation = (progress and progress.evaluation) or {}
     best = progress and progress.best
     if best and best.step == evaluation.get("step"):

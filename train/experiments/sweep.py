@@ -20,7 +20,8 @@ from train.config import RunConfig
 from train.experiments.compare import compare, format_text
 from train.experiments.grid import Point, plan_grid
 from train.experiments.processes import Child, Processes, visible_gpus
-from train.runs.directory import check_run, read_progress
+from train.runs.changes import LENGTH, changed_settings
+from train.runs.directory import check_run, load_run_config, read_progress
 from train.trainer.setup import set_up
 
 POLL_SECONDS = 0.1
@@ -167,7 +168,8 @@ def is_complete(run: Path, config: RunConfig, identity: Identity) -> bool:
     """
     try:
         check_run(run, config, identity, fresh=False)
-        return read_progress(run).complete
+        longer = changed_settings(load_run_config(run), config).keys() & {*LENGTH}
+        return read_progress(run).complete and not longer
     except DSparkError:
         return False
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from train.config import RunConfig
-from train.runs.directory import flat_settings
+from train.runs.changes import flat_settings
 from train.runs.figures import CacheFacts, Evaluation, Speculation, SpeculationRun
 from train.runs.page import TrainingPage
 

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from pipeline import files
-from pipeline.errors import WriteError
+from pipeline.errors import RunError, WriteError
 from train.runs.names import BEST, CHECKPOINTS, LATEST, STATES, TRAINING, WEIGHTS
 from train.runs.page import TrainingPage, damaged, read_training
 from train.runs.state import Progress
@@ -73,6 +73,7 @@ def save_checkpoint(
         keep: newest checkpoints to keep, in addition to the best.
 
     Raises:
+        RunError: a weight is not finite. The last checkpoint is unchanged.
         WriteError: the disk is full, or another error of writing. The last checkpoint is unchanged.
     """
     weights = {n: _gathered(p, ranks) for n, p in model.state_dict().items() if _trained(model, n)}
@@ -81,6 +82,7 @@ def save_checkpoint(
         states |= {f"random.{rank}.{name}": state for name, state in generators.items()}
     with ranks.together():
         if ranks.leads:
+            check_finite(run, page.progress.step, weights)
             try:
                 _write(run, model, weights, states, page)
                 _point(run, page.progress)
@@ -90,6 +92,18 @@ def save_checkpoint(
                     f"{run}: the checkpoint can't be written ({error.strerror or error}): fix that, then run "
                     "the same command again; it continues from the last checkpoint"
                 ) from None
+
+
+def check_finite(run: Path, step: int, values: dict[str, Tensor]) -> None:
+    """Check weights, or figures of a draft, on the CPU. Raise RunError naming one that is not finite."""
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            kept = newest(run)
+            rest = f"{run} keeps {kept.name}" if kept else f"{run} has no checkpoint"
+            raise RunError(
+                f"step {step}: {name} is not finite, so the draft is useless and not saved; {rest}: train "
+                "again with a lower train.lr, in another --run or with --fresh"
+            )
 
 
 def _trained(model: PreTrainedModel, name: str) -> bool:

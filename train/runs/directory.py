@@ -18,6 +18,7 @@ from pipeline import files
 from pipeline.cache.manifest import Identity, differing_fields
 from pipeline.errors import ConfigError, RunError, WriteError
 from train.config import RunConfig
+from train.runs.changes import FREE, LENGTH, changed_settings
 from train.runs.checkpoint import newest, repair
 from train.runs.names import (
     BEST,
@@ -111,13 +112,19 @@ def _check_clearing(run: Path, config: RunConfig) -> None:
 
 
 def _check_same(run: Path, config: RunConfig, identity: Identity) -> None:
-    """Check that a run has this config and this cache. Raise RunError naming what differs."""
+    """Check that a run has this cache, and this config but for what may change.
+
+    Raises:
+        RunError: naming what differs.
+    """
     differing = [f"cache {line}" for line in differing_fields(load_run_cache(run), identity)]
-    differing += differing_settings(load_run_config(run), config)
-    if not differing:
+    changed = changed_settings(load_run_config(run), config)
+    imported = _is_imported(run)
+    if not differing and (not changed if imported else changed.keys() <= {*FREE, *LENGTH}):
         return
+    differing += [f"{key}: {old} against {new}" for key, (old, new) in changed.items()]
     remedy = ", or pass --fresh to start over"
-    if _is_imported(run):
+    if imported:
         remedy = f" and set draft.init_from = {run} to train its imported draft further"
     raise RunError(
         f"{run} is a run with other settings (the run's against yours: {'; '.join(differing)}): choose "
@@ -131,18 +138,6 @@ def _is_imported(run: Path) -> bool:
     with suppress(RunError):  # a damaged draft need not be kept
         return folder is not None and read_training(folder).imported is not None
     return False
-
-
-def differing_settings(ours: RunConfig, theirs: RunConfig) -> list[str]:
-    """Return the settings in which two configs differ, as `table.key: ours against theirs`."""
-    others = flat_settings(theirs)
-    return [f"{key}: {v} against {others[key]}" for key, v in flat_settings(ours).items() if v != others[key]]
-
-
-def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Return settings by their dotted names, as `--set` takes them."""
-    tables = dataclasses.asdict(config).items()
-    return {f"{table}.{key}": value for table, values in tables for key, value in values.items()}
 
 
 @contextmanager

@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.cache import CacheReader, TargetIdentity
-from pipeline.errors import RunError
+from pipeline.errors import RunError, UsageError
 from train.config import RunConfig
 from train.data.split import split
 from train.draft import DRAFTS
 from train.draft.kind import DraftKind, TrainerModule
-from train.runs.checkpoint import FROZEN, check_shapes, checkpoints, copy_tensors
+from train.runs.checkpoint import FROZEN, check_shapes, checkpoints, copy_tensors, newest
 from train.runs.directory import load_run_config
+from train.runs.find import find_run
 from train.runs.names import BEST, CHECKPOINTS, LATEST, TRAINING, WEIGHTS
 from train.runs.page import TrainingPage, damaged, read_training
 from train.runtime.distributed import Ranks
@@ -95,6 +96,22 @@ def find_checkpoint(run: Path, which: str = BEST) -> Path:
             f"no finished checkpoint at {folder}: {run} has {names}; `dspark train --run {run}` makes them"
         )
     return folder.resolve()  # training may move the link
+
+
+def run_to_continue(path: Path) -> Path:
+    """Return the directory of the run that a path names, for training.
+
+    Raises:
+        UsageError: the path names a checkpoint that is not the newest.
+    """
+    named = find_run(path)
+    folder = newest(named.path)
+    if named.checkpoint and folder and find_checkpoint(named.path, named.checkpoint) != folder.resolve():
+        raise UsageError(
+            f"{path} is not the newest checkpoint of {named.path}, from which training continues: pass "
+            f"--run {named.path}, or a new --run with --set draft.init_from={path}"
+        )
+    return named.path
 
 
 def open_draft(run: Path, which: str = BEST) -> TrainedDraft:

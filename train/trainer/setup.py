@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.cache import CacheReader
+from pipeline.cache.split import few_steps, more_steps
 from pipeline.errors import ConfigError
 from train.config import RunConfig, TrainConfig
-from train.data.packing import count_steps
+from train.data.packing import count_steps, epoch_packs
 from train.data.split import split
 from train.draft import DRAFTS
 from train.draft.kind import DraftKind
@@ -116,6 +118,29 @@ def check_world(config: TrainConfig, world: int) -> None:
 def count_run_steps(setup: Setup) -> int:
     """Return the number of optimiser steps of the whole run."""
     return count_steps(setup.reader.lengths[setup.samples], setup.config.train)
+
+
+def steps_lines(setup: Setup, total: int) -> Iterator[str]:
+    """Yield the number of a run's optimiser steps with its reason, and a warning if they are few.
+
+    Args:
+        total: optimiser steps of the whole run.
+    """
+    train, lengths = setup.config.train, setup.reader.lengths[setup.samples]
+    packs = len(epoch_packs(lengths, train.batch_tokens, train.seed, 0))
+    each = -(-packs // train.micro_batches_per_step)
+    epoch = (
+        f"an epoch is {each:,} step{'s' * (each != 1)}, {packs:,} batches of at most {train.batch_tokens:,} "
+        f"tokens, {train.micro_batches_per_step:,} per step"
+    )
+    why = f"train.epochs = {train.epochs}" if train.max_steps is None else "train.max_steps"
+    yield f"{total:,} optimiser steps by {why}; {epoch}"
+    remedy = "raise train.max_steps"
+    if train.max_steps is None:
+        remedy = more_steps(packs * train.epochs, train.micro_batches_per_step)
+    warning = few_steps(total, remedy)
+    if warning:
+        yield f"warning: {warning}"
 
 
 def build_draft(setup: Setup, *, fresh: bool = True) -> PreTrainedModel:

@@ -25,8 +25,9 @@ from train.data.packing import Step, steps_from
 from train.data.sampling import random_anchors
 from train.eval.validate import validate
 from train.losses.slots import LossSums
-from train.runs.checkpoint import newest, save_checkpoint
-from train.runs.directory import begin, check_run, flat_settings, locked
+from train.runs.changes import LENGTH, changed_settings, flat_settings, lengthen, record_changes
+from train.runs.checkpoint import check_finite, newest, save_checkpoint
+from train.runs.directory import begin, check_run, load_run_config, locked
 from train.runs.names import CHECKPOINTS, METRICS, TRACE, TRACKERS
 from train.runs.page import TrainingPage, read_training
 from train.runs.state import Best, Progress
@@ -38,7 +39,7 @@ from train.runtime.profiler import check_profile, step_profiler
 from train.runtime.trackers import Trackers
 from train.trainer.optimizer import learning_rate, normalise_gradients, set_learning_rate
 from train.trainer.parts import Checkpoint, Parts, build_parts
-from train.trainer.setup import Setup, count_run_steps, set_up
+from train.trainer.setup import Setup, count_run_steps, set_up, steps_lines
 
 
 def train(
@@ -76,7 +77,7 @@ def train(
             identity = setup.reader.manifest.identity
             check_run(run, setup.config, identity, fresh=fresh)
             if profile_steps:
-                _check_profile(profile_steps, setup, None if fresh else _newest(run))
+                _check_profile(profile_steps, setup, None if fresh else _newest(run, setup))
         if ranks.leads:
             say(configuration.to_toml(setup.config), err=False)
         with ranks.together():
@@ -85,20 +86,32 @@ def train(
                 check_run(run, setup.config, identity, fresh=fresh)  # again, now under the lock
                 begin(run, setup.config, identity, fresh=fresh)
         with ranks.together():
-            checkpoint = _newest(run)
+            checkpoint = _newest(run, setup)
         found = checkpoint and checkpoint.folder.name
         ranks.agree({"config": setup.config, "cache": identity, "newest checkpoint": found})
         if checkpoint is not None and checkpoint.page.progress.complete:
             if ranks.leads:
                 say(f"run {run}: complete, nothing is left to train", err=False)
             return checkpoint.page.progress.evaluation
+        with ranks.together():
+            if ranks.leads:
+                step = checkpoint.page.progress.step if checkpoint else 0
+                changes = record_changes(run, load_run_config(run), setup.config, step)
+                if changes:
+                    say(changes)
         parts = build_parts(ranks, setup, run, checkpoint)
         return Training(ranks, setup, run, parts, stop, checkpoint).run(profile_steps).evaluation
 
 
-def _newest(run: Path) -> Checkpoint | None:
+def _newest(run: Path, setup: Setup) -> Checkpoint | None:
+    """Return the checkpoint to continue from, with the number of steps that the config asks for now."""
     folder = newest(run)
-    return None if folder is None else Checkpoint(folder, read_training(folder))
+    if folder is None:
+        return None
+    page = read_training(folder)
+    if changed_settings(page.config, setup.config).keys() & {*LENGTH}:
+        lengthen(run, page.progress, count_run_steps(setup))
+    return Checkpoint(folder, page)
 
 
 def _check_profile(steps: int, setup: Setup, checkpoint: Checkpoint | None) -> None:
@@ -197,6 +210,8 @@ class Training:
         progress, parts = self.progress, self.parts
         self.display.say(", ".join(f"{name} {value}" for name, value in parts.machine.items()))
         if self.checkpoint is None or not progress.step:
+            for line in steps_lines(self.setup, progress.total_steps):
+                self.display.say(line)
             return
         self.display.say(f"continuing from step {progress.step} of {progress.total_steps}")
         last, now = ({**page.machine, **page.version} for page in (self.checkpoint.page, self._page()))
@@ -296,11 +311,26 @@ class Training:
         if train.checkpoint_every and progress.step % train.checkpoint_every == 0:
             checkpoint_due = True
         if last or self.stop_agreed or checkpoint_due or better:
+            self._check_draft(last=last)
             self._save()
         if self.stop_agreed and not progress.complete:
             number = self.stop.signal or signal.SIGTERM  # another rank may have received the signal
             kept = f"{self.path} is saved at step {progress.step}, the same command continues"
             self.ranks.fail(StoppedError(number, f"stopped by {number.name}: {kept}"))
+
+    def _check_draft(self, *, last: bool) -> None:
+        """End the run if the draft to be saved has no finite figures, or the run ends with skipped steps.
+
+        A skipped step is no harm if an evaluation after it is finite.
+        """
+        progress = self.progress
+        values = {}
+        if progress.measured is not None:
+            values["the held-out loss"] = torch.tensor(progress.measured["loss"], device="cpu")
+        elif last and progress.complete and progress.skipped_in_a_row:
+            values["the loss of the last step"] = torch.tensor(math.nan, device="cpu")
+        with self.ranks.together():
+            check_finite(self.path, progress.step, values)
 
     def _evaluation_due(self) -> bool:
         step, every = self.progress.step, self.config.train.eval_every

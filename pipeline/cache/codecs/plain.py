@@ -66,9 +66,11 @@ class Float16(_Plain):
 
     def encode(self, rows: Tensor, statistics: Statistics | None = None) -> dict[str, Tensor]:
         half = rows.to(torch.float16)
-        if not bool(torch.isfinite(half).all()) and bool(torch.isfinite(rows).all()):
-            raise CacheError(
-                f"fp16 holds values up to 65504, got {rows.float().abs().max().item():.6g}: "
-                "choose another codec, such as bf16 or int8"
-            )
+        if not bool(torch.isfinite(half).all()):
+            lost = rows[~torch.isfinite(half) & torch.isfinite(rows)]  # infinity in stays infinity
+            if len(lost):
+                raise CacheError(
+                    f"fp16 holds values up to 65504, got {lost.float().abs().max().item():.6g}: "
+                    "choose another codec, such as bf16 or int8"
+                )
         return {"": half}

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from pipeline import files
 from pipeline.cache.manifest import PROGRESS, FileRecord, Manifest
-from pipeline.cache.progress.records import read_kept, read_shard_record, read_target_record
+from pipeline.cache.progress.records import ShardRecord, read_kept, read_shard_record, read_target_record
 
 
 @dataclass(frozen=True)
 class Finished:
     """Recorded files of an incomplete cache."""
 
-    shards: dict[int, FileRecord]
+    shards: dict[int, ShardRecord]
     others: tuple[FileRecord, ...]
     """Files of `target/`; empty until it is written."""
 
@@ -33,10 +33,10 @@ def finished_files(cache: Path, manifest: Manifest) -> Finished:
     """
     folder, number = cache / PROGRESS, len(manifest.plan)
     kept = read_kept(folder, number)
-    records: dict[int, FileRecord] = {}
+    records: dict[int, ShardRecord] = {}
     listed = {shard for shard, _ in listed_shards(cache / "shards", ".safetensors")}
     for shard in sorted(listed & set(range(number))):
-        record = read_shard_record(folder, shard, kept)
+        record = read_shard_record(folder, shard, kept, manifest.plan.samples[shard])
         if record:
             records[shard] = record
     target = read_target_record(folder)

@@ -6,10 +6,11 @@ import dataclasses
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline import config, files
 from pipeline.cache.manifest import (
@@ -24,6 +25,7 @@ from pipeline.cache.manifest import (
     is_target_file,
     shard_file,
 )
+from pipeline.cache.skipped import is_possible
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
@@ -42,6 +44,8 @@ class ShardRecord(FileRecord):
     measured: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     statistics: str = ""
     """SHA-256 of the statistics it was written with, empty without: it can't be read with others."""
+    skipped: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Its skipped samples: by reason, their numbers in the shard from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class Kept(ShardFiles):
 
     statistics: str = ""
     """As in ShardRecord, for every kept shard."""
+    skipped: dict[str, dict[str, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    """As in ShardRecord, by the number of each kept shard that has any."""
 
 
 def read_record(path: Path, cls: type[T], limit: int = MAX_RECORD_BYTES) -> T | None:
@@ -76,15 +82,25 @@ def read_kept(folder: Path, number: int) -> Kept:
     return kept if all(map(is_sha256, kept.sha256)) else Kept()
 
 
-def read_shard_record(folder: Path, shard: int, kept: Kept) -> ShardRecord | None:
-    """Read the record of a finished shard, or make it from `kept`; None without a valid one."""
+def read_shard_record(folder: Path, shard: int, kept: Kept, samples: int) -> ShardRecord | None:
+    """Read the record of a finished shard of `samples` samples, or make it from `kept`.
+
+    Returns:
+        None without a valid one.
+    """
     name = shard_file(shard)
     record = read_record(folder / f"{shard:05d}.json", ShardRecord)
     if record is None and kept.bytes and kept.bytes[shard]:
         record = ShardRecord(
-            file=name, bytes=kept.bytes[shard], sha256=kept.sha256[shard], statistics=kept.statistics
+            file=name,
+            bytes=kept.bytes[shard],
+            sha256=kept.sha256[shard],
+            statistics=kept.statistics,
+            skipped=kept.skipped.get(str(shard), {}),
         )
     if record is None or record.file != name or not is_sha256(record.sha256):
+        return None
+    if not is_possible(record.skipped, samples):
         return None
     return record if not record.statistics or is_sha256(record.statistics) else None
 
@@ -106,11 +122,12 @@ class Records:
     Args:
         cache: the cache directory.
         standardised: whether a codec of the cache needs statistics.
+        samples: the plan's samples of each shard.
     """
 
-    def __init__(self, cache: Path, standardised: bool):
+    def __init__(self, cache: Path, standardised: bool, samples: Sequence[int]):
         self.cache, self.folder = cache, cache / PROGRESS
-        self._standardised = standardised
+        self._standardised, self._samples = standardised, samples
         self._kept = Kept()
 
     def read_kept(self, number: int) -> None:
@@ -123,7 +140,7 @@ class Records:
 
     def shard(self, shard: int) -> ShardRecord | None:
         """Return the record of a finished shard whose file still matches it."""
-        record = read_shard_record(self.folder, shard, self._kept)
+        record = read_shard_record(self.folder, shard, self._kept, self._samples[shard])
         if record is None or bool(record.statistics) != self._standardised:
             return None
         return record if self.matches(record) else None
@@ -135,17 +152,23 @@ class Records:
 
     def publish(self, name: str, record: ShardRecord | TargetRecord) -> None:
         """Publish a record as `progress/<name>`. Raises WriteError."""
-        files.publish_bytes(self.folder / name, json.dumps(dataclasses.asdict(record)).encode())
+        values = dataclasses.asdict(record)
+        if not values.get("skipped"):  # a version that does not know the key can't continue with such a shard
+            values.pop("skipped", None)
+        files.publish_bytes(self.folder / name, json.dumps(values).encode())
 
     def publish_kept(self, found: Manifest, damaged: set[str]) -> None:
         """Publish which shards a complete cache keeps when it is reopened: all but the `damaged` ones."""
         self.folder.mkdir(exist_ok=True)
         good = [shard_file(shard) not in damaged for shard in range(len(found.plan))]
-        kept = {
+        kept: dict[str, Any] = {
             "bytes": [size * whole for size, whole in zip(found.shards.bytes, good, strict=True)],
             "sha256": list(found.shards.sha256),
             "statistics": next((r.sha256 for r in found.files if r.file == STATISTICS), ""),
         }
+        skipped = found.skipped.by_shard(found.plan.samples)
+        if any(good[shard] for shard in skipped):
+            kept["skipped"] = {str(shard): each for shard, each in skipped.items() if good[shard]}
         files.publish_bytes(self.folder / KEPT, json.dumps(kept).encode())
 
     def remove(self) -> None:

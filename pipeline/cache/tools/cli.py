@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.cache.split import HELD_OUT
 from pipeline.errors import CacheError
 from pipeline.options import CONTEXT_CODECS, LAST_CODECS, parse_layer_ids
 
@@ -65,7 +66,7 @@ def verify_command(cache: Path, fast: bool, repair: bool, threads: int | None) -
 @click.option(
     "--held-out",
     type=click.FloatRange(0, 1),
-    default=0.05,
+    default=HELD_OUT,
     show_default=True,
     help="Fraction of the samples that a run would hold out.",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from pipeline.cache.codecs import Statistics, get_codec
 from pipeline.cache.codecs.base import peaks
-from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, relative_error, spread
 from pipeline.cache.layout import LAST_HIDDEN, part_name, shard_specs
 from pipeline.cache.manifest import FROZEN, INDEX, FileRecord, Identity, Manifest, shard_file
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes
 from pipeline.cache.progress.claims import Worker, claim_name, take_shards
 from pipeline.cache.reader import MAX_SCALE, CacheReader, last_positions
-from pipeline.cache.shard import ShardBuffer, map_shard
+from pipeline.cache.shard import map_shard
+from pipeline.cache.skipped import SkippedRows, uncounted
 from pipeline.cache.statistics import (
     TOKENS,
     StateStatistics,
@@ -34,6 +34,7 @@ from pipeline.cache.statistics import (
     standardised_states,
     state_codecs,
 )
+from pipeline.cache.tools.filler import Filler
 from pipeline.cache.verify import FileChecks, Problem
 from pipeline.cache.writer import CacheWriter
 from pipeline.errors import CacheError, UsageError
@@ -41,8 +42,6 @@ from pipeline.features import validate_target_layer_ids
 from pipeline.signals import StopRequest, stop_on_signals
 from pipeline.text import size
 
-# Rows decoded and encoded at a time.
-ROWS = 2048
 # Name of the claim on writing `target/`.
 _TARGET = "target"
 
@@ -90,7 +89,8 @@ def convert(
         click.echo(line)
     if not force:
         check_disk(destination, cost, "keep fewer layers (--layers) or use smaller codecs")
-    writer = CacheWriter(destination, identity, old.manifest.plan, old.index, old.manifest.rows, history)
+    rows = uncounted(old.manifest.rows, old.manifest.skipped)  # the writer counts them again
+    writer = CacheWriter(destination, identity, old.manifest.plan, old.index, rows, history)
     if writer.complete:
         return Converted(writer.manifest, complete=True, reused=True, shards=0)
     _warn_of_finer_codecs(old.manifest.identity, identity)
@@ -200,6 +200,8 @@ class Source:
         self.starts, self.lengths, self.shards, self.last_starts, self.last_rows = (
             table[name].to_numpy() for name in ("token_start", "length", "shard", "last_start", "last_rows")
         )
+        self.skipped = self.manifest.skipped.by_shard(self.manifest.plan.samples)
+        self.skipped_rows = SkippedRows(self.skipped, self.manifest.plan.samples, table)
         self.statistics = read_statistics(path, self.identity)
         self.codecs = state_codecs(self.identity, self.statistics)
         self._shard: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -276,7 +278,7 @@ class Source:
     def measure(self, identity: Identity, between: Callable[[], None]) -> dict[str, Statistics]:
         """Return the statistics for a cache of `identity`: this one's, else measured from its rows.
 
-        As in a capture, the rows are the first of `chosen_samples`, without position 0.
+        As in a capture, the rows are the first of `chosen_samples`, without position 0 and skipped samples.
 
         Args:
             between: called before each sample; may raise to stop.
@@ -284,7 +286,13 @@ class Source:
         wanted = standardised_states(identity)
         known = {state: self.statistics[state] for state in wanted if state in self.statistics}
         sums = {state: StateStatistics() for state in wanted if state not in known}
-        samples = chosen_samples(len(self.lengths)) if sums else []
+        kept = self.manifest.skipped.kept(len(self.lengths))
+        samples = [i for i in chosen_samples(len(self.lengths)) if kept[i]] if sums else []
+        if sums and not samples:
+            raise CacheError(
+                f"{self.path} skips every sample that statistics are measured from: capture it again with "
+                "the codecs that you want"
+            )
         last = {}
         for i in samples:
             between()
@@ -326,64 +334,9 @@ def _convert(writer: CacheWriter, worker: Worker, old: Source, stop: StopRequest
             between()
             buffer = writer.new_shard(shard, memory)
             measured = filler.fill(buffer, shard)
-            writer.write_shard(shard, buffer, measured)
+            writer.write_shard(shard, buffer, measured, skipped=old.skipped.get(shard, {}))
             worker.release(claim_name(shard))
             worker.captured(plan.tokens[shard])
             bar.update(plan.tokens[shard])
             written += 1
     return written
-
-
-class Filler:
-    """Fills shard buffers of a new identity from the source's shards."""
-
-    def __init__(self, old: Source, identity: Identity, statistics: Mapping[str, Statistics]):
-        self._old, self._identity = old, identity
-        self._codecs = state_codecs(identity, statistics)
-        self._kept = {
-            state
-            for state, bound in self._codecs.items()
-            if bound.codec == old.codecs[state].codec
-            and _same(statistics.get(state), old.statistics.get(state))
-        }
-        self._head = torch.empty(0) if LAST_HIDDEN in self._kept else old.head()
-
-    @torch.no_grad()
-    def fill(self, buffer: ShardBuffer, shard: int) -> Measured:
-        """Fill `buffer` and return the errors of a few label rows, measured as in a capture.
-
-        Raises:
-            CacheError: the source's shard is damaged, or a value does not fit the codec.
-        """
-        stored, new = self._old.shard(shard), buffer.tensors
-        for name in ("input_ids", "loss_mask"):
-            new[name].copy_(stored[name])
-        labels = self._old.label_rows(shard)
-        checked = torch.tensor(spread(len(labels)))
-        measured: Measured = {}
-        for state, bound in self._codecs.items():
-            suffixes = bound.codec.specs(1, self._identity.target.hidden_size)
-            names = {suffix: part_name(state, suffix) for suffix in suffixes}
-            if state in self._kept:
-                for name in names.values():
-                    new[name].copy_(stored[name])
-                figures = [relative_error(state)] + [TEACHER_TV] * (state == LAST_HIDDEN)
-                measured |= dict.fromkeys(figures, (0.0,) * len(checked))
-                continue
-            for start in range(0, len(new[names[""]]), ROWS):
-                part = slice(start, start + ROWS)
-                for suffix, encoded in bound.encode(self._old.decode(shard, state, part)).items():
-                    new[names[suffix]][part] = encoded
-            rows = checked if state == LAST_HIDDEN else labels[checked]
-            own = self._old.decode(shard, state, rows)
-            parts = {suffix: new[name][rows] for suffix, name in names.items()}
-            values = measure_rows(state, bound, own, parts, self._head, self._identity)
-            measured |= {what: tuple(value.tolist()) for what, value in values.items()}
-        return measured
-
-
-def _same(one: Statistics | None, other: Statistics | None) -> bool:
-    """Return whether two states have equal statistics, or both have none."""
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one.mean, other.mean) and torch.equal(one.deviation, other.deviation)

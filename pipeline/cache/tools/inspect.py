@@ -13,11 +13,17 @@ import numpy as np
 
 from pipeline.cache.codecs import bits_per_value, get_codec
 from pipeline.cache.fidelity import TEACHER_TV
-from pipeline.cache.index import open_index, sample_ids
-from pipeline.cache.manifest import INDEX, MANIFEST, PROGRESS, Manifest, read_manifest
+from pipeline.cache.index import check_skipped, open_index, sample_ids
+from pipeline.cache.manifest import (
+    INDEX,
+    MANIFEST,
+    PROGRESS,
+    Manifest,
+    read_manifest,
+)
 from pipeline.cache.progress.claims import WorkerState, live_workers
 from pipeline.cache.progress.finished import finished_shards, listed_shards, target_written
-from pipeline.cache.reader import held_out
+from pipeline.cache.split import held_out
 from pipeline.cache.verify import DAMAGED
 from pipeline.errors import CacheError
 from pipeline.text import duration, size
@@ -25,6 +31,8 @@ from pipeline.text import duration, size
 Facts = dict[str, Any]
 # A rate over a shorter time means nothing.
 SHORTEST_SECONDS = 0.001
+# Skipped samples that are shown with their places.
+SHOWN = 5
 
 
 def cache_facts(cache: Path, *, fraction: float) -> Facts:
@@ -56,6 +64,7 @@ def cache_facts(cache: Path, *, fraction: float) -> Facts:
         "rows": manifest.rows,
         "fidelity": manifest.fidelity,
         "history": list(manifest.history),
+        "skipped": _skipped(manifest),
     }
     facts |= _of_the_index(cache, manifest, fraction)
     if running is not None:
@@ -72,9 +81,11 @@ def _of_the_index(cache: Path, manifest: Manifest, fraction: float) -> Facts:
         if manifest.status == "complete":
             raise
         return {}
-    held, lengths = held_out(sample_ids(table), fraction), table["length"].to_numpy()
+    check_skipped(table, cache / MANIFEST, manifest.skipped)
+    kept, lengths = manifest.skipped.kept(len(table)), table["length"].to_numpy()
+    held = held_out(sample_ids(table), fraction) & kept
     names = manifest.identity.data.sources
-    counts = np.bincount(table["source"].to_numpy(), minlength=len(names))[: len(names)]
+    counts = np.bincount(table["source"].to_numpy()[kept], minlength=len(names))[: len(names)]
     return {
         "sources": [{"name": n, "samples": int(c)} for n, c in zip(names, counts, strict=True)],
         "held_out": {
@@ -83,6 +94,25 @@ def _of_the_index(cache: Path, manifest: Manifest, fraction: float) -> Facts:
             "tokens": int(lengths[held].sum(dtype=np.int64)),
             "labels": int(table["last_rows"].to_numpy()[held].sum(dtype=np.int64)),
         },
+    }
+
+
+def _skipped(manifest: Manifest) -> Facts:
+    """Collect the skipped samples: counts by reason, and the places of all."""
+    skipped, names = manifest.skipped, manifest.identity.data.sources
+    return {
+        "reasons": skipped.counts(),
+        "samples": [
+            {
+                "number": number,
+                "source": names[source] if source < len(names) else f"source {source}",
+                "source_row": row,
+                "reason": reason,
+            }
+            for number, source, row, reason in zip(
+                skipped.sample, skipped.source, skipped.source_row, skipped.reason, strict=True
+            )
+        ],
     }
 
 
@@ -174,6 +204,7 @@ def fact_lines(facts: Facts) -> Iterator[str]:
     yield f"            settings: {settings or 'none'}"
     yield f"            rows: {', '.join(f'{name} {n:,}' for name, n in sorted(facts['rows'].items()))}"
     yield f"            content {data['sha256'][:16]}"
+    yield from _skipped_lines(facts["skipped"])
     if "held_out" in facts:
         held = facts["held_out"]
         yield (
@@ -185,6 +216,18 @@ def fact_lines(facts: Facts) -> Iterator[str]:
         yield from _size_lines(facts)
     yield from _fidelity_lines(facts["fidelity"])
     yield from _history_lines(facts["history"])
+
+
+def _skipped_lines(skipped: Facts) -> Iterator[str]:
+    """Format the skipped samples: a line of counts, and one of the first places."""
+    samples = skipped["samples"]
+    if not samples:
+        return
+    counts = ", ".join(f"{n:,} {reason}" for reason, n in skipped["reasons"].items())
+    yield f"  skipped   {len(samples):,} samples, which no reader returns: {counts}"
+    places = [f"#{s['number']} (row {s['source_row'] + 1:,} of {_printable(s['source'])})" for s in samples]
+    more = f" and {len(samples) - SHOWN:,} more, see --json" if len(samples) > SHOWN else ""
+    yield f"            {', '.join(places[:SHOWN])}{more}"
 
 
 def _tokenizer(facts: Facts) -> str:
@@ -239,6 +282,7 @@ def summary_lines(manifest: Manifest) -> Iterator[str]:
         f"  {manifest.num_samples:,} samples, {manifest.num_tokens:,} tokens, "
         f"{manifest.num_last_rows:,} labels, {len(manifest.plan)} shards, {size(manifest.num_bytes)}"
     )
+    yield from _skipped_lines(_skipped(manifest))
 
 
 def _history_lines(history: list[dict[str, str]]) -> Iterator[str]:

@@ -18,25 +18,27 @@ from pipeline.text import marked_text, table
 
 
 def find_sample(reader: CacheReader, text: str) -> int:
-    """Return the number of the sample that `text` names: its id in hex or the first digits of it, or `#N`.
+    """Return the reader's number of the sample that `text` names.
+
+    Args:
+        text: its id in hex or the first digits of it; or `#N`, N its row of the index.
 
     Raises:
-        UsageError: it names none, or several.
+        UsageError: it names none, several, or one that the cache skips.
     """
     if text.startswith("#"):
         number = int(text[1:]) if re.fullmatch(r"#[0-9]{1,18}", text) else -1
-        if not 0 <= number < len(reader):
-            raise UsageError(
-                f"--sample {text}: {reader.path} has samples #0 to #{len(reader) - 1}: name one of those"
-            )
-        return number
+        last = len(reader) + len(reader.manifest.skipped) - 1
+        if not 0 <= number <= last:
+            raise UsageError(f"--sample {text}: {reader.path} has samples #0 to #{last}: name one of those")
+        if number in reader.manifest.skipped.sample:
+            raise _skipped(reader, text, reader.manifest.skipped.sample.index(number))
+        return int(np.searchsorted(reader.numbers, number))
     if not re.fullmatch(r"[0-9a-f]{1,32}", text):
         raise UsageError(f"--sample expects the first digits of a sample's hash, in hex, or #N; got {text!r}")
-    whole, ids = len(text) // 2, reader.sample_ids
-    found = (ids[:, :whole] == np.frombuffer(bytes.fromhex(text[: 2 * whole]), dtype=np.uint8)).all(axis=1)
-    if len(text) % 2:
-        found &= ids[:, whole] >> 4 == int(text[-1], 16)
-    numbers = np.flatnonzero(found)
+    numbers, skipped = _starting_with(reader.sample_ids, text), _starting_with(reader.skipped_ids, text)
+    if not len(numbers) and len(skipped):
+        raise _skipped(reader, text, int(skipped[0]))
     if not len(numbers):
         raise UsageError(
             f"--sample {text}: no hash in {reader.path} starts with these digits: give others, or #N"
@@ -44,9 +46,29 @@ def find_sample(reader: CacheReader, text: str) -> int:
     if len(numbers) > 1:
         raise UsageError(
             f"--sample {text}: the hashes of {len(numbers):,} samples start with these digits: give more "
-            f"(#{numbers[0]} is {reader.sample_id(int(numbers[0]))})"
+            f"(#{reader.numbers[numbers[0]]} is {reader.sample_id(int(numbers[0]))})"
         )
     return int(numbers[0])
+
+
+def _starting_with(ids: np.ndarray, text: str) -> np.ndarray:
+    """Return the rows of `ids` `[n, 16]` uint8 that start with these hex digits."""
+    whole = len(text) // 2
+    found = (ids[:, :whole] == np.frombuffer(bytes.fromhex(text[: 2 * whole]), dtype=np.uint8)).all(axis=1)
+    if len(text) % 2:
+        found &= ids[:, whole] >> 4 == int(text[-1], 16)
+    return np.flatnonzero(found)
+
+
+def _skipped(reader: CacheReader, text: str, i: int) -> UsageError:
+    """Return the error about the cache's `i`-th skipped sample."""
+    skipped, names = reader.manifest.skipped, reader.manifest.identity.data.sources
+    source = skipped.source[i]
+    name = names[source] if source < len(names) else f"source {source}"
+    return UsageError(
+        f"--sample {text}: sample #{skipped.sample[i]} (row {skipped.source_row[i] + 1:,} of {name}) was "
+        f"skipped by the capture: {skipped.reason[i]}; no reader returns it: name another"
+    )
 
 
 def sample_facts(reader: CacheReader, number: int) -> dict[str, Any]:
@@ -58,7 +80,7 @@ def sample_facts(reader: CacheReader, number: int) -> dict[str, Any]:
     input_ids, loss_mask = reader.tokens(number)
     source, names = int(reader.sources[number]), reader.manifest.identity.data.sources
     facts = {
-        "number": number,
+        "number": int(reader.numbers[number]),
         "sample_id": reader.sample_id(number),
         "source": names[source] if source < len(names) else f"source {source}",
         "source_row": int(reader.source_rows[number]),

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 from pipeline import files
 from pipeline.errors import RunError
-from train.experiments.compare import compare, run_folders
+from train.experiments.compare import compare, named_runs
+from train.runs.changes import flat_settings
 from train.runs.checkpoint import checkpoints
-from train.runs.directory import flat_settings, load_run_cache, load_run_config, read_progress
+from train.runs.directory import load_run_cache, load_run_config, read_progress
 from train.runs.figures import (
     Bin,
     Calibration,
@@ -28,6 +29,7 @@ from train.runs.figures import (
     SpeculationRun,
     ThresholdRow,
 )
+from train.runs.find import NamedRun
 from train.runs.names import METRICS, RUN, TRAINING
 from train.runs.open import find_checkpoint
 from train.runs.page import read_training
@@ -127,22 +129,24 @@ def gather(runs: Sequence[Path]) -> list[RunData]:
     """Read runs, in the order given.
 
     Args:
-        runs: directories of runs, or folders of such, which stand for these sorted by name.
+        runs: directories of runs, paths of their checkpoints, or folders of runs, which stand for these
+            sorted by name.
 
     Raises:
         RunError: a directory that is neither, or a file of one that is damaged.
     """
-    folders = run_folders(runs)
+    found = named_runs(runs)
     try:
-        rows = compare(folders)
-        return [_run(index, *pair) for index, pair in enumerate(zip(folders, rows, strict=True))]
+        rows = compare(runs)
+        return [_run(index, *pair) for index, pair in enumerate(zip(found, rows, strict=True))]
     except RecursionError:
-        names = ", ".join(map(str, folders))
+        names = ", ".join(str(run.path) for run in found)
         raise RunError(f"a JSON file in {names} can't be read: it is nested too deeply") from None
 
 
-def _run(index: int, path: Path, row: dict[str, Any]) -> RunData:
-    folder = find_checkpoint(path) if checkpoints(path) else None
+def _run(index: int, run: NamedRun, row: dict[str, Any]) -> RunData:
+    path = run.path
+    folder = find_checkpoint(path, run.checkpoint_or(None)) if checkpoints(path) else None
     lines = list(_lines(path / METRICS))
     return RunData(
         index=index,
