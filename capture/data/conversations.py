@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from capture.data.sources import RawRow, open_sources
+from capture.data.sources import RawRow
 from capture.data.turns import Rendered, Span, render_turns, unmasked
 from pipeline.cache.index import count_candidates, sample_id
 from pipeline.chat.rows import (
@@ -24,13 +23,10 @@ from pipeline.chat.rows import (
     Conversation,
     Text,
     Tokens,
-    detect_form,
-    form_keys,
     parse_line,
     read_row,
 )
 from pipeline.chat.template import ChatTemplate
-from pipeline.errors import DataError
 
 # Reasoning at the start of a turn (opened by the turn or the prompt, closed or not), and closed reasoning
 # later in it.
@@ -228,31 +224,3 @@ def _reasoning_tokens(text: str, spans: Sequence[Span], offsets: np.ndarray) -> 
         for match in _REASONING.finditer(text[span.start : span.end]):
             inside |= (starts >= span.start + match.start()) & (stops <= span.start + match.end())
     return inside
-
-
-def read_conversations(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the conversations of a source, each with its place. Keys other than the messages are kept.
-
-    Rows with `messages` are returned unchanged; the turns of other forms are converted to `messages`.
-
-    Raises:
-        DataError: a row is no conversation, naming its place; or there are no rows.
-    """
-    rows = []
-    for source in open_sources((str(path),)):
-        for number, raw in source.rows():
-            try:
-                row = parse_line(raw) if isinstance(raw, bytes) else raw
-                content = read_row(row)
-                if not isinstance(content, Conversation):
-                    raise BadRowError("no conversation", "expected a conversation, got text or tokens")
-            except BadRowError as problem:
-                raise DataError(f"{source.at(number)}: {problem}") from None
-            if "messages" not in row:
-                own = form_keys(detect_form(row) or "messages")
-                row = {key: value for key, value in row.items() if key not in own}
-                row |= {"messages": content.messages} | ({"tools": content.tools} if content.tools else {})
-            rows.append((source.at(number), row))
-    if not rows:
-        raise DataError(f"{path}: no rows: expected one conversation per line")
-    return rows

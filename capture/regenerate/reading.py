@@ -8,7 +8,7 @@ from capture.console import note
 from capture.data.sources import RawRow, open_sources
 from capture.options import ReadingOptions
 from capture.regenerate.dialogue import Dialogue, Message
-from pipeline.chat.rows import FORM_KEYS, BadRowError, Conversation, detect_form, parse_line, read_row
+from pipeline.chat.rows import BadRowError, Conversation, detect_form, form_keys, parse_line, read_row
 from pipeline.errors import DataError, UsageError
 
 # Bad rows that are printed.
@@ -61,12 +61,14 @@ def conversation_row(raw: RawRow, form: str | None = None) -> dict[str, Any]:
     content = read_row(row, form)
     if not isinstance(content, Conversation):
         raise BadRowError("no conversation", "expected a conversation, got text or tokens")
-    messages = row.get("messages") if (form or detect_form(row)) == "messages" else None
-    if isinstance(messages, list) and len(messages) == len(content.messages):
-        pairs = zip(messages, content.messages, strict=True)
+    form = form or detect_form(row) or "messages"
+    read = [m | {"weight": 0} if i in content.masked else m for i, m in enumerate(content.messages)]
+    messages = row.get("messages") if form == "messages" else None
+    if isinstance(messages, list) and len(messages) == len(read):
+        pairs = zip(messages, read, strict=True)
         return {**row, "messages": [_unchanged(message, clean) for message, clean in pairs]}
-    row = {key: value for key, value in row.items() if key not in FORM_KEYS}
-    return {**row, "messages": content.messages} | ({"tools": content.tools} if content.tools else {})
+    row = {key: value for key, value in row.items() if key not in form_keys(form)}
+    return {**row, "messages": read} | ({"tools": content.tools} if content.tools else {})
 
 
 def _unchanged(message: Any, clean: Message) -> Message:

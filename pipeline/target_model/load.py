@@ -47,9 +47,7 @@ _LIGHT_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
+    *("vocab*", "merges.txt", "*.model"),  # of older tokenizers
 )
 _PLAIN = TargetOptions()
 # transformers' classes that hold a causal LM, the plain one first.

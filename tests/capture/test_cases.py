@@ -11,6 +11,8 @@ import pytest
 from capture.data.conversations import RowTokenizer
 from capture.data.sources import open_sources
 from capture.data.tokens import Selection, load_data
+from capture.regenerate.reading import conversation_row
+from pipeline.chat.rows import BadRowError
 from pipeline.chat.template import ChatTemplate
 from pipeline.errors import DataError
 from tests.capture.templates import FAMILY_CHATML
@@ -200,3 +202,16 @@ def test_a_stop_token_before_the_next_turn_is_learned_if_generation_stops_there(
     stops = (tokenizer.convert_tokens_to_ids("<|user|>"),) if named else ()
     _, data = load(path, NEXT_TURN, tokenizer=tokenizer, stop_ids=stops)
     assert learned(tokenizer, data[0]) == ["yes" + "<|user|>" * named, "no no"]
+
+
+def test_rows_for_regenerate_keep_their_keys_and_masks():
+    answer = {"role": "assistant", "content": "yes"}
+    row = {"id": 7, "messages": [USER, {**answer, "weight": 0}], "extra": {"a": [1]}}
+    assert conversation_row(row) == row
+    turns = [{"from": "human", "value": "why"}, {"from": "gpt", "value": "yes", "train": False}]
+    masked = [USER, {**answer, "weight": 0}]
+    assert conversation_row({"id": 1, "conversations": turns}) == {"id": 1, "messages": masked}
+    asked = {"prompt": "why", "response": "yes", "source": "x", "text": "kept"}
+    assert conversation_row(asked) == {"source": "x", "text": "kept", "messages": [USER, answer]}
+    with pytest.raises(BadRowError, match="expected a conversation"):
+        conversation_row({"text": "once"})

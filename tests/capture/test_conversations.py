@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from capture.data.conversations import RowTokenizer, read_conversations
+from capture.data.conversations import RowTokenizer
 from capture.data.sources import open_sources
 from capture.data.tokens import Selection, TokenizedData, load_data
 from pipeline.chat.rows import BadRowError, Conversation
@@ -514,20 +514,3 @@ def test_a_file_without_a_usable_row(tmp_path):
     empty = write(tmp_path / "empty.jsonl")
     with pytest.raises(DataError, match=r"empty\.jsonl"):
         load(empty, TOKENIZERS["chatml"], 4096)
-
-
-def test_read_conversations_keeps_rows_as_they_are(tmp_path):
-    rows = [{"id": 7, "messages": ONE, "extra": {"a": [1]}}, {"messages": THREE}]
-    path = write(tmp_path / "chats.jsonl", rows[0], "  ", rows[1])
-    assert [row for _, row in read_conversations(path)] == rows
-    other = {"id": 1, "conversations": [{"from": "human", "value": "why"}, {"from": "gpt", "value": "yes"}]}
-    path = write(tmp_path / "other.jsonl", other, {"prompt": "why", "response": "yes", "source": "x"})
-    asked = [user("why"), assistant("yes")]
-    assert [row for _, row in read_conversations(path)] == [
-        {"id": 1, "messages": asked},
-        {"source": "x", "messages": asked},
-    ]
-    with pytest.raises(DataError, match="expected a conversation"):
-        read_conversations(write(tmp_path / "chats.jsonl", {"text": "once"}))
-    with pytest.raises(DataError, match=r"chats\.jsonl:2"):
-        read_conversations(write(tmp_path / "chats.jsonl", rows[0], {"messages": [{}]}))

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from capture.data.conversations import read_conversations
+from capture.data.sources import open_sources
 from capture.example import EXAMPLE_DATA, example_target
+from capture.regenerate.reading import conversation_row
 from pipeline.errors import TargetError
 
 
@@ -21,7 +22,8 @@ def rows() -> list[dict]:
 
 def test_there_are_at_least_800_conversations_and_capture_reads_them_all(rows):
     assert len(rows) >= 800
-    assert [row for _, row in read_conversations(EXAMPLE_DATA)] == rows
+    (source,) = open_sources((str(EXAMPLE_DATA),))
+    assert [conversation_row(row) for _, row in source.rows()] == rows
 
 
 def test_a_line_is_a_row_for_any_reader():

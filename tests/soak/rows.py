@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from tests.soak.target import INFINITE, MAX_LENGTH, NAN, TOO_LARGE, ZERO
+from tests.soak.target import BEYOND, INFINITE, MAX_LENGTH, NAN, TOO_LARGE, ZERO
 from tests.tiny import WORDS
 
 GOOD = ""
@@ -140,7 +140,7 @@ class Maker:
             ("an empty row", "bad row, another form", "{}"),
             ("no messages", "bad row, no messages", json.dumps({"messages": []})),
             ("no role", "bad row, malformed message", json.dumps({"messages": [{"content": answer}]})),
-            ("an image", "bad row, malformed message", json.dumps({"messages": [pictured, reply]})),
+            ("an image", "bad row, not text", json.dumps({"messages": [pictured, reply]})),
             ("half a surrogate pair", "bad row, not text", json.dumps({"messages": [question, reply]})),
         ]
         lines[-1] = (*lines[-1][:2], lines[-1][2].replace(answer, answer + " \\ud83d"))
@@ -150,7 +150,10 @@ class Maker:
             self.chat(
                 "an empty answer", "no two supervised tokens in a row", [("user", answer), ("assistant", "")]
             ),
-            self.chat("an answer beyond --max-length", "no two supervised tokens in a row", long),
+            self.chat("an answer beyond --max-length", "no answer within --max-length", long),
+            self.chat(
+                "a token beyond the embedding", "bad row, tokens outside the vocabulary", self.turns(BEYOND)
+            ),
             self.chat("NaN", STATES[0], self.turns(NAN)),
             self.chat("infinity", STATES[0], self.turns(INFINITE)),
         ]
