@@ -86,6 +86,10 @@ def _attach(folder: Path, model: nn.Module) -> Any:
             adapted = peft.PeftModel(model, config)
             found = adapted.load_adapter(str(folder), "default", torch_device="cpu")
             own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except KeyError as error:  # peft's word for a matrix that the adapter should hold whole
+        raise _refusal(
+            folder, model, f"1 of its tensors are missing in the adapter ({error.args[0]})"
+        ) from None
     except Exception as error:
         raise _refusal(folder, model, f"peft can't load it there ({one_line(error)})") from None
     missing = set(found.missing_keys)
