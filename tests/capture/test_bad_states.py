@@ -215,7 +215,7 @@ def test_one_bad_sample_is_always_allowed(tmp_path, fp32_target, spoiled):
     data = write_rows(tmp_path / "rows.jsonl", {5: NAN}, count=20)
     result = run_cli(*arguments(fp32_target, data, tmp_path / "cache", **SMALL, bad_states="skip"))
     assert result.exit_code == 0, result.output
-    assert "warning: skipped: layer 0 of the sample at row 6 of rows.jsonl holds NaN" in result.stderr
+    assert "of the sample at row 6 of rows.jsonl holds NaN" in result.stderr
     assert "skipped   1 samples" in result.stdout
     assert len(CacheReader(tmp_path / "cache")) == 19
 
@@ -231,6 +231,18 @@ def test_where_every_sample_is_bad_there_is_no_cache(tmp_path, fp32_target, spoi
     assert_refused(result, 1, "each of the 20 samples", "bad")
 
 
+def assert_same(cache: Path, other: Path) -> None:
+    """Equal bytes of every file; in the manifest, figures that were summed in another order may be close.
+
+    After a sample that does not fit, a process splits its batches: one that starts later does not.
+    """
+    trees = [tree(cache), tree(other)]
+    found, expected = (json.loads(each.pop("manifest.json")) for each in trees)
+    assert trees[0] == trees[1]
+    assert found.pop("fidelity") == pytest.approx(expected.pop("fidelity"), rel=1e-4)
+    assert found | {"checksum": ""} == expected | {"checksum": ""}
+
+
 # Several processes, and what a stopped one leaves
 
 
@@ -243,7 +255,7 @@ def test_a_process_that_fails_and_one_that_skips_end_with_the_same_cache(
     assert run_cli(*fails, "--worker", "0/2").exit_code == 1
     assert run_cli(*fails, "--worker", "1/2").exit_code == 1
     run_ok(*skips, "--worker", "1/2")
-    assert tree(cache) == tree(skipping)
+    assert_same(cache, skipping)
 
 
 def test_shards_that_skip_are_taken_as_finished_whoever_completes(
@@ -267,7 +279,7 @@ def test_records_of_stopped_processes_keep_the_list(tmp_path, fp32_target, data,
         result = run_cli(*arguments(fp32_target, data, cache, **SMALL, bad_states="skip", max_bad_states="0"))
         assert result.exit_code == 1
     run_ok(*arguments(fp32_target, data, cache, **SMALL, **SKIP))
-    assert tree(cache) == tree(skipping)
+    assert_same(cache, skipping)
 
 
 def shards_with_and_without(cache: Path) -> tuple[int, int]:
