@@ -46,7 +46,9 @@ def problem(place: str, reason: str, key: int | str | None, tokens: int, remedy:
     if reason == TOO_LARGE:
         what = f"the sample at {place}, {tokens:,} tokens, does not fit the device's memory by itself"
     else:
-        what = f"{state_name(key or LAST_HIDDEN)} of the sample at {place} {_PROBLEMS[reason]}"
+        what = (
+            f"{state_name(LAST_HIDDEN if key is None else key)} of the sample at {place} {_PROBLEMS[reason]}"
+        )
     return f"{what}: {_REMEDIES[reason]}{remedy}"
 
 

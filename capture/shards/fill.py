@@ -241,7 +241,10 @@ class ShardFiller:
         ahead: deque[Callable[[], None]] = deque()
         for batch in batches:
             for part in self._fitting(list(batch)):
+                limit, bad = self._limit, len(shard.bad)
                 self._run(shard, part)
+                if len(shard.bad) > bad:  # a sample that fits nowhere says nothing about other batches
+                    self._limit = limit
             ahead.append(self._copier.mark())
             if len(ahead) > BATCHES_AHEAD:
                 with self.clock.step("waiting"):

@@ -144,6 +144,30 @@ def test_a_row_that_does_not_fit_by_itself_is_refused_by_name(
     assert_refused(result, 1, f"row {row + 1} of {data.name}", f"{length} tokens", "--max-length")
 
 
+def test_a_row_that_fits_nowhere_leaves_other_batches_whole(tmp_path, fp32_target, data, cache, monkeypatch):
+    """Halving its batch says nothing about the others, whose figures then do not depend on it."""
+    whole = CacheReader(cache)
+    huge = whole.tokens(0)[0].long()
+    shapes: list[tuple[int, ...]] = []
+    options = {"batch_tokens": 1000, "shard_tokens": 1000}
+
+    def change(input_ids: Tensor, _states: dict) -> None:
+        if any(torch.equal(row, huge) for row in input_ids[:, : len(huge)]):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        shapes.append(tuple(input_ids.shape))
+
+    monkeypatch.setattr("capture.run.prove_target", lambda *_: {})
+    with monkeypatch.context() as patch:
+        after_each_forward(patch, lambda input_ids, _states: shapes.append(tuple(input_ids.shape)))
+        run_ok(*arguments(fp32_target, data, tmp_path / "sound", **options))
+    (first, *others), _ = list(shapes), shapes.clear()
+    assert first[0] > 1, "the row shares its batch"
+    after_each_forward(monkeypatch, change)
+    run_ok(*arguments(fp32_target, data, tmp_path / "cache", bad_states="skip", **options))
+    assert shapes[-len(others) :] == others
+    assert sum(rows for rows, _ in shapes) == sum(rows for rows, _ in others) + first[0] - 1
+
+
 # States that no draft should learn from
 
 SPOIL = {
@@ -154,7 +178,9 @@ SPOIL = {
 
 
 @pytest.mark.parametrize("kind", SPOIL)
-@pytest.mark.parametrize(("key", "name"), [(2, "layer 2"), ("last_hidden", "last hidden state")], ids=str)
+@pytest.mark.parametrize(
+    ("key", "name"), [(0, "layer 0"), (2, "layer 2"), ("last_hidden", "last hidden state")], ids=str
+)
 @pytest.mark.parametrize("where", ["first", "middle", "later shard"])
 def test_bad_states_are_refused_naming_row_and_state(
     tmp_path, fp32_target, data, cache, monkeypatch, kind, key, name, where
