@@ -210,7 +210,7 @@ def test_a_nan_that_only_a_later_row_meets_names_that_row(tmp_path, target_dir):
 
     target = poisoned(target_dir, tmp_path / "bad", "model.embed_tokens.weight", one_row)
     result = run_cli(*capture_arguments(target, data, tmp_path / "cache"))
-    assert_refused(result, 1, "row 3 of chats.jsonl", "NaN", "--bad-states skip")
+    assert_refused(result, 1, "layer 0", "row 3 of chats.jsonl", "NaN", "--bad-states skip")
 
 
 def test_all_zero_states_are_refused(tmp_path, target_dir, data_file):
