@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from pipeline.errors import UsageError
+
+T = TypeVar("T")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -76,3 +80,13 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def if_it_fits(run: Callable[[], T]) -> T | None:
+    """Return the result of `run`; None, keeping no memory of it, if it does not fit."""
+    try:
+        return run()
+    except (RuntimeError, MemoryError) as error:  # its traceback keeps the memory, and ends here
+        if not out_of_memory(error):
+            raise
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.skipped import ALL_ZERO, NOT_FINITE, REASONS, TOO_LARGE
 from pipeline.errors import TargetError
 
-# Samples that are named one by one: while the capture runs, and per reason where there are too many.
+# Samples of one reason that are named one by one: while the capture runs, and where there are too many.
 MAX_NAMED = 5
 _PROBLEMS = {NOT_FINITE: "holds NaN or infinity", ALL_ZERO: "is all zero"}
 _REMEDIES = {
@@ -78,7 +79,8 @@ class BadSamples:
             index[name].to_numpy() for name in ("source", "source_row", "length")
         )
         self._reasons = dict(known or {})
-        self._named, self._lock = 0, threading.Lock()
+        self._named: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def place(self, number: int) -> str:
         """Return the place in the user's data of the sample in row `number` of the index."""
@@ -101,10 +103,10 @@ class BadSamples:
             raise TargetError(problem(self.place(number), reason, key, tokens, on))
         with self._lock:
             new, self._reasons[number] = number not in self._reasons, reason
-            self._named += new
-            named = self._named
+            self._named[reason] += new
+            named = self._named[reason]
         if new and named <= MAX_NAMED:
-            end = "; further ones are recorded without a warning" if named == MAX_NAMED else ""
+            end = "; further such ones are recorded without a warning" if named == MAX_NAMED else ""
             note(f"warning: skipped: {problem(self.place(number), reason, key, tokens)}{end}")
 
     def check(self, reasons: Mapping[int, str] | None = None) -> None:

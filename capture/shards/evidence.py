@@ -6,21 +6,24 @@ used proves nothing; the next candidate takes its place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from capture.batching import CapturePlan
 from capture.console import note
 from capture.data.conversations import TokenizedSample
 from capture.prepare import PreparedCapture
+from capture.shards.bad import problem
 from capture.shards.fill import check_peaks, pad, row_peaks
 from capture.shards.prediction import Judgement, judge, measure_prediction
 from capture.shards.proof import prove_batch, prove_states
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity
+from pipeline.cache.skipped import TOO_LARGE
 from pipeline.cache.statistics import StateCodec
+from pipeline.device import if_it_fits
 from pipeline.errors import TargetError
 from pipeline.hooks import input_device
 
@@ -50,11 +53,15 @@ def prove_target(
             predictions are impossible for the right model.
     """
     pairs = _Pairs(target, prepared)
-    proof = prove_states(target, identity, pairs.first(), last_codec, prepared.rope)
+    pair, rope = pairs.first(), prepared.rope
+    proof = if_it_fits(lambda: prove_states(target, identity, pair, last_codec, rope))
+    if proof is None:  # both at once: each of them fits
+        proof = prove_states(target, identity, pair[-1:], last_codec, rope)
     for batch in proof_batches(prepared):
-        pair = pairs.usable(batch)
-        if pair is not None and len(pair) > 1:
-            proof["proof.padding_error"] = max(proof["proof.padding_error"], prove_batch(target, pair))
+        several = pairs.usable(batch) or []
+        if len(several) > 1:  # one that does not fit is split by the capture, too
+            error = if_it_fits(functools.partial(prove_batch, target, several)) or 0.0
+            proof["proof.padding_error"] = max(proof["proof.padding_error"], error)
     prediction = measure_prediction(target, identity.target, predicted_rows(prepared))
     if prediction is None:
         return proof
@@ -112,10 +119,13 @@ class _Pairs:
 
 def state_problem(target: HFDSparkTargetModel, sample: TokenizedSample) -> str:
     """Return what is wrong with a sample's states when it runs alone, or nothing."""
+    states = if_it_fits(lambda: target.states(pad([sample], input_device(target.model))))
+    if states is None:
+        return problem(f"row {sample.source_row + 1} of the data", TOO_LARGE, None, len(sample.input_ids))
     try:
-        for key, rows in target.states(pad([sample], input_device(target.model))).items():
+        for key, rows in states.items():
             check_peaks(row_peaks(rows[0]).cpu().numpy(), key, sample)
-    except (TargetError, torch.OutOfMemoryError) as error:
+    except TargetError as error:
         return str(error)
     return ""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from capture.console import note
 from capture.data.conversations import TokenizedSample
-from capture.shards.bad import peaks_reason, problem, state_name  # noqa: F401, the last one is the proof's
+from capture.shards.bad import peaks_reason, problem
 from capture.shards.clock import Clock
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity, last_hidden_rows

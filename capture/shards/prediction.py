@@ -20,6 +20,7 @@ from capture.shards.fill import pad
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import TargetIdentity
 from pipeline.cache.layout import LAST_HIDDEN
+from pipeline.device import if_it_fits
 from pipeline.features import head_logits
 from pipeline.hooks import input_device
 
@@ -42,7 +43,7 @@ class Judgement:
 
     verdict: Literal["good", "suspicious", "impossible"]
     line: str
-    """What was seen; unless it is good, also what was expected, and what to do."""
+    """The figures; unless they are good, also what was expected, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def measure_prediction(
 ) -> Prediction | None:
     """Measure the predictions of the supervised tokens, one row at a time; None if there are none.
 
-    A row whose last hidden states are not finite is left out: the shards deal with it.
+    A row whose last hidden states are not finite, or do not fit, is left out: the shards deal with it.
     """
     generator = np.random.default_rng(_SHUFFLE_SEED)
     own, shuffled = [], []
@@ -132,13 +133,14 @@ def _losses(
 ) -> tuple[Tensor, Tensor] | None:
     """Return the loss of each supervised token `[n]`, in fp64, and whether the target ranks it first.
 
-    None if a state is not finite.
+    None if a state is not finite, or the row does not fit the memory.
     """
     positions = torch.from_numpy(np.flatnonzero(sample.loss_mask[1:]))  # of the state before the token
     head = target.get_output_embeddings().weight
-    hidden = target.states(pad([sample], input_device(target.model)))[LAST_HIDDEN][0]
-    if not hidden.isfinite().all():
+    states = if_it_fits(lambda: target.states(pad([sample], input_device(target.model))))
+    if states is None or not states[LAST_HIDDEN].isfinite().all():
         return None
+    hidden = states[LAST_HIDDEN][0]
     hidden = hidden[positions.to(hidden.device)].to(head.device)
     tokens = torch.from_numpy(sample.input_ids.astype(np.int64))[positions + 1].to(head.device)
     losses, first = [], []

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from capture.data.conversations import TokenizedSample
-from capture.shards.fill import MAX_TEACHER_TV, check_peaks, pad, row_peaks, state_name
+from capture.shards.bad import state_name
+from capture.shards.fill import MAX_TEACHER_TV, check_peaks, pad, row_peaks
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity
 from pipeline.cache.layout import LAST_HIDDEN

@@ -18,7 +18,7 @@ from pipeline.cache.codecs import Statistics
 from pipeline.cache.layout import LAST_HIDDEN, context_name
 from pipeline.cache.skipped import TOO_LARGE
 from pipeline.cache.statistics import TOKENS, StateStatistics, chosen_samples, standardised_states
-from pipeline.device import out_of_memory
+from pipeline.device import if_it_fits
 from pipeline.errors import TargetError
 from pipeline.hooks import input_device
 
@@ -79,13 +79,10 @@ def _name(key: int | str) -> str:
 def _states(target: HFDSparkTargetModel, sample: TokenizedSample) -> dict[int | str, Tensor] | None:
     """Return the states `[S, H]` of one sample; None if it does not fit the memory, tried twice."""
     for _ in range(2):
-        try:
-            states = target.states(pad([sample], input_device(target.model)))
+        states = if_it_fits(lambda: target.states(pad([sample], input_device(target.model))))
+        if states is not None:
             return {key: values[0] for key, values in states.items()}
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        torch.cuda.empty_cache()  # outside the handler, whose traceback keeps memory
+        torch.cuda.empty_cache()
     return None
 
 

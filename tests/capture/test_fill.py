@@ -144,6 +144,17 @@ def test_a_row_that_does_not_fit_by_itself_is_refused_by_name(
     assert_refused(result, 1, f"row {row + 1} of {data.name}", f"{length} tokens", "--max-length")
 
 
+def test_rows_that_fit_one_by_one_only_are_proved_and_captured(
+    tmp_path, fp32_target, data, cache, monkeypatch
+):
+    """The proof's batches do not fit either, and say nothing about the target."""
+    reader = CacheReader(cache)
+    memory_for(monkeypatch, int(reader.lengths.max()))
+    run_ok(*arguments(fp32_target, data, tmp_path / "cache"))
+    assert tree(tmp_path / "cache").keys() == tree(cache).keys()
+    assert len(CacheReader(tmp_path / "cache")) == len(reader)
+
+
 def test_a_row_that_fits_nowhere_leaves_other_batches_whole(tmp_path, fp32_target, data, cache, monkeypatch):
     """Halving its batch says nothing about the others, whose figures then do not depend on it."""
     whole = CacheReader(cache)
