@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -162,15 +162,26 @@ def _only_one(path: Path) -> Iterator[None]:
     The kernel releases the lock when its owner dies. On a file system without locks, all processes go in and
     each does the same work.
     """
-    with path.open("w") as file:
+    file = _locked(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _locked(path: Path) -> TextIO:
+    """Return the lock file, locked. Its last owner removed its own, which another may have waited for."""
+    while True:
+        file = path.open("w")
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def _form_of(source: Source) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 import capture.data.tokens as tokens
 from capture.data.conversations import RowTokenizer
 from capture.data.sources import open_sources
-from capture.data.tokens import Selection, TokenizedData, load_data
+from capture.data.tokens import Selection, TokenizedData, _only_one, load_data
 from pipeline.chat.template import ChatTemplate
 from pipeline.errors import DataError
 from tests.capture.templates import DATED
@@ -172,7 +174,7 @@ def test_a_home_that_nobody_may_write_names_the_variable(tmp_path, target_dir, m
 
 
 def test_a_folder_of_tokens_that_became_read_only(tmp_path, target_dir, monkeypatch):
-    """What is kept there is used; what is new is one line."""
+    """Kept tokens are used; new ones are refused in one line."""
     kept = tmp_path / "kept"
     monkeypatch.setenv("DSPARK_TOKENS", str(kept))
     path = write(tmp_path / "a.jsonl", talk("yes yes"))
@@ -351,3 +353,24 @@ def test_options_that_make_no_sense_are_usage_errors(tmp_path, target_dir, data_
     command = [*capture_arguments(target_dir, data_file, tmp_path / "cache"), *option]
     assert_refused(run_cli(*command), 2, *words)
     assert not (tmp_path / "cache").exists()
+
+
+def test_one_process_at_a_time_tokenises_also_when_one_waits_for_a_removed_lock(tmp_path):
+    """The second waits for the first one's file; the third comes after that file was removed."""
+    inside, most = [], []
+
+    def work(start: float, hold: float) -> None:
+        time.sleep(start)
+        with _only_one(tmp_path / "x.lock"):
+            inside.append(None)
+            most.append(len(inside))
+            time.sleep(hold)
+            inside.pop()
+
+    threads = [threading.Thread(target=work, args=pair) for pair in ((0, 0.1), (0.04, 0.2), (0.16, 0.05))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
+    assert not (tmp_path / "x.lock").exists()
