@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.chat.rows import FORMS, detect_form
+from pipeline.chat.messages import without_nulls
+from pipeline.chat.rows import FORMS, detect_form, has_form, needed_keys
 from pipeline.errors import DataError
 from pipeline.text import one_line
 
@@ -125,19 +126,8 @@ def _is_object(line: bytes) -> bool:
 
 
 # Columns whose cells hold JSON text: lists of messages, of tools, of token ids.
-_JSON_COLUMNS = {
-    "messages",
-    "conversations",
-    "tools",
-    "input_ids",
-    "loss_mask",
-    "chosen",
-    "rejected",
-    "conversation",
-    "labels",
-    "attention_mask",
-    "history",
-}
+_JSON_COLUMNS = {"messages", "conversations", "conversation", "tools", "chosen", "rejected", "history"}
+_JSON_COLUMNS |= {"input_ids", "loss_mask", "labels", "attention_mask", "position_ids"}
 
 
 def read_csv(path: Path) -> Rows:
@@ -165,16 +155,13 @@ def read_csv(path: Path) -> Rows:
 
 def _header(names: list[str], path: Path) -> list[str]:
     """Return a header. Raises DataError if its columns are no known form's, or two have one name."""
-    if len(set(names)) == len(names) and detect_form(dict.fromkeys(names, "")) is not None:
+    columns = dict.fromkeys(names, "")
+    if len(columns) == len(names) and any(has_form(columns, form) for form in FORMS):
         return names
     raise DataError(
         f"{path}: expected a first line that names the columns of a known form "
-        f"({', or '.join(map(_columns, FORMS))}), each once; got: {', '.join(names)[:200] or 'none'}"
+        f"({'; '.join(map(needed_keys, FORMS))}), each once; got: {', '.join(names)[:200] or 'none'}"
     )
-
-
-def _columns(form: str) -> str:
-    return " and ".join(" or ".join(group) for group in FORMS[form][0])
 
 
 def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
@@ -220,19 +207,6 @@ def _rows_of(batches: Iterator[pa.RecordBatch]) -> Rows:
         for row in batch.to_pylist():
             yield number, without_nulls(row)
             number += 1
-
-
-def without_nulls(value: Any) -> Any:
-    """Return a columnar row without null values.
-
-    Columnar files give every row every key: a message without tool calls has `tool_calls: None`, which some
-    chat templates render as tool calls.
-    """
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

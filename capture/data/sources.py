@@ -17,10 +17,10 @@ from capture.data.readers import (
     plain_suffix,
     read_file,
     suffix_of,
-    without_nulls,
 )
 from capture.data.stdin import STDIN, spool_stdin
 from pipeline import files
+from pipeline.chat.messages import without_nulls
 from pipeline.errors import DataError, UsageError
 from pipeline.text import one_line, reason
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.chat.rows import BadRowError, Conversation, read_row
+from pipeline.chat.messages import ROLES, BadRowError, parsed_json, read_tools, without_nulls
 from pipeline.errors import DataError
 from pipeline.text import one_line
 
@@ -71,7 +70,7 @@ class Dialogue:
         if self.row["messages"][0]["role"] == "assistant":
             raise DataError("the assistant opens this conversation, so there is nothing to answer")
         before = self.messages()[: self.turns[len(self.answers)]]
-        return [{key: value for key, value in message.items() if value is not None} for message in before]
+        return without_nulls(before)
 
     def result(self) -> dict[str, Any]:
         """Return the row with the answers so far inserted, otherwise unchanged."""
@@ -83,17 +82,14 @@ class Dialogue:
         Raises:
             DataError: they are text that is not JSON.
         """
-        tools = self.row.get("tools") or None
-        if isinstance(tools, str):
-            try:
-                return json.loads(tools) or None
-            except ValueError as error:
-                raise DataError(f'"tools" is text that is not JSON ({error})') from None
-        return tools
+        try:
+            return read_tools(without_nulls(self.row))
+        except BadRowError as problem:
+            raise DataError(str(problem)) from None
 
     def prompt_ids(self, tokenizer: Any, template_arguments: dict[str, Any]) -> list[int]:
         """Return the next prompt's tokens. Raises DataError if the chat template refuses it."""
-        messages = with_arguments(self.prompt(), _parsed)
+        messages = with_arguments(self.prompt(), parsed_json)
         tools = self.tools()
         try:
             encoded = tokenizer.apply_chat_template(
@@ -105,18 +101,8 @@ class Dialogue:
         return list(encoded["input_ids"])
 
 
-@functools.cache
-def _role(name: str) -> str:
-    """Return the role that a name such as `gpt` stands for, as in ShareGPT's form; an unknown name itself."""
-    try:
-        content = read_row({"conversations": [{"from": name, "value": "text"}]})
-    except BadRowError:
-        return name
-    return content.messages[0]["role"] if isinstance(content, Conversation) else name
-
-
 def _with_role(message: Message) -> Message:
-    role = _role(message["role"])
+    role = ROLES.get(message["role"].strip().lower(), message["role"])
     return message if role == message["role"] else {**message, "role": role}
 
 
@@ -138,15 +124,6 @@ def with_arguments(messages: list[Message], change: Callable[[Any], Any]) -> lis
         else message
         for message in messages
     ]
-
-
-def _parsed(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        return json.loads(arguments)
-    except ValueError:  # invalid JSON is the model's own error and is rendered as text
-        return arguments
 
 
 def to_json(row: dict[str, Any]) -> str:

@@ -214,7 +214,7 @@ def _read_calls(item: dict[str, Any], what: str) -> None:
     if older is not None:
         if calls:
             raise BadRowError("malformed message", f"{what} has both tool_calls and function_call")
-        older = _parsed(older)
+        older = parsed_json(older)
         if not isinstance(older, dict) or not isinstance(older.get("name"), str):
             raise BadRowError("malformed message", f'{what}: expected "function_call" with a name')
         calls = [{"type": "function", "function": older}]
@@ -232,13 +232,13 @@ def _tool_call(call: Any, what: str) -> dict[str, Any]:
     function = call.get("function")
     inner = dict(function) if isinstance(function, dict) else dict(call)
     if isinstance(inner.get("arguments"), str):
-        inner["arguments"] = _parsed(inner["arguments"])
+        inner["arguments"] = parsed_json(inner["arguments"])
     return {**call, "function": inner} if isinstance(function, dict) else inner
 
 
 def _calls_of_text(value: Any, what: str) -> list[Any]:
     """Return the tool calls of a turn whose text is a call in JSON, or a list of them."""
-    found = _parsed(value) if isinstance(value, str) else value
+    found = parsed_json(value) if isinstance(value, str) else value
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise BadRowError(
@@ -247,7 +247,7 @@ def _calls_of_text(value: Any, what: str) -> list[Any]:
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _parsed(text: Any) -> Any:
+def parsed_json(text: Any) -> Any:
     """Return the value of JSON text. Invalid JSON is the model's own error and stays text."""
     if isinstance(text, str):
         with contextlib.suppress(ValueError, RecursionError):

@@ -214,11 +214,13 @@ def form_keys(form: str) -> set[str]:
     return keys | beside.get(form, set()) | {"system", "mask"}
 
 
-def _has(row: dict[str, Any], form: str) -> bool:
+def has_form(row: dict[str, Any], form: str) -> bool:
+    """Return whether a row has a key of each group of a form."""
     return all(any(key in row for key in group) for group in FORMS[form][0])
 
 
-def _needed(form: str) -> str:
+def needed_keys(form: str) -> str:
+    """Return the keys that a row of a form has, in words."""
     return " and ".join(" or ".join(f'"{key}"' for key in group) for group in FORMS[form][0])
 
 
@@ -227,15 +229,15 @@ def _keys(row: dict[str, Any]) -> str:
 
 
 def _expected(row: dict[str, Any]) -> str:
-    forms = "; ".join(_needed(form) for form in FORMS if form not in ON_REQUEST)
-    asked = next((f" ({_needed(f)} needs --format {f})" for f in ON_REQUEST if _has(row, f)), "")
+    forms = "; ".join(needed_keys(form) for form in FORMS if form not in ON_REQUEST)
+    asked = next((f" ({needed_keys(f)} needs --format {f})" for f in ON_REQUEST if has_form(row, f)), "")
     return f"expected a row with one of: {forms}; got keys: {_keys(row)}{asked}"
 
 
 def detect_form(row: dict[str, Any]) -> str | None:
     """Return the first form whose keys the row has (null counts as absent); None if there is none."""
     present = {key: value for key, value in row.items() if value is not None}
-    return next((form for form in FORMS if form not in ON_REQUEST and _has(present, form)), None)
+    return next((form for form in FORMS if form not in ON_REQUEST and has_form(present, form)), None)
 
 
 def read_row(row: dict[str, Any], form: str | None = None) -> Content:
@@ -251,10 +253,10 @@ def read_row(row: dict[str, Any], form: str | None = None) -> Content:
     found = form or detect_form(row)
     if found is None:
         raise BadRowError("no known form", _expected(row))
-    if not _has(row, found):
+    if not has_form(row, found):
         raise BadRowError(
             "another form",
-            f"expected {_needed(found)}: the form {found} is that of the source's first row or of --format; "
-            f"got keys: {_keys(row)}",
+            f"expected {needed_keys(found)}: the form {found} is that of the source's first row or of "
+            f"--format; got keys: {_keys(row)}",
         )
     return FORMS[found][1](row)

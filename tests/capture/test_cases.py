@@ -215,3 +215,15 @@ def test_rows_for_regenerate_keep_their_keys_and_masks():
     assert conversation_row(asked) == {"source": "x", "text": "kept", "messages": [USER, answer]}
     with pytest.raises(BadRowError, match="expected a conversation"):
         conversation_row({"text": "once"})
+
+
+def test_alpaca_and_preferences_in_csv(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,input,output\nwhy,,yes\n")
+    (tmp_path / "b.csv").write_text("prompt,chosen,rejected\nwhy,yes,no\n")
+    (tmp_path / "c.csv").write_text('input_ids,labels\n"[5, 6, 7]","[-100, 6, 7]"\n')
+    for name, form in (("a.csv", None), ("b.csv", "preference")):
+        tokenizer, data = load(tmp_path / name, form=form)
+        assert learned(tokenizer, data[0]) == ["yes" + END]
+    assert load(tmp_path / "c.csv")[1][0].loss_mask.tolist() == [0, 1, 1]
+    with pytest.raises(DataError, match="needs --format preference"):
+        load(tmp_path / "b.csv")
