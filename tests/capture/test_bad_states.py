@@ -64,7 +64,7 @@ def healthy(tmp_path_factory, fp32_target, data) -> Path:
 
 
 def spoil(input_ids: Tensor, states: dict[int | str, Tensor]) -> None:
-    """What a broken embedding row, a dead layer and a small device do."""
+    """A broken embedding row, a dead layer and a small device."""
     if bool((input_ids == HUGE).any()):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
     for row, ids in enumerate(input_ids):
@@ -215,7 +215,7 @@ def test_one_bad_sample_is_always_allowed(tmp_path, fp32_target, spoiled):
     data = write_rows(tmp_path / "rows.jsonl", {5: NAN}, count=20)
     result = run_cli(*arguments(fp32_target, data, tmp_path / "cache", **SMALL, bad_states="skip"))
     assert result.exit_code == 0, result.output
-    assert "of the sample at row 6 of rows.jsonl holds NaN" in result.stderr
+    assert "warning: skipped: layer 0 of the sample at row 6 of rows.jsonl holds NaN" in result.stderr
     assert "skipped   1 samples" in result.stdout
     assert len(CacheReader(tmp_path / "cache")) == 19
 

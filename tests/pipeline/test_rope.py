@@ -46,7 +46,7 @@ def alone(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_rows_batched_across_the_switch_get_other_states(folder):
-    """What the plan must not do: this is transformers' behaviour, and why there is a rule."""
+    """The behaviour of transformers that the plan must avoid, and so the reason for the rule."""
     short, long = ids_of(30), ids_of(LIMIT + 20, 1)
     batch = torch.cat([nn.functional.pad(short, (0, long.shape[1] - 30)), long])
     with torch.no_grad():

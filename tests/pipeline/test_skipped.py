@@ -128,7 +128,7 @@ def test_states_of_a_skipped_sample_that_are_not_zeros_are_found(tmp_path):
 
 
 def test_a_version_that_does_not_know_the_key_refuses_it_and_only_it(tmp_path):
-    """What it does with any key that it does not know."""
+    """As with any key that it does not know."""
     cache = hand(LIST)
     cache.edit_json = lambda text: text.replace(b'"skipped"', b'"skipper"')
     assert "unknown key 'skipper'" in assert_refuses(cache.save(tmp_path / "new"))

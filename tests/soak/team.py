@@ -31,7 +31,7 @@ FULL_FILE_BYTES = 48 * 1024
 """Maximum size of a file while the system refuses larger ones."""
 OPEN_FILES = 1024
 NO_ROOM = "an allocation was refused"
-"""What a process of a capture says then."""
+"""The words of a capture's process then."""
 FATES = ("kill", "kill", "terminate", "interrupt", "pause", "pause and kill")
 
 
