@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from capture.data.summary import histogram
 from pipeline.cli import cli
 from tests.capture.test_tokens import talk, write
-from tests.conftest import assert_refused, run_cli, run_ok
+from tests.conftest import FP32, assert_refused, run_cli, run_ok
 
 
 @pytest.mark.capability
@@ -49,6 +49,16 @@ def test_one_row(tmp_path, target_dir):
     assert "the sky" not in said
     result = run_cli("preview", "--target", target_dir, "--data", path, "--row", "2")
     assert_refused(result, 2, f"{path}:2", "empty line")
+
+
+def test_a_sample_and_the_summary_count_the_same_tokens(tmp_path, target_dir):
+    """Nothing predicts the first token of a text, all of which is supervised."""
+    path = write(tmp_path / "a.jsonl", {"text": ""}, {"text": "a"}, {"text": "ab c"})
+    said = run_ok("preview", "--target", target_dir, *FP32, "--data", path)
+    (own,) = re.findall(r"== .*:3: (\d+ tokens, \d+) supervised", said)
+    (whole,) = re.findall(r"^1 samples, (\d+ tokens, \d+) of them supervised", said, re.MULTILINE)
+    assert own == whole
+    assert "captured 1, dropped: no two supervised tokens in a row 2, read 3" in said
 
 
 def test_histogram_counts_everything_once():
