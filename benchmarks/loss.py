@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.record import record
 from pipeline.device import resolve_device, reuse_freed_memory
 from pipeline.features import at_least_fp32, head_logits
-from train.draft.dspark.anchors import label_positions, sample_anchor_positions
+from train.draft.blocks.anchors import label_positions, sample_anchor_positions
 from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
 from train.losses.slots import Objective, SlotFigures, Supervised, divide, slot_losses, sum_slots
 from train.trainer.metrics import peak_flops

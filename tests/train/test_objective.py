@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.conftest import run_ok
 from tests.train.drafts import as_batch, random_samples, small_model
 from tests.train.runs import progress_of, train_arguments
-from train.config import LossConfig
 from train.draft.dspark.module import DSparkTrainerModule
+from train.draft.dspark.settings import DSparkLoss
 from train.losses import slots as definition
 from train.losses.slots import LossSums, Objective, SlotFigures, Supervised, acceptance, divide, sum_slots
 from train.trainer.metrics import Window
@@ -38,7 +38,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def test_the_weights_are_those_of_the_loss_table() -> None:
-    loss = LossConfig(ce_alpha=0.25, l1_alpha=0.5, confidence_alpha=2.0, decay_gamma=None)
+    loss = DSparkLoss(ce_alpha=0.25, l1_alpha=0.5, confidence_alpha=2.0, decay_gamma=None)
     assert Objective.of(loss) == Objective({"ce": 0.25, "l1": 0.5, "confidence": 2.0}, None)
 
 
@@ -117,7 +117,7 @@ def test_a_term_is_the_same_in_training_and_in_evaluate(
     with_brier: Objective, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_dir: Path
 ) -> None:
     """Over the same anchors: the term, and the loss that it is part of."""
-    monkeypatch.setattr(LossConfig, "brier_alpha", 3.0, raising=False)
+    monkeypatch.setattr(DSparkLoss, "brier_alpha", 3.0, raising=False)
     run = tmp_path / "run"
     run_ok(*train_arguments(cache_dir, run, train__max_steps=4, train__eval_anchors=1000))
     during = progress_of(run)["evaluation"]

@@ -5,7 +5,7 @@ from train.draft.dspark.kind import DSPARK
 from train.draft.kind import DraftKind
 
 DRAFTS: dict[str, DraftKind] = {"dspark": DSPARK}
-"""Kinds by their name in `draft.kind`."""
+"""Kinds by their name in `draft.kind`; the first is the default."""
 
 __getattr__, __all__ = lazy_exports(
     __name__,

@@ -23,6 +23,7 @@ from pipeline.process import WorkerPlace
 from train.config import RunConfig
 from train.data.split import split
 from train.draft import DRAFTS
+from train.draft.settings import run_config
 from train.draft.shape import draft_shape, resolved
 from train.runs.checkpoint import FROZEN, save_checkpoint
 from train.runs.directory import begin
@@ -156,7 +157,7 @@ def _run_config(
     if "draft" in tables:
         raise UsageError(f"--set draft.* is not allowed, {where} decides it: set only [loss] and [train]")
     draft, values = DRAFTS[_KIND].released_settings(values, weights, f"{_ASKER}: {where}")
-    config = configuration.build(RunConfig, {**tables, "draft": {"kind": _KIND, **draft}}, where)
+    config = run_config({**tables, "draft": {"kind": _KIND, **draft}}, where)
     anchors, asked = values.get("num_anchors"), tables.get("train", {})
     # Other trainers count anchors per sample, so a number that no batch here has room for is ignored.
     if type(anchors) is int and 1 <= anchors < config.train.batch_tokens and "anchors_per_batch" not in asked:

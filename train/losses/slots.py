@@ -4,8 +4,8 @@ DSpark paper, section 3.3. B rows, N anchors, K slots, V vocabulary, M supervise
 w_k = exp(-k / gamma), and counts where it is supervised. Every term is sum(w * term) / sum(w). The functions
 here return the sums; the division happens once, after everything that belongs together was added up.
 
-To add a term: write its function, put it in `TERMS`, give it a weight `<name>_alpha` in
-`train.config.LossConfig`, and test it against an independent reference. A term that needs the whole
+To add a term: write its function, put it in `TERMS` and `TITLES`, give it a weight `<name>_alpha` in the
+`[loss]` class of a kind of draft, and test it against an independent reference. A term that needs the whole
 vocabulary, as cross entropy does, also needs its gradient in `train.losses.plain` and `train.losses.kernels`.
 """
 
@@ -116,6 +116,9 @@ TERMS: dict[str, Callable[[SlotFigures], Tensor | None]] = {
 }
 """Each slot's loss `[M]` by the term's name; None where the forward lacks what the term needs."""
 
+TITLES = {"ce": "cross entropy", "l1": "L1", "confidence": "confidence"}
+"""Names of the terms for people."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -129,7 +132,8 @@ class Objective:
     @classmethod
     def of(cls, loss: LossConfig) -> Objective:
         """Read the weights of a run's `[loss]` table."""
-        return cls({name: getattr(loss, f"{name}_alpha") for name in TERMS}, loss.decay_gamma)
+        weights = {name: getattr(loss, f"{name}_alpha", None) for name in TERMS}
+        return cls({name: w for name, w in weights.items() if w is not None}, loss.slot_decay)
 
     def total(self, terms: Mapping[str, Any]) -> Any:
         """Add up the terms, each by its weight."""

@@ -60,14 +60,14 @@ def set_up(
     reader.check_shards()
     shape = draft_shape(reader, config)
     kind = DRAFTS[config.draft.kind]
-    if config.draft.attention != "auto":  # auto can't fail; it is tried when the draft is prepared
-        kind.attention(config.draft.attention, shape, device)
+    kind.attention(config.draft, shape, device)
     resolve_kernel(config.loss.kernel, device)
     if begins and config.draft.init_from is not None:
         check_warm_start(kind, shape, Path(config.draft.init_from))
     samples, held_out = split(reader, config.train.held_out)
     check_lengths(reader, config.train.batch_tokens)
-    check_anchors(reader, samples, config.train)
+    if kind.anchors is not None:
+        check_anchors(reader, samples, config.train)
     check_world(config.train, world)
     config = replace(config, draft=resolved(config.draft, shape))
     return Setup(reader, config, kind, shape, samples, held_out)

@@ -10,7 +10,7 @@ from transformers import Qwen3Config
 
 from pipeline.errors import RunError
 from pipeline.text import one_line
-from train.draft.body import slides
+from train.draft.blocks.config import slides
 from train.draft.dspark.config import DECLARED
 
 _REQUIRED = ("target_layer_ids", "mask_token_id")
