@@ -16,11 +16,10 @@ VOCAB = 151_936  # Qwen3's
 THREADS, REGISTERS = 2048, 65_536  # of a multiprocessor
 POINTERS = {
     **dict.fromkeys(("logits", "bias", "teacher", "teacher_highest", "teacher_total"), "*fp32"),
-    **dict.fromkeys(("ce_weights", "l1_weights", "ce", "l1", "highest", "total"), "*fp32"),
+    **dict.fromkeys(("target_total", "weights", "losses", "highest", "total"), "*fp32"),
     **dict.fromkeys(("gradient", "of_bias"), "*bf16"),
     **dict.fromkeys(("rows", "labels"), "*i64"),
-    **dict.fromkeys(("teacher_best", "best"), "*i32"),
-    "matches": "*i1",
+    "best": "*i32",
 }
 KERNELS = {
     "teacher": {},
@@ -55,7 +54,8 @@ def compiled(name: str, capability: int, vocab: int = VOCAB) -> Compiled:
 
     block = min(kernels.BLOCK, triton.next_power_of_2(vocab))
     constants = {"vocab": vocab, "block": block, "stride": 2 * vocab, "scale": 1.0, "cap": 0.0}
-    constants |= dict.fromkeys(("biased", "taught", "match", "differentiate"), False) | KERNELS[name]
+    flags = ("biased", "taught", "soft", "match", "differentiate")
+    constants |= dict.fromkeys(flags, False) | KERNELS[name]
     function = kernels.teacher_kernel if name == "teacher" else kernels.losses_kernel
     names = function.arg_names
     source = ASTSource(

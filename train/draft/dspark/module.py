@@ -15,14 +15,11 @@ from train.draft.dspark.attention import flex_options, resolve_attention
 from train.draft.dspark.loss import DSparkStepMetrics, step_metrics
 from train.draft.dspark.model import DraftBlocks, Qwen3DSparkModel
 from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
-from train.losses.slots import Objective, SlotFigures, Supervised, places, positive
+from train.losses.slots import OF_THE_VOCABULARY, Objective, SlotFigures, Supervised, places, positive
 from train.runtime.compiled import compiled_for_training, compiles
 from train.runtime.precision import allow_tf32, resolve_precision
 
 __all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
-
-# Terms whose gradients the pass over the vocabulary computes. The others backpropagate from their sums.
-_OF_THE_VOCABULARY = ("ce", "l1")
 
 
 class DSparkTrainerModule(nn.Module):
@@ -98,22 +95,23 @@ class DSparkTrainerModule(nn.Module):
         supervised = Supervised.of(blocks.eval_mask, None if known is None else len(known))
         operands = self._operands(blocks, supervised, input_ids, target_last_hidden_states, known)
         matches = torch.zeros_like(operands.labels, dtype=torch.bool) if observe else None
-        vocabulary, ce, l1 = vocabulary_loss(
+        vocabulary = vocabulary_loss(
             operands, kernel=self.loss_kernel, compile_passes=self.compile_loss, matches=matches
         )
         slots = SlotFigures(
             supervised=supervised,
-            ce=ce,
-            l1=None if operands.teacher_hidden is None else l1,
+            ce=vocabulary.ce,
+            l1=vocabulary.l1,
             confidence=None if blocks.confidence_pred is None else supervised.take(blocks.confidence_pred),
             matches=matches,
             anchor_positions=blocks.anchor_positions,
+            soft_ce=vocabulary.soft_ce,
         )
         metrics = step_metrics(slots, self.objective, denominator)
         assert metrics.sums is not None
-        loss = vocabulary
+        loss = vocabulary.sum
         for name, value in metrics.sums.terms.items():
-            if name not in _OF_THE_VOCABULARY:
+            if name not in OF_THE_VOCABULARY:
                 loss = loss + weights[name] * value
         total = positive(metrics.sums.weight if denominator is None else denominator)
         return dataclasses.replace(metrics, loss=loss / total)
@@ -145,6 +143,7 @@ class DSparkTrainerModule(nn.Module):
             latent = head.markov_w1(input_ids.flatten()[used]) if head.by_position else take(blocks.latent)
             bias = LowRankBias(latent=latent, weight=head.markov_w2.weight, by_position=head.by_position)
         weights = supervised.weights(self.objective.decay_gamma)
+        soft = self.objective.weights.get("soft_ce")
         return SlotOperands(
             hidden=take(blocks.hidden),
             head=model.lm_head.weight,
@@ -153,6 +152,7 @@ class DSparkTrainerModule(nn.Module):
             ordered=None if known is None else np.searchsorted(distinct, np.sort(known)),
             ce_weights=self.objective.weights.get("ce", 0.0) * weights,
             l1_weights=self.objective.weights.get("l1", 0.0) * weights,
+            soft_weights=None if soft is None else soft * weights,
             teacher_hidden=None if last_hidden is None else last_hidden.flatten(0, 1)[used],
             bias=bias,
             softcap=model.softcap,
