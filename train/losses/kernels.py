@@ -25,6 +25,8 @@ import triton.language as tl
 # Logits of a program's step, and its warps: 8 logits a thread are two 16-byte loads, and two programs of 512
 # threads fill a multiprocessor, so that one loads while the other adds up.
 BLOCK, WARPS = 4096, 16
+# The compiler would take 88 with the soft cross entropy, and needs no memory for these in their place.
+SOFT_REGISTERS = 64
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.features import product
 from train.losses.chunks import Chunk, VocabularyPass, add_product
-from train.losses.kernels import BLOCK, WARPS, losses_kernel, teacher_kernel
+from train.losses.kernels import BLOCK, SOFT_REGISTERS, WARPS, losses_kernel, teacher_kernel
 from train.losses.operands import SlotOperands
 
 
@@ -91,6 +91,8 @@ class TritonPass(VocabularyPass):
             "match": self.matches is not None and teacher is not None,
             "num_warps": WARPS,
         }
+        simple = bias is None and not fixed["cap"]
+        limits = {"maxnreg": SOFT_REGISTERS} if self.soft and simple else {}
         losses = logits.new_zeros(len(self.losses), rows)
         best = torch.empty(rows, dtype=torch.int32, device=logits.device)
         biased = logits if bias is None else bias
@@ -110,7 +112,7 @@ class TritonPass(VocabularyPass):
                 target_total,
                 chunk.rows,
                 self.labels[chunk.slots],
-                self.weights[:, chunk.slots],
+                self.weights.index_select(1, chunk.slots),  # a row after the other, as `losses`
                 losses,
                 best,
                 stride=vocabulary * logits.element_size() // self.dtype.itemsize,
@@ -119,6 +121,7 @@ class TritonPass(VocabularyPass):
                 soft=self.soft,
                 differentiate=any(gradient is not None for gradient in self.gradients),
                 **fixed,
+                **limits,
             )
         self.losses[:, chunk.slots] = losses
         if self.matches is not None and teacher is not None:
