@@ -148,6 +148,8 @@ class DraftKind:
     """Facts of a draft for its model card, a line each in Markdown."""
     weight_fields: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Return the values of a config that decide what weights mean, even if shapes are equal."""
+    architectures: tuple[str, ...]
+    """Names in a released config.json's `architectures` by which the kind is known."""
     check_released: Callable[[Mapping[str, Any], str], None]
     """Check a released config.json. Raise RunError if it describes no draft of this kind."""
     released_settings: Callable[

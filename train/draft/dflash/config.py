@@ -1,7 +1,7 @@
 """Hugging Face config of a DFlash draft, and the fields that engines read of it.
 
-vLLM 0.33.0 (`model_executor/models/qwen3_dflash.py`) and SGLang 0.5.23 (`srt/models/dflash.py`) read the block
-and the layers from `dflash_config`, whose layer ids count layers from 0 in both.
+vLLM 0.33.0 (`model_executor/models/qwen3_dflash.py`) and SGLang 0.5.23 (`srt/models/dflash.py`) read block
+and layers from `dflash_config`, whose layer ids count layers from 0 in both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from typing import Any
 from transformers import PretrainedConfig, Qwen3Config
 
 from pipeline.cache import Manifest
-from train.draft.blocks.config import BLOCK_FIELDS, block_config, block_export, block_weights, describe_windows
+from train.draft.blocks.config import (
+    BLOCK_FIELDS,
+    block_config,
+    block_export,
+    block_weights,
+    describe_windows,
+)
 from train.draft.dflash.settings import DFlashConfig
 
 # Fields that Qwen3's config lacks.

@@ -16,7 +16,7 @@ from train.draft.blocks.parts import (
     least_blocks,
     ridge_if_asked,
 )
-from train.draft.dflash.config import FIELDS, describe, draft_config, exported, weight_fields
+from train.draft.dflash.config import ARCHITECTURE, FIELDS, describe, draft_config, exported, weight_fields
 from train.draft.dflash.model import Qwen3DFlashModel
 from train.draft.dflash.module import DFlashTrainerModule
 from train.draft.dflash.released import check_released, released_settings
@@ -58,6 +58,7 @@ DFLASH = DraftKind(
     exported=exported,
     describe=describe,
     weight_fields=weight_fields,
+    architectures=(ARCHITECTURE,),
     check_released=check_released,
     released_settings=released_settings,
     build=_build,

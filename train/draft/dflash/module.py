@@ -34,8 +34,8 @@ class DFlashTrainerModule(BlockTrainerModule):
         if self.dpace_smoothing is None:
             return None
         with torch.no_grad():
-            alone = dataclasses.replace(operands, teacher_hidden=None)
-            ce = vocabulary_loss(alone, kernel=self.loss_kernel, compile_passes=self.compile_loss)[1]
+            alone = dataclasses.replace(operands, teacher_hidden=None, soft_weights=None)
+            ce = vocabulary_loss(alone, kernel=self.loss_kernel, compile_passes=self.compile_loss).ce
         confidences = supervised.lay_out(torch.exp(-ce))
         return supervised.take(dpace_weights(confidences, supervised.mask, self.dpace_smoothing))
 

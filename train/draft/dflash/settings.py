@@ -20,9 +20,8 @@ class DFlashConfig(BlockDraftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.block_size >= 2, f"block_size must be at least 2, an anchor and a slot, got {self.block_size}"
-        )
+        size = self.block_size
+        require(size >= 2, f"block_size must be at least 2, an anchor and a slot, got {size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class DFlashLoss(LossConfig):
     l1_alpha: float = 0.0
     """Weight of the L1 distance to the target's distribution, which needs the last hidden states."""
     slot_weights: Literal["decay", "dpace"] = "decay"
-    """Weights of the slots: decay by decay_gamma, or D-PACE by the draft's own confidence (arXiv 2605.18810)."""
+    """Weights of the slots: decay by decay_gamma, or D-PACE, by its confidence (arXiv 2605.18810)."""
     decay_gamma: float | None = 7.0
     """Slot k has weight exp(-k / gamma), k from 0; "none" gives all slots the same weight. Not with dpace."""
     dpace_smoothing: float = 0.5

@@ -21,7 +21,7 @@ from train.draft.dspark.decoder import DraftDecoder
 from train.draft.dspark.flops import training_flops
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
-from train.draft.dspark.released import check_released, released_settings
+from train.draft.dspark.released import ARCHITECTURES, check_released, released_settings
 from train.draft.dspark.serving import RULES
 from train.draft.dspark.settings import PUBLISHED, DSparkConfig, DSparkLoss, implied_settings
 from train.draft.kind import DraftKind
@@ -55,6 +55,7 @@ DSPARK = DraftKind(
     exported=exported,
     describe=describe,
     weight_fields=weight_fields,
+    architectures=ARCHITECTURES,
     check_released=check_released,
     released_settings=released_settings,
     build=_build,
