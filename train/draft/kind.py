@@ -144,6 +144,9 @@ class DraftKind:
     """Return K, the tokens that the draft drafts in a round."""
     exported: Callable[[PretrainedConfig], dict[str, Any]]
     """Return what config.json states for engines, besides what drafts of all kinds state."""
+    served: Callable[[PretrainedConfig], Mapping[str, Any]]
+    """Return how each engine is told to serve a draft: of vLLM the speculative config without the draft's
+    path, of SGLang the name of the algorithm."""
     describe: Callable[[PretrainedConfig], list[str]]
     """Facts of a draft for its model card, a line each in Markdown."""
     weight_fields: Callable[[Mapping[str, Any]], dict[str, Any]]

@@ -46,7 +46,9 @@ _AS_TARGET = ("rms_norm_eps", "hidden_act", "attention_bias", "layer_types")
 _SCALES = ("embedding_scale", "logit_scale", "final_logit_softcapping")
 
 
-def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] = ()) -> PretrainedConfig:
+def import_draft(
+    folder: Path, cache: Path, run: Path, overrides: Iterable[str] = ()
+) -> tuple[PretrainedConfig, int]:
     """Make a run of a draft in DeepSpec's layout. The run appears complete or not at all.
 
     Warns on stderr if the draft comes with another embedding or head than the cache's, which the run uses,
@@ -60,7 +62,7 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
         overrides: `table.key=value` settings of [loss] and [train], for measuring the draft.
 
     Returns:
-        The draft's config.
+        The draft's config, and K, the tokens that it drafts in a round.
 
     Raises:
         RunError: there is no such draft, it can't be read, or no run can describe it.
@@ -105,7 +107,7 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
     with new_folder(run, last=CONFIG) as partial:
         begin(partial, config, identity, fresh=False)
         save_checkpoint(partial, model, [], page, Ranks(WorkerPlace(), torch.device("cpu")), keep=1)
-    return shape
+    return shape, DRAFTS[config.draft.kind].slots(shape)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

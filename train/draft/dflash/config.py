@@ -54,6 +54,12 @@ def exported(config: PretrainedConfig) -> dict[str, Any]:
     return values | {"target_hidden_size": config.hidden_size, "dflash_config": nested}
 
 
+def served(config: PretrainedConfig) -> dict[str, Any]:
+    """Return how vLLM and SGLang are told to serve a draft."""
+    own = {"method": "dflash", "num_speculative_tokens": config.block_size - 1}
+    return {"vllm": own, "sglang": "DFLASH"}
+
+
 def describe(config: PretrainedConfig) -> list[str]:
     """Return what a model card tells of the block."""
     slots = f"block size {config.block_size}, mask token {config.mask_token_id}"

@@ -16,7 +16,15 @@ from train.draft.blocks.parts import (
     least_blocks,
     ridge_if_asked,
 )
-from train.draft.dflash.config import ARCHITECTURE, FIELDS, describe, draft_config, exported, weight_fields
+from train.draft.dflash.config import (
+    ARCHITECTURE,
+    FIELDS,
+    describe,
+    draft_config,
+    exported,
+    served,
+    weight_fields,
+)
 from train.draft.dflash.model import Qwen3DFlashModel
 from train.draft.dflash.module import DFlashTrainerModule
 from train.draft.dflash.released import check_released, released_settings
@@ -56,6 +64,7 @@ DFLASH = DraftKind(
     resolved=BLOCK_RESOLVED,
     slots=_slots,
     exported=exported,
+    served=served,
     describe=describe,
     weight_fields=weight_fields,
     architectures=(ARCHITECTURE,),

@@ -57,8 +57,8 @@ def check_released(values: Mapping[str, Any], where: str) -> None:
     nested = _nested(values)
     if values.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
         raise RunError(
-            f"{where} has architectures = {values['architectures']!r}, expected {ARCHITECTURE}: it is another "
-            "kind of draft, import another"
+            f"{where} has architectures = {values['architectures']!r}, expected {ARCHITECTURE}: it is "
+            "another kind of draft, import another"
         )
     for name in _REQUIRED:
         if name not in nested:
@@ -68,8 +68,8 @@ def check_released(values: Mapping[str, Any], where: str) -> None:
     for name in _FOREIGN:
         if nested.get(name):
             raise RunError(
-                f"{where} has dflash_config.{name} = {nested[name]!r}, expected none: no run can describe this "
-                "draft, import another"
+                f"{where} has dflash_config.{name} = {nested[name]!r}, expected none: no run can describe "
+                "this draft, import another"
             )
     if nested.get("causal"):
         raise RunError(f"{where} has dflash_config.causal = true, expected false: import another draft")

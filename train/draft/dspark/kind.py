@@ -16,7 +16,7 @@ from train.draft.blocks.parts import (
     least_blocks,
     ridge_if_asked,
 )
-from train.draft.dspark.config import FIELDS, describe, draft_config, exported, weight_fields
+from train.draft.dspark.config import FIELDS, describe, draft_config, exported, served, weight_fields
 from train.draft.dspark.decoder import DraftDecoder
 from train.draft.dspark.flops import training_flops
 from train.draft.dspark.model import Qwen3DSparkModel
@@ -53,6 +53,7 @@ DSPARK = DraftKind(
     resolved=BLOCK_RESOLVED,
     slots=lambda config: config.block_size,
     exported=exported,
+    served=served,
     describe=describe,
     weight_fields=weight_fields,
     architectures=ARCHITECTURES,
