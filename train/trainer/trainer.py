@@ -74,8 +74,8 @@ def train(
         with ranks.together():
             begins = fresh or not any(run.glob(f"{CHECKPOINTS}/*step-*"))
             setup = set_up(cache, config, ranks.device, ranks.world, begins=begins)
-            identity = setup.reader.manifest.identity
-            check_run(run, setup.config, identity, fresh=fresh)
+            identity, skipped = setup.reader.manifest.identity, setup.reader.manifest.skipped.sample
+            check_run(run, setup.config, identity, fresh=fresh, skipped=skipped)
             if profile_steps:
                 _check_profile(profile_steps, setup, None if fresh else _newest(run, setup))
         if ranks.leads:
@@ -83,12 +83,14 @@ def train(
         with ranks.together():
             if ranks.leads:
                 held.enter_context(locked(run))
-                check_run(run, setup.config, identity, fresh=fresh)  # again, now under the lock
-                begin(run, setup.config, identity, fresh=fresh)
+                # again, now under the lock
+                check_run(run, setup.config, identity, fresh=fresh, skipped=skipped)
+                begin(run, setup.config, identity, fresh=fresh, skipped=skipped)
         with ranks.together():
             checkpoint = _newest(run, setup)
         found = checkpoint and checkpoint.folder.name
-        ranks.agree({"config": setup.config, "cache": identity, "newest checkpoint": found})
+        facts = {"config": setup.config, "cache": identity, "skipped samples": skipped}
+        ranks.agree(facts | {"newest checkpoint": found})
         if checkpoint is not None and checkpoint.page.progress.complete:
             if ranks.leads:
                 say(f"run {run}: complete, nothing is left to train", err=False)
