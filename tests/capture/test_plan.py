@@ -174,7 +174,7 @@ def test_a_probe_loads_weights_and_nothing_else_does(tmp_path, no_weights, data_
         ({"dtype": torch.float32}, {"dtype": "float16"}),
         ({}, {"shard_tokens": 2, "batch_tokens": 2}),
         ({}, {"shard_tokens": 100_000, "batch_tokens": 8192}),
-        ({"hidden_size": 256, "head_dim": 64}, {"shard_tokens": 128}),
+        ({"hidden_size": 256, "head_dim": 64, "initializer_range": 0.05}, {"shard_tokens": 128}),
     ],
     ids=str,
 )

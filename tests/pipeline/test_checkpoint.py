@@ -231,6 +231,36 @@ def test_leftovers_of_a_quantisation_are_refused(tmp_path, target_dir, suffix):
     assert_both_refuse(edited(target_dir, tmp_path / "t", leave(key)), key, "unquantised checkpoint")
 
 
+def test_leftovers_of_a_checkpoint_that_names_begin_at_the_base_model(tmp_path, target_dir):
+    def strip(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith("model.")]:
+            tensors[key.removeprefix("model.")] = tensors.pop(key)
+
+    whole = opened(edited(target_dir, tmp_path / "whole", strip))
+    whole.check_weights()
+    whole.model()
+    key = KEY.removeprefix("model.").replace("weight", "weight_scale")
+
+    def strip_and_leave(tensors: dict[str, Tensor]) -> None:
+        strip(tensors)
+        leave(key)(tensors)
+
+    folder = edited(target_dir, tmp_path / "t", strip_and_leave)
+    assert_both_refuse(folder, key, "unquantised checkpoint")
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_scale", "self_attn.v_proj.v_scale", "self_attn.attn.kv_scale"])
+def test_scales_of_a_servers_key_value_cache_are_named_and_change_no_weight(
+    tmp_path, target_dir, capfd, name
+):
+    key = f"model.layers.2.{name}"
+    target = opened(edited(target_dir, tmp_path / "t", leave(key)))
+    target.check_weights()
+    assert f"leaves out 1 tensors ({key})" in capfd.readouterr().err
+    plain = opened(target_dir).model().state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in target.model().state_dict().items())
+
+
 # Quantised
 
 
