@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from capture.data.readers import (
 from capture.data.stdin import STDIN, spool_stdin
 from pipeline import files
 from pipeline.chat.messages import without_nulls
+from pipeline.chat.rows import BadRowError, detect_form, parse_line
 from pipeline.errors import DataError, UsageError
 from pipeline.text import one_line, reason
 
@@ -50,6 +52,19 @@ class Source:
     def at(self, number: int) -> str:
         """Return a row's place for people: `file:line`, or `place row N`, counted from 1."""
         return f"{self.place}:{number + 1}" if self.counts_lines else f"{self.place} row {number + 1}"
+
+
+def form_of(source: Source) -> str | None:
+    """Return the form of the first row that has a known one; rows of another form will be bad rows.
+
+    None if no row has a known one: every row will be a bad row that names the known forms.
+    """
+    for _, row in source.rows():
+        with suppress(BadRowError):
+            form = detect_form(parse_line(row) if isinstance(row, bytes) else row)
+            if form:
+                return form
+    return None
 
 
 def open_sources(
