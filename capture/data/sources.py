@@ -90,8 +90,7 @@ def open_sources(
             raise UsageError("--data is empty: name a file, a folder or a dataset")
         path = Path(spec)
         if spec == STDIN:
-            spooled = spool_stdin()
-            sources.append(replace(_file_source(spooled, "stdin"), place="stdin"))
+            sources.append(_stdin_source())
         elif path.is_file():
             sources.append(_file_source(path, path.name))
         elif path.is_dir() and not is_saved_dataset(path):
@@ -104,6 +103,20 @@ def open_sources(
     if (split or subset) and not datasets_seen:
         raise UsageError("--split and --subset need a dataset, but --data names only files: drop them")
     return sources
+
+
+def _stdin_source() -> Source:
+    path = spool_stdin()
+    source = _file_source(path, "stdin")
+
+    def rows() -> Iterator[tuple[int, RawRow]]:
+        try:
+            yield from source.rows()
+        except DataError as error:  # the temporary file's name says nothing to anybody
+            why = str(error).replace(str(path), "stdin")
+            raise DataError(f"{why}; only plain JSONL or JSON is read from standard input") from None
+
+    return replace(source, place="stdin", rows=rows)
 
 
 def _file_source(path: Path, name: str) -> Source:
