@@ -107,10 +107,10 @@ def test_a_plan_says_which_training_the_data_allows(tmp_path, target_dir):
     result = run_cli(*plan_arguments(target_dir, data, tmp_path / "cache"))
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    said = "training with the default settings: about 10 optimiser steps, 10 epochs of about 1"
+    said = "training, if the run's config keeps the defaults: about 10 optimiser steps, 10 epochs of about 1"
     assert f"{said}; 0 samples held out" in lines
     few, empty = [line for line in lines if line.startswith("warning: ")]
-    assert "with the default settings, fewer than 100 optimiser steps" in few
+    assert "if the run's config keeps the defaults, fewer than 100 optimiser steps" in few
     assert "lower train.micro_batches_per_step from 128 to 1" in few
     assert "train.held_out = 0.05 leaves no sample held out of the cache's 2" in empty
     share = float(empty.rsplit("works is ", 1)[1])
