@@ -60,6 +60,8 @@ def set_up(
     reader.check_shards()
     shape = draft_shape(reader, config)
     kind = DRAFTS[config.draft.kind]
+    if kind.needs_last_hidden(config):
+        reader.require_last_hidden(f"draft.kind = {kind.name}")
     if config.draft.attention != "auto":  # auto can't fail; it is tried when the draft is prepared
         kind.attention(config.draft.attention, shape, device)
     resolve_kernel(config.loss.kernel, device)

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PretrainedConfig, Qwen3Config
 
 from pipeline.cache import CacheReader
-from train.config import DraftConfig, TrainConfig
+from train.config import DraftConfig, RunConfig, TrainConfig
 from train.draft.dspark.attention import resolve_attention
 from train.draft.dspark.collate import collate_anchors
 from train.draft.dspark.config import DECLARED, FIELDS, describe, draft_config, weight_fields
@@ -21,6 +21,10 @@ from train.draft.dspark.ridge import ridge_initialise
 from train.draft.dspark.serving import RULES
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
+
+
+def _needs_last_hidden(_config: RunConfig) -> bool:
+    return True  # the L1 term, the confidence, and the acceptance by which the best draft is kept
 
 
 def _build(config: PretrainedConfig) -> Qwen3DSparkModel:
@@ -52,6 +56,7 @@ DSPARK = DraftKind(
     weight_fields=weight_fields,
     check_released=check_released,
     released_settings=released_settings,
+    needs_last_hidden=_needs_last_hidden,
     build=_build,
     initialise=_initialise,
     module=_module,
