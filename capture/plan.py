@@ -14,7 +14,7 @@ from capture.prepare import PreparedCapture
 from capture.shards.fill import pad
 from capture.target import HFDSparkTargetModel
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.manifest import NO_LAST_HIDDEN
+from pipeline.cache.features import NO_LAST_HIDDEN
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes, written_bytes
 from pipeline.cache.split import training_lines
 from pipeline.hooks import input_device

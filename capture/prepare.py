@@ -12,7 +12,8 @@ from capture.data.tokens import TokenizedData
 from capture.example import with_example
 from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, build_index, read_manifest
-from pipeline.cache.manifest import MANIFEST, NO_LAST_HIDDEN, Plan, refuse_another
+from pipeline.cache.features import NO_LAST_HIDDEN
+from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
 from pipeline.errors import CacheError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
 from pipeline.rope import RopeLengths, rope_lengths

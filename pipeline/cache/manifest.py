@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import config, files
+from pipeline.cache.features import FeatureIdentity
 from pipeline.cache.skipped import Skipped, impossible
 from pipeline.errors import CacheError, ConfigError
 from pipeline.features import validate_target_layer_ids
@@ -32,8 +33,6 @@ FROZEN = "target/frozen.safetensors"
 # A manifest has about a hundred bytes per shard: five million shards stay below this.
 MAX_MANIFEST_BYTES = 512 * 2**20
 UNSEALED = "0" * 64  # in place of a manifest's checksum while it is computed
-# Value of `last_hidden` and of `last_codec` in a cache without last hidden states.
-NO_LAST_HIDDEN = "none"
 MAX_COUNT = 2**48  # far above any real size, and sums of many still fit 64 bits
 
 
@@ -89,47 +88,6 @@ class DataIdentity:
     """SHA-256 over the sample ids in order, and so over all token ids and loss masks."""
     settings: dict[str, str]
     """The options by which rows became samples: form, supervision, lengths, selection."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureIdentity:
-    """The stored states and their codecs."""
-
-    layer_ids: tuple[int, ...]
-    context_codec: str
-    last_codec: str
-    """`none` if the cache has no last hidden states."""
-    last_hidden: Literal["post_norm", "none"] = "post_norm"
-    """Last hidden states are those after the final norm, or are left out."""
-
-    def __post_init__(self) -> None:
-        if (self.last_codec == NO_LAST_HIDDEN) != (self.last_hidden == NO_LAST_HIDDEN):
-            raise ConfigError(
-                f"last_codec {config.show(self.last_codec)} contradicts last_hidden "
-                f"{config.show(self.last_hidden)}: expected both to be none, or neither"
-            )
-
-    @property
-    def has_last_hidden(self) -> bool:
-        """True if last hidden states are stored."""
-        return self.last_hidden != NO_LAST_HIDDEN
-
-    @property
-    def codecs(self) -> tuple[str, ...]:
-        """Names of the codecs in use."""
-        return (self.context_codec, self.last_codec) if self.has_last_hidden else (self.context_codec,)
-
-    def stored_as(self, context_codec: str, last_codec: str) -> FeatureIdentity:
-        """Return the same states by other codecs; `last_codec` "none" leaves last hidden states out."""
-        last_hidden = NO_LAST_HIDDEN if last_codec == NO_LAST_HIDDEN else "post_norm"
-        return dataclasses.replace(
-            self, context_codec=context_codec, last_codec=last_codec, last_hidden=last_hidden
-        )
-
-
-def codec_words(context_codec: str, last_codec: str) -> str:
-    """Return the codecs of a cache for the terminal: `nf4 context, int8 last hidden`."""
-    return f"{context_codec} context, {'no' if last_codec == NO_LAST_HIDDEN else last_codec} last hidden"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,15 +19,14 @@ from tqdm import tqdm
 
 from pipeline.cache.codecs import Statistics, get_codec
 from pipeline.cache.codecs.base import peaks
+from pipeline.cache.features import NO_LAST_HIDDEN, codec_words
 from pipeline.cache.layout import LAST_HIDDEN, part_name, shard_specs
 from pipeline.cache.manifest import (
     FROZEN,
     INDEX,
-    NO_LAST_HIDDEN,
     FileRecord,
     Identity,
     Manifest,
-    codec_words,
     shard_file,
 )
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes

@@ -12,15 +12,14 @@ import click
 import numpy as np
 
 from pipeline.cache.codecs import bits_per_value, get_codec
+from pipeline.cache.features import NO_LAST_HIDDEN, codec_words
 from pipeline.cache.fidelity import TEACHER_TV
 from pipeline.cache.index import check_skipped, open_index, sample_ids
 from pipeline.cache.manifest import (
     INDEX,
     MANIFEST,
-    NO_LAST_HIDDEN,
     PROGRESS,
     Manifest,
-    codec_words,
     read_manifest,
 )
 from pipeline.cache.progress.claims import WorkerState, live_workers
