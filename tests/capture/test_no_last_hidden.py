@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from pipeline.cache import CacheReader, read_manifest
 from pipeline.errors import CacheError
 from tests.capture.conftest import arguments, tree
+from tests.capture.test_bad_states import NAN, spoil, write_rows
+from tests.capture.test_fill import after_each_forward
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import Dspark, one_thread
 
@@ -159,3 +161,33 @@ def test_a_capture_killed_half_way_continues(both, fp32_target, few, tmp_path) -
     work.wait()
     run_ok(*wanted)
     assert tree(cache) == tree(without)
+
+
+def test_a_state_that_is_not_stored_makes_no_sample_bad(
+    both, fp32_target, few, tmp_path, monkeypatch
+) -> None:
+    """Nor does it spoil the statistics of the others."""
+    _, without = both
+
+    def spoil_last(_ids: torch.Tensor, states: dict[int | str, torch.Tensor]) -> None:
+        states["last_hidden"].fill_(float("nan"))
+
+    monkeypatch.setattr("capture.run.prove_target", lambda *_: {})
+    after_each_forward(monkeypatch, spoil_last)
+    result = run_cli(*command(fp32_target, few, tmp_path / "full", context_codec="int8"))
+    assert_refused(result, 1, "the last hidden state", "NaN")
+    run_ok(*command(fp32_target, few, tmp_path / "cache", context_codec="int8"), *WITHOUT)
+    assert [path.read_bytes() for path in shards(tmp_path / "cache")] == [
+        path.read_bytes() for path in shards(without)
+    ]
+
+
+def test_a_bad_sample_is_skipped_as_ever(fp32_target, tmp_path, monkeypatch) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", {3: NAN}, count=8)
+    monkeypatch.setattr("capture.run.prove_target", lambda *_: {})
+    after_each_forward(monkeypatch, spoil)
+    cache = tmp_path / "cache"
+    run_ok(*command(fp32_target, data, cache, bad_states="skip"), *WITHOUT)
+    assert read_manifest(cache).skipped.source_row == (3,)
+    assert len(CacheReader(cache)) == 7
+    assert "all good" in run_ok("verify", cache)
