@@ -128,7 +128,10 @@ MANIFEST_BENDS: dict[str, Bend] = {
     "missing weights hash": drop("identity.target.weights"),
     "missing features": drop("identity.features"),
     "layers from before the final norm": put("identity.features.last_hidden", "pre_norm"),
-    "a codec for states that are left out": put("identity.features.last_hidden", "none"),
+    "a codec for states that are left out": lambda c: (
+        without_last_hidden(c.shards),
+        c.manifest["identity"]["features"].update(last_hidden="none"),
+    ),
     "states without a codec": put("identity.features.last_codec", "none"),
     "last hidden states left out that the shards hold": lambda c: c.manifest["identity"]["features"].update(
         last_hidden="none", last_codec="none"
