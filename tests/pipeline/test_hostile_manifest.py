@@ -137,7 +137,6 @@ MANIFEST_BENDS: dict[str, Bend] = {
         last_hidden="none", last_codec="none"
     ),
     "last hidden states that the shards lack": lambda c: without_last_hidden(c.shards),
-    "context left out": put("identity.features.context_codec", "none"),
     "unknown codec": put("identity.features.context_codec", "zip"),
     "unknown last codec": put("identity.features.last_codec", "pickle"),
     "codec name with a line break": put("identity.features.last_codec", "a\nb"),
