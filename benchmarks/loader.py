@@ -60,7 +60,7 @@ from pipeline.options import DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC
 from train.data.loader import loaded
 from train.data.packing import epoch_packs
 from train.data.sampling import random_anchors
-from train.draft.dspark.collate import collate_anchors
+from train.draft.blocks.collate import collate_anchors
 
 HIDDEN, VOCAB, SHARD_TOKENS, CACHE_BYTES = 1024, 4096, 32768, 22 * 10**8
 BATCH_TOKENS, ANCHORS, MAX_LENGTH = 4096, 512, 4096

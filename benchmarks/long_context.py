@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import record
 from pipeline.device import resolve_device
-from train.draft.dspark import masks
+from train.draft.blocks import masks
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
 from train.trainer.metrics import peak_memory

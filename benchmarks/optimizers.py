@@ -27,7 +27,7 @@ from benchmarks.quality import ROOT
 from benchmarks.record import record
 from pipeline import config as configuration
 from pipeline.device import native_bf16
-from train.config import RunConfig
+from train.draft.settings import run_config
 from train.runs.directory import read_progress
 from train.trainer.trainer import train
 
@@ -50,7 +50,7 @@ def orthogonalised(gradient: torch.Tensor, coefficients: tuple, steps: int, eps:
 
 def trained(cache: Path, steps: int, **settings: Any) -> tuple[float, float]:
     """Train the example's draft with other settings. Return its held-out tau and the seconds per step."""
-    config = configuration.build(RunConfig, configuration.load_toml(ROOT / "configs/example.toml"))
+    config = run_config(configuration.load_toml(ROOT / "configs/example.toml"))
     settings |= {"max_steps": steps, "eval_every": 0}
     # The Markov head keeps the learning rate that it has in the example.
     lr = settings.setdefault("lr", config.train.lr)

@@ -37,12 +37,13 @@ from train.config import RunConfig
 from train.data.loader import Batch, load_pack
 from train.data.packing import epoch_packs
 from train.data.sampling import random_anchors
-from train.draft.dspark.collate import collate_anchors
+from train.draft.blocks.collate import collate_anchors
 from train.draft.dspark.config import draft_config
 from train.draft.dspark.flops import training_flops
 from train.draft.dspark.kind import DSPARK
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkStepMetrics
+from train.draft.settings import run_config
 from train.runtime.precision import autocast, resolve_precision
 from train.trainer.metrics import peak_flops, peak_memory
 from train.trainer.optimizer import build_optimizers, normalise_gradients
@@ -212,7 +213,7 @@ def main() -> None:
     name, path, shape, mean_log, steps = GPU if device.type == "cuda" else CPU
     if device.type == "cpu":
         reuse_freed_memory()  # as training does
-    config = configuration.build(RunConfig, configuration.load_toml(path), str(path))
+    config = run_config(configuration.load_toml(path), str(path))
     record("train_step", device, step_rows(name, config, shape, mean_log, steps, device))
 
 

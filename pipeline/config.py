@@ -20,7 +20,7 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,13 +73,15 @@ def build(
     values: dict[str, Any],
     where: str = "config",
     *,
+    classes: Mapping[str, type] | None = None,
     skip_unknown: bool = False,
     skip_misfits: bool = False,
 ) -> T:
-    """Build a configuration dataclass from plain values.
+    """Build a configuration dataclass from plain values. A table may also be built already.
 
     Args:
         where: the name of `values` in messages.
+        classes: subclasses to build for some fields, by the fields' names.
         skip_unknown: ignore keys that the class does not have, as a newer version's file may.
         skip_misfits: ignore values of a wrong type wherever the class can do without: a field with a default
             takes it, a field or an item that may be None is None, an entry of a dict and a table in a list
@@ -90,7 +92,7 @@ def build(
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected a table, got {show(values)}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls) | dict(classes or {})
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields and not skip_unknown:
@@ -138,6 +140,8 @@ def _convert(hint: Any, value: Any, where: str, skip: dict[str, bool]) -> Any:
             return _convert(last, value, where, skip)
         return None
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
         return build(hint, value, where, **skip)
     if origin is typing.Literal:
         if value not in args:
@@ -174,15 +178,19 @@ def _convert(hint: Any, value: Any, where: str, skip: dict[str, bool]) -> Any:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the docstring under each field of a configuration class, by the field's name."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(tree, ast.ClassDef)
-    docs = {}
-    for field, after in itertools.pairwise(tree.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            match after:
-                case ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[field.target.id] = text
+    """Return the docstring under each field of a configuration class, by the field's name.
+
+    Fields that a class inherits come first, in the order of the dataclass; its own docstrings replace theirs.
+    """
+    docs: dict[str, str] = {}
+    for each in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, after in itertools.pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                match after:
+                    case ast.Expr(value=ast.Constant(value=str(text))):
+                        docs[field.target.id] = text
     return docs
 
 

@@ -1,6 +1,6 @@
-"""The documented path of `train.draft.dspark.anchors`."""
+"""The documented path of `train.draft.blocks.anchors`."""
 
-from train.draft.dspark.anchors import (
+from train.draft.blocks.anchors import (
     build_anchor_candidate_mask,
     build_eval_mask,
     create_noise_embed,

@@ -11,6 +11,7 @@ from benchmarks.gpu.figures import Figure, Limit, Row, judged
 from benchmarks.gpu.place import FULL, Place
 from pipeline import config as configuration
 from train.config import RunConfig
+from train.draft.settings import run_config
 
 CUDA = torch.device("cuda", 0)
 # N, K, H, V, R. With fewer blocks the definition's logits fit a 24 GB card.
@@ -68,7 +69,7 @@ def step_config(place: Place) -> RunConfig:
     fewer = ("draft.num_layers=2", "train.anchors_per_batch=256")
     tiny = ("draft.num_layers=1", "train.anchors_per_batch=16", *TINY_SETTINGS)
     values = configuration.apply_overrides(configuration.load_toml(path), place.pick((), fewer, tiny))
-    return configuration.build(RunConfig, values, str(path))
+    return run_config(values, str(path))
 
 
 def step_limits(place: Place, rows: list[Row]) -> dict[str, Limit]:

@@ -20,7 +20,7 @@ from pipeline.quiet import quiet_transformers
 from train.data.loader import load_encoded_batch
 from train.data.packing import epoch_packs
 from train.data.sampling import random_anchors
-from train.draft.dspark.collate import collate_anchors
+from train.draft.blocks.collate import collate_anchors
 
 CUDA = torch.device("cuda", 0)
 # A micro-batch at Qwen3-4B's shape takes 126 MB of bf16 states, and an H100 works on it for about 60 ms.

@@ -24,9 +24,10 @@ from torch.nn.attention import flex_attention
 from tests.conftest import run_ok
 from tests.train.drafts import as_pack, random_samples, small_model
 from tests.train.runs import lines_of, train_arguments
-from train.config import RunConfig, TrainConfig
-from train.draft.dspark import module
+from train.config import TrainConfig
+from train.draft.blocks import module
 from train.draft.dspark.module import DSparkTrainerModule
+from train.draft.settings import run_config
 from train.runtime import compiled as compiling
 
 pytestmark = [
@@ -129,7 +130,7 @@ def test_the_compiled_step_gives_the_numbers_of_the_plain_one(precision: str, tr
         step = DSparkTrainerModule(model, 4.0)
         if attention == "flex":
             train = TrainConfig(compile="on", precision="fp32", activation_checkpointing=True)
-            step.prepare(RunConfig(train=train), torch.device("cpu"))
+            step.prepare(run_config({"train": train}), torch.device("cpu"))
             assert model.attention == "flex"
         losses[attention] = []
         for lengths in ((54, 42, 40), (30, 70), (100,)):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.draft.dspark.anchors import (
+from train.draft.blocks.anchors import (
     build_anchor_candidate_mask,
     build_eval_mask,
     create_noise_embed,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.train.drafts import BLOCK, as_batch, random_samples, sliding, small_model
-from train.draft.dspark.masks import block_attention_mask
+from train.draft.blocks.masks import block_attention_mask
 
 LENGTH, ANCHORS = 10, [[0, 3, 6, 8]]
 

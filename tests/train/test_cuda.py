@@ -18,11 +18,13 @@ from pipeline.features import product
 from tests.conftest import EXACT, LAYERS, run_ok
 from tests.train.drafts import as_pack, random_samples, small_model
 from tests.train.runs import lines_of, progress_of, train_arguments, weights_of
-from train.config import DraftConfig, RunConfig, TrainConfig
+from train.config import TrainConfig
 from train.data.loader import load_batch, loaded
 from train.data.sampling import random_anchors
-from train.draft.dspark.collate import collate_anchors
+from train.draft.blocks.collate import collate_anchors
 from train.draft.dspark.module import DSparkTrainerModule
+from train.draft.dspark.settings import DSparkConfig
+from train.draft.settings import run_config
 from train.runtime.precision import autocast
 from train.trainer.setup import build_draft, set_up
 
@@ -96,7 +98,7 @@ def test_packs_of_two_sizes_go_through_one_compiled_module(attention: str, check
     model = small_model(head_dim=16).float().cuda()
     module = DSparkTrainerModule(model, 4.0)
     train = TrainConfig(compile="on", precision="fp32", tf32=False, activation_checkpointing=checkpointing)
-    module.prepare(RunConfig(draft=DraftConfig(attention=attention), train=train), torch.device("cuda"))
+    module.prepare(run_config({"draft": {"attention": attention}, "train": train}), torch.device("cuda"))
     for repeats in (12, 1, 11, 12):
         wanted = run(small_model(head_dim=16).float(), packed("cpu", torch.float32, repeats))
         model.zero_grad(set_to_none=True)
@@ -122,9 +124,9 @@ def waits(mode: str) -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_micro_batch_never_waits_for_the_gpu(cache_dir: Path, precision: str) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    draft = DraftConfig(num_layers=1, block_size=3, markov_rank=8, head_dim=16)
+    draft = DSparkConfig(num_layers=1, block_size=3, markov_rank=8, head_dim=16)
     settings = {"batch_tokens": 256, "anchors_per_batch": 64, "held_out": 0.2, "precision": precision}
-    setup = set_up(cache_dir, RunConfig(draft=draft, train=TrainConfig(**settings)), device)
+    setup = set_up(cache_dir, run_config({"draft": draft, "train": settings}), device)
     module = setup.kind.on(build_draft(setup).to(device), setup.config, device)
     pack = (setup.samples[:2].tolist(), setup.kind.collate(random_anchors(64, 0, 0)))
     layers = tuple(setup.shape.target_layer_ids)
@@ -155,6 +157,8 @@ KERNEL_CASES = {
     "no bias, no teacher": {"vocab": 47, "bias": None, "teacher": False},
     "several chunks": {"vocab": 4104, "slots": 300, "positions": 90},
     "capped": {"vocab": 4104, "softcap": 2.0, "scale": 1.5},
+    "soft, another head": {"vocab": 10_007, "soft": True, "own_head": True},
+    "a part of the target's vocabulary": {"vocab": 4104, "target_vocab": 5003, "whole": True, "soft": True},
 }
 
 
@@ -194,7 +198,7 @@ def test_nothing_is_compiled_again_after_the_first_steps() -> None:
 
     model = small_model(head_dim=16).float().cuda()
     module = DSparkTrainerModule(model, 4.0)
-    module.prepare(RunConfig(train=TrainConfig(compile="on")), torch.device("cuda"))
+    module.prepare(run_config({"train": {"compile": "on"}}), torch.device("cuda"))
     compiled = []
     for step in range(8):
         batch = packed("cuda", torch.float32, repeats=1 + step % 3)

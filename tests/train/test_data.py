@@ -24,7 +24,7 @@ from train.config import TrainConfig
 from train.data import sampling
 from train.data.loader import Batch, Collate, load_batch, load_encoded_batch, loaded, prefetch
 from train.data.sampling import anchor_quotas, spread_anchors
-from train.draft.dspark.collate import collate_anchors
+from train.draft.blocks.collate import collate_anchors
 from train.draft.dspark.kind import DSPARK
 from train.trainer.optimizer import build_optimizers, learning_rate, normalise_gradients
 

@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 from pipeline.cache import CacheReader
 from pipeline.errors import CacheError
 from tests.train.drafts import as_batch, random_samples, small_config, small_model
-from train.config import DraftConfig
 from train.draft.dspark.config import draft_config
 from train.draft.dspark.model import Qwen3DSparkModel
+from train.draft.dspark.settings import DSparkConfig
 from train.draft.shape import read_target_config
 
 LAYER = [
@@ -144,7 +144,7 @@ def test_whatever_rope_the_target_has_the_drafts_heads_rotate_whole(cache_dir, n
     manifest = CacheReader(cache_dir).manifest
     target = PretrainedConfig(num_attention_heads=4, head_dim=8, intermediate_size=48)
     target.rope_parameters = ROPES[name]
-    config = draft_config(DraftConfig(num_layers=1, block_size=3, markov_rank=8), target, manifest, (0, 2))
+    config = draft_config(DSparkConfig(num_layers=1, block_size=3, markov_rank=8), target, manifest, (0, 2))
     assert config.rope_parameters["rope_theta"] == 5e5
     model = Qwen3DSparkModel(config)
     ids = torch.randint(9, (1, 12))
@@ -161,7 +161,7 @@ def test_a_target_with_code_of_its_own_is_read_without_running_it(cache_dir, tmp
     (folder / "own.py").write_text("raise SystemExit('this ran')")
     manifest = CacheReader(cache_dir).manifest
     made = [
-        draft_config(DraftConfig(markov_rank=8), target, manifest, (0, 2)).to_dict()
+        draft_config(DSparkConfig(markov_rank=8), target, manifest, (0, 2)).to_dict()
         for target in (plain, read_target_config(folder))
     ]
     assert made[0] == made[1]

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from train.config import LossConfig
+from train.draft.dspark.settings import DSparkLoss
 from train.eval import metrics
 from train.eval.heldout import Blocks, join
 
@@ -65,7 +65,7 @@ def test_two_blocks_on_paper() -> None:
     assert got.tau == pytest.approx(1 + (0.5 + 0.2 + 1.0) / 2)
     assert got.greedy_accept_by_position == (0.5, 1.0)
     assert got.greedy_tau == 1 + (2 + 0) / 2
-    terms = metrics.loss_terms(blocks, LossConfig(ce_alpha=1, l1_alpha=1, decay_gamma=None))
+    terms = metrics.loss_terms(blocks, DSparkLoss(ce_alpha=1, l1_alpha=1, decay_gamma=None))
     assert terms.ce_loss == pytest.approx(2)
     assert terms.l1_loss == pytest.approx(2 * (0.5 + 0.6 + 0) / 3)
     assert terms.loss == pytest.approx(terms.ce_loss + terms.l1_loss)
@@ -277,13 +277,13 @@ def test_groups_are_their_own_blocks() -> None:
     blocks = random_blocks()
     names = {0: "b", 1: "a", 2: "b", 3: "empty", 4: "a", 9: "nobody"}
     blocks = blocks.select(blocks.sample != 3)
-    groups = metrics.by_group(blocks, names, LossConfig())
+    groups = metrics.by_group(blocks, names, DSparkLoss())
     assert list(groups) == ["b", "a"]
     assert sum(row.blocks for row in groups.values()) == len(blocks)
     own = metrics.acceptance(blocks.select(np.isin(blocks.sample, [1, 4])))
     assert vars(own).items() <= vars(groups["a"]).items()
     part = blocks.select(np.isin(blocks.sample, [1, 4]))
-    assert groups["a"].loss == metrics.loss_terms(part, LossConfig()).loss
+    assert groups["a"].loss == metrics.loss_terms(part, DSparkLoss()).loss
     assert groups["a"].confidence == metrics.calibration(part)
     assert groups["a"].samples == len({i for i in blocks.sample.tolist() if i in (1, 4)})
 
@@ -301,7 +301,7 @@ def test_context_buckets_by_hand() -> None:
 def test_groups_of_context_are_in_order_and_leave_no_block_out() -> None:
     blocks = random_blocks(count=40)
     blocks = dataclasses.replace(blocks, position=np.arange(len(blocks))[::-1] * 9)
-    groups = metrics.by_context(blocks, LossConfig())
+    groups = metrics.by_context(blocks, DSparkLoss())
     assert list(groups) == ["0-63", "64-127", "128-255", "256-511"]
     assert [group.blocks for group in groups.values()] == [8, 7, 14, len(blocks) - 29]
     shortest = blocks.select(blocks.position < 64)

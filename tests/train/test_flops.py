@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.train.drafts import as_pack, random_samples, sliding, small_config, small_model
 from train.data.loader import Pack
-from train.draft.dspark import attention, masks
-from train.draft.dspark.flops import hidden_flops, training_flops
+from train.draft.blocks import attention, masks
+from train.draft.blocks.flops import hidden_flops
+from train.draft.dspark.flops import training_flops
 from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.module import DSparkTrainerModule
 from train.trainer.metrics import peak_flops

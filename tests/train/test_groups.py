@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from pipeline import config as configuration
 from tests.train.drafts import BLOCK, as_batch, as_pack, random_samples, sliding, small_model
 from tests.train.memory import Allocations
-from train.config import RunConfig
 from train.data.sampling import spread_anchors
-from train.draft.dspark import masks
-from train.draft.dspark.collate import collate_anchors
-from train.draft.dspark.masks import GroupedMask, block_attention_mask, sdpa_mask
+from train.draft.blocks import masks
+from train.draft.blocks.collate import collate_anchors
+from train.draft.blocks.masks import GroupedMask, block_attention_mask, sdpa_mask
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
+from train.draft.settings import run_config
 
 MASKS = [[0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [1] * 9]
 ANCHORS = [[1, 2, 6, 9], [0, 1, 4], [0, 2, 3, 7]]
@@ -167,7 +166,7 @@ def test_compiled_layers_serve_packs_of_any_groups(monkeypatch, checkpointing: b
 
     monkeypatch.setattr(torch, "compile", traced)
     settings = {"train": {"precision": "fp32", "compile": "on", "activation_checkpointing": checkpointing}}
-    config = configuration.build(RunConfig, settings, "test")
+    config = run_config(settings, "test")
     plain, compiled = small_model(), small_model()
     module = DSparkTrainerModule(compiled, 4.0)
     module.prepare(config, torch.device("cpu"))

@@ -11,8 +11,8 @@ import torch
 from pipeline.cache import CacheReader
 from tests.conftest import run_ok
 from tests.train.runs import lines_of, train_arguments
-from train.config import DraftConfig, RunConfig, TrainConfig
-from train.draft.dspark.ridge import PENALTY, ridge_initialise
+from train.draft.blocks.ridge import PENALTY, ridge_initialise
+from train.draft.settings import run_config
 from train.trainer.setup import build_draft, set_up
 
 
@@ -22,10 +22,8 @@ def reader(cache_dir: Path) -> CacheReader:
 
 
 def random_draft(reader: CacheReader, **settings):
-    config = RunConfig(
-        draft=DraftConfig(block_size=3, markov_rank=8, **settings),
-        train=TrainConfig(held_out=0.2, anchors_per_batch=64),
-    )
+    train = {"held_out": 0.2, "anchors_per_batch": 64}
+    config = run_config({"draft": {"block_size": 3, "markov_rank": 8, **settings}, "train": train})
     return build_draft(set_up(reader.path, config, torch.device("cpu")))
 
 

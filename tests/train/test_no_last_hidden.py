@@ -20,8 +20,8 @@ from tests.train.runs import figures_of, progress_of, train_arguments, weights_o
 from train.data.loader import load_batch, load_encoded_batch
 from train.data.sampling import random_anchors
 from train.draft import DRAFTS
-from train.draft.dspark.collate import collate_anchors
-from train.draft.dspark.ridge import ridge_initialise
+from train.draft.blocks.collate import collate_anchors
+from train.draft.blocks.ridge import ridge_initialise
 from train.runs.state import Best
 
 SAMPLES, LAYERS, TOKENS = [7, 0, 21], (4, 0), 512

@@ -8,15 +8,15 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from tests import reference
 from tests.train.drafts import BLOCK, as_batch, as_pack, random_samples, sliding, small_model, spec_of
-from train.draft.dspark.anchors import (
+from train.draft.blocks.anchors import (
     build_anchor_candidate_mask,
     build_eval_mask,
     label_positions,
     restarting_positions,
     sample_anchor_positions,
 )
+from train.draft.blocks.masks import block_attention_mask, flex_block_mask
 from train.draft.dspark.markov import MARKOV_HEADS
-from train.draft.dspark.masks import block_attention_mask, flex_block_mask
 from train.draft.dspark.module import DSparkTrainerModule
 from train.losses import compute_dspark_loss
 

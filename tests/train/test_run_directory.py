@@ -20,7 +20,8 @@ from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import Dspark
 from tests.train.runs import checkpoint_names, lines_of, progress_of, train_arguments, weights_of
 from tests.train.test_resume import assert_same_run, one_thread_until_death
-from train.config import LossConfig, RunConfig, TrainConfig
+from train.config import TrainConfig
+from train.draft.dspark.settings import DSparkLoss
 from train.runs.names import BEST, LATEST
 from train.trainer import trainer as loop
 
@@ -351,7 +352,7 @@ def test_another_machine_is_said(tmp_path: Path, cache_dir: Path, whole: Path) -
         lambda: TrainConfig(lr=math.nan),
         lambda: TrainConfig(seed=10**23),
         lambda: TrainConfig(max_steps=10**20),
-        lambda: RunConfig(loss=LossConfig(ce_alpha=math.inf)),
+        lambda: DSparkLoss(ce_alpha=math.inf),
     ],
 )
 def test_numbers_that_no_run_can_have(values) -> None:

@@ -17,9 +17,12 @@ from pipeline import config as configuration
 from pipeline.errors import ConfigError
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.runs import train_arguments
-from train.config import PAPER, DraftConfig, LossConfig, RunConfig, TrainConfig
-from train.draft.dspark import attention
+from train.config import TrainConfig
+from train.draft import DRAFTS
+from train.draft.blocks import attention
 from train.draft.dspark.markov import MARKOV_HEADS
+from train.draft.dspark.settings import PUBLISHED, DSparkConfig, DSparkLoss
+from train.draft.settings import run_config
 from train.runs.changes import flat_settings
 from train.runs.directory import load_run_config
 from train.trainer.setup import most_candidates, set_up
@@ -82,7 +85,7 @@ def test_a_bad_setting_is_one_line(
 )
 def test_a_window_without_a_layer_or_a_layer_without_a_window(window, types, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        DraftConfig(num_layers=1, sliding_window=window, layer_types=types)
+        DSparkConfig(num_layers=1, sliding_window=window, layer_types=types)
 
 
 def test_a_set_up_tries_no_kernels(cache_dir: Path, monkeypatch) -> None:
@@ -90,7 +93,7 @@ def test_a_set_up_tries_no_kernels(cache_dir: Path, monkeypatch) -> None:
     tried: list[str] = []
     monkeypatch.setattr(attention, "flex_block_mask", lambda *_: tried.append("flex"))
     train = TrainConfig(batch_tokens=256, anchors_per_batch=64, held_out=0.2)
-    config = RunConfig(draft=DraftConfig(num_layers=1, block_size=3), train=train)
+    config = run_config({"draft": {"num_layers": 1, "block_size": 3}, "train": train})
     set_up(cache_dir, config, torch.device("cuda"))  # a warning would be an error
     assert not tried
 
@@ -139,23 +142,30 @@ def test_the_config_is_printed_and_saved_resolved(tmp_path: Path, cache_dir: Pat
 @pytest.mark.parametrize("name", ["example", "qwen3-4b"])
 def test_shipped_configs_are_valid(name: str) -> None:
     path = Path(__file__).parents[2] / "configs" / f"{name}.toml"
-    configuration.build(RunConfig, configuration.load_toml(path), str(path))
+    run_config(configuration.load_toml(path), str(path))
 
 
 def test_a_run_remembers_settings_that_are_none() -> None:
-    wanted = RunConfig(loss=LossConfig(decay_gamma=None))
-    assert configuration.build(RunConfig, tomllib.loads(configuration.to_toml(wanted))) == wanted
+    wanted = run_config({"loss": DSparkLoss(decay_gamma=None)})
+    assert run_config(tomllib.loads(configuration.to_toml(wanted))) == wanted
 
 
 def test_every_setting_is_explained() -> None:
     shown = run_ok("train", "--explain")
-    lines = {line.split()[0]: line for line in shown.splitlines() if line[0] != " "}
-    assert list(lines)[1:] == list(flat_settings(RunConfig()))
-    for table in dataclasses.fields(RunConfig):
-        docs = configuration.field_docs(type(getattr(RunConfig(), table.name)))
-        for name, text in docs.items():
-            assert text.split()[0] in lines[f"{table.name}.{name}"]
-        assert list(docs) == [field.name for field in dataclasses.fields(getattr(RunConfig(), table.name))]
+    lines = [line for line in shown.splitlines() if line[0] != " "]
+    tables = [
+        (n, table) for kind in DRAFTS.values() for n, table in (("draft", kind.settings), ("loss", kind.loss))
+    ]
+    tables.append(("train", TrainConfig))
+    names = [f"{name}.{field.name}" for name, table in tables for field in dataclasses.fields(table)]
+    assert [line.split()[0] for line in lines[1:]] == names
+    explained = iter(lines[1:])
+    for _, table in tables:
+        docs = configuration.field_docs(table)
+        assert list(docs) == [field.name for field in dataclasses.fields(table)]
+        for text in docs.values():
+            assert text.split()[0] in next(explained)
+    lines = {line.split()[0]: line for line in reversed(lines)}  # of the first kind
     assert lines["draft.block_size"].split()[:3] == ["draft.block_size", "7", "7"]
     assert lines["train.lr"].split()[:3] == ["train.lr", "0.0006", "6e-4"]
     assert f"{', '.join(MARKOV_HEADS)}, none" in " ".join(shown.split())
@@ -163,9 +173,9 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_the_defaults_are_the_papers() -> None:
-    values = flat_settings(RunConfig())
-    assert set(PAPER) <= set(values)
-    for name, text in PAPER.items():
+    values = flat_settings(run_config({}))
+    assert set(PUBLISHED) <= set(values)
+    for name, text in PUBLISHED.items():
         first = text.split()[0]
         if name == "train.micro_batches_per_step":  # of 4,096 tokens, a sequence being of about 1,000
             assert values[name] * 4 == int(first)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.train.drafts import BLOCK, as_pack, random_samples, small_model
 from train.data.loader import PackedSample
 from train.data.sampling import drawn_anchors
-from train.draft.dspark.anchors import build_eval_mask, label_positions
-from train.draft.dspark.collate import collate_anchors
+from train.draft.blocks.anchors import build_eval_mask, label_positions
+from train.draft.blocks.collate import collate_anchors
 from train.draft.dspark.module import DSparkTrainerModule, teacher_positions
 from train.losses.slots import Supervised, places
 

@@ -50,7 +50,7 @@ import dataclasses, json, os, signal, sys, time
 from pathlib import Path
 
 from pipeline import config
-from train.config import RunConfig
+from train.draft.settings import run_config
 from train.runs.state import Progress
 
 here, given = Path(__file__).parent, sys.argv[1:]
@@ -63,7 +63,7 @@ def options(name):
 (run,) = map(Path, options("--run"))
 (cache,) = map(Path, options("--cache"))
 (file,) = options("--config")
-wanted = config.build(RunConfig, config.apply_overrides(config.load_toml(file), options("--set")))
+wanted = run_config(config.apply_overrides(config.load_toml(file), options("--set")))
 plan = json.loads((here / "plan.json").read_text()).get(run.name, "complete")
 facts = [run.name, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS")]
 facts.append(os.getpid() if os.getsid(0) == os.getpid() else "not a session of its own")

@@ -68,11 +68,11 @@ def train_command(
     all processes share each step.
     """
     from pipeline import config as configuration
-    from train.config import RunConfig
+    from train.draft.settings import run_config
 
     values = configuration.load_toml(config_file) if config_file else {}
     where = str(config_file or "config")
-    config = configuration.build(RunConfig, configuration.apply_overrides(values, overrides), where)
+    config = run_config(configuration.apply_overrides(values, overrides), where)
     from pipeline.quiet import quiet_transformers
     from train.eval.validate import format_validation
     from train.runs.open import run_to_continue

@@ -125,7 +125,7 @@ def speculate_all(
         raise UsageError("--threshold needs a confidence head, and this draft has none: leave it out")
 
     # Read before any work. What an evaluation expects is of whole blocks only.
-    scales = read_temperatures(folder, pair.decoder.block_size) if threshold > 0 else None
+    scales = read_temperatures(folder, pair.decoder.slots) if threshold > 0 else None
     evaluation = None if threshold > 0 else read_evaluation(folder)
 
     def seen(prompt: list[int], tokens: list[int]) -> None:
@@ -144,7 +144,7 @@ def speculate_all(
             seed=seed,
             seen=seen,
         )
-        offline = offline_figures(evaluation, temperature, pair.decoder.block_size)
+        offline = offline_figures(evaluation, temperature, pair.decoder.slots)
         runs.append(replace(found, offline=offline))
     return Speculation(
         step=pair.step,
@@ -178,7 +178,7 @@ def speculate(
     Raises:
         RunError: greedy texts differ by more than rounding explains, or the prompts do not fit the target.
     """
-    limit, slots = learned_positions(pair.model), pair.decoder.block_size
+    limit, slots = learned_positions(pair.model), pair.decoder.slots
     longest = max(map(len, prompts)) + max_new_tokens + slots  # the last block may reach beyond the end
     if limit is not None and longest > limit:
         raise RunError(

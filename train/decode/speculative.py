@@ -150,10 +150,10 @@ def decode_speculative(
     target.reset()
     draft.reset()
     logits, features = _first_logits(target, prompt)
-    slots = draft.block_size
+    slots = draft.slots
     result = Decoded([], tried=[0] * slots, accepted=[0] * slots)
     assert features is not None
-    draft.extend(features)
+    draft.extend(features, torch.tensor(prompt, device=features.device))
     laps = Laps(logits.device)
     anchor = choose(logits[0], temperature, generator)
     result.tokens.append(anchor.item())
@@ -172,7 +172,7 @@ def decode_speculative(
         emitted = torch.cat([drafted.tokens[:count], anchor[None]]).tolist()
         target.take_back(len(drafted.tokens) - count)
         laps.end("verifying")
-        draft.extend(features[: count + 1])
+        draft.extend(features[: count + 1], ids[: count + 1])
         laps.end("drafting")
         _count(result, len(drafted.tokens), count, emitted, stop)
     laps.end("the end")

@@ -1,4 +1,4 @@
-"""Parts of a draft's Hugging Face config that come from its target: Qwen3's body and the mask token."""
+"""Parts of a draft's Hugging Face config that come from its target."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from transformers import PretrainedConfig
 from pipeline.cache import Manifest
 from pipeline.errors import ConfigError
 from train.config import DraftConfig
+from train.draft.serving import scale_of
 
-# The fields of a `Qwen3Config` that decide its tensors' shapes.
+# The fields of a config that decide its tensors' shapes.
 DIMENSIONS = (
     "vocab_size",
     "hidden_size",
@@ -21,12 +22,21 @@ DIMENSIONS = (
     "head_dim",
 )
 
-# The values of `layer_types`, transformers' names.
-SLIDING, FULL = "sliding_attention", "full_attention"
+# Fields of every draft that engines read.
+_EXPORTED = (
+    *DIMENSIONS,
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_bias",
+    "attention_dropout",
+)
 
 
-def qwen3_body(draft: DraftConfig, target: PretrainedConfig, manifest: Manifest) -> dict[str, Any]:
-    """Return the fields of a `Qwen3Config` with the target's dimensions, without biases.
+def body(draft: DraftConfig, target: PretrainedConfig, manifest: Manifest) -> dict[str, Any]:
+    """Return the fields of a Llama-like config with the target's dimensions, without biases.
+
+    The number of layers is the kind's own.
 
     Args:
         draft: the run's `[draft]` table; a setting that is None is taken from the target.
@@ -53,7 +63,6 @@ def qwen3_body(draft: DraftConfig, target: PretrainedConfig, manifest: Manifest)
         "vocab_size": identity.vocab_size,
         "hidden_size": hidden,
         "intermediate_size": draft.intermediate_size or own("intermediate_size") or 4 * hidden,
-        "num_hidden_layers": draft.num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": draft.head_dim or own("head_dim") or hidden // heads,
@@ -63,57 +72,30 @@ def qwen3_body(draft: DraftConfig, target: PretrainedConfig, manifest: Manifest)
         "rope_parameters": _rope_parameters(text),
         "attention_bias": False,
         "tie_word_embeddings": False,
-        **_window(draft),
         "embedding_scale": identity.embedding_scale,
         "logit_scale": identity.logit_scale,
         "final_logit_softcapping": identity.final_logit_softcapping,
     }
 
 
-def slides(config: PretrainedConfig) -> bool:
-    """Return whether a draft has layers that see only a window."""
-    return SLIDING in (getattr(config, "layer_types", None) or ())
-
-
-def _window(draft: DraftConfig) -> dict[str, Any]:
-    """Return the fields of a `Qwen3Config` that say which layers see only a window."""
-    sliding = draft.sliding_window is not None
-    types = draft.layer_types or (SLIDING if sliding else FULL,) * draft.num_layers
-    window = {"use_sliding_window": True, "sliding_window": draft.sliding_window} if sliding else {}
-    return {"layer_types": list(types), **window}
-
-
-def mask_token_id(draft: DraftConfig, manifest: Manifest) -> int:
-    """Return the id of the mask token, which stands for a token to be drafted.
-
-    Raises:
-        ConfigError: the id is outside the vocabulary, or the tokenizer offers none.
-    """
-    token, vocab = draft.mask_token_id, manifest.identity.target.vocab_size
-    token = default_mask_token_id(manifest) if token is None else token
-    if not 0 <= token < vocab:
-        raise ConfigError(f"draft.mask_token_id must be in [0, {vocab}), the vocabulary, got {token}")
-    return token
-
-
-def default_mask_token_id(manifest: Manifest) -> int:
-    """Return a token id that conversations don't use, as the mask token.
-
-    It is the first that exists of: the tokenizer's mask token; the first id after its vocabulary, if the
-    target's embedding has padding rows (Qwen3: 151669); its unknown token; its padding token.
-
-    Raises:
-        ConfigError: none of them exists.
-    """
-    tokenizer = manifest.identity.tokenizer
-    if tokenizer.mask_token_id is not None:
-        return tokenizer.mask_token_id
-    if tokenizer.length < manifest.identity.target.vocab_size:
-        return tokenizer.length
-    for token_id in (tokenizer.unk_token_id, tokenizer.pad_token_id):
-        if token_id is not None:
-            return token_id
-    raise ConfigError("the target's tokenizer has no mask, unknown or padding token: set draft.mask_token_id")
+def body_export(config: PretrainedConfig) -> dict[str, Any]:
+    """Return what an exported config states of a draft's body: none is None, names are those engines read."""
+    rope = dict(config.rope_parameters)
+    values = {
+        "model_type": config.model_type,
+        **{name: getattr(config, name) for name in _EXPORTED},
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],  # the older names, with rope_scaling below
+        "tie_word_embeddings": False,
+    }
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    for name in ("embedding_scale", "logit_scale"):  # only our own class reads embedding_scale
+        if scale_of(config, name) != 1:
+            values[name] = getattr(config, name)
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        values["final_logit_softcapping"] = config.final_logit_softcapping
+    return values
 
 
 def _rope_parameters(text: PretrainedConfig) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """Interface of a kind of draft, for training, evaluation, decoding and export.
 
-To add a kind: add a folder next to `dspark/` with a `DraftKind`, a row in `train.draft.DRAFTS`, and its name
-in `train.config.DraftConfig`. No code outside that folder names the kind's classes.
+To add a kind: add a folder next to `dspark/` with a `DraftKind`, and a row in `train.draft.DRAFTS`. No code
+outside that folder names the kind's classes.
+
+All kinds share these words. An *anchor* is a supervised position whose successor is supervised too. The draft
+sees the target's features before it, in its document, and its token. *Slot* k, from 0 to K - 1, drafts the
+token at anchor + k + 1. A slot is supervised if all tokens from the anchor's successor to its own label are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from pipeline.cache import CacheReader, Manifest
-from train.config import DraftConfig, RunConfig, TrainConfig
+from train.config import DraftConfig, LossConfig, RunConfig, TrainConfig
 from train.data.loader import Arguments, Collate, Pack
 from train.data.sampling import AnchorChoice
 from train.draft.serving import Rule
-from train.losses.slots import LossSums, Objective, SlotFigures
+from train.losses.slots import LossSums, SlotFigures
 
 
 class StepResult(Protocol):
@@ -36,7 +40,7 @@ class TrainerModule(Protocol):
 
     draft_model: Any
     """The draft, a `PreTrainedModel` with `embed_tokens`, `lm_head`, `layers`, `attention` and
-    `initialize_embeddings_and_head`."""
+    `initialize_embeddings_and_head`. Its config has `target_layer_ids`."""
 
     def __call__(
         self, *, denominator: Tensor | None = None, observe: bool = False, **tensors: Tensor | np.ndarray
@@ -73,16 +77,21 @@ class Drafted:
 class Decoder(Protocol):
     """A draft that drafts for one sequence."""
 
-    block_size: int
-    """K."""
+    slots: int
+    """K, the most tokens of a round."""
     has_confidence: bool
     """True if the draft has a confidence head, which a threshold needs."""
 
     def reset(self) -> None:
         """Forget the context."""
 
-    def extend(self, features: Tensor) -> None:
-        """Append the context features of the next positions, `[T, L*H]`."""
+    def extend(self, features: Tensor, tokens: Tensor) -> None:
+        """Append the next T positions to the context.
+
+        Args:
+            features: the target's context features there, `[T, L*H]`.
+            tokens: ids of the tokens there, `[T]`.
+        """
 
     def draft(
         self,
@@ -110,19 +119,40 @@ class DraftKind:
     """A kind of draft: its classes and functions."""
 
     name: str
-    """Name of the kind in `draft.kind`."""
+    """Name of the kind in `draft.kind`, and of its tag on the Hugging Face Hub."""
+    title: str
+    """Name of the kind for people."""
+    settings: type[DraftConfig]
+    """Class of its `[draft]` table."""
+    loss: type[LossConfig]
+    """Class of its `[loss]` table."""
+    published: Mapping[str, str]
+    """Published values of settings, by dotted name."""
+    implied: Callable[[Collection[str], Mapping[str, Any]], tuple[str, ...]]
+    """Return settings that a point of a grid needs besides its own, as `--set` takes them. Arguments: dotted
+    names of the settings that the grid varies, and the point's `[draft]`."""
     config_class: type[PretrainedConfig]
     """Class of the draft's Hugging Face config."""
     config: Callable[[DraftConfig, PretrainedConfig, Manifest, tuple[int, ...], int], PretrainedConfig]
     """Build the draft's config from `[draft]`, the target's config, the cache's manifest, layers and N."""
     config_fields: tuple[str, ...]
-    """Fields of that config that Qwen3's lacks and that engines read."""
-    declared: Mapping[str, Any]
-    """Facts that an exported config states for engines, the same for every draft of this kind."""
+    """Fields of that config that its class lacks."""
+    resolved: tuple[str, ...]
+    """Settings of `[draft]` that the cache and its target decide where they are not set. They have the same
+    names in the draft's config."""
+    slots: Callable[[PretrainedConfig], int]
+    """Return K, the tokens that the draft drafts in a round."""
+    exported: Callable[[PretrainedConfig], dict[str, Any]]
+    """Return what config.json states for engines, besides what drafts of all kinds state."""
+    served: Callable[[PretrainedConfig], Mapping[str, Any]]
+    """Return how each engine is told to serve a draft: of vLLM the speculative config without the draft's
+    path, of SGLang the name of the algorithm."""
     describe: Callable[[PretrainedConfig], list[str]]
     """Facts of a draft for its model card, a line each in Markdown."""
     weight_fields: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Return the values of a config that decide what weights mean, even if shapes are equal."""
+    architectures: tuple[str, ...]
+    """Names in a released config.json's `architectures` by which the kind is known."""
     check_released: Callable[[Mapping[str, Any], str], None]
     """Check a released config.json. Raise RunError if it describes no draft of this kind."""
     released_settings: Callable[
@@ -135,19 +165,25 @@ class DraftKind:
     """Build a draft in fp32 with random weights."""
     initialise: Callable[[Any, DraftConfig, CacheReader, np.ndarray], None]
     """Set initial weights that come from training samples (`draft.init`), on the draft's device."""
-    module: Callable[[Any, Objective], TrainerModule]
-    """Combine a draft and an objective."""
-    attention: Callable[[str, PretrainedConfig, torch.device], str]
-    """Return the kernel that a value of `draft.attention` selects. Raise ConfigError if it can't run."""
+    module: Callable[[Any, LossConfig], TrainerModule]
+    """Combine a draft and its objective, by the `[loss]` table."""
+    attention: Callable[[DraftConfig, PretrainedConfig, torch.device], None]
+    """Check that the attention kernel of `[draft]` can run on a device. Raise ConfigError if not."""
+    anchors: Callable[[TrainConfig, int], AnchorChoice] | None
+    """Return training's choice of anchors in an epoch; None if training takes every candidate."""
     collate: Callable[[AnchorChoice, int], Collate]
     """Return the collate function for a choice of anchors, and the least number of blocks of a pack. Where
     the draft is compiled, packs of one size are compiled once."""
+    least_blocks: Callable[[DraftConfig], int]
+    """Return the number of blocks below which a compiled draft would be compiled again."""
     decoder: Callable[[Any], Decoder]
     """Return a decoder of a draft."""
     flops: Callable[[PretrainedConfig, Pack], float]
     """Return the FLOPs of a forward and backward over a pack."""
     lr_scales: Callable[[TrainConfig], Mapping[str, float]]
     """Return multiples of the learning rate by prefix of parameter names; other parameters have 1."""
+    matrices: tuple[str, ...]
+    """Prefixes of the names of parameters whose matrices Muon trains."""
     rules: Mapping[str, tuple[Rule, ...]]
     """Rules of each engine, by the names that `dspark export --to` takes."""
 
@@ -155,6 +191,6 @@ class DraftKind:
         self, model: nn.Module, config: RunConfig, device: torch.device, *, by_layer: bool = False
     ) -> TrainerModule:
         """Return a draft, which must be on the device, with a run's objective, ready to run there."""
-        module = self.module(model, Objective.of(config.loss))
+        module = self.module(model, config.loss)
         module.prepare(config, device, by_layer=by_layer)
         return module

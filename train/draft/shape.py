@@ -30,9 +30,8 @@ def draft_shape(reader: CacheReader, config: RunConfig) -> PretrainedConfig:
 
 def resolved(draft: DraftConfig, shape: PretrainedConfig) -> DraftConfig:
     """Return `[draft]` with the settings filled in that the cache and its target decide."""
-    same = ("mask_token_id", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-    values = {name: getattr(shape, name) for name in same}
-    return replace(draft, target_layer_ids=tuple(shape.target_layer_ids), **values)
+    values = {name: getattr(shape, name) for name in DRAFTS[draft.kind].resolved}
+    return replace(draft, **{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 
 def read_target_config(folder: Path) -> PretrainedConfig:

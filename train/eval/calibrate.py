@@ -79,7 +79,7 @@ def calibrate(draft: DraftOnCache, ranks: Ranks, *, anchors: int | None = None, 
         ConfigError: too few samples are held out.
     """
     with ranks.together():
-        if not draft.config.draft.confidence_head:
+        if not getattr(draft.config.draft, "confidence_head", False):
             raise RunError(
                 f"{draft.folder} has no confidence head to calibrate: train with draft.confidence_head"
             )

@@ -41,7 +41,8 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 def loss_terms(blocks: Blocks, loss: LossConfig) -> Losses:
     """Compute the loss and its terms, by the definition of `train.losses.slots`."""
     slots = np.arange(blocks.valid.shape[1])
-    decay = np.ones(len(slots)) if loss.decay_gamma is None else np.exp(-slots / loss.decay_gamma)
+    gamma = loss.slot_decay
+    decay = np.ones(len(slots)) if gamma is None else np.exp(-slots / gamma)
     weights = decay * blocks.valid
 
     def mean(values: np.ndarray) -> float:

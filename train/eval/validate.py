@@ -16,7 +16,7 @@ from train.data.packing import sequential_packs, share
 from train.data.sampling import AnchorChoice, spread_anchors
 from train.draft import DRAFTS
 from train.draft.kind import TrainerModule
-from train.losses.slots import LossSums, Objective, divide, to_numbers
+from train.losses.slots import TITLES, LossSums, Objective, divide, to_numbers
 from train.runtime.compiled import compiles
 from train.runtime.console import bar
 from train.runtime.distributed import Ranks
@@ -52,9 +52,9 @@ def held_out_batches(
     own = share(sequential_packs(reader.lengths[samples], size), ranks.rank, ranks.world)
     packs = [samples[members] for members in own]
     layer_ids = tuple(module.draft_model.config.target_layer_ids)
-    # Two tiles of attention: kernels for a single one would be compiled by themselves.
-    blocks = -(-256 // config.draft.block_size) if compiles(config.train.compile, ranks.device) else 0
-    collate = DRAFTS[config.draft.kind].collate(choose, blocks)
+    kind = DRAFTS[config.draft.kind]
+    blocks = kind.least_blocks(config.draft) if compiles(config.train.compile, ranks.device) else 0
+    collate = kind.collate(choose, blocks)
     chosen = [(members.tolist(), collate) for members in packs]
     batches = loaded(reader, chosen, layer_ids, size, ranks.device)
     return packs, bar(batches, ranks, total=len(packs), unit="batch", desc=title, leave=False)
@@ -114,10 +114,8 @@ def format_validation(result: dict[str, Any]) -> str:
     over = f"{headline(result)} over {result['blocks']:,} blocks of {result['samples']:,} samples"
     if result["tau"] is None:
         return f"{over} (the cache has no last hidden states to tell the acceptance)"
+    values = {"loss": result["loss"]}
+    values |= {title: result.get(f"{name}_loss") for name, title in TITLES.items()}
+    terms = ", ".join(f"{title} {value:.4f}" for title, value in values.items() if value is not None)
     positions = "  ".join(f"{k + 1}: {a:.3f}" for k, a in enumerate(result["accept_by_position"]))
-    return (
-        f"{over}\n"
-        f"  acceptance by position   {positions}\n"
-        f"  loss {result['loss']:.4f}, cross entropy {result['ce_loss']:.4f}, L1 {result['l1_loss']:.4f}, "
-        f"confidence {result['confidence_loss']:.4f}"
-    )
+    return f"{over}\n  acceptance by position   {positions}\n  {terms}"

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import config as configuration
 from pipeline.errors import ConfigError, UsageError
 from train.config import RunConfig
+from train.draft.settings import kind_of, run_config
 
 _LONGEST_NAME = 200  # bytes; file systems end at 255, and the log's name is longer
 # A whole quoted string, or one character.
@@ -102,22 +102,6 @@ def _safe(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", re.sub(r"""[]["'{}]""", "", text))
 
 
-def implied_settings(grid: dict[str, list[str]], values: dict[str, Any]) -> tuple[str, ...]:
-    """Return the settings that a point of a grid over Markov heads needs, unless the user made them.
-
-    A confidence head can't see the Markov embedding of a draft without a Markov head.
-
-    Args:
-        values: tables of the point's settings.
-    """
-    draft = values.get("draft")
-    if "draft.markov_head" not in grid or not isinstance(draft, dict) or draft.get("markov_head") != "none":
-        return ()
-    if "confidence_with_markov" in draft or not draft.get("confidence_head", True):
-        return ()
-    return ("draft.confidence_with_markov=false",)
-
-
 def plan_grid(config_file: Path, settings: Iterable[str]) -> list[Point]:
     """Return every run of a sweep, with its config built and checked.
 
@@ -131,10 +115,9 @@ def plan_grid(config_file: Path, settings: Iterable[str]) -> list[Point]:
     for name, choice in zip(run_names(grid), itertools.product(*grid.values()), strict=True):
         chosen = tuple(f"{key}={value}" for key, value in zip(grid, choice, strict=True))
         try:
-            chosen += implied_settings(grid, configuration.apply_overrides(values, chosen))
-            config = configuration.build(
-                RunConfig, configuration.apply_overrides(values, chosen), str(config_file)
-            )
+            tables = configuration.apply_overrides(values, chosen)
+            chosen += kind_of(tables, str(config_file)).implied(grid, tables.get("draft", {}))
+            config = run_config(configuration.apply_overrides(values, chosen), str(config_file))
         except ConfigError as error:
             raise ConfigError(f"grid point {name}: {error}") from None
         if config in names:

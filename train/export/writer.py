@@ -1,6 +1,6 @@
 """Export a trained draft in the layout that inference engines load: `dspark export`.
 
-    DIR/config.json         a Qwen3 config with DSpark's fields at its top level
+    DIR/config.json         the draft's config with the names that engines read
         model.safetensors   the draft's weights, without a prefix; the target's embedding and head on request
         README.md           the model card
         calibration.json    temperatures of the confidence head, if `dspark calibrate` was run
@@ -22,8 +22,6 @@ from torch import Tensor
 from pipeline.cache import CacheReader
 from pipeline.errors import UsageError
 from pipeline.files import check_new, new_folder
-from train.draft.body import DIMENSIONS, slides
-from train.draft.serving import scale_of
 from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
 from train.export.model_card import model_card
 from train.runs.checkpoint import FROZEN
@@ -42,16 +40,6 @@ CARD = "README.md"
 CONFIG = "config.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 To = Literal["hf", "vllm", "sglang"]
-# Qwen3's fields that every draft has.
-_BODY = (
-    *DIMENSIONS,
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "attention_bias",
-    "attention_dropout",
-    "use_sliding_window",
-)
 
 
 def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
@@ -60,33 +48,12 @@ def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
     Args:
         dtype: dtype of the weights, a key of `DTYPES`. Without it SGLang would load fp16.
     """
-    config = draft.shape
-    rope = dict(config.rope_parameters)
-    values = {
-        "architectures": config.architectures,
-        "model_type": "qwen3",
+    return {
+        "architectures": draft.shape.architectures,
         "dtype": dtype,
         "torch_dtype": dtype,  # name of dtype before transformers 5
-        **{name: getattr(config, name) for name in _BODY},
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],  # the older names, with rope_scaling below
+        **draft.kind.exported(draft.shape),
     }
-    if rope.get("rope_type", "default") != "default":
-        values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-    values |= {
-        "layer_types": list(config.layer_types),
-        "tie_word_embeddings": False,
-        **{name: getattr(config, name) for name in draft.kind.config_fields},
-        **draft.kind.declared,
-    }
-    if slides(config):  # engines hide a block's later slots in sliding layers, unless told not to
-        values |= {"sliding_window": config.sliding_window, "is_causal": False}
-    for name in ("embedding_scale", "logit_scale"):  # only our own class reads embedding_scale
-        if scale_of(config, name) != 1:
-            values[name] = getattr(config, name)
-    if getattr(config, "final_logit_softcapping", None) is not None:
-        values["final_logit_softcapping"] = config.final_logit_softcapping
-    return values
 
 
 def export(
@@ -147,7 +114,8 @@ def _card(draft: TrainedDraft, values: dict[str, Any], **parts: bool) -> str:
     return model_card(
         values,
         draft.page,
-        kind_lines=draft.kind.describe(draft.shape),
+        kind=draft.kind,
+        shape=draft.shape,
         obstacles={e: obstacle(draft.kind.rules, draft.shape, e, values["dtype"]) for e in TARGETS},
         unknown={engine: unknown_target(architecture, engine) for engine in TARGETS},
         evaluation=evaluation,
@@ -178,7 +146,7 @@ def _calibration(draft: TrainedDraft) -> dict[str, Any] | None:
     One positive number per position. Other fields come along only if they have SGLang's types: with a wrong
     one the server would not start.
     """
-    temperatures = read_temperatures(draft.folder, draft.shape.block_size)
+    temperatures = read_temperatures(draft.folder, draft.kind.slots(draft.shape))
     if temperatures is None:
         return None
     found = read_calibration(draft.folder, skip_misfits=True)

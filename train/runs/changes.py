@@ -41,8 +41,9 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
 
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the settings in which two configs differ, by dotted name: the old value and the new one."""
-    others = flat_settings(new)
-    return {key: (value, others[key]) for key, value in flat_settings(old).items() if value != others[key]}
+    before, after = flat_settings(old), flat_settings(new)
+    both = {key: (before.get(key), after.get(key)) for key in {**before, **after}}
+    return {key: (ours, theirs) for key, (ours, theirs) in both.items() if ours != theirs}
 
 
 def lengthen(run: Path, progress: Progress, total: int) -> None:

@@ -18,6 +18,7 @@ from pipeline import files
 from pipeline.cache.manifest import Identity, differing_fields
 from pipeline.errors import ConfigError, RunError, WriteError
 from train.config import RunConfig
+from train.draft.settings import run_config
 from train.runs.changes import FREE, LENGTH, changed_settings
 from train.runs.checkpoint import newest, repair
 from train.runs.names import (
@@ -46,7 +47,7 @@ def load_run_config(run: Path) -> RunConfig:
     """Return the resolved config of a run. Raise RunError if there is no run."""
     if not (run / CONFIG).is_file():
         raise RunError(f"no run at {run}: expected {run / CONFIG}; run `dspark train --run {run}` first")
-    return configuration.build(RunConfig, configuration.load_toml(run / CONFIG), str(run / CONFIG))
+    return run_config(configuration.load_toml(run / CONFIG), str(run / CONFIG))
 
 
 def load_run_cache(run: Path) -> Identity:

@@ -14,6 +14,7 @@ from pipeline.cache import Identity
 from pipeline.errors import ConfigError, RunError
 from pipeline.text import one_line
 from train.config import RunConfig
+from train.draft.settings import run_config
 from train.runs.names import TRAINING
 from train.runs.state import Progress
 
@@ -59,6 +60,7 @@ def read_training(folder: Path) -> TrainingPage:
         values = json.loads(files.read_small(folder / TRAINING, _LIMIT))
         # Progress alone is read strictly: training has to know all of it.
         configuration.build(Progress, values["progress"], f"{TRAINING}.progress")
+        values["config"] = run_config(values["config"], f"{TRAINING}.config", skip_unknown=True)
         return configuration.build(TrainingPage, values, TRAINING, skip_unknown=True)
     except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
         raise damaged(folder, error) from None

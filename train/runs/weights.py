@@ -63,11 +63,11 @@ def check_warm_start(kind: DraftKind, shape: PretrainedConfig, source: Path) -> 
     ours["rope_theta"] = float(shape.rope_parameters["rope_theta"])
     names = [name for name in theirs if name in ours]
     differing = [f"{n}: {ours[n]} here, {theirs[n]} there" for n in names if theirs[n] != ours[n]]
-    missing = [name for name in ("target_layer_ids", "mask_token_id") if name not in theirs]
+    missing = [name for name in kind.resolved if name in kind.config_fields and name not in theirs]
     if missing:
         raise RunError(
-            f"draft.init_from: {folder} is not a DSpark draft (its config.json has no {missing[0]}): pass "
-            "another"
+            f"draft.init_from: {folder} is not a {kind.title} draft (its config.json has no {missing[0]}): "
+            "pass another"
         )
     if differing:
         raise RunError(

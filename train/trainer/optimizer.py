@@ -25,22 +25,26 @@ def check_optimizer(config: TrainConfig) -> None:
 
 
 def build_optimizers(
-    model: nn.Module, config: TrainConfig, lr_scales: Mapping[str, float] | None = None
+    model: nn.Module,
+    config: TrainConfig,
+    lr_scales: Mapping[str, float] | None = None,
+    matrices: tuple[str, ...] = (),
 ) -> list[Optimizer]:
     """Build the optimisers of the trained parameters. A group's `lr_scale` multiplies its learning rate.
 
     AdamW trains all parameters, with weight decay on matrices only. With `muon`, Muon (Jordan et al. 2024)
-    trains the matrices of `fc` and the layers instead. Its updates are scaled to the size of AdamW's (Liu et
+    trains some of the matrices instead. Its updates are scaled to the size of AdamW's (Liu et
     al. 2025, arXiv 2502.16982), so that both use the same learning rate.
 
     Args:
         lr_scales: multiples of the learning rate by prefix of parameter names; other parameters have 1.
+        matrices: prefixes of the names of parameters whose matrices Muon trains.
     """
     scales = lr_scales or {}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizers: list[Optimizer] = []
     if config.optimizer == "muon":
-        own = [(n, p) for n, p in trained if p.ndim == 2 and n.startswith(("fc.", "layers."))]
+        own = [(n, p) for n, p in trained if p.ndim == 2 and n.startswith(matrices)]
         trained = [pair for pair in trained if pair[0] not in dict(own)]
         group = {"params": [p for _, p in own], "lr_scale": 1.0}
         optimizers.append(

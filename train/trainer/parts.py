@@ -91,7 +91,7 @@ def build_parts(ranks: Ranks, setup: Setup, run: Path, checkpoint: Checkpoint | 
     sharded = ranks.world > 1 and train.parallelism == "fsdp"
     module = setup.kind.on(model, config, device, by_layer=sharded)
     spread = SpreadModule(module, ranks, list(model.layers), train.parallelism, precision)
-    optimizers = build_optimizers(model, train, setup.kind.lr_scales(train))
+    optimizers = build_optimizers(model, train, setup.kind.lr_scales(train), setup.kind.matrices)
     peak = peak_flops(device, precision, train.tf32)
     peak = None if peak is None else peak * ranks.world
     window = Window(Objective.of(config.loss), device, peak, teacher=setup.reader.has_last_hidden)

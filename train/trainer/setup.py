@@ -62,14 +62,14 @@ def set_up(
     kind = DRAFTS[config.draft.kind]
     if kind.needs_last_hidden(config):
         reader.require_last_hidden(f"draft.kind = {kind.name}")
-    if config.draft.attention != "auto":  # auto can't fail; it is tried when the draft is prepared
-        kind.attention(config.draft.attention, shape, device)
+    kind.attention(config.draft, shape, device)
     resolve_kernel(config.loss.kernel, device)
     if begins and config.draft.init_from is not None:
         check_warm_start(kind, shape, Path(config.draft.init_from))
     samples, held_out = split(reader, config.train.held_out)
     check_lengths(reader, config.train.batch_tokens)
-    check_anchors(reader, samples, config.train)
+    if kind.anchors is not None:
+        check_anchors(reader, samples, config.train)
     check_world(config.train, world)
     config = replace(config, draft=resolved(config.draft, shape))
     return Setup(reader, config, kind, shape, samples, held_out)

@@ -22,7 +22,7 @@ from pipeline.signals import StopRequest, stop_on_signals
 from train.config import RunConfig
 from train.data.loader import Collate, loaded
 from train.data.packing import Step, steps_from
-from train.data.sampling import random_anchors
+from train.data.sampling import drawn_anchors
 from train.eval.validate import headline, validate
 from train.losses.slots import LossSums
 from train.runs.changes import LENGTH, changed_settings, flat_settings, lengthen, record_changes
@@ -220,9 +220,10 @@ class Training:
             self.display.say(f"changed since the checkpoint ({'; '.join(changed)}): rounding may differ")
 
     def _collate(self, epoch: int) -> Collate:
-        train = self.config.train
+        train, kind = self.config.train, self.setup.kind
         blocks = train.anchors_per_batch if compiles(train.compile, self.ranks.device) else 0
-        return self.setup.kind.collate(random_anchors(train.anchors_per_batch, train.seed, epoch), blocks)
+        choose = drawn_anchors(None, train.seed) if kind.anchors is None else kind.anchors(train, epoch)
+        return kind.collate(choose, blocks)
 
     def _step(self, step: Step) -> bool:
         """Take an optimiser step. Return whether a checkpoint is due by time."""

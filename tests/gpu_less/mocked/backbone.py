@@ -18,10 +18,10 @@ import torch
 from tests.gpu_less.mocked.gpu import GPUS, faked, install
 from tests.gpu_less.mocked.machine_code import needs_of
 from tests.train.drafts import small_config
-from train.config import DraftConfig, RunConfig, TrainConfig
-from train.draft.dspark.masks import context_spans
+from train.draft.blocks.masks import context_spans
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
+from train.draft.settings import run_config
 
 TOKENS = 4096
 SHAPE = {
@@ -58,10 +58,8 @@ def main(
     config = small_config(**SHAPE, num_hidden_layers=layers, **draft)
     module = DSparkTrainerModule(Qwen3DSparkModel(config).float())
     model = module.draft_model
-    settings = RunConfig(
-        draft=DraftConfig(attention=attention),
-        train=TrainConfig(precision=precision, activation_checkpointing=checkpointing),
-    )
+    train = {"precision": precision, "activation_checkpointing": checkpointing}
+    settings = run_config({"draft": {"attention": attention}, "train": train})
     with faked(module):
         module.prepare(settings, device)
         probed = compiler.graphs.copy()

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.gpu_less.mocked.gpu import GPUS, install
 from tests.gpu_less.mocked.machine_code import needs_of
-from train.draft.dspark.attention import attend, flex_options
-from train.draft.dspark.masks import flex_block_mask
+from train.draft.blocks.attention import attend, flex_options
+from train.draft.blocks.masks import flex_block_mask
 
 BLOCKS, SIZE, TOKENS = 64, 7, 1024
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 from transformers import PretrainedConfig, Qwen3Config
 
-from pipeline.cache import CacheReader
-from train.config import DraftConfig, RunConfig, TrainConfig
-from train.draft.dspark.attention import resolve_attention
-from train.draft.dspark.collate import collate_anchors
-from train.draft.dspark.config import DECLARED, FIELDS, describe, draft_config, weight_fields
+from train.config import RunConfig, TrainConfig
+from train.draft.blocks.collate import collate_anchors
+from train.draft.blocks.parts import (
+    BLOCK_MATRICES,
+    BLOCK_RESOLVED,
+    check_attention,
+    drawn_blocks,
+    least_blocks,
+    ridge_if_asked,
+)
+from train.draft.dspark.config import FIELDS, describe, draft_config, exported, served, weight_fields
 from train.draft.dspark.decoder import DraftDecoder
 from train.draft.dspark.flops import training_flops
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
-from train.draft.dspark.released import check_released, released_settings
-from train.draft.dspark.ridge import ridge_initialise
+from train.draft.dspark.released import ARCHITECTURES, check_released, released_settings
 from train.draft.dspark.serving import RULES
+from train.draft.dspark.settings import PUBLISHED, DSparkConfig, DSparkLoss, implied_settings
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
 
@@ -31,15 +36,8 @@ def _build(config: PretrainedConfig) -> Qwen3DSparkModel:
     return Qwen3DSparkModel(config).float()
 
 
-def _initialise(
-    model: Qwen3DSparkModel, draft: DraftConfig, reader: CacheReader, samples: np.ndarray
-) -> None:
-    if draft.init == "ridge":
-        ridge_initialise(model, reader, samples)
-
-
-def _module(model: Qwen3DSparkModel, objective: Objective) -> DSparkTrainerModule:
-    return DSparkTrainerModule(model, objective=objective)
+def _module(model: Qwen3DSparkModel, loss: DSparkLoss) -> DSparkTrainerModule:
+    return DSparkTrainerModule(model, objective=Objective.of(loss))
 
 
 def _lr_scales(train: TrainConfig) -> Mapping[str, float]:
@@ -48,22 +46,34 @@ def _lr_scales(train: TrainConfig) -> Mapping[str, float]:
 
 DSPARK = DraftKind(
     name="dspark",
+    title="DSpark",
+    settings=DSparkConfig,
+    loss=DSparkLoss,
+    published=PUBLISHED,
+    implied=implied_settings,
     config_class=Qwen3Config,
     config=draft_config,
     config_fields=FIELDS,
-    declared=DECLARED,
+    resolved=BLOCK_RESOLVED,
+    slots=lambda config: config.block_size,
+    exported=exported,
+    served=served,
     describe=describe,
     weight_fields=weight_fields,
+    architectures=ARCHITECTURES,
     check_released=check_released,
     released_settings=released_settings,
     needs_last_hidden=_needs_last_hidden,
     build=_build,
-    initialise=_initialise,
+    initialise=ridge_if_asked,
     module=_module,
-    attention=resolve_attention,
+    attention=check_attention,
+    anchors=drawn_blocks,
     collate=collate_anchors,
+    least_blocks=least_blocks,
     decoder=DraftDecoder,
     flops=training_flops,
     lr_scales=_lr_scales,
+    matrices=BLOCK_MATRICES,
     rules=RULES,
 )

@@ -6,31 +6,16 @@ dspark.common.DSparkForwardOutput); parameter names are those that vLLM and SGLa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from torch import Tensor
+from transformers import Qwen3Config
 
 from pipeline.features import head_logits
-from train.draft.dspark.anchors import (
-    build_eval_mask,
-    create_noise_embed,
-    create_position_ids,
-    label_positions,
-    restarting_positions,
-    sample_anchor_positions,
-)
-from train.draft.dspark.attention import DSparkRotaryEmbedding
+from train.draft.blocks.model import BlockDraftModel
 from train.draft.dspark.confidence import AcceptRatePredictor
-from train.draft.dspark.layers import DSparkDecoderLayer
 from train.draft.dspark.markov import MARKOV_HEADS
-from train.draft.dspark.masks import Mask, flex_block_mask, layer_windows, sdpa_mask
 
 
 @dataclass
@@ -55,29 +40,7 @@ class DSparkForwardOutput:
     """The teacher's logits for the same labels, `[B, N, K, V]` fp32, detached."""
 
 
-@dataclass
-class DraftBlocks:
-    """Blocks of a training forward, before any tensor of the vocabulary's size is made."""
-
-    hidden: Tensor
-    """`[B, N, K, H]`, after the final norm."""
-    latent: Tensor | None
-    """Input of the Markov head's W2, `[B, N, K, R]`; None without a Markov head."""
-    target_ids: Tensor
-    """Labels `[B, N, K]`."""
-    teacher_positions: Tensor
-    """Position of each label's teacher, `[B, N, K]`: the position before the label."""
-    eval_mask: Tensor
-    """`[B, N, K]` bool."""
-    block_keep_mask: Tensor
-    """`[B, N]` bool."""
-    anchor_positions: Tensor
-    """`[B, N]`."""
-    confidence_pred: Tensor | None
-    """Confidence logits `[B, N, K]`."""
-
-
-class Qwen3DSparkModel(PreTrainedModel):
+class Qwen3DSparkModel(BlockDraftModel):
     """A DSpark draft with Qwen3's body, for a target of any family.
 
     Args:
@@ -87,203 +50,29 @@ class Qwen3DSparkModel(PreTrainedModel):
             target has them `embedding_scale`, `logit_scale` and `final_logit_softcapping`.
     """
 
-    config_class = Qwen3Config
-    base_model_prefix = ""
-    _no_split_modules = ("DSparkDecoderLayer",)
-    _supports_sdpa = True
-    _tied_weights_keys = None
+    _no_split_modules = ("BlockDecoderLayer",)
 
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
         hidden = config.hidden_size
-        self.block_size = config.block_size
-        self.embedding_scale = getattr(config, "embedding_scale", None) or 1.0
-        self.logit_scale = getattr(config, "logit_scale", None) or 1.0
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        # Not in the config: these two change how the draft runs, not what it computes.
-        self.attention: Literal["sdpa", "flex"] = "sdpa"
-        self.activation_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
-        self.fc = nn.Linear(len(config.target_layer_ids) * hidden, hidden, bias=False)
-        self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.windows = layer_windows(config)
-        self.layers = nn.ModuleList(DSparkDecoderLayer(config, window) for window in self.windows)
-        self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.rotary_emb = DSparkRotaryEmbedding(config)
-        self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
-        self.markov_head = None
         if config.markov_rank > 0:
             head = MARKOV_HEADS[config.markov_head_type]
             self.markov_head = head(config.vocab_size, hidden, config.markov_rank)
-        self.confidence_head = None
         if config.enable_confidence_head:
             extra = config.markov_rank if config.confidence_head_with_markov else 0
             self.confidence_head = AcceptRatePredictor(hidden + extra)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def initialize_embeddings_and_head(
-        self, embed_tokens: nn.Module | Tensor, lm_head: nn.Module | Tensor, freeze: bool = True
-    ) -> None:
-        """Copy the target's embedding and head into the draft.
-
-        Args:
-            embed_tokens: the embedding's weight `[V, H]`, or a module that has it as `weight`.
-            lm_head: the head's weight `[V, H]`, or a module that has it as `weight`.
-            freeze: exclude both from training.
-        """
-        for module, source in ((self.embed_tokens, embed_tokens), (self.lm_head, lm_head)):
-            weight = source if isinstance(source, Tensor) else source.weight
-            with torch.no_grad():
-                module.weight.copy_(weight)
-            module.weight.requires_grad_(not freeze)
-
-    def hidden_states(
-        self,
-        noise: Tensor,
-        context_features: Tensor,
-        anchor_positions: Tensor,
-        document_ids: Tensor | None = None,
-        spans: np.ndarray | None = None,
-    ) -> Tensor:
-        """Compute the blocks' final states.
-
-        Args:
-            noise: the blocks' input `[B, N*K, H]`, from `create_noise_embed`.
-            context_features: `[B, S, L*H]`, or `[B, S, L, H]` of any strides.
-            anchor_positions: `[B, N]`.
-            document_ids: `[B, S]`, if a row holds several documents.
-            spans: context of each block, known on the host, from `masks.context_spans`; None takes it from
-                the anchors.
-
-        Returns:
-            `[B, N, K, H]`, after the final norm.
-        """
-        rows, seq_len = context_features.shape[:2]
-        arguments = (anchor_positions, seq_len, self.block_size, document_ids)
-        masks: dict[int | None, Mask] = {}
-        for window in dict.fromkeys(self.windows):
-            if self.attention == "flex":
-                masks[window] = flex_block_mask(*arguments, window)
-            else:
-                masks[window] = sdpa_mask(*arguments, window, spans)
-        by_layer = tuple(masks[window] for window in self.windows)
-        if document_ids is None:
-            positions = torch.arange(seq_len, device=noise.device).expand(rows, -1)
-        else:
-            positions = restarting_positions(document_ids)
-        slots = create_position_ids(positions.gather(1, anchor_positions), self.block_size)
-        # Under autocast keep the dtype: autocast casts them anyway. The same copy joins separate layers.
-        keep = torch.is_autocast_enabled(noise.device.type)
-        dtype = context_features.dtype if keep else self.fc.weight.dtype
-        context_features = context_features.to(dtype, memory_format=torch.contiguous_format).flatten(2)
-        return self.backbone(noise, context_features, torch.cat([positions, slots], dim=1), by_layer)
-
-    def backbone(
-        self,
-        noise: Tensor,
-        context_features: Tensor,
-        positions: Tensor,
-        masks: Sequence[Mask],
-    ) -> Tensor:
-        """Compute the blocks' final states from prepared inputs. This is the part that is compiled.
-
-        Args:
-            noise: `[B, N*K, H]`.
-            context_features: `[B, S, L*H]`.
-            positions: position ids of context and slots, `[B, S + N*K]`.
-            masks: mask of each layer from `train.draft.dspark.masks`; layers of a kind share theirs.
-
-        Returns:
-            `[B, N, K, H]`.
-        """
-        context = self.hidden_norm(self.fc(context_features))  # [B, S, H]
-        rotary = self.rotary_emb(noise, positions)  # 2 x [B, S + N*K, D]
-        block = noise
-        for layer, mask in zip(self.layers, masks, strict=True):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                block = checkpoint(layer, block, context, rotary, mask, use_reentrant=False)
-            else:
-                block = layer(block, context, rotary, mask)
-        return self.norm(block).unflatten(1, (-1, self.block_size))
-
-    def draft_blocks(
-        self,
-        input_ids: Tensor,
-        target_hidden_states: Tensor,
-        loss_mask: Tensor,
-        anchor_positions: Tensor | None = None,
-        block_keep_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        spans: np.ndarray | None = None,
-    ) -> DraftBlocks:
-        """Compute a training forward up to the vocabulary; arguments as in `forward` and `hidden_states`.
-
-        Raises:
-            ValueError: the context features' width does not fit the draft's layers, or only one of
-                `anchor_positions` and `block_keep_mask` is given.
-        """
-        width = target_hidden_states.shape[2:].numel()
-        if width != self.fc.in_features:
-            raise ValueError(
-                f"expected context features of width {self.fc.in_features} "
-                f"({len(self.config.target_layer_ids)} layers), got {width}"
-            )
-        seq_len = input_ids.shape[1]
-        input_ids = input_ids.long()
-        if (anchor_positions is None) != (block_keep_mask is None):
-            raise ValueError("anchor_positions and block_keep_mask go together: give both or neither")
-        if anchor_positions is None or block_keep_mask is None:
-            anchor_positions, block_keep_mask = sample_anchor_positions(
-                seq_len,
-                loss_mask,
-                self.config.num_anchors,
-                input_ids.device,
-                document_ids=document_ids,
-            )
-        labels, safe = label_positions(anchor_positions, self.block_size, seq_len)  # [B, N, K]
-        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
-        target_ids = input_ids[rows, safe]  # [B, N, K]
-        noise = create_noise_embed(
-            self.embed_tokens,
-            input_ids,
-            anchor_positions,
-            block_keep_mask,
-            self.config.mask_token_id,
-            self.block_size,
-        )
-        hidden = self.hidden_states(
-            noise * self.embedding_scale, target_hidden_states, anchor_positions, document_ids, spans
-        )
+    def heads(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Apply the Markov head and the confidence head; arguments and results as in the base class."""
         embedded = latent = confidence = None
         if self.markov_head is not None:
-            anchors = input_ids.gather(1, anchor_positions)[..., None]
-            previous = torch.cat([anchors, target_ids[..., :-1]], dim=-1)  # teacher-forced
             embedded = self.markov_head.markov_w1(previous)  # [B, N, K, R]
             latent = self.markov_head.latent(embedded, hidden)
         if self.confidence_head is not None:
             with_markov = self.config.confidence_head_with_markov
             confidence = self.confidence_head(torch.cat([hidden, embedded], -1) if with_markov else hidden)
-        return DraftBlocks(
-            hidden=hidden,
-            latent=latent,
-            target_ids=target_ids,
-            teacher_positions=safe - 1,
-            eval_mask=build_eval_mask(seq_len, loss_mask, labels, safe, block_keep_mask, document_ids),
-            block_keep_mask=block_keep_mask,
-            anchor_positions=anchor_positions,
-            confidence_pred=confidence,
-        )
-
-    def draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
-        """Return the fp32 logits `[.., V]` of block states `[.., H]` and Markov latents `[.., R]`."""
-        logits = head_logits(hidden, self.lm_head.weight, self.softcap, self.logit_scale)
-        return logits if latent is None else logits + self.markov_head(latent)
+        return latent, confidence
 
     def forward(
         self,

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from torch import Tensor
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from train.config import RunConfig
-from train.data.loader import Arguments
-from train.draft.dspark.attention import flex_options, resolve_attention
+from train.draft.blocks.model import DraftBlocks
+from train.draft.blocks.module import BlockTrainerModule
 from train.draft.dspark.loss import DSparkStepMetrics, step_metrics
-from train.draft.dspark.model import DraftBlocks, Qwen3DSparkModel
-from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
-from train.losses.slots import Objective, SlotFigures, Supervised, places, positive
-from train.runtime.compiled import compiled_for_training, compiles
-from train.runtime.precision import allow_tf32, resolve_precision
+from train.draft.dspark.model import Qwen3DSparkModel
+from train.losses.fused import LowRankBias
+from train.losses.slots import Objective, SlotFigures, Supervised
 
 __all__ = ["DSparkStepMetrics", "DSparkTrainerModule"]
 
-# Terms whose gradients the pass over the vocabulary computes. The others backpropagate from their sums.
-_OF_THE_VOCABULARY = ("ce", "l1")
 
-
-class DSparkTrainerModule(nn.Module):
+class DSparkTrainerModule(BlockTrainerModule):
     """Run the draft on the target's supervision and compute its objective.
 
     Args:
@@ -46,176 +35,20 @@ class DSparkTrainerModule(nn.Module):
         confidence_head_alpha: float = 1.0,
         objective: Objective | None = None,
     ):
-        super().__init__()
-        self.draft_model = draft_model
         weights = {"ce": ce_loss_alpha, "l1": l1_loss_alpha, "confidence": confidence_head_alpha}
-        self.objective = objective or Objective(weights, loss_decay_gamma)
-        self.compile_loss, self.loss_kernel = False, "torch"
+        super().__init__(draft_model, objective or Objective(weights, loss_decay_gamma))
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        target_hidden_states: Tensor,
-        loss_mask: Tensor,
-        target_last_hidden_states: Tensor | None = None,
-        anchor_positions: Tensor | None = None,
-        block_keep_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        denominator: Tensor | None = None,
-        observe: bool = False,
-        spans: np.ndarray | None = None,
-        supervised_tokens: np.ndarray | None = None,
-    ) -> DSparkStepMetrics:
-        """Draft and compute the loss; arguments as in `Qwen3DSparkModel.forward` and `hidden_states`.
+    def metrics(self, slots: SlotFigures, denominator: Tensor | None) -> DSparkStepMetrics:
+        return step_metrics(slots, self.objective, denominator)
 
-        Args:
-            denominator: divisor of the loss; None takes the sum of slot weights of this forward.
-            observe: record the slots where draft and target have the same most likely token; needs a teacher.
-            supervised_tokens: supervised tokens of each block after its anchor, known on the host, `[B, N]`;
-                from `collate_anchors`. Without it and `spans` the host waits for a GPU to count the slots.
-
-        Raises:
-            ValueError: the L1 term has a weight, but there is no teacher.
-        """
-        weights = self.objective.weights
-        if target_last_hidden_states is None and weights.get("l1", 0) > 0:
-            raise ValueError(
-                "l1_loss_alpha > 0 needs target_last_hidden_states: pass the teacher's states, or set it to 0"
-            )
-        blocks = self.draft_model.draft_blocks(
-            input_ids,
-            target_hidden_states,
-            loss_mask,
-            anchor_positions,
-            block_keep_mask,
-            document_ids,
-            spans,
-        )
-        known = None
-        if spans is not None and supervised_tokens is not None:
-            block_size = self.draft_model.block_size
-            known = teacher_positions(spans, supervised_tokens, block_size, input_ids.shape[1])
-        supervised = Supervised.of(blocks.eval_mask, None if known is None else len(known))
-        operands = self._operands(blocks, supervised, input_ids, target_last_hidden_states, known)
-        matches = torch.zeros_like(operands.labels, dtype=torch.bool) if observe else None
-        vocabulary, ce, l1 = vocabulary_loss(
-            operands, kernel=self.loss_kernel, compile_passes=self.compile_loss, matches=matches
-        )
-        slots = SlotFigures(
-            supervised=supervised,
-            ce=ce,
-            l1=None if operands.teacher_hidden is None else l1,
-            confidence=None if blocks.confidence_pred is None else supervised.take(blocks.confidence_pred),
-            matches=matches,
-            anchor_positions=blocks.anchor_positions,
-        )
-        metrics = step_metrics(slots, self.objective, denominator)
-        assert metrics.sums is not None
-        loss = vocabulary
-        for name, value in metrics.sums.terms.items():
-            if name not in _OF_THE_VOCABULARY:
-                loss = loss + weights[name] * value
-        total = positive(metrics.sums.weight if denominator is None else denominator)
-        return dataclasses.replace(metrics, loss=loss / total)
-
-    def _operands(
-        self,
-        blocks: DraftBlocks,
-        supervised: Supervised,
-        input_ids: Tensor,
-        last_hidden: Tensor | None,
-        known: np.ndarray | None,
-    ) -> SlotOperands:
-        """Select the supervised slots, and each of their teachers' positions once.
-
-        Only these meet the vocabulary. With many anchors, a position is the teacher of up to K slots.
-
-        Args:
-            known: from `teacher_positions`, where the host knows them.
-        """
-        model, take = self.draft_model, supervised.take
-        rows = supervised.numbers // blocks.eval_mask[0].numel() * input_ids.shape[1]
-        position = rows + take(blocks.teacher_positions)  # [M], in the flattened rows
-        present = torch.zeros_like(input_ids, dtype=torch.bool).flatten().index_fill_(0, position, True)
-        distinct = None if known is None else np.unique(known)
-        used = places(present, None if distinct is None else len(distinct))  # [U]
-        bias, head = None, model.markov_head
-        if head is not None:
-            # The token before a label is at its teacher's position.
-            latent = head.markov_w1(input_ids.flatten()[used]) if head.by_position else take(blocks.latent)
-            bias = LowRankBias(latent=latent, weight=head.markov_w2.weight, by_position=head.by_position)
-        weights = supervised.weights(self.objective.decay_gamma)
-        return SlotOperands(
-            hidden=take(blocks.hidden),
-            head=model.lm_head.weight,
-            labels=take(blocks.target_ids),
-            positions=(present.cumsum(0) - 1).index_select(0, position),
-            ordered=None if known is None else np.searchsorted(distinct, np.sort(known)),
-            ce_weights=self.objective.weights.get("ce", 0.0) * weights,
-            l1_weights=self.objective.weights.get("l1", 0.0) * weights,
-            teacher_hidden=None if last_hidden is None else last_hidden.flatten(0, 1)[used],
-            bias=bias,
-            softcap=model.softcap,
-            logit_scale=model.logit_scale,
-        )
-
-    def prepare(self, config: RunConfig, device: torch.device, *, by_layer: bool = False) -> None:
-        """Set how the draft runs on a device: attention kernel, compilation, checkpointing.
-
-        Args:
-            by_layer: compile layer by layer, which sharded layers need.
-        """
-        model, train = self.draft_model, config.train
-        allow_tf32(train.tf32)
-        bf16 = resolve_precision(device, train.precision) == "bf16"
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        chosen = config.draft.attention
-        model.attention = resolve_attention(chosen, model.config, device, dtype, train.batch_tokens)
-        if model.attention == "flex":
-            for layer in model.layers:
-                layer.self_attn.flex_options = flex_options(model.config.head_dim, dtype, device)
-        model.activation_checkpointing = train.activation_checkpointing
-        frozen = not model.lm_head.weight.requires_grad
-        if frozen and bf16:
-            model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
-        self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
-        if compiles(train.compile, device):
-            self.compile_loss = True
-            # Under DDP, Dynamo would split graphs at gradient buckets, which flex_attention does not allow.
-            torch._dynamo.config.optimize_ddp = False
-            # sdpa's groups of blocks are no part of a graph, and a checkpointed layer would not be either.
-            if by_layer or model.attention == "sdpa":
-                for layer in model.layers:
-                    layer.forward = compiled_for_training(layer.forward)
-            else:
-                model.backbone = compiled_for_training(model.backbone)
-
-    @staticmethod
-    def pieces(tensors: Arguments, blocks: int) -> Iterator[Arguments]:
-        """Split the arguments of a forward into even parts of at most `blocks` blocks each."""
-        each = ("anchor_positions", "block_keep_mask", "spans", "supervised_tokens")
-        names = [name for name in each if name in tensors]
-        total = tensors["anchor_positions"].shape[1]
-        size = -(-total // -(-total // blocks))
-        for start in range(0, total, size):
-            yield {**tensors, **{name: tensors[name][:, start : start + size] for name in names}}
-
-
-def teacher_positions(
-    spans: np.ndarray, supervised_tokens: np.ndarray, block_size: int, seq_len: int
-) -> np.ndarray:
-    """Return the position of each supervised slot's teacher, in the order of the slots.
-
-    Args:
-        spans: from `masks.context_spans`, `[B, N, 2]`.
-        supervised_tokens: supervised tokens of each block after its anchor, `[B, N]`.
-        block_size: K.
-        seq_len: S.
-
-    Returns:
-        Positions in the flattened rows, `[M]`; a teacher is at the position before its label.
-    """
-    slots = np.arange(block_size)
-    rows = np.arange(len(spans))[:, None, None] * seq_len
-    positions = rows + spans[..., 1:] + slots  # [B, N, K]
-    return positions[slots < supervised_tokens[..., None]]
+    def bias(
+        self, blocks: DraftBlocks, supervised: Supervised, input_ids: Tensor, used: Tensor
+    ) -> LowRankBias | None:
+        """Return the Markov head's bias; arguments as in the base class."""
+        head = self.draft_model.markov_head
+        if head is None:
+            return None
+        # The token before a label is at its teacher's position.
+        by_position = head.by_position
+        latent = head.markov_w1(input_ids.flatten()[used]) if by_position else supervised.take(blocks.latent)
+        return LowRankBias(latent=latent, weight=head.markov_w2.weight, by_position=by_position)

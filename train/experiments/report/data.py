@@ -88,7 +88,7 @@ class RunData:
     @property
     def has_confidence(self) -> bool:
         """True if the draft has a confidence head."""
-        return bool(self.settings["draft.confidence_head"])
+        return bool(self.settings.get("draft.confidence_head"))
 
     @property
     def live(self) -> tuple[SpeculationRun, ...]:

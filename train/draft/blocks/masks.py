@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig
 
-from train.draft.body import FULL, SLIDING
-from train.draft.dspark.anchors import create_position_ids, restarting_positions
+from train.draft.blocks.anchors import create_position_ids, restarting_positions
+from train.draft.blocks.config import FULL, SLIDING
 
 # Blocks that sdpa computes together. More see more that is hidden; fewer take more launches.
 GROUP = 64

@@ -17,8 +17,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 from pipeline.errors import ConfigError
 from pipeline.features import at_least_fp32
 from pipeline.text import one_line
-from train.draft.dspark.flops import hidden_flops
-from train.draft.dspark.masks import BlockGroup, GroupedMask, Mask, decoding_mask, flex_block_mask
+from train.draft.blocks.flops import hidden_flops
+from train.draft.blocks.masks import BlockGroup, GroupedMask, Mask, decoding_mask, flex_block_mask
 from train.runtime.compiled import compiled
 
 # Bytes of shared memory that a block of threads may have on the smallest GPU that the compiler's own tiles
@@ -26,7 +26,7 @@ from train.runtime.compiled import compiled
 SMALL_GPU = 166_912
 
 
-class DSparkRotaryEmbedding(Qwen3RotaryEmbedding):
+class BlockRotaryEmbedding(Qwen3RotaryEmbedding):
     """Qwen3's rotary embedding with frequencies that stay fp32 when the model is cast.
 
     Rounding to bf16 changes them by up to 0.4%, which is several radians at position 4,000.
@@ -218,7 +218,7 @@ def _parts(
     return (query[row, :, mask.queries(group)].detach(), *(each.detach() for each in seen))
 
 
-class DSparkAttention(nn.Module):
+class BlockAttention(nn.Module):
     """Queries from the block; keys and values from `[context ; block]`. Qwen3's projections and norms.
 
     Args:
@@ -287,7 +287,7 @@ class DSparkAttention(nn.Module):
             block: normed block states `[B, N*K, H]`.
             context: normed context states `[B, S, H]`, the same for every layer.
             rotary: cos and sin `[B, S + N*K, D]`, context positions first.
-            mask: positions of `[context ; block]` that a slot sees, from `train.draft.dspark.masks`.
+            mask: positions of `[context ; block]` that a slot sees, from `train.draft.blocks.masks`.
 
         Returns:
             `[B, N*K, H]`.

@@ -9,7 +9,7 @@ import torch
 
 from train.data.loader import Arguments, Collate, PackedSample
 from train.data.sampling import AnchorChoice
-from train.draft.dspark.masks import context_spans
+from train.draft.blocks.masks import context_spans
 
 # Dummy blocks round the number of blocks up to a multiple of this, so that a GPU sees few shapes.
 ANCHOR_MULTIPLE = 16

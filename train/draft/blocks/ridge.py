@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import CacheReader
-from train.draft.dspark.model import Qwen3DSparkModel
+from train.draft.blocks.model import BlockDraftModel
 
 # Approximate maximum of rows in the regression, from samples spread evenly over the training split.
 MAX_ROWS = 65_536
@@ -35,7 +35,7 @@ NEARNESS, HANDED_ON = 3.0, 5.0
 
 @torch.no_grad()
 def ridge_initialise(
-    model: Qwen3DSparkModel, reader: CacheReader, samples: Sequence[int] | np.ndarray
+    model: BlockDraftModel, reader: CacheReader, samples: Sequence[int] | np.ndarray
 ) -> None:
     """Set a fresh draft's initial weights from a cache's training samples.
 
@@ -100,7 +100,7 @@ def _ridge(gram: Tensor, products: Tensor) -> Tensor:
     return torch.cholesky_solve(products / scale[:, None], factor) / scale[:, None]
 
 
-def _hand_on(model: Qwen3DSparkModel, context: Tensor) -> None:
+def _hand_on(model: BlockDraftModel, context: Tensor) -> None:
     """Make the first layer's attention add the context that it attends to to the block.
 
     The values keep the main directions of the context, as many as they are wide.
@@ -121,7 +121,7 @@ def _hand_on(model: Qwen3DSparkModel, context: Tensor) -> None:
     attention.o_proj.weight.add_(HANDED_ON * output)
 
 
-def _look_at_the_nearest(model: Qwen3DSparkModel, context: Tensor, tokens: Tensor) -> None:
+def _look_at_the_nearest(model: BlockDraftModel, context: Tensor, tokens: Tensor) -> None:
     """Make the first layer attend to the nearest context.
 
     Queries and context keys get a common part, in the dimensions of the fastest rotations only. Their
