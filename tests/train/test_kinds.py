@@ -56,6 +56,7 @@ def test_every_part_of_a_kind_is_used(
         "collate",
         "flops",
         "lr_scales",
+        "needs_last_hidden",
     }
     assert {name for name, count in asked.items() if count} == trained
     asked.clear()

@@ -159,6 +159,8 @@ class DraftKind:
         [Mapping[str, Any], Mapping[str, Tensor], str], tuple[dict[str, Any], dict[str, Any]]
     ]
     """Return `[draft]` for a released config and weights, and the config with defaults filled in."""
+    needs_last_hidden: Callable[[RunConfig], bool]
+    """Return whether a run needs the target's last hidden states, which a cache may lack."""
     build: Callable[[PretrainedConfig], Any]
     """Build a draft in fp32 with random weights."""
     initialise: Callable[[Any, DraftConfig, CacheReader, np.ndarray], None]

@@ -63,6 +63,8 @@ def set_up(
     reader.check_shards()
     shape = draft_shape(reader, config)
     kind = DRAFTS[config.draft.kind]
+    if kind.needs_last_hidden(config):
+        reader.require_last_hidden(f"draft.kind = {kind.name}")
     kind.attention(config.draft, shape, device)
     resolve_kernel(config.loss.kernel, device)
     if begins and config.draft.init_from is not None:

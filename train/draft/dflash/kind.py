@@ -70,6 +70,7 @@ DFLASH = DraftKind(
     architectures=(ARCHITECTURE,),
     check_released=check_released,
     released_settings=released_settings,
+    needs_last_hidden=lambda config: config.loss.l1_alpha > 0,
     build=_build,
     initialise=ridge_if_asked,
     module=_module,
