@@ -17,7 +17,7 @@ import pytest
 from pipeline.cache.codecs import bits_per_value, get_codec
 from pipeline.cli import COMMANDS
 from train.config import TrainConfig
-from train.draft import DRAFTS
+from train.draft import TABLES
 
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 200
@@ -194,9 +194,7 @@ def bad_paths(pages: Pages) -> list[str]:
 
 def bad_settings(pages: Pages) -> list[str]:
     """Return the settings in code that a run doesn't have. `train.draft` and the like are modules."""
-    tables = [("draft", kind.settings) for kind in DRAFTS.values()] + [
-        ("loss", k.loss) for k in DRAFTS.values()
-    ]
+    tables = [pair for k in TABLES.values() for pair in (("draft", k.draft), ("loss", k.loss))]
     tables.append(("train", TrainConfig))
     known = {f"{name}.{setting.name}" for name, table in tables for setting in fields(table)}
     modules = {name.removesuffix(".py").replace("/", ".") for name in tracked() | tracked_folders()}

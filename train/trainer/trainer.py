@@ -22,7 +22,6 @@ from pipeline.signals import StopRequest, stop_on_signals
 from train.config import RunConfig
 from train.data.loader import Collate, loaded
 from train.data.packing import Step, steps_from
-from train.data.sampling import drawn_anchors
 from train.eval.validate import gives_finite_losses, headline, validate
 from train.losses.slots import LossSums
 from train.runs.changes import LENGTH, changed_settings, flat_settings, lengthen, record_changes
@@ -224,8 +223,7 @@ class Training:
     def _collate(self, epoch: int) -> Collate:
         train, kind = self.config.train, self.setup.kind
         blocks = train.anchors_per_batch if compiles(train.compile, self.ranks.device) else 0
-        choose = drawn_anchors(None, train.seed) if kind.anchors is None else kind.anchors(train, epoch)
-        return kind.collate(choose, blocks)
+        return kind.collate(kind.training_anchors(train, epoch), blocks)
 
     def _step(self, step: Step) -> bool:
         """Take an optimiser step. Return whether a checkpoint is due by time."""

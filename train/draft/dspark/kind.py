@@ -23,7 +23,7 @@ from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
 from train.draft.dspark.released import ARCHITECTURES, check_released, released_settings
 from train.draft.dspark.serving import RULES
-from train.draft.dspark.settings import PUBLISHED, DSparkConfig, DSparkLoss, implied_settings
+from train.draft.dspark.settings import DSPARK_TABLES, DSparkLoss
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
 
@@ -45,12 +45,7 @@ def _lr_scales(train: TrainConfig) -> Mapping[str, float]:
 
 
 DSPARK = DraftKind(
-    name="dspark",
-    title="DSpark",
-    settings=DSparkConfig,
-    loss=DSparkLoss,
-    published=PUBLISHED,
-    implied=implied_settings,
+    tables=DSPARK_TABLES,
     config_class=Qwen3Config,
     config=draft_config,
     config_fields=FIELDS,
