@@ -26,6 +26,7 @@ from train.draft import DRAFTS
 from train.draft.kind import DraftKind
 from train.draft.settings import run_config
 from train.draft.shape import draft_shape, resolved
+from train.draft.vocabulary import check_d2t, draft_vocab_size, with_t2d
 from train.runs.checkpoint import FROZEN, save_checkpoint
 from train.runs.directory import begin
 from train.runs.names import CONFIG
@@ -74,7 +75,7 @@ def import_draft(
     check_new(run)
     source = find_draft(folder, _ASKER)
     values = _read_config(source)
-    weights = read_weights(source, _ASKER)
+    weights = with_t2d(read_weights(source, _ASKER), values.get("vocab_size"))
     reader = CacheReader(cache)
     reader.check_shards()
     config = _run_config(source, values, weights, overrides)
@@ -82,13 +83,18 @@ def import_draft(
     shape = _checked_shape(source, values, reader, config)
     config = dataclasses.replace(config, draft=resolved(config.draft, shape))
     model = DRAFTS[config.draft.kind].build(shape)
-    frozen = reader.frozen()
-    model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
+    try:
+        check_d2t(weights, shape.vocab_size)
+    except ValueError as error:
+        raise RunError(f"{_ASKER}: {source}: {error}: import another draft") from None
     copy_weights(model, weights, source, _ASKER)
     _check_weights(weights, source)
-    identity = reader.manifest.identity
-    for name in FROZEN:
-        if name in weights and not _same(weights[name], frozen[name]):
+    identity, frozen = reader.manifest.identity, reader.frozen()
+    model.initialize_embeddings_and_head(*(frozen[name] for name in FROZEN))
+    copy_weights(model, weights, source, _ASKER)  # once more: a head may be the draft's own
+    theirs = {FROZEN[0]: frozen[FROZEN[0]], FROZEN[1]: model.head_rows(frozen[FROZEN[1]])}
+    for name in model.frozen:
+        if name in weights and not _same(weights[name], theirs[name]):
             warn(f"{source} has another {name} than the cache {cache}: the run uses the cache's")
     if not any(name in values for name in _ROPE):
         warn(
@@ -142,6 +148,8 @@ def _check_split(reader: CacheReader, config: RunConfig) -> None:
 def _check_weights(weights: dict[str, Tensor], folder: Path) -> None:
     """Check that weights are finite and of a known dtype. Raise RunError naming the tensor."""
     for name in sorted(weights.keys() - {*FROZEN}):
+        if name in ("d2t", "t2d"):
+            continue
         if weights[name].dtype not in _DTYPES:
             kind = str(weights[name].dtype).removeprefix("torch.")
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -199,7 +207,7 @@ def _checked_shape(
     both = {name: (getattr(theirs, name), getattr(shape, name)) for name in names}
     if any(name in values for name in _ROPE):
         both["rope_parameters"] = (_rope(theirs), _rope(shape))
-    both["draft_vocab_size"] = (values.get("draft_vocab_size", shape.vocab_size), shape.vocab_size)
+    both["draft_vocab_size"] = (values.get("draft_vocab_size", shape.vocab_size), draft_vocab_size(shape))
     differing = [f"{name}: {a} there, {b} here" for name, (a, b) in both.items() if a != b]
     if differing:
         raise RunError(
