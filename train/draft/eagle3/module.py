@@ -1,0 +1,94 @@
+"""EAGLE-3 draft with its objective: a block drafter's, with a teacher that is not the draft's own head."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.config import RunConfig
+from train.draft.blocks.attention import flex_options
+from train.draft.blocks.model import DraftBlocks
+from train.draft.blocks.module import BlockTrainerModule
+from train.draft.eagle3.attention import resolve_attention
+from train.draft.eagle3.model import Eagle3Model
+from train.losses.fused import SlotOperands, resolve_kernel
+from train.losses.reach import teacher_reach
+from train.losses.slots import Supervised
+from train.runtime.compiled import compiled, compiles
+from train.runtime.precision import allow_tf32, resolve_precision
+
+# Terms that compare with the target's distribution.
+_TAUGHT = ("soft_ce", "l1")
+
+
+class Eagle3TrainerModule(BlockTrainerModule):
+    """Unroll the draft on the target's supervision and compute its objective.
+
+    In training the teacher's probabilities are those of the draft's vocabulary, scaled to sum up to one. In
+    evaluation they are the target's own, so that no figure is better than what decoding finds.
+    """
+
+    draft_model: Eagle3Model
+
+    def _operands(
+        self,
+        blocks: DraftBlocks,
+        supervised: Supervised,
+        input_ids: Tensor,
+        last_hidden: Tensor | None,
+        known: np.ndarray | None,
+    ) -> SlotOperands:
+        """Select the supervised slots; arguments as in the base class.
+
+        Raises:
+            ValueError: a term needs the teacher's states, and there are none.
+        """
+        for name in _TAUGHT:
+            if last_hidden is None and self.objective.weights.get(name, 0) > 0:
+                raise ValueError(
+                    f"the term {name} needs target_last_hidden_states: pass them, or set its weight to 0"
+                )
+        model = self.draft_model
+        operands = super()._operands(blocks, supervised, input_ids, last_hidden, known)
+        operands = dataclasses.replace(operands, labels=model.draft_ids(operands.labels))
+        if operands.teacher_hidden is None:
+            return operands
+        whole, kept = model.target_head, model.kept
+        assert whole is not None, "the target's head was not given"
+        if model.config.train_head:
+            operands = dataclasses.replace(operands, teacher_head=whole if kept is None else whole[kept])
+        if kept is None or self.training:
+            return operands
+        hidden, scales = operands.teacher_hidden, (model.softcap, model.logit_scale)
+        mass, reachable = teacher_reach(hidden, whole, kept, *scales)
+        return dataclasses.replace(operands, teacher_mass=mass, reachable=reachable)
+
+    def prepare(self, config: RunConfig, device: torch.device, *, by_layer: bool = False) -> None:
+        """Set how the draft runs on a device: attention kernel, compilation, checkpointing.
+
+        Args:
+            by_layer: not looked at: the draft's one layer is not sharded on its own.
+        """
+        model, train = self.draft_model, config.train
+        allow_tf32(train.tf32)
+        bf16 = resolve_precision(device, train.precision) == "bf16"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        model.attention = resolve_attention(config.draft.attention, model.config, device, dtype)
+        if model.attention == "flex":
+            model.flex_options = flex_options(model.config.head_dim, dtype, device)
+        model.activation_checkpointing = train.activation_checkpointing
+        frozen = not model.lm_head.weight.requires_grad
+        if bf16:  # the dtype of their products: saves a copy per forward
+            if frozen:
+                model.lm_head.to(torch.bfloat16)
+            if model.target_head is not None:
+                model.target_head = model.target_head.to(torch.bfloat16)
+        self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
+        if compiles(train.compile, device):
+            self.compile_loss = True
+            torch._dynamo.config.optimize_ddp = False  # a graph is smaller than a bucket of gradients
+            layer = model.midlayer  # what lies between the kernels of attention; packs have many sizes
+            layer.joined, layer.residual = compiled(layer.joined), compiled(layer.residual)
