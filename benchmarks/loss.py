@@ -128,8 +128,9 @@ def definition(x: Inputs) -> Tensor:
     logits = head_logits(x.hidden, x.head) + at_least_fp32(F.linear(x.latent[x.which], x.w2))
     with torch.no_grad():
         teacher = head_logits(x.teacher[x.which], x.head)
-    ce, l1 = slot_losses(logits, x.labels, teacher)
-    return divide(sum_slots(SlotFigures(Supervised.of(x.mask), ce, l1, None), OBJECTIVE), OBJECTIVE).loss
+    found = slot_losses(logits, x.labels, teacher)
+    slots = SlotFigures(Supervised.of(x.mask), found.ce, found.l1, None)
+    return divide(sum_slots(slots, OBJECTIVE), OBJECTIVE).loss
 
 
 def ours(x: Inputs) -> Tensor:
@@ -155,8 +156,9 @@ def fused(x: Inputs, kernel: str) -> Tensor:
         teacher_hidden=x.teacher,
         bias=LowRankBias(latent=x.latent, weight=x.w2, by_position=True),
     )
-    total, ce, l1 = vocabulary_loss(operands, kernel=kernel, compile_passes=x.hidden.is_cuda)
-    return total / sum_slots(SlotFigures(Supervised.of(x.mask), ce, l1, None), OBJECTIVE).weight
+    found = vocabulary_loss(operands, kernel=kernel, compile_passes=x.hidden.is_cuda)
+    slots = SlotFigures(Supervised.of(x.mask), found.ce, found.l1, None)
+    return found.sum / sum_slots(slots, OBJECTIVE).weight
 
 
 def load_nvidia() -> Callable[[Inputs], Tensor] | None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.gpu_less import loss_parts
 from tests.gpu_less.loss_cases import (
     Interpreter,
     LossCase,
+    assert_same,
     compute,
     compute_with_other_weights,
     compute_without_gradients,
     computed_with,
     define,
+    define_naively,
 )
 
 pytest.importorskip("triton", reason="needs triton")
@@ -30,23 +34,6 @@ def interpreter() -> Iterator[Interpreter]:
     made = Interpreter()
     yield made
     made.close()
-
-
-def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Values to the tolerance; gradients likewise, relative to their largest."""
-    assert got.keys() == wanted.keys()
-    assert torch.equal(got["matches"], wanted["matches"])
-    for name, right in wanted.items():
-        right = right.double()
-        scale = torch.cat([right.new_ones(1), right[right.isfinite()].abs()]).max()
-        torch.testing.assert_close(
-            got[name].double() / scale,
-            right / scale,
-            rtol=tolerance,
-            atol=tolerance,
-            equal_nan=True,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
 
 
 HEADS = {"a row a position": "position", "a row a slot": "slot", "no bias": None}
@@ -66,6 +53,28 @@ def test_it_has_the_definitions_numbers(interpreter, head: str, teacher: bool, l
     got = interpreter.compute(case)
     assert_same(got, define(case))
     assert_same(got, compute(case, "torch"))
+
+
+@pytest.mark.parametrize("name", loss_parts.FROZEN)
+def test_further_terms_and_parts_of_a_vocabulary_against_loops(interpreter, name: str) -> None:
+    case = loss_parts.FROZEN[name]
+    loss_parts.assert_covers(case)
+    got = interpreter.compute(case)
+    assert_same(got, define_naively(case))
+    assert_same(got, compute(case, "torch"))
+
+
+def test_a_part_that_is_the_whole_changes_no_bit(interpreter) -> None:
+    case = LossCase(vocab=4099, target_vocab=4099, whole=True, soft=True, slots=5)
+    got, without = interpreter.compute(case), interpreter.compute(replace(case, whole=False))
+    assert got.keys() == without.keys()
+    assert all(torch.equal(got[name], value) for name, value in without.items())
+
+
+@pytest.mark.parametrize("vocab", [4097, 10_007])
+def test_the_soft_cross_entropy_of_several_steps(interpreter, vocab: int) -> None:
+    case = LossCase(soft=True, whole=True, vocab=vocab, target_vocab=vocab + 9000, slots=3)
+    assert_same(interpreter.compute(case), define(case))
 
 
 SHAPES = {

@@ -33,10 +33,12 @@ MEASURED = {
 
 
 def train_arguments(cache: Path, run: Path, **settings) -> list[str | Path]:
-    """`dspark train` with a small draft; settings as table__key=value."""
+    """`dspark train` with a small draft; settings as table__key=value, without those that are None."""
     values = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
     arguments: list[str | Path] = ["train", "--cache", cache, "--run", run, "--device", "cpu"]
     for key, value in values.items():
+        if value is None:
+            continue
         arguments += ["--set", f"{key}={value}"]
     return arguments
 

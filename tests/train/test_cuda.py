@@ -157,6 +157,8 @@ KERNEL_CASES = {
     "no bias, no teacher": {"vocab": 47, "bias": None, "teacher": False},
     "several chunks": {"vocab": 4104, "slots": 300, "positions": 90},
     "capped": {"vocab": 4104, "softcap": 2.0, "scale": 1.5},
+    "soft, another head": {"vocab": 10_007, "soft": True, "own_head": True},
+    "a part of the target's vocabulary": {"vocab": 4104, "target_vocab": 5003, "whole": True, "soft": True},
 }
 
 

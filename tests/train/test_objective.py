@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,11 @@ def batch() -> dict[str, Tensor]:
 def test_the_weights_are_those_of_the_loss_table() -> None:
     loss = DSparkLoss(ce_alpha=0.25, l1_alpha=0.5, confidence_alpha=2.0, decay_gamma=None)
     assert Objective.of(loss) == Objective({"ce": 0.25, "l1": 0.5, "confidence": 2.0}, None)
+
+
+def test_terms_without_a_weight_in_the_table_are_left_out() -> None:
+    table = SimpleNamespace(ce_alpha=0.0, soft_ce_alpha=0.5, decay_gamma=2.0)
+    assert Objective.of(table) == Objective({"ce": 0.0, "soft_ce": 0.5}, 2.0)
 
 
 def test_a_term_is_weighed_with_the_others(with_brier: Objective) -> None:
@@ -88,6 +94,37 @@ def test_a_term_moves_what_it_depends_on(with_brier: Objective) -> None:
         torch.testing.assert_close(left - right, zero if extra is None else extra, rtol=1e-4, atol=1e-7)
         moved += extra is not None and bool(extra.any())
     assert moved > 3
+
+
+def test_the_soft_cross_entropy_is_a_term_like_the_others() -> None:
+    """Loss, figures and gradients by the plain forward, w = exp(-k/4)."""
+    model = small_model()
+    data, objective = batch(), Objective({"ce": 0.3, "soft_ce": 0.7}, 4.0)
+    metrics = DSparkTrainerModule(model, objective=objective)(**data)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    got = torch.autograd.grad(metrics.loss, trained, allow_unused=True)
+    outputs = model(**data)
+    mask = outputs.eval_mask
+    log_p, teacher = (x[mask].log_softmax(-1) for x in (outputs.draft_logits, outputs.aligned_target_logits))
+    weights = torch.exp(-torch.arange(mask.shape[-1]) / 4.0).expand(mask.shape)[mask]
+    soft = -(teacher.exp() * log_p).sum(-1)
+    ce = -log_p.gather(1, outputs.target_ids[mask][:, None])[:, 0]
+    wanted = ((0.3 * ce + 0.7 * soft) * weights).sum() / weights.sum()
+    torch.testing.assert_close(metrics.slots.soft_ce.double(), soft.detach().double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metrics.loss.double(), wanted.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        metrics.sums.terms["soft_ce"].double(), (soft * weights).sum().double(), rtol=1e-5, atol=1e-6
+    )
+    for left, right in zip(got, torch.autograd.grad(wanted, trained, allow_unused=True), strict=True):
+        assert (left is None or not left.any()) if right is None else True
+        if right is not None:
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+def test_a_draft_without_the_term_does_not_know_it() -> None:
+    metrics = DSparkTrainerModule(small_model(), 4.0)(**batch())
+    assert metrics.slots.soft_ce is None
+    assert list(metrics.sums.terms) == ["ce", "l1", "confidence"]
 
 
 def test_a_term_is_logged_and_survives_a_checkpoint(with_brier: Objective) -> None:

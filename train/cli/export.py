@@ -100,8 +100,8 @@ def import_command(folder: Path, cache: Path, run: Path, overrides: tuple[str, .
     from train.export.deepspec import import_draft
 
     quiet_transformers()
-    config = import_draft(folder, cache, run, overrides)
+    config, slots = import_draft(folder, cache, run, overrides)
     click.echo(
         f"{format_filename(run)}: the draft of {format_filename(folder)}, reads layers "
-        f"{list(config.target_layer_ids)}, drafts {config.block_size} tokens per block"
+        f"{list(config.target_layer_ids)}, drafts {slots} tokens a round"
     )

@@ -144,10 +144,15 @@ class DraftKind:
     """Return K, the tokens that the draft drafts in a round."""
     exported: Callable[[PretrainedConfig], dict[str, Any]]
     """Return what config.json states for engines, besides what drafts of all kinds state."""
+    served: Callable[[PretrainedConfig], Mapping[str, Any]]
+    """Return how each engine is told to serve a draft: of vLLM the speculative config without the draft's
+    path, of SGLang the name of the algorithm."""
     describe: Callable[[PretrainedConfig], list[str]]
     """Facts of a draft for its model card, a line each in Markdown."""
     weight_fields: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Return the values of a config that decide what weights mean, even if shapes are equal."""
+    architectures: tuple[str, ...]
+    """Names in a released config.json's `architectures` by which the kind is known."""
     check_released: Callable[[Mapping[str, Any], str], None]
     """Check a released config.json. Raise RunError if it describes no draft of this kind."""
     released_settings: Callable[

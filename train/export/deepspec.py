@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import PretrainedConfig
 
 from pipeline import config as configuration
 from pipeline.cache import CacheReader
@@ -23,6 +23,7 @@ from pipeline.process import WorkerPlace
 from train.config import RunConfig
 from train.data.split import split
 from train.draft import DRAFTS
+from train.draft.kind import DraftKind
 from train.draft.settings import run_config
 from train.draft.shape import draft_shape, resolved
 from train.runs.checkpoint import FROZEN, save_checkpoint
@@ -36,8 +37,6 @@ from train.runtime.console import warn
 from train.runtime.distributed import Ranks
 
 _ASKER = "dspark import"
-# DeepSpec releases drafts of this kind.
-_KIND = "dspark"
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGETS = ("vocab_size", "hidden_size", "num_target_layers")
@@ -47,7 +46,9 @@ _AS_TARGET = ("rms_norm_eps", "hidden_act", "attention_bias", "layer_types")
 _SCALES = ("embedding_scale", "logit_scale", "final_logit_softcapping")
 
 
-def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] = ()) -> Qwen3Config:
+def import_draft(
+    folder: Path, cache: Path, run: Path, overrides: Iterable[str] = ()
+) -> tuple[PretrainedConfig, int]:
     """Make a run of a draft in DeepSpec's layout. The run appears complete or not at all.
 
     Warns on stderr if the draft comes with another embedding or head than the cache's, which the run uses,
@@ -61,7 +62,7 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
         overrides: `table.key=value` settings of [loss] and [train], for measuring the draft.
 
     Returns:
-        The draft's config.
+        The draft's config, and K, the tokens that it drafts in a round.
 
     Raises:
         RunError: there is no such draft, it can't be read, or no run can describe it.
@@ -80,7 +81,7 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
     _check_split(reader, config)
     shape = _checked_shape(source, values, reader, config)
     config = dataclasses.replace(config, draft=resolved(config.draft, shape))
-    model = DRAFTS[_KIND].build(shape)
+    model = DRAFTS[config.draft.kind].build(shape)
     frozen = reader.frozen()
     model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
     copy_weights(model, weights, source, _ASKER)
@@ -106,7 +107,7 @@ def import_draft(folder: Path, cache: Path, run: Path, overrides: Iterable[str] 
     with new_folder(run, last=CONFIG) as partial:
         begin(partial, config, identity, fresh=False)
         save_checkpoint(partial, model, [], page, Ranks(WorkerPlace(), torch.device("cpu")), keep=1)
-    return shape
+    return shape, DRAFTS[config.draft.kind].slots(shape)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -119,8 +120,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{_ASKER}: {path} can't be read ({error})") from None
     values = {name: value for name, value in values.items() if value is not None}
-    DRAFTS[_KIND].check_released(values, f"{_ASKER}: {path}")
+    _kind(values).check_released(values, f"{_ASKER}: {path}")
     return values
+
+
+def _kind(values: dict[str, Any]) -> DraftKind:
+    """Return the kind of draft that a released config names, or the first kind if it names no known one."""
+    named = values.get("architectures")
+    known = [kind for kind in DRAFTS.values() if named in [[name] for name in kind.architectures]]
+    return known[0] if known else next(iter(DRAFTS.values()))
 
 
 def _check_split(reader: CacheReader, config: RunConfig) -> None:
@@ -156,8 +164,9 @@ def _run_config(
     tables = configuration.apply_overrides({}, overrides)
     if "draft" in tables:
         raise UsageError(f"--set draft.* is not allowed, {where} decides it: set only [loss] and [train]")
-    draft, values = DRAFTS[_KIND].released_settings(values, weights, f"{_ASKER}: {where}")
-    config = run_config({**tables, "draft": {"kind": _KIND, **draft}}, where)
+    kind = _kind(values)
+    draft, values = kind.released_settings(values, weights, f"{_ASKER}: {where}")
+    config = run_config({**tables, "draft": {"kind": kind.name, **draft}}, where)
     anchors, asked = values.get("num_anchors"), tables.get("train", {})
     # Other trainers count anchors per sample, so a number that no batch here has room for is ignored.
     if type(anchors) is int and 1 <= anchors < config.train.batch_tokens and "anchors_per_batch" not in asked:
@@ -168,14 +177,14 @@ def _run_config(
 
 def _checked_shape(
     folder: Path, values: dict[str, Any], reader: CacheReader, config: RunConfig
-) -> Qwen3Config:
+) -> PretrainedConfig:
     """Return the draft's config as a run has it.
 
     Raises:
         RunError: the released config differs: it is for another target, or no run can describe it.
     """
     target = reader.manifest.identity.target
-    theirs = Qwen3Config.from_dict(dict(values))
+    theirs = DRAFTS[config.draft.kind].config_class.from_dict(dict(values))
     ours = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
     ours["num_target_layers"] = target.num_layers
     found = {name: getattr(theirs, name, ours[name]) for name in _TARGETS}
@@ -200,7 +209,7 @@ def _checked_shape(
     return shape
 
 
-def _rope(config: Qwen3Config) -> dict[str, Any]:
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
     """Return the rotary settings without defaults, for comparison."""
     rope = {"rope_type": "default", **config.rope_parameters}
     return {name: v for name, v in rope.items() if not (name == "partial_rotary_factor" and v == 1)}

@@ -8,8 +8,10 @@ from pathlib import PurePath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from transformers import PretrainedConfig
 
 from train.config import RunConfig
+from train.draft.kind import DraftKind
 from train.runs.changes import flat_settings
 from train.runs.figures import CacheFacts, Evaluation, Speculation, SpeculationRun
 from train.runs.page import TrainingPage
@@ -58,7 +60,8 @@ def model_card(
     config: dict[str, Any],
     page: TrainingPage,
     *,
-    kind_lines: list[str],
+    kind: DraftKind,
+    shape: PretrainedConfig,
     obstacles: dict[str, str],
     unknown: dict[str, str | None],
     evaluation: Evaluation | None,
@@ -71,7 +74,8 @@ def model_card(
     Args:
         config: the exported `config.json`.
         page: the checkpoint's `training.json`.
-        kind_lines: facts of the draft that its kind tells.
+        kind: kind of the draft.
+        shape: the draft's own config.
         obstacles: why `vllm` and `sglang` can't serve the draft; empty where they can.
         unknown: what to say of `vllm` and `sglang` where they are not known to serve the target.
         evaluation: held-out figures of `dspark evaluate`, or of training itself.
@@ -79,7 +83,7 @@ def model_card(
         calibrated: whether temperatures come along.
         with_embeddings: whether the target's embedding and head come along.
     """
-    progress, trained_on = page.progress, page.cache
+    progress, trained_on, served = page.progress, page.cache, kind.served(shape)
     cache = evaluation.cache if evaluation else None
     theirs = (trained_on.data.sha256, trained_on.target.weights)
     same = cache is not None and (cache.data_sha256, cache.target_weights) == theirs
@@ -90,7 +94,12 @@ def model_card(
         data=trained_on.data,
         features=trained_on.features,
         sources=", ".join(map(_code, trained_on.data.sources)),
-        kind_lines=kind_lines,
+        kind=kind,
+        kind_lines=kind.describe(shape),
+        layer_ids=shape.target_layer_ids,
+        slots=kind.slots(shape),
+        served=served,
+        vllm_config=json.dumps({"method": served["vllm"]["method"], "model": "DRAFT_DIR", **served["vllm"]}),
         obstacles=obstacles,
         unknown=unknown,
         imported=page.imported and page.imported.name,

@@ -114,7 +114,8 @@ def _card(draft: TrainedDraft, values: dict[str, Any], **parts: bool) -> str:
     return model_card(
         values,
         draft.page,
-        kind_lines=draft.kind.describe(draft.shape),
+        kind=draft.kind,
+        shape=draft.shape,
         obstacles={e: obstacle(draft.kind.rules, draft.shape, e, values["dtype"]) for e in TARGETS},
         unknown={engine: unknown_target(architecture, engine) for engine in TARGETS},
         evaluation=evaluation,

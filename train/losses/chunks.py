@@ -64,9 +64,22 @@ class VocabularyPass(ABC):
             for tensor, need in zip(operands.differentiable(), needed, strict=True)
         ]
         """Of `operands.differentiable()`; None where none is needed."""
-        self.ce_weights, self.l1_weights = operands.ce_weights.to(exact), operands.l1_weights.to(exact)
-        self.ce = torch.zeros(len(hidden), dtype=exact, device=hidden.device)
-        self.l1 = torch.zeros_like(self.ce)
+        self.outside = operands.labels < 0
+        self.labels = operands.labels.clamp(min=0)  # any token will do where the weight is 0
+        taught = operands.teacher_hidden is not None
+        weights = [operands.ce_weights.masked_fill(self.outside, 0), operands.l1_weights]
+        if taught and operands.soft_weights is not None:
+            weights.append(operands.soft_weights)
+        self.weights = torch.stack([each.to(exact) for each in weights])
+        """Of cross entropy, L1 and, where it is asked for, soft cross entropy: `[2, M]` or `[3, M]`."""
+        self.losses = torch.zeros_like(self.weights)
+        """Likewise."""
+        self.soft = len(weights) == 3
+        mass = operands.teacher_mass if taught else None
+        self.mass = None if mass is None else mass.to(exact)
+        own = operands.teacher_head
+        self.head = operands.head.to(dtype)
+        self.teacher_head = self.head if own is None else own.to(dtype)
 
     @abstractmethod
     def add(self, chunk: Chunk) -> None:
@@ -76,6 +89,17 @@ class VocabularyPass(ABC):
         """Compute the losses of all slots, and the gradients."""
         for chunk in self.chunks():
             self.add(chunk)
+        self.losses[0].masked_fill_(self.outside, 0)
+        positions, reachable = self.operands.positions, self.operands.reachable
+        if self.mass is not None:
+            self.losses[1] += 1 - self.mass[positions]  # what the target gives to tokens outside
+        if self.matches is not None and reachable is not None:
+            self.matches &= reachable[positions]
+
+    def total(self) -> Tensor:
+        """Return the weighted sum of all slots' losses."""
+        terms = zip(self.weights, self.losses, strict=True)
+        return sum(((weights * losses).sum() for weights, losses in terms), self.losses.new_zeros(()))
 
     def chunks(self) -> Iterator[Chunk]:
         """Cut the slots, sorted by position, so that those of a chunk share its few positions."""

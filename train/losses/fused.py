@@ -1,9 +1,12 @@
-"""Cross entropy and L1 over the vocabulary, chunk by chunk, with their gradients.
+"""Cross entropies and L1 over the vocabulary, chunk by chunk, with their gradients.
 
 The same numbers as `train.losses.slots`, which stays the definition; here nothing of size [M, V] is ever
 held. With p the draft's softmax, q the teacher's, z the draft's logits, y the label:
 
     dCE/dz = p - onehot(y)        dL1/dz = p * (s - <p, s>),  s = sign(p - q)
+    dS/dz = p - q                 for the cross entropy with the teacher, S = -sum q log p
+
+Where the draft has a part of the target's vocabulary and the teacher's mass m is known, s = sign(p - m q).
 
 What depends on a label's position alone, the teacher and a bias from the token before it, is computed once
 per position: with many anchors a position serves up to K blocks.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +31,23 @@ from pipeline.features import operand_dtype
 from train.losses.chunks import VocabularyPass
 from train.losses.operands import LowRankBias, SlotOperands
 from train.losses.plain import PlainPass
+from train.losses.slots import SlotLosses
 
-__all__ = ["LowRankBias", "SlotOperands", "resolve_kernel", "vocabulary_loss"]
+__all__ = ["LowRankBias", "SlotOperands", "VocabularyLosses", "resolve_kernel", "vocabulary_loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyLosses(SlotLosses):
+    """Losses over the vocabulary of M slots, without a graph, and their weighted sum."""
+
+    sum: Tensor
+    """Alone carries a gradient, into `SlotOperands.differentiable()`."""
 
 
 def resolve_kernel(kernel: str, device: torch.device, *, frozen: bool = True) -> str:
     """Return the kernel that a value of `loss.kernel` selects on a device, "torch" or "triton".
+
+    The Triton kernel computes no gradient of the head: under "auto" a draft that trains its own gets "torch".
 
     Args:
         frozen: the output head is not trained.
@@ -64,8 +79,8 @@ def vocabulary_loss(
     kernel: str = "torch",
     compile_passes: bool = False,
     matches: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted cross entropy plus weighted L1, summed over M slots.
+) -> VocabularyLosses:
+    """Compute the losses of M slots, and the gradients of their weighted sum.
 
     Products with the vocabulary are computed in the autocast dtype where autocast is on, and summed up in
     fp32 where the device can; all else is fp32 (float64 for float64, with the kernel "torch").
@@ -74,10 +89,6 @@ def vocabulary_loss(
         kernel: "torch" or "triton", as `resolve_kernel` returns it.
         compile_passes: let torch.compile fuse what "torch" does between the products.
         matches: `[M]` bool, to be filled with whether the draft's most likely token is the teacher's.
-
-    Returns:
-        The sum, which alone carries a gradient (into `operands.differentiable()`); and each slot's cross
-        entropy `[M]` and L1 `[M]`, zero without a teacher.
     """
     tensors = operands.differentiable()
     if not torch.is_grad_enabled():  # a Function sees requires_grad even then, and would do the work
@@ -92,7 +103,14 @@ def vocabulary_loss(
         return TritonPass(operands, dtype, matches, needed)
 
     with torch.autocast(operands.hidden.device.type, enabled=False):
-        return _VocabularyLoss.apply(*tensors, operands, make)
+        total, losses = _VocabularyLoss.apply(*tensors, operands, make)
+    ce, l1, *soft_ce = losses.unbind()
+    return VocabularyLosses(
+        sum=total,
+        ce=ce,
+        l1=None if operands.teacher_hidden is None else l1,
+        soft_ce=soft_ce[0] if soft_ce else None,
+    )
 
 
 class _VocabularyLoss(torch.autograd.Function):
@@ -107,18 +125,18 @@ class _VocabularyLoss(torch.autograd.Function):
         weight: Tensor | None,
         operands: SlotOperands,
         make: Callable[[SlotOperands, tuple[bool, ...]], VocabularyPass],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         tensors = (hidden, head, latent, weight)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         run = make(operands.replaced(*tensors), ctx.needs_input_grad[:4])
         run.run()
         ctx.save_for_backward(*run.gradients)
-        ctx.mark_non_differentiable(run.ce, run.l1)
-        return (run.ce_weights * run.ce).sum() + (run.l1_weights * run.l1).sum(), run.ce, run.l1
+        ctx.mark_non_differentiable(run.losses)
+        return run.total(), run.losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor, _ce: Tensor, _l1: Tensor) -> tuple:
+    def backward(ctx: Any, grad_sum: Tensor, _losses: Tensor) -> tuple:
         gradients = [
             None if gradient is None else (gradient * grad_sum).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

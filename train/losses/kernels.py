@@ -3,13 +3,18 @@
 A program has one slot's row of V logits and goes over it three times:
 
 1. the softmax's maximum and sum (and the cross entropy, and the most likely token);
-2. with the teacher's: L1 = sum |p - q| and <p, s>, s = sign(p - q);
-3. the gradient ce_weight * (p - onehot(y)) + l1_weight * p * (s - <p, s>), written over the logits in the
-   dtype of the next product.
+2. with the teacher's: L1 = sum |p - q| and <p, s>, s = sign(p - q); and, where it has a weight, -sum r log p,
+   where r is q over the sum of q: they differ where the draft has a part of the target's vocabulary;
+3. the gradient ce_weight * (p - onehot(y)) + l1_weight * p * (s - <p, s>) + soft_weight * (p - r), written
+   over the logits in the dtype of the next product.
 
 L1 needs both softmaxes' sums and its gradient needs <p, s>, so no two of these can be one. The second goes
 backwards: it begins with what the first has left in the cache. The slots of a position are neighbours, so
 that its teacher's row comes from the cache for all but one of them.
+
+`gradient` and `of_bias` are the memory of `logits` and `bias`, with rows of `stride` numbers of the dtype of
+the products. `weights` and `losses` have a row a term: cross entropy, L1, soft cross entropy. What an absent
+operand is given for is not read.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ import triton.language as tl
 # Logits of a program's step, and its warps: 8 logits a thread are two 16-byte loads, and two programs of 512
 # threads fill a multiprocessor, so that one loads while the other adds up.
 BLOCK, WARPS = 4096, 16
+# The compiler would take 88 with the soft cross entropy, and needs no memory for these in their place.
+SOFT_REGISTERS = 64
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -127,19 +134,27 @@ def _distances(
     scale: tl.constexpr,
     cap: tl.constexpr,
     biased: tl.constexpr,
+    soft: tl.constexpr,
 ):
-    """Return sum |p - q| and <p, sign(p - q)>, added up from the last token to the first."""
+    """Return sum |p - q|, <p, sign(p - q)> and, with soft, sum e (top - z), e = exp(t - q_top).
+
+    They are added up from the last token to the first.
+    """
     distance = tl.zeros([block], tl.float32)
     inner = tl.zeros([block], tl.float32)
+    below = tl.zeros([block], tl.float32)
     for back in range(0, vocab, block):
         at = (vocab - 1) // block * block - back + tl.arange(0, block)
         z = _load(logits, bias, at, vocab, scale, cap, biased)
         t = _load(teacher, teacher, at, vocab, scale, cap, False)
         p = tl.exp(z - top) * inverse
-        difference = p - tl.exp(t - q_top) * q_inverse
+        e = tl.exp(t - q_top)
+        difference = p - e * q_inverse
         distance += tl.abs(difference)
         inner += tl.where(difference > 0, p, tl.where(difference < 0, -p, 0.0))
-    return tl.sum(distance, 0), tl.sum(inner, 0)
+        if soft:  # a logit of -inf has no part where the teacher gives it none
+            below += tl.where(e == 0, 0.0, e * (top - z))
+    return tl.sum(distance, 0), tl.sum(inner, 0), tl.sum(below, 0)
 
 
 @triton.jit
@@ -156,6 +171,7 @@ def _write_gradients(
     label,
     ce_weight,
     l1_weight,
+    pull,
     factor,
     vocab: tl.constexpr,
     block: tl.constexpr,
@@ -163,8 +179,12 @@ def _write_gradients(
     cap: tl.constexpr,
     biased: tl.constexpr,
     taught: tl.constexpr,
+    soft: tl.constexpr,
 ):
-    """Store p * (factor + l1_weight * sign(p - q)) - ce_weight * onehot(label), over logits and bias."""
+    """Store the gradient over logits and bias.
+
+    That is p * (factor + l1_weight * sign(p - q)) - ce_weight * onehot(label) - pull * exp(t - q_top).
+    """
     for first in range(0, vocab, block):
         at = first + tl.arange(0, block)
         z, slope = _load_with_slope(logits, bias, at, vocab, scale, cap, biased)
@@ -172,9 +192,12 @@ def _write_gradients(
         g = p * factor
         if taught:
             t = _load(teacher, teacher, at, vocab, scale, cap, False)
-            difference = p - tl.exp(t - q_top) * q_inverse
+            e = tl.exp(t - q_top)
+            difference = p - e * q_inverse
             sign = tl.where(difference > 0, l1_weight, tl.where(difference < 0, -l1_weight, 0.0))
             g = p * (sign + factor)
+            if soft:
+                g -= pull * e
         g = tl.where(at == label, g - ce_weight, g)
         # Numbers of half the size are written over logits of this step and earlier ones: no thread may
         # write before all have read. Later steps' logits lie behind what is written.
@@ -193,14 +216,12 @@ def losses_kernel(
     teacher,
     teacher_highest,
     teacher_total,
-    teacher_best,
+    target_total,
     rows,
     labels,
-    ce_weights,
-    l1_weights,
-    ce,
-    l1,
-    matches,
+    weights,
+    losses,
+    best,
     vocab: tl.constexpr,
     block: tl.constexpr,
     stride: tl.constexpr,
@@ -208,47 +229,47 @@ def losses_kernel(
     cap: tl.constexpr,
     biased: tl.constexpr,
     taught: tl.constexpr,
+    soft: tl.constexpr,
     match: tl.constexpr,
     differentiate: tl.constexpr,
 ):
-    """Store a slot's losses, and the gradients of its logits and bias over these themselves.
-
-    `gradient` and `of_bias` are the memory of `logits` and `bias`, with rows of stride numbers of the dtype
-    of the products. What an absent operand is given for is not read.
-    """
-    row = tl.program_id(0)
-    start = row.to(tl.int64)  # a chunk can have 2**31 logits and more
-    logits += start * vocab
-    bias += start * vocab
+    """Store a slot's losses and most likely token, and the gradients of its logits and bias over these."""
+    slots, row = tl.num_programs(0), tl.program_id(0).to(tl.int64)  # a chunk can have 2**31 logits and more
+    logits += row * vocab
+    bias += row * vocab
     label = tl.load(labels + row).to(tl.int32)
     of_label = _load(logits, bias, label, vocab, scale, cap, biased)
     top, total, token = _softmax(logits, bias, vocab, block, scale, cap, biased, match)
     inverse = 1.0 / total
-    tl.store(ce + row, top - of_label + tl.log(total))
-    factor = tl.load(ce_weights + row)
-    l1_weight = 0.0
-    ce_weight = factor
-    q_top = 0.0
-    q_inverse = 0.0
+    tl.store(losses + row, top - of_label + tl.log(total))
+    if match:
+        tl.store(best + row, token)
+    ce_weight = tl.load(weights + row)
+    factor = ce_weight
+    q_top, q_inverse, l1_weight, pull = 0.0, 0.0, 0.0, 0.0
     if taught:
         position = tl.load(rows + row)
         teacher += position * vocab
         q_top = tl.load(teacher_highest + position)
-        q_inverse = 1.0 / tl.load(teacher_total + position)
-        l1_weight = tl.load(l1_weights + row)
-        distance, inner = _distances(
-            logits, bias, teacher, top, inverse, q_top, q_inverse, vocab, block, scale, cap, biased
+        q_inverse = 1.0 / tl.load(target_total + position)
+        l1_weight = tl.load(weights + slots + row)
+        distance, inner, below = _distances(
+            logits, bias, teacher, top, inverse, q_top, q_inverse, vocab, block, scale, cap, biased, soft
         )
-        tl.store(l1 + row, distance)
+        tl.store(losses + slots + row, distance)
         factor -= l1_weight * inner
-        if match:
-            tl.store(matches + row, token == tl.load(teacher_best + position))
+        if soft:
+            r_inverse = 1.0 / tl.load(teacher_total + position)
+            soft_weight = tl.load(weights + 2 * slots + row)
+            tl.store(losses + 2 * slots + row, below * r_inverse + tl.log(total))
+            factor += soft_weight
+            pull = soft_weight * r_inverse
     if differentiate:
         _write_gradients(
             logits,
-            gradient + start * stride,
+            gradient + row * stride,
             bias,
-            of_bias + start * stride,
+            of_bias + row * stride,
             teacher,
             top,
             inverse,
@@ -257,6 +278,7 @@ def losses_kernel(
             label,
             ce_weight,
             l1_weight,
+            pull,
             factor,
             vocab,
             block,
@@ -264,4 +286,5 @@ def losses_kernel(
             cap,
             biased,
             taught,
+            soft,
         )

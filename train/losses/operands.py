@@ -29,7 +29,7 @@ class SlotOperands:
     head: Tensor
     """The output head's weight `[V, H]`."""
     labels: Tensor
-    """`[M]`."""
+    """`[M]`; -1 is outside the draft's vocabulary, and has no cross entropy."""
     positions: Tensor
     """Number of the distinct position of each slot's label, `[M]` in `[0, U)`."""
     ordered: np.ndarray | None = None
@@ -38,8 +38,17 @@ class SlotOperands:
     """`[M]`; each slot's cross entropy counts so much in the sum."""
     l1_weights: Tensor
     """`[M]`; likewise for L1."""
+    soft_weights: Tensor | None = None
+    """`[M]`; likewise for the cross entropy with the teacher; None doesn't compute it."""
     teacher_hidden: Tensor | None = None
     """The target's post-norm states at the distinct positions `[U, H]`; None for no teacher."""
+    teacher_head: Tensor | None = None
+    """The head of these states `[V, H]`, without a gradient; None for the draft's own, `head`."""
+    teacher_mass: Tensor | None = None
+    """The target's probability of the draft's vocabulary, from `train.losses.reach`, `[U]`: L1 counts what
+    lies outside too. None takes the teacher's softmax over the draft's vocabulary as it is."""
+    reachable: Tensor | None = None
+    """The target's most likely token is in the draft's vocabulary, `[U]` bool; None for all."""
     bias: LowRankBias | None = None
     softcap: float | None = None
     """The target's tanh soft-cap on its logits."""

@@ -37,7 +37,6 @@ class PlainPass(VocabularyPass):
     ):
         super().__init__(operands, dtype, matches, needed)
         bias = operands.bias
-        self.head = operands.head.to(dtype)
         self.latent, self.bias_weight = (
             (None, None) if bias is None else (bias.latent.to(dtype), bias.weight.to(dtype))
         )
@@ -79,7 +78,7 @@ class PlainPass(VocabularyPass):
         states = self.operands.teacher_hidden
         if states is None:
             return None
-        logits = product(states[chunk.positions].to(self.dtype), self.head.T)
+        logits = product(states[chunk.positions].to(self.dtype), self.teacher_head.T)
         _cap(logits, self.operands.softcap, self.operands.logit_scale)
         return torch.softmax(logits, -1, out=logits)
 
@@ -107,17 +106,23 @@ class PlainPass(VocabularyPass):
     ) -> Tensor:
         """Compute a chunk's losses; return the gradients of its logits, which may be overwritten."""
         parts = self.parts(chunk)
+        ce_weights, l1_weights, *soft_weights = self.weights.unbind()
+        mass = None if self.mass is None else self.mass[chunk.positions]
         for part in parts:
             slots = chunk.slots[part]
-            gradient, self.ce[slots], self.l1[slots] = self.differentiate(
+            gradient, *losses = self.differentiate(
                 logits[part],
                 bias,
                 teacher,
                 chunk.rows[part],
-                self.operands.labels[slots, None],
-                self.ce_weights[slots, None],
-                self.l1_weights[slots, None],
+                self.labels[slots, None],
+                ce_weights[slots, None],
+                l1_weights[slots, None],
+                soft_weights[0][slots, None] if soft_weights else None,
+                mass,
             )
+            for out, found in zip(self.losses, losses, strict=False):
+                out[slots] = found
             if len(parts) == 1:
                 return gradient
             logits[part] = gradient
@@ -152,7 +157,9 @@ def differentiate(
     labels: Tensor,
     ce_weights: Tensor,
     l1_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    soft_weights: Tensor | None = None,
+    mass: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the losses of some logits, and the gradients of their weighted sum.
 
     Args:
@@ -163,33 +170,44 @@ def differentiate(
         labels: `[C, 1]`.
         ce_weights: `[C, 1]`.
         l1_weights: `[C, 1]`.
+        soft_weights: `[C, 1]`, with a teacher; or None.
+        mass: of each position, `[U]`, with a teacher; or None.
 
     Returns:
-        Gradients `[C, V]`; cross entropy and L1, `[C]`.
+        Gradients `[C, V]`; and `[C]` each: cross entropy, L1 over these tokens, and soft cross entropy, None
+        without its weights.
     """
     if bias is not None:
         logits = logits + bias[rows]
     highest, of_label = logits.amax(-1, keepdim=True), logits.gather(1, labels)
     probs = logits.softmax(-1)
     # The largest probability is one over the normaliser, so no other pass is needed to find that.
-    ce = (highest - probs.amax(-1, keepdim=True).log() - of_label).squeeze(1)
+    log_largest = probs.amax(-1, keepdim=True).log()
+    ce = (highest - log_largest - of_label).squeeze(1)
+    soft_ce = None
     if teacher is None:
         l1 = torch.zeros_like(ce)
         gradient = probs.mul_(ce_weights)
     else:
-        difference = probs - teacher[rows]
+        target = teacher[rows]
+        difference = probs - (target if mass is None else target * mass[rows, None])
         l1 = difference.abs().sum(-1)
         sign = difference.sign_()
         inner = (probs * sign).sum(-1, keepdim=True)
         # p * (l1_weight * (s - <p, s>) + ce_weight)
         gradient = sign.mul_(l1_weights).add_(ce_weights - l1_weights * inner).mul_(probs)
+        if soft_weights is not None:
+            # A logit of -inf has no part where the teacher gives it none.
+            below = torch.where(target == 0, target, target * (highest - logits))
+            soft_ce = below.sum(-1) - log_largest.squeeze(1)
+            gradient.addcmul_(probs - target, soft_weights)
     gradient.scatter_add_(1, labels, -ce_weights)
-    return gradient, ce, l1
+    return gradient, ce, l1, soft_ce
 
 
 def differentiate_compiled(
-    logits: Tensor, bias: Tensor | None, teacher: Tensor | None, *others: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, bias: Tensor | None, teacher: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Call `differentiate`, compiled for any number of rows and positions and one vocabulary.
 
     A vocabulary of unknown size would cost 64-bit indices and loads of single numbers.
@@ -197,7 +215,7 @@ def differentiate_compiled(
     for tensor in (logits, bias, teacher, *others):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = compiled(differentiate, dynamic=False)
+    run: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] = compiled(differentiate, dynamic=False)
     return run(logits, bias, teacher, *others)
 
 

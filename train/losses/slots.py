@@ -6,7 +6,13 @@ here return the sums; the division happens once, after everything that belongs t
 
 To add a term: write its function, put it in `TERMS` and `TITLES`, give it a weight `<name>_alpha` in the
 `[loss]` class of a kind of draft, and test it against an independent reference. A term that needs the whole
-vocabulary, as cross entropy does, also needs its gradient in `train.losses.plain` and `train.losses.kernels`.
+vocabulary, as cross entropy does, also needs its gradient in `train.losses.plain` and `train.losses.kernels`,
+and its name in `OF_THE_VOCABULARY`.
+
+A draft may have a part of the target's vocabulary. q is the teacher's softmax over that part. A label outside
+is -1. Where the target's probability of the part, the teacher's mass m, is given, L1 goes over the target's
+whole vocabulary: sum |p - m q| + (1 - m), with p = 0 and the target's own probabilities outside. Without it
+L1 is sum |p - q|. The soft cross entropy is with q in either case.
 """
 
 from __future__ import annotations
@@ -84,6 +90,22 @@ class SlotFigures:
     """True where draft and target have the same most likely token, `[M]` bool; None unless asked for."""
     anchor_positions: Tensor | None = None
     """Position of each block's anchor in its row, `[B, N]`."""
+    soft_ce: Tensor | None = None
+    """Cross entropy with the teacher, -sum_v q_v log p_v, `[M]`; None without a teacher, or not computed."""
+    weights: Tensor | None = None
+    """Weight of each slot, `[M]`, in place of the objective's decay."""
+
+
+@dataclass(frozen=True)
+class SlotLosses:
+    """Losses over the vocabulary of M slots."""
+
+    ce: Tensor
+    """Cross entropy with the data's token, `[M]`; 0 for a label outside the draft's vocabulary."""
+    l1: Tensor | None = None
+    """sum_v |p - q|, `[M]`; None without a teacher."""
+    soft_ce: Tensor | None = None
+    """-sum_v q_v log p_v, `[M]`; None without a teacher, or not asked for."""
 
 
 def acceptance(l1: Tensor) -> Tensor:
@@ -101,6 +123,11 @@ def l1_distance(slots: SlotFigures) -> Tensor | None:
     return slots.l1
 
 
+def soft_cross_entropy(slots: SlotFigures) -> Tensor | None:
+    """Return the cross entropy with the teacher, -sum_v q_v log p_v, `[M]`."""
+    return slots.soft_ce
+
+
 def confidence_error(slots: SlotFigures) -> Tensor | None:
     """Return the binary cross entropy of the confidence logit with the acceptance, `[M]`."""
     if slots.l1 is None or slots.confidence is None:
@@ -112,12 +139,16 @@ def confidence_error(slots: SlotFigures) -> Tensor | None:
 TERMS: dict[str, Callable[[SlotFigures], Tensor | None]] = {
     "ce": cross_entropy,
     "l1": l1_distance,
+    "soft_ce": soft_cross_entropy,
     "confidence": confidence_error,
 }
 """Each slot's loss `[M]` by the term's name; None where the forward lacks what the term needs."""
 
-TITLES = {"ce": "cross entropy", "l1": "L1", "confidence": "confidence"}
+TITLES = {"ce": "cross entropy", "l1": "L1", "confidence": "confidence", "soft_ce": "soft cross entropy"}
 """Names of the terms for people."""
+
+OF_THE_VOCABULARY = ("ce", "l1", "soft_ce")
+"""Terms whose gradients the pass over the vocabulary computes. The others backpropagate from their sums."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +162,9 @@ class Objective:
 
     @classmethod
     def of(cls, loss: LossConfig) -> Objective:
-        """Read the weights of a run's `[loss]` table."""
+        """Read the weights of a run's `[loss]` table: the terms that it has, `<name>_alpha`."""
         weights = {name: getattr(loss, f"{name}_alpha", None) for name in TERMS}
-        return cls({name: w for name, w in weights.items() if w is not None}, loss.slot_decay)
+        return cls({name: each for name, each in weights.items() if each is not None}, loss.slot_decay)
 
     def total(self, terms: Mapping[str, Any]) -> Any:
         """Add up the terms, each by its weight."""
@@ -223,19 +254,37 @@ def slot_weights(block_size: int, gamma: float | None, device: torch.device | No
     return torch.ones_like(slots) if gamma is None else torch.exp(-slots / gamma)
 
 
-def slot_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return each slot's cross entropy and L1, `[M]`, from logits `[M, V]` of draft and teacher."""
+def slot_losses(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None,
+    *,
+    mass: Tensor | None = None,
+    soft: bool = False,
+) -> SlotLosses:
+    """Compute each slot's losses from logits `[M, V]` of draft and teacher.
+
+    Args:
+        labels: `[M]`; -1 is outside the vocabulary.
+        mass: the target's probability of the vocabulary, where that is a part of the target's, `[M]`.
+        soft: compute the soft cross entropy too.
+    """
     log_probs = at_least_fp32(logits).log_softmax(-1)
-    ce = F.nll_loss(log_probs, labels, reduction="none")
+    ce = F.nll_loss(log_probs, labels, ignore_index=-1, reduction="none")
     if teacher is None:
-        return ce, None
-    return ce, (log_probs.exp() - at_least_fp32(teacher.detach()).softmax(-1)).abs().sum(-1)
+        return SlotLosses(ce)
+    probs = at_least_fp32(teacher.detach()).softmax(-1)
+    soft_ce = -(probs * log_probs).sum(-1) if soft else None
+    if mass is None:
+        return SlotLosses(ce, (log_probs.exp() - probs).abs().sum(-1), soft_ce)
+    inside = (log_probs.exp() - mass[:, None] * probs).abs().sum(-1)
+    return SlotLosses(ce, inside + (1 - mass), soft_ce)
 
 
 def sum_slots(slots: SlotFigures, objective: Objective) -> LossSums:
     """Add up the supervised slots. A term that the forward has no figures for is zero."""
     mask, zero = slots.supervised.mask, slots.ce.new_zeros(())
-    weights = slots.supervised.weights(objective.decay_gamma)
+    weights = slots.supervised.weights(objective.decay_gamma) if slots.weights is None else slots.weights
     found = {name: TERMS[name](slots) for name in objective.weights}
     accepted = torch.zeros_like(slots.ce) if slots.l1 is None else acceptance(slots.l1)
     accept = slots.supervised.lay_out(accepted)  # [B, N, K]

@@ -11,6 +11,7 @@ Shapes: C rows of a chunk, U positions of theirs, H hidden size, R rank of the b
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from pipeline.features import product
 from train.losses.chunks import Chunk, VocabularyPass, add_product
-from train.losses.kernels import BLOCK, WARPS, losses_kernel, teacher_kernel
+from train.losses.kernels import BLOCK, SOFT_REGISTERS, WARPS, losses_kernel, teacher_kernel
 from train.losses.operands import SlotOperands
 
 
@@ -31,9 +32,8 @@ class TritonPass(VocabularyPass):
     ):
         super().__init__(operands, dtype, matches, needed)
         assert self.gradients[1] is None, "the head is frozen"
-        assert self.ce.dtype == torch.float32
+        assert self.losses.dtype == torch.float32
         bias = operands.bias
-        self.head = operands.head.to(dtype)
         self.latent = None if bias is None else bias.latent.to(dtype)
         # Where nothing is between a product and a logit, the bias is a part of the product.
         self.joined = bias is not None and operands.softcap is None and operands.logit_scale == 1
@@ -47,7 +47,7 @@ class TritonPass(VocabularyPass):
         bias = None if self.bias_weight is None else product(latents, self.bias_weight.T)  # [C, V]
         teacher = self.operands.teacher_hidden
         if teacher is not None:
-            teacher = product(teacher[chunk.positions].to(self.dtype), self.head.T)  # [U, V]
+            teacher = product(teacher[chunk.positions].to(self.dtype), self.teacher_head.T)  # [U, V]
         self._launch(chunk, logits, bias, teacher)
         vocabulary = logits.shape[1]
         gradient = logits.view(self.dtype)[:, :vocabulary]
@@ -83,59 +83,75 @@ class TritonPass(VocabularyPass):
     def _launch(self, chunk: Chunk, logits: Tensor, bias: Tensor | None, teacher: Tensor | None) -> None:
         """Compute a chunk's losses and, where any is needed, gradients in place of logits and bias."""
         rows, vocabulary = logits.shape
-        top = self.matches is not None and teacher is not None
         fixed = {
             "vocab": vocabulary,
             "block": min(BLOCK, triton.next_power_of_2(vocabulary)),
             "scale": float(self.operands.logit_scale),
             "cap": float(self.operands.softcap or 0.0),
-            "match": top,
+            "match": self.matches is not None and teacher is not None,
             "num_warps": WARPS,
         }
-        ce, l1 = logits.new_empty(rows), logits.new_zeros(rows)
-        agrees = torch.empty(rows, dtype=torch.bool, device=logits.device)
+        simple = bias is None and not fixed["cap"]
+        limits = {"maxnreg": SOFT_REGISTERS} if self.soft and simple else {}
+        losses = logits.new_zeros(len(self.losses), rows)
+        best = torch.empty(rows, dtype=torch.int32, device=logits.device)
         biased = logits if bias is None else bias
         with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-            of_teacher = _teacher_figures(teacher, logits, fixed)
+            teacher_figures = _teacher_figures(teacher, logits, fixed)
+            target_total = teacher_figures.total
+            if self.mass is not None:
+                target_total = target_total / self.mass[chunk.positions]
             losses_kernel[(rows,)](
                 logits,
                 logits.view(self.dtype),
                 biased,
                 biased.view(self.dtype),
-                *of_teacher,
+                teacher_figures.logits,
+                teacher_figures.highest,
+                teacher_figures.total,
+                target_total,
                 chunk.rows,
-                self.operands.labels[chunk.slots],
-                self.ce_weights[chunk.slots],
-                self.l1_weights[chunk.slots],
-                ce,
-                l1,
-                agrees,
+                self.labels[chunk.slots],
+                self.weights.index_select(1, chunk.slots),  # a row after the other, as `losses`
+                losses,
+                best,
                 stride=vocabulary * logits.element_size() // self.dtype.itemsize,
                 biased=bias is not None,
                 taught=teacher is not None,
+                soft=self.soft,
                 differentiate=any(gradient is not None for gradient in self.gradients),
                 **fixed,
+                **limits,
             )
-        self.ce[chunk.slots], self.l1[chunk.slots] = ce, l1
-        if top:
-            self.matches[chunk.slots] = agrees
+        self.losses[:, chunk.slots] = losses
+        if self.matches is not None and teacher is not None:
+            self.matches[chunk.slots] = best == teacher_figures.best[chunk.rows]
 
 
-def _teacher_figures(
-    teacher: Tensor | None, absent: Tensor, fixed: dict
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the teacher's logits `[U, V]`, and each row's maximum, sum and most likely token.
+class _Teacher(NamedTuple):
+    """The teacher's logits `[U, V]`, and each row's figures `[U]`."""
+
+    logits: Tensor
+    highest: Tensor
+    total: Tensor
+    """sum of exp(logit - highest)."""
+    best: Tensor
+    """The most likely token."""
+
+
+def _teacher_figures(teacher: Tensor | None, absent: Tensor, fixed: dict) -> _Teacher:
+    """Compute the figures of the teacher's logits `[U, V]`.
 
     Args:
         absent: stands for all of them where there is no teacher.
         fixed: what the kernel is compiled for.
     """
     if teacher is None:
-        return absent, absent, absent, absent
+        return _Teacher(absent, absent, absent, absent)
     highest, total = (teacher.new_empty(len(teacher)) for _ in range(2))
     best = torch.empty(len(teacher), dtype=torch.int32, device=teacher.device)
     teacher_kernel[(len(teacher),)](teacher, highest, total, best, **fixed)
-    return teacher, highest, total, best
+    return _Teacher(teacher, highest, total, best)
 
 
 class _Joined:

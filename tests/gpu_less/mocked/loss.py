@@ -41,7 +41,7 @@ def main(chunks: list[tuple[int, int]]) -> dict[str, Any]:
             found = differentiate_compiled(
                 empty(slots, VOCAB), *(empty(positions, VOCAB) for _ in range(2)), rows, labels, *weights
             )
-            assert [each.shape for each in found] == [(slots, VOCAB), (slots,), (slots,)]
+            assert [each.shape for each in found[:3]] == [(slots, VOCAB), (slots,), (slots,)]
             generated.append(len(compiler.kernels) - before)
     sources = [source for _, source in compiler.kernels]
     return {"generated": generated, "sources": sources, "needs": needs_of(compiler.kernels, GPUS["h100"])}

@@ -17,12 +17,18 @@ from train.draft.blocks.attention import flex_options, resolve_attention
 from train.draft.blocks.model import BlockDraftModel, DraftBlocks
 from train.draft.kind import StepResult
 from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
-from train.losses.slots import LossSums, Objective, SlotFigures, Supervised, places, positive, sum_slots
+from train.losses.slots import (
+    OF_THE_VOCABULARY,
+    LossSums,
+    Objective,
+    SlotFigures,
+    Supervised,
+    places,
+    positive,
+    sum_slots,
+)
 from train.runtime.compiled import compiled_for_training, compiles
 from train.runtime.precision import allow_tf32, resolve_precision
-
-# Terms whose gradients the pass over the vocabulary computes. The others backpropagate from their sums.
-_OF_THE_VOCABULARY = ("ce", "l1")
 
 
 @dataclass
@@ -94,22 +100,27 @@ class BlockTrainerModule(nn.Module):
         supervised = Supervised.of(blocks.eval_mask, None if known is None else len(known))
         operands = self._operands(blocks, supervised, input_ids, target_last_hidden_states, known)
         matches = torch.zeros_like(operands.labels, dtype=torch.bool) if observe else None
-        vocabulary, ce, l1 = vocabulary_loss(
+        slot_weights = self.own_weights(operands, supervised)
+        if slot_weights is not None:
+            operands = dataclasses.replace(operands, **self.weighted(slot_weights))
+        vocabulary = vocabulary_loss(
             operands, kernel=self.loss_kernel, compile_passes=self.compile_loss, matches=matches
         )
         slots = SlotFigures(
             supervised=supervised,
-            ce=ce,
-            l1=None if operands.teacher_hidden is None else l1,
+            ce=vocabulary.ce,
+            l1=vocabulary.l1,
             confidence=None if blocks.confidence_pred is None else supervised.take(blocks.confidence_pred),
             matches=matches,
             anchor_positions=blocks.anchor_positions,
+            soft_ce=vocabulary.soft_ce,
+            weights=slot_weights,
         )
         metrics = self.metrics(slots, denominator)
         assert metrics.sums is not None
-        loss = vocabulary
+        loss = vocabulary.sum
         for name, value in metrics.sums.terms.items():
-            if name not in _OF_THE_VOCABULARY:
+            if name not in OF_THE_VOCABULARY:
                 loss = loss + weights[name] * value
         total = positive(metrics.sums.weight if denominator is None else denominator)
         return dataclasses.replace(metrics, loss=loss / total)
@@ -122,6 +133,24 @@ class BlockTrainerModule(nn.Module):
         """
         sums = sum_slots(slots, self.objective)
         return BlockStepMetrics(loss=sums.weight, sums=sums, slots=slots)
+
+    def own_weights(self, operands: SlotOperands, supervised: Supervised) -> Tensor | None:
+        """Return weights of the supervised slots, `[M]`, to replace the objective's decay; None keeps it."""
+        return None
+
+    def weighted(self, slot_weights: Tensor) -> dict[str, Tensor | None]:
+        """Return the weights of the terms of the vocabulary, as fields of `SlotOperands`.
+
+        Args:
+            slot_weights: weight of each supervised slot, `[M]`.
+        """
+        weights = self.objective.weights
+        soft = weights.get("soft_ce")
+        return {
+            "ce_weights": weights.get("ce", 0.0) * slot_weights,
+            "l1_weights": weights.get("l1", 0.0) * slot_weights,
+            "soft_weights": None if soft is None else soft * slot_weights,
+        }
 
     def bias(
         self, blocks: DraftBlocks, supervised: Supervised, input_ids: Tensor, used: Tensor
@@ -154,15 +183,13 @@ class BlockTrainerModule(nn.Module):
         present = torch.zeros_like(input_ids, dtype=torch.bool).flatten().index_fill_(0, position, True)
         distinct = None if known is None else np.unique(known)
         used = places(present, None if distinct is None else len(distinct))  # [U]
-        weights = supervised.weights(self.objective.decay_gamma)
         return SlotOperands(
             hidden=take(blocks.hidden),
             head=model.lm_head.weight,
             labels=take(blocks.target_ids),
             positions=(present.cumsum(0) - 1).index_select(0, position),
             ordered=None if known is None else np.searchsorted(distinct, np.sort(known)),
-            ce_weights=self.objective.weights.get("ce", 0.0) * weights,
-            l1_weights=self.objective.weights.get("l1", 0.0) * weights,
+            **self.weighted(supervised.weights(self.objective.decay_gamma)),
             teacher_hidden=None if last_hidden is None else last_hidden.flatten(0, 1)[used],
             bias=self.bias(blocks, supervised, input_ids, used),
             softcap=model.softcap,

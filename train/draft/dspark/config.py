@@ -71,6 +71,14 @@ def exported(config: PretrainedConfig) -> dict[str, Any]:
     return block_export(config, FIELDS) | DECLARED
 
 
+def served(config: PretrainedConfig) -> dict[str, Any]:
+    """Return how vLLM and SGLang are told to serve a draft."""
+    slots = config.block_size
+    # Without draft_sample_method vLLM drafts greedily for requests that sample, and accepts less of them.
+    own = {"method": "dspark", "num_speculative_tokens": slots, "draft_sample_method": "probabilistic"}
+    return {"vllm": own, "sglang": "DSPARK"}
+
+
 def describe(config: PretrainedConfig) -> list[str]:
     """Return what a model card tells of the block and the heads."""
     markov, confidence = "no Markov head", "no confidence head"

@@ -16,12 +16,12 @@ from train.draft.blocks.parts import (
     least_blocks,
     ridge_if_asked,
 )
-from train.draft.dspark.config import FIELDS, describe, draft_config, exported, weight_fields
+from train.draft.dspark.config import FIELDS, describe, draft_config, exported, served, weight_fields
 from train.draft.dspark.decoder import DraftDecoder
 from train.draft.dspark.flops import training_flops
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
-from train.draft.dspark.released import check_released, released_settings
+from train.draft.dspark.released import ARCHITECTURES, check_released, released_settings
 from train.draft.dspark.serving import RULES
 from train.draft.dspark.settings import PUBLISHED, DSparkConfig, DSparkLoss, implied_settings
 from train.draft.kind import DraftKind
@@ -53,8 +53,10 @@ DSPARK = DraftKind(
     resolved=BLOCK_RESOLVED,
     slots=lambda config: config.block_size,
     exported=exported,
+    served=served,
     describe=describe,
     weight_fields=weight_fields,
+    architectures=ARCHITECTURES,
     check_released=check_released,
     released_settings=released_settings,
     build=_build,

@@ -71,11 +71,12 @@ def compute_dspark_loss(
     """
     supervised = Supervised.of(outputs.eval_mask)
     teacher, confidence = outputs.aligned_target_logits, outputs.confidence_pred
-    ce, l1 = slot_losses(
+    losses = slot_losses(
         supervised.take(outputs.draft_logits),
         supervised.take(outputs.target_ids),
         None if teacher is None else supervised.take(teacher),
     )
-    slots = SlotFigures(supervised, ce, l1, None if confidence is None else supervised.take(confidence))
+    confidence = None if confidence is None else supervised.take(confidence)
+    slots = SlotFigures(supervised, losses.ce, losses.l1, confidence)
     weights = {"ce": ce_loss_alpha, "l1": l1_loss_alpha, "confidence": confidence_head_alpha}
     return step_metrics(slots, Objective(weights, loss_decay_gamma))

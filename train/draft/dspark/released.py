@@ -32,7 +32,7 @@ _DEFAULTS = {"block_size": 7, "markov_rank": 0, "markov_head_type": "vanilla"}
 # Values that every draft of this project has. Drafts of other projects may have others.
 _FIXED = {"model_type": "qwen3", **DECLARED, "is_causal": False, "dflash_config": None}
 # The draft's class in vLLM and in SGLang. Weights of another class mean something else.
-_ARCHITECTURES = (["Qwen3DSparkModel"], ["DSparkDraftModel"])
+ARCHITECTURES = ("Qwen3DSparkModel", "DSparkDraftModel")
 # Engines read these, if present, instead of the field that is read here.
 _READ_FIRST = (
     "dspark_config",
@@ -74,8 +74,8 @@ def check_released(values: Mapping[str, Any], where: str) -> None:
             f"{where} has a quantization_config, expected unquantized weights: import the draft from before "
             "it was quantized"
         )
-    if "architectures" in values and values["architectures"] not in _ARCHITECTURES:
-        known = " or ".join(name for (name,) in _ARCHITECTURES)
+    if "architectures" in values and values["architectures"] not in [[name] for name in ARCHITECTURES]:
+        known = " or ".join(ARCHITECTURES)
         raise RunError(
             f"{where} has architectures = {values['architectures']!r}, expected {known}: it is another kind "
             "of draft, import another"

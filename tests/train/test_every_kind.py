@@ -1,0 +1,62 @@
+"""Each kind of draft trains from the one cache, is measured, decodes, is exported and comes back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import FP32, run_ok
+from tests.train.runs import train_arguments
+from train.draft import DRAFTS
+from train.runs.open import open_draft
+from train.runs.results import read_evaluation, read_speculation
+
+# Settings of a small draft that differ from `SMALL` of tests.train.runs; None for those that a kind lacks.
+OWN = {"dspark": {}, "dflash": {"draft__markov_rank": None, "draft__block_size": 4}}
+
+
+@pytest.fixture(scope="module", params=list(DRAFTS))
+def run(request, tmp_path_factory, cache_dir: Path) -> Path:
+    """A run of two steps."""
+    path = tmp_path_factory.mktemp(request.param) / "run"
+    settings = {"draft__kind": request.param, "train__max_steps": 2, **OWN[request.param]}
+    run_ok(*train_arguments(cache_dir, path, **settings))
+    return path
+
+
+def test_a_run_is_measured_and_decodes_the_targets_own_text(
+    run: Path, cache_dir: Path, target_dir: Path
+) -> None:
+    draft = open_draft(run)
+    slots = draft.kind.slots(draft.shape)
+    run_ok("evaluate", "--cache", cache_dir, "--run", run, "--device", "cpu")
+    evaluation = read_evaluation(draft.folder)
+    assert evaluation is not None
+    assert len(evaluation.accept_by_position) == slots
+    options = ("--target", target_dir, "--cache", cache_dir, "--num-prompts", "2", "--max-new-tokens", "12")
+    run_ok("speculate", *options, "--run", run, "--temperature", "0", "--temperature", "1", *FP32)
+    greedy, sampling = read_speculation(draft.folder).runs
+    assert greedy.identical == 2
+    assert len(sampling.accept_given_prefix) == slots
+
+
+def test_an_export_comes_back_with_the_same_weights(run: Path, cache_dir: Path, tmp_path: Path) -> None:
+    draft = open_draft(run)
+    run_ok("export", run, tmp_path / "export", "--to", "hf", "--dtype", "float32")
+    values = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert values["architectures"] == [draft.kind.architectures[0]]
+    assert f"# A {draft.kind.title} draft for" in (tmp_path / "export" / "README.md").read_text()
+    held_out = ("--set", "train.held_out=0.2")
+    run_ok("import", tmp_path / "export", "--cache", cache_dir, "--run", tmp_path / "imported", *held_out)
+    back = open_draft(tmp_path / "imported")
+    assert back.kind is draft.kind
+    ours, theirs = ({**each.shape.to_dict(), "num_anchors": None} for each in (draft, back))
+    assert ours == theirs
+    assert back.weights.keys() == draft.weights.keys()
+    for name, weight in draft.weights.items():
+        assert torch.equal(weight, back.weights[name]), name
+    assert load_file(tmp_path / "export" / "model.safetensors").keys() == draft.weights.keys()

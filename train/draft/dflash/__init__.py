@@ -1,0 +1,1 @@
+"""The DFlash draft: a parallel block backbone whose slots are drafted independently."""
