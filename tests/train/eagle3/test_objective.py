@@ -124,7 +124,7 @@ def test_parts_of_a_choice_add_up_to_the_whole() -> None:
 def test_no_term_goes_without_its_teacher() -> None:
     model, batch = small_model(), pack(MASKS)
     del batch["target_last_hidden_states"]
-    with pytest.raises(ValueError, match="soft_ce needs target_last_hidden_states"):
+    with pytest.raises(ValueError, match="soft cross entropy needs target_last_hidden_states"):
         run(model, batch, Eagle3Loss(), True)
     result = run(model, batch, Eagle3Loss(soft_ce_alpha=0.0, ce_alpha=1.0), True)
     assert torch.isfinite(result.loss) and result.slots.soft_ce is None

@@ -84,6 +84,14 @@ def exported(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
+def served(config: PretrainedConfig) -> dict[str, Any]:
+    """Return how vLLM and SGLang are told to serve a draft."""
+    slots = config.ttt_steps
+    # Without draft_sample_method vLLM drafts greedily for requests that sample, and accepts less of them.
+    own = {"method": "eagle3", "num_speculative_tokens": slots, "draft_sample_method": "probabilistic"}
+    return {"vllm": own, "sglang": "EAGLE3"}
+
+
 def layer_ids_of(values: Mapping[str, Any]) -> list[int] | None:
     """Return the layers that a config names, in this project's counting; None if it names none.
 

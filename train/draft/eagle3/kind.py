@@ -11,12 +11,12 @@ from train.config import DraftConfig
 from train.draft.blocks.collate import ANCHOR_MULTIPLE
 from train.draft.eagle3.attention import resolve_attention
 from train.draft.eagle3.collate import collate_chains
-from train.draft.eagle3.config import FIELDS, describe, draft_config, exported, weight_fields
+from train.draft.eagle3.config import FIELDS, describe, draft_config, exported, served, weight_fields
 from train.draft.eagle3.decoder import ChainDecoder
 from train.draft.eagle3.flops import training_flops
 from train.draft.eagle3.model import Eagle3Model
 from train.draft.eagle3.module import Eagle3TrainerModule
-from train.draft.eagle3.released import check_released, released_settings
+from train.draft.eagle3.released import ARCHITECTURES, check_released, released_settings
 from train.draft.eagle3.serving import RULES
 from train.draft.eagle3.settings import PUBLISHED, Eagle3Config, Eagle3Loss
 from train.draft.kind import DraftKind
@@ -46,7 +46,7 @@ EAGLE3 = DraftKind(
     settings=Eagle3Config,
     loss=Eagle3Loss,
     published=PUBLISHED,
-    implied=lambda varied, draft: (),
+    implied=lambda _varied, _draft: (),
     config_class=LlamaConfig,
     config=draft_config,
     config_fields=FIELDS,
@@ -59,8 +59,10 @@ EAGLE3 = DraftKind(
     ),
     slots=lambda config: config.ttt_steps,
     exported=exported,
+    served=served,
     describe=describe,
     weight_fields=weight_fields,
+    architectures=ARCHITECTURES,
     check_released=check_released,
     released_settings=released_settings,
     build=_build,
@@ -69,10 +71,10 @@ EAGLE3 = DraftKind(
     attention=_check_attention,
     anchors=None,
     collate=collate_chains,
-    least_blocks=lambda draft: ANCHOR_MULTIPLE,
+    least_blocks=lambda _draft: ANCHOR_MULTIPLE,
     decoder=ChainDecoder,
     flops=training_flops,
-    lr_scales=lambda train: {},
+    lr_scales=lambda _train: {},
     matrices=("fc.", "midlayer."),
     rules=RULES,
 )

@@ -20,9 +20,6 @@ from train.losses.slots import Supervised
 from train.runtime.compiled import compiled, compiles
 from train.runtime.precision import allow_tf32, resolve_precision
 
-# Terms that compare with the target's distribution.
-_TAUGHT = ("soft_ce", "l1")
-
 
 class Eagle3TrainerModule(BlockTrainerModule):
     """Unroll the draft on the target's supervision and compute its objective.
@@ -44,13 +41,12 @@ class Eagle3TrainerModule(BlockTrainerModule):
         """Select the supervised slots; arguments as in the base class.
 
         Raises:
-            ValueError: a term needs the teacher's states, and there are none.
+            ValueError: the soft cross entropy has a weight, but there is no teacher.
         """
-        for name in _TAUGHT:
-            if last_hidden is None and self.objective.weights.get(name, 0) > 0:
-                raise ValueError(
-                    f"the term {name} needs target_last_hidden_states: pass them, or set its weight to 0"
-                )
+        if last_hidden is None and self.objective.weights.get("soft_ce", 0) > 0:
+            raise ValueError(
+                "the soft cross entropy needs target_last_hidden_states: pass them, or set soft_ce_alpha to 0"
+            )
         model = self.draft_model
         operands = super()._operands(blocks, supervised, input_ids, last_hidden, known)
         operands = dataclasses.replace(operands, labels=model.draft_ids(operands.labels))

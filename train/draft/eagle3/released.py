@@ -32,7 +32,8 @@ _FIXED = {
     "use_aux_norm": False,
     "mlp_bias": False,
 }
-_ARCHITECTURES = ([ARCHITECTURE], ["Eagle3LlamaForCausalLM"])
+# The draft's class in SGLang, and in vLLM's own words.
+ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM")
 
 
 def check_released(values: Mapping[str, Any], where: str) -> None:
@@ -45,8 +46,8 @@ def check_released(values: Mapping[str, Any], where: str) -> None:
     Raises:
         RunError: the config describes another kind of draft; the message names the field.
     """
-    if values.get("architectures") not in _ARCHITECTURES:
-        known = " or ".join(name for (name,) in _ARCHITECTURES)
+    if values.get("architectures") not in [[name] for name in ARCHITECTURES]:
+        known = " or ".join(ARCHITECTURES)
         raise RunError(
             f"{where} has architectures = {values.get('architectures')!r}, expected {known}: it is another "
             "kind of draft, import another"
