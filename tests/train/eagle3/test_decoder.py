@@ -83,7 +83,9 @@ def test_after_a_rejection_it_is_a_fresh_decoder(accepted: int) -> None:
     fresh = ChainDecoder(model)
     fresh.extend(features[:1], tokens[:1])
     fresh.extend(features[1:end], tokens[1:end])
-    one, other = (each.draft(tokens[end], 0.9, generator=torch.Generator().manual_seed(1)) for each in (used, fresh))
+    one, other = (
+        each.draft(tokens[end], 0.9, generator=torch.Generator().manual_seed(1)) for each in (used, fresh)
+    )
     assert one.tokens.tolist() == other.tokens.tolist()
     torch.testing.assert_close(one.probs, other.probs)
     logits = unrolled(model, features, tokens, end, one.tokens)

@@ -1,8 +1,8 @@
 """EAGLE-3 against NVIDIA NeMo-Automodel's modules with equal weights, where that package is installed.
 
-It computes every row of a pack at every step, ours the chains of anchors. It shifts tokens and teachers by one
-position before the module; its loss is a weighted mean over steps of each step's mean, so that a step's sum is
-found as a difference of two unrolls.
+It computes every row of a pack at every step, ours the chains of anchors. It shifts tokens and teachers by
+one position before the module. Its loss is a weighted mean over steps of each step's mean, so that a step's
+sum is found as a difference of two unrolls.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def theirs(model, steps: int):
     config = model.config
     own = PretrainedConfig(
         **{name: getattr(config, name) for name in ("hidden_size", "vocab_size", "intermediate_size")},
-        **{name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")},
+        **{
+            name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+        },
         **{name: getattr(config, name) for name in ("rms_norm_eps", "hidden_act", "draft_vocab_size")},
         **{name: getattr(config, name) for name in ("target_hidden_size", "num_aux_hidden_states")},
         **{name: getattr(config, name) for name in ("fc_norm", "norm_output", "max_position_embeddings")},
@@ -142,7 +144,8 @@ def test_losses_and_gradients_of_each_step(kept: list[int] | None, own: dict) ->
         gradients["loss"] = ours.loss.detach().double()
         others = {renamed(n): p.grad.double() for n, p in draft.named_parameters() if p.grad is not None}
         others["loss"] = expected.loss.detach().double() * weight
-        assert gradients.keys() == others.keys() and len(others) > 12
+        assert gradients.keys() == others.keys()
+        assert len(others) > 12
         count = int(ours.sums.slots[steps - 1])
         assert count == sum(max(0, length - 1 - steps) for length in LENGTHS)
         for name, value in others.items():

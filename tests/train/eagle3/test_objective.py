@@ -1,4 +1,4 @@
-"""EAGLE-3's loss and figures against naive loops: whole and reduced vocabularies, trained and frozen heads."""
+"""EAGLE-3's loss and figures against naive loops: whole and reduced vocabularies, heads trained and frozen."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def naive_terms(
         features = batch["target_hidden_states"][0, rows].flatten(1)
         for a in range(1, length - 1):
             count = 0
-            while a + count + 1 < length and mask[start + a + count + 1] and mask[start + a] and count < STEPS:
+            while (
+                a + count + 1 < length and mask[start + a + count + 1] and mask[start + a] and count < STEPS
+            ):
                 count += 1
             if not count:
                 continue
@@ -127,4 +129,5 @@ def test_no_term_goes_without_its_teacher() -> None:
     with pytest.raises(ValueError, match="soft cross entropy needs target_last_hidden_states"):
         run(model, batch, Eagle3Loss(), True)
     result = run(model, batch, Eagle3Loss(soft_ce_alpha=0.0, ce_alpha=1.0), True)
-    assert torch.isfinite(result.loss) and result.slots.soft_ce is None
+    assert torch.isfinite(result.loss)
+    assert result.slots.soft_ce is None

@@ -107,7 +107,8 @@ def test_engines_load_these_weights() -> None:
         "norm.weight": [16],
         "t2d": [31],
     }
-    assert model.d2t.dtype == torch.int64 and model.t2d.dtype == torch.bool
+    assert model.d2t.dtype == torch.int64
+    assert model.t2d.dtype == torch.bool
     assert {"d2t", "t2d"}.isdisjoint(EAGLE3.build(small_config()).state_dict())
 
 
@@ -148,7 +149,8 @@ def test_wrong_settings_are_refused(table: type, values: dict, message: str) -> 
 def documents(masks: list[list[int]]) -> list[PackedSample]:
     starts = np.cumsum([0, *map(len, masks)])
     return [
-        PackedSample(bytes([i]), int(starts[i]), np.array(mask, dtype=np.uint8)) for i, mask in enumerate(masks)
+        PackedSample(bytes([i]), int(starts[i]), np.array(mask, dtype=np.uint8))
+        for i, mask in enumerate(masks)
     ]
 
 
@@ -177,7 +179,8 @@ def test_every_candidate_with_a_row_before_it_is_an_anchor() -> None:
         known, asked = module(**batch, **found), module(**batch, **chosen(wanted))
         torch.testing.assert_close(known.loss, asked.loss)
     empty = collate_chains(drawn_anchors(None, 0))(documents([[0, 0, 0]]))
-    assert not empty["block_keep_mask"].any() and not empty["supervised_tokens"].any()
+    assert not empty["block_keep_mask"].any()
+    assert not empty["supervised_tokens"].any()
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -238,7 +241,8 @@ def test_an_exported_config_comes_back() -> None:
     assert filled["target_layer_ids"] == [1, 17, 32]
     shape = qwen3_4b(norm_output=True)
     ours, theirs = weight_fields(shape.to_dict()), weight_fields(CONFIG)
-    assert theirs.items() <= ours.items() and theirs["target_layer_ids"] == [1, 17, 32]
+    assert theirs.items() <= ours.items()
+    assert theirs["target_layer_ids"] == [1, 17, 32]
     assert ours.keys() - theirs.keys() == {"num_target_layers"}
     assert {*FIELDS} <= shape.to_dict().keys()
     lone = {name: value for name, value in values.items() if name != "eagle_config"}

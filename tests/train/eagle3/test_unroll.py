@@ -51,7 +51,9 @@ def test_states_are_those_of_naive_loops(own: dict) -> None:
     compared = 0
     for position in (1, 2, 4, 7, 11, 14, 16, 17):
         expected = torch.stack(naive_states(model, batch, position))
-        torch.testing.assert_close(blocks.hidden[0, position, : len(expected)], expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            blocks.hidden[0, position, : len(expected)], expected, atol=1e-6, rtol=1e-6
+        )
         compared += len(expected)
     assert compared == 4 + 4 + 4 + 2 + 4 + 1 + 2 + 1
 
@@ -86,7 +88,7 @@ def test_a_choice_of_anchors_computes_the_same_chains() -> None:
 
 @pytest.mark.parametrize("what", ["target_hidden_states", "input_ids"])
 def test_nothing_that_a_chain_may_not_see_moves_it(what: str) -> None:
-    """Step k knows its document's features before the anchor and tokens up to a + k; nothing else, bit for bit.
+    """Step k knows its document's features before the anchor and tokens up to a + k, bit for bit no more.
 
     A document's first token stands in no row. Steps that leave the document are not supervised.
     """

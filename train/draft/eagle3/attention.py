@@ -87,7 +87,7 @@ def grouped_view(first: Tensor, end: Tensor, spans: np.ndarray | None = None) ->
 
 
 def flex_view(first: Tensor, end: Tensor, seq_len: int) -> BlockMask:
-    """Return the view for flex_attention, which skips hidden tiles; `first` and `end` as in `grouped_view`."""
+    """Return the view for flex_attention, which skips hidden tiles; arguments as in `grouped_view`."""
     first, end = (each.to(torch.int32).contiguous() for each in (first, end))
 
     def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -273,7 +273,9 @@ def resolve_attention(
     chains, size = 64, 256
     try:
         shapes = ((heads, chains), (kv_heads, size), (kv_heads, size))
-        states = [torch.randn(1, h, n, dim, device=device, dtype=dtype, requires_grad=True) for h, n in shapes]
+        states = [
+            torch.randn(1, h, n, dim, device=device, dtype=dtype, requires_grad=True) for h, n in shapes
+        ]
         end = torch.arange(1, chains + 1, device=device)[None]
         view = flex_view(torch.zeros_like(end), end, size)
         attended, lse = attend_context(*states, view, flex_options(dim, dtype, device))

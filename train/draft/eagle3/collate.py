@@ -30,8 +30,10 @@ def collate_chains(choose: AnchorChoice, blocks: int = 0) -> Collate:
         found = anchors(samples)
         positions, keep = found["anchor_positions"], found["block_keep_mask"]
         spans, following = found["spans"], found["supervised_tokens"]
-        assert isinstance(positions, Tensor) and isinstance(keep, Tensor)
-        assert isinstance(spans, np.ndarray) and isinstance(following, np.ndarray)
+        assert isinstance(positions, Tensor)
+        assert isinstance(keep, Tensor)
+        assert isinstance(spans, np.ndarray)
+        assert isinstance(following, np.ndarray)
         count = int(keep.sum())
         if count:
             positions[:, count:], spans[:, count:] = positions[:, count - 1], spans[:, count - 1]

@@ -15,7 +15,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Eagle3Attention(nn.Module):
-    """Projections of a layer whose input is twice as wide as its output. Llama's: no biases, no head norms."""
+    """Llama's projections, without biases and head norms, of an input twice as wide as the output."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -54,7 +54,7 @@ class Eagle3Layer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def joined(self, embeds: Tensor, hidden: Tensor) -> Tensor:
-        """Return the attention's input `[B, T, 2*H]`: embeddings and hidden states `[B, T, H]`, both normed."""
+        """Return the attention's input `[B, T, 2*H]`: embeddings and states `[B, T, H]`, both normed."""
         return torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
 
     def context(self, embeds: Tensor, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,9 @@ class Eagle3Model(PreTrainedModel):
         Args:
             tokens: ids of its tokens, `[Vd]` int64, ascending.
         """
-        assert self.reduced and len(tokens) == len(self.d2t), "the config has another vocabulary"
+        assert len(tokens) == self.config.draft_vocab_size, "the config has another vocabulary"
+        if not self.reduced:
+            return
         self.d2t.copy_(tokens - torch.arange(len(tokens), device=tokens.device))
         self.t2d.zero_()[tokens] = True
 
