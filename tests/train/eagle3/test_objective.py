@@ -1,4 +1,4 @@
-"""EAGLE-3's loss and figures against naive loops: whole and reduced vocabularies, heads trained and frozen."""
+"""EAGLE-3's loss and figures against naive loops, for any vocabulary and for trained and frozen heads."""
 
 from __future__ import annotations
 
