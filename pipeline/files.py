@@ -69,7 +69,8 @@ def remove_partials(folder: Path) -> None:
     for path in folder.glob(f".*{_PARTIAL}"):
         place, _, pid = path.name.removesuffix(_PARTIAL).rpartition("~")
         if place.endswith(f"~{process.place()}") and pid.isdecimal() and not process.alive(int(pid)):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's, in a shared folder
+                path.unlink()
 
 
 def write_error(path: Path | str, error: BaseException, kept: str = "") -> WriteError:

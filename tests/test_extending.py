@@ -28,8 +28,8 @@ def blocks(title: str, language: str) -> list[str]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Return a copy of what the diffs change."""
-    skipped = shutil.ignore_patterns("__pycache__", "data")
+    """Return a copy of what the diffs change, with its bytecode, which is as old as the files."""
+    skipped = shutil.ignore_patterns("data")
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():

@@ -48,12 +48,15 @@ class DraftConfig:
     """Width of an attention head; the target's when not set."""
     intermediate_size: int | None = None
     """Width of the MLP; the target's when not set."""
+    draft_vocab_size: int | None = None
+    """Tokens that the draft can draft, the most frequent ones of the answers; all when not set."""
     init_from: str | None = None
     """Draft to start from: a run, one of its checkpoints, or a directory in DeepSpec's layout."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
+        heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
+        for name in (*heads, "intermediate_size", "draft_vocab_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         require(

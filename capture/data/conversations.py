@@ -132,8 +132,8 @@ class RowTokenizer:
         )
         raise BadRowError(
             "tokens outside the vocabulary",
-            f"token id {outside}{named} is outside the target's vocabulary [0, {self.vocab_size}): use the "
-            "tokenizer that the target was trained with, or leave out the row",
+            f"token id {outside!s:.40}{named} is outside the target's vocabulary [0, {self.vocab_size}): use "
+            "the tokenizer that the target was trained with, or leave out the row",
         )
 
     def _tokenize_conversation(self, content: Conversation) -> tuple[np.ndarray, np.ndarray]:

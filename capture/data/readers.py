@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.chat.messages import without_nulls
-from pipeline.chat.rows import FORMS, detect_form, has_form, needed_keys
+from pipeline.chat.rows import FORMS, detect_form, distinct, has_form, needed_keys
 from pipeline.errors import DataError
 from pipeline.text import one_line
 
@@ -100,7 +100,7 @@ def read_json(path: Path) -> Rows:
     """Yield the rows of a JSON file: a list of rows, an object with one such list, or JSONL."""
     try:
         with _opened(path) as file:
-            whole = json.loads(file.read())
+            whole = json.loads(file.read(), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         lines = list(itertools.islice(read_lines(path), 2))
         if len(lines) > 1 and _is_object(lines[0][1]):
@@ -115,7 +115,12 @@ def read_json(path: Path) -> Rows:
     if not isinstance(whole, list):
         raise DataError(f"{path}: expected a list of rows, got {type(whole).__name__}")
     for number, row in enumerate(whole):
-        yield number, row if isinstance(row, dict) else json.dumps(row).encode()
+        yield number, row if isinstance(row, dict) else _no_row(row)
+
+
+def _no_row(value: Any) -> bytes:
+    """Return a line that is refused as what the value is; a list's own items don't matter."""
+    return json.dumps([] if isinstance(value, list) else value).encode()
 
 
 def _is_object(line: bytes) -> bool:
@@ -181,7 +186,7 @@ def read_parquet(path: Path) -> Rows:
     """Yield the rows of a Parquet file, with one batch in memory at a time."""
     try:
         batches = pq.ParquetFile(path).iter_batches(batch_size=256)
-        yield from _rows_of(batches)
+        yield from _rows_of(batches, path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet ({one_line(error)})") from None
 
@@ -196,14 +201,17 @@ def read_arrow(path: Path) -> Rows:
             except pa.ArrowInvalid:
                 mapped.seek(0)
                 batches = iter(pa.ipc.open_stream(mapped))
-            yield from _rows_of(batches)
+            yield from _rows_of(batches, path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Arrow ({one_line(error)})") from None
 
 
-def _rows_of(batches: Iterator[pa.RecordBatch]) -> Rows:
+def _rows_of(batches: Iterator[pa.RecordBatch], path: Path) -> Rows:
     number = 0
     for batch in batches:
+        names = batch.schema.names
+        if len(set(names)) < len(names):
+            raise DataError(f"{path}: expected each column once, got: {', '.join(names)[:200]}")
         for row in batch.to_pylist():
             yield number, without_nulls(row)
             number += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from capture.data.readers import (
 from capture.data.stdin import STDIN, spool_stdin
 from pipeline import files
 from pipeline.chat.messages import without_nulls
+from pipeline.chat.rows import BadRowError, detect_form, parse_line
 from pipeline.errors import DataError, UsageError
 from pipeline.text import one_line, reason
 
@@ -52,6 +54,19 @@ class Source:
         return f"{self.place}:{number + 1}" if self.counts_lines else f"{self.place} row {number + 1}"
 
 
+def form_of(source: Source) -> str | None:
+    """Return the form of the first row that has a known one; rows of another form will be bad rows.
+
+    None if no row has a known one: every row will be a bad row that names the known forms.
+    """
+    for _, row in source.rows():
+        with suppress(BadRowError):
+            form = detect_form(parse_line(row) if isinstance(row, bytes) else row)
+            if form:
+                return form
+    return None
+
+
 def open_sources(
     specs: list[str] | tuple[str, ...], *, split: str | None = None, subset: str | None = None
 ) -> list[Source]:
@@ -75,8 +90,7 @@ def open_sources(
             raise UsageError("--data is empty: name a file, a folder or a dataset")
         path = Path(spec)
         if spec == STDIN:
-            spooled = spool_stdin()
-            sources.append(replace(_file_source(spooled, "stdin"), place="stdin"))
+            sources.append(_stdin_source())
         elif path.is_file():
             sources.append(_file_source(path, path.name))
         elif path.is_dir() and not is_saved_dataset(path):
@@ -89,6 +103,20 @@ def open_sources(
     if (split or subset) and not datasets_seen:
         raise UsageError("--split and --subset need a dataset, but --data names only files: drop them")
     return sources
+
+
+def _stdin_source() -> Source:
+    path = spool_stdin()
+    source = _file_source(path, "stdin")
+
+    def rows() -> Iterator[tuple[int, RawRow]]:
+        try:
+            yield from source.rows()
+        except DataError as error:  # the temporary file's name says nothing to anybody
+            why = str(error).replace(str(path), "stdin")
+            raise DataError(f"{why}; only plain JSONL or JSON is read from standard input") from None
+
+    return replace(source, place="stdin", rows=rows)
 
 
 def _file_source(path: Path, name: str) -> Source:

@@ -30,13 +30,14 @@ from tqdm import tqdm
 
 from capture.data import conversations, readers, sources, turns
 from capture.data.conversations import DroppedRowError, RowTokenizer, TokenizedSample
-from capture.data.sources import RawRow, Source
+from capture.data.sources import RawRow, Source, form_of
 from capture.data.token_cache import make_writable, token_cache
 from pipeline import files
 from pipeline.cache.index import SampleFacts, count_candidates, last_hidden_rows, sample_id
 from pipeline.chat import messages, rows, template
-from pipeline.chat.rows import BadRowError, Conversation, detect_form, parse_line
+from pipeline.chat.rows import BadRowError, Conversation
 from pipeline.errors import DataError
+from pipeline.text import one_line
 
 # Modules that decide tokens and masks; a change to one of them invalidates kept tokens.
 _CODE = (conversations, messages, readers, rows, sources, template, turns)
@@ -133,14 +134,14 @@ def load_data(
     """
     selection = selection or Selection()
     path = token_cache() / f"{_key(sources, tokenize, tokenizer_sha256, selection)}.arrow"
-    forms = [selection.form or _form_of(source) for source in sources]
+    forms = [selection.form or form_of(source) for source in sources]
+    files.remove_partials(path.parent)  # those of killed processes can be large
     table = _open(path)
     if table is None:
         make_writable(path.parent)
         with _only_one(path.with_suffix(".lock")):
             table = _open(path)  # another process may have written it during the wait
             if table is None:
-                files.remove_partials(path.parent)
                 records = _select(_records(sources, forms, tokenize, selection, workers), selection)
                 files.publish(path, lambda partial: _write(partial, records, sources))
                 table = _open(path)
@@ -182,19 +183,6 @@ def _locked(path: Path) -> TextIO:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()
-
-
-def _form_of(source: Source) -> str | None:
-    """Return the form of the first row that has a known one; rows of another form will be bad rows.
-
-    None if no row has a known one: every row will be a bad row that names the known forms.
-    """
-    for _, row in source.rows():
-        with contextlib.suppress(BadRowError):
-            form = detect_form(parse_line(row) if isinstance(row, bytes) else row)
-            if form:
-                return form
-    return None
 
 
 def _key(
@@ -389,5 +377,10 @@ def _tokenize_chunk(tokenize: RowTokenizer, chunk: list[_Row]) -> list[dict[str,
             record["dropped"] = str(reason)
         except BadRowError as problem:
             record |= {"dropped": f"bad row, {problem.kind}", "problem": str(problem)}
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever one row does, the others go on; the place names it
+            why = f"this row can't be read ({type(error).__name__}: {one_line(error)})"
+            record |= {"dropped": "bad row, not readable", "problem": why}
         records.append(record)
     return records

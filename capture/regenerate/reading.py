@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from capture.console import note
-from capture.data.sources import RawRow, open_sources
+from capture.data.sources import RawRow, form_of, open_sources
 from capture.options import ReadingOptions
-from capture.regenerate.dialogue import Dialogue, Message
+from capture.regenerate.dialogue import Dialogue, Message, with_arguments
+from pipeline.chat.messages import parsed_json
 from pipeline.chat.rows import BadRowError, Conversation, detect_form, form_keys, parse_line, read_row
 from pipeline.errors import DataError, UsageError
 
@@ -24,10 +25,11 @@ def read_dialogues(options: ReadingOptions) -> list[Dialogue]:
     """
     if not options.data:
         raise UsageError("nothing to answer: name the conversations with --data")
-    form = None if options.format == "auto" else options.format
+    chosen = None if options.format == "auto" else options.format
     dialogues: list[Dialogue] = []
     bad = 0
     for source in open_sources(options.data, split=options.split, subset=options.subset):
+        form = chosen or form_of(source)
         for number, raw in source.rows():
             if len(dialogues) == options.num_samples:
                 break
@@ -74,5 +76,9 @@ def conversation_row(raw: RawRow, form: str | None = None) -> dict[str, Any]:
 def _unchanged(message: Any, clean: Message) -> Message:
     """Return a message as it was, or as it is read if a chat template would not understand it so."""
     plain = isinstance(message, dict) and isinstance(message.get("role"), str)
-    same_calls = plain and bool(message.get("tool_calls")) == bool(clean.get("tool_calls"))
-    return message if same_calls and isinstance(message.get("content"), str) else clean
+    if not plain or not isinstance(message.get("content"), str):
+        return clean
+    calls = message.get("tool_calls") or None
+    if isinstance(calls, list):
+        calls = with_arguments([message], parsed_json)[0]["tool_calls"]
+    return message if calls == clean.get("tool_calls") else clean

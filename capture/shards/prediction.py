@@ -34,7 +34,6 @@ SUSPICIOUS_PERPLEXITY = 200
 SUSPICIOUS_RATIO = 10  # of the shuffled text's perplexity to the text's own, a lower one is suspicious
 NOISE_PERPLEXITY = 20  # text below it that is as easy when shuffled, such as digits, is noise by itself
 IMPOSSIBLE_PERPLEXITIES = 10  # times the vocabulary, which is the perplexity of a uniform guess
-SMALL_VOCABULARY = 1000  # a smaller one is a test's random model, at whose perplexity nobody wonders
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def judge(prediction: Prediction, vocabulary: int) -> Judgement:
     )
     if prediction.tokens < FEW_TOKENS:
         return Judgement("good", f"proof: {seen}")
-    if vocabulary >= SMALL_VOCABULARY and not own <= IMPOSSIBLE_PERPLEXITIES * vocabulary:
+    if not own <= IMPOSSIBLE_PERPLEXITIES * vocabulary:
         return Judgement(
             "impossible",
             f"the target predicts the data far worse than guessing among its {vocabulary:,} tokens would: "

@@ -93,10 +93,10 @@ def training_lines(sample_ids: np.ndarray, lengths: np.ndarray) -> Iterator[str]
     batches = math.ceil(tokens / BATCH_TOKENS)
     each = max(1, math.ceil(batches / MICRO_BATCHES_PER_STEP))
     yield (
-        f"training with the default settings: about {each * EPOCHS:,} optimiser steps, "
+        f"training, if the run's config keeps the defaults: about {each * EPOCHS:,} optimiser steps, "
         f"{EPOCHS} epochs of about {each:,}; {int(out.sum()):,} samples held out"
     )
     remedy = more_steps(batches * EPOCHS, MICRO_BATCHES_PER_STEP)
     for problem in (few_steps(each * EPOCHS, remedy), held_out_problem(sample_ids, HELD_OUT)):
         if problem:
-            yield f"warning: with the default settings, {problem}"
+            yield f"warning: if the run's config keeps the defaults, {problem}"

@@ -69,6 +69,8 @@ _MASKS: dict[str, bool] = {
     "mask": True,
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
+# Keys that hold what is not text, beside the text of a row or a message.
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 def without_nulls(value: Any) -> Any:
@@ -80,8 +82,21 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
+        if value and all(isinstance(item, tuple) for item in value):  # a map, as Arrow gives it
+            return without_nulls(dict(value))
         return [without_nulls(item) for item in value]
     return value
+
+
+def refuse_media(item: dict[str, Any], what: str) -> None:
+    """Refuse images, sounds and films beside the text. Raises BadRowError."""
+    found = [key for key in _MEDIA if item.get(key)]
+    if found:
+        raise BadRowError(
+            "not text",
+            f"{what} has {', '.join(map(repr, found))}, but only text is captured: take the row out, "
+            "or give --bad-rows skip",
+        )
 
 
 def read_text(value: Any, what: str) -> str:
@@ -106,6 +121,17 @@ def read_text(value: Any, what: str) -> str:
     return value
 
 
+def read_turns(row: dict[str, Any], key: str) -> list[Any]:
+    """Return the messages under a key of a row. Raises BadRowError if there are none."""
+    turns = read_list(row.get(key))
+    if isinstance(turns, list) and turns:
+        return turns
+    got = "an empty list" if turns == [] else type(turns).__name__
+    if isinstance(turns, str):
+        got = "text that is no list in JSON"
+    raise BadRowError("no messages", f'expected "{key}" to be a list of messages, got {got}')
+
+
 def read_list(value: Any) -> Any:
     """Return a list that columnar data keeps as JSON text; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
@@ -116,17 +142,19 @@ def read_list(value: Any) -> Any:
 
 def read_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Return the row's `tools`; None without any. Columnar data often stores them as JSON text."""
-    tools = row.get("tools") or None
-    if tools is None and isinstance(row.get("functions"), list):  # OpenAI's older key
-        tools = [{"type": "function", "function": function} for function in row["functions"]] or None
+    older = not row.get("tools")
+    key = "functions" if older else "tools"  # `functions` is OpenAI's older key
+    tools = row.get(key) or None
     if isinstance(tools, str):
         try:
             tools = without_nulls(json.loads(tools)) or None
         except (ValueError, RecursionError) as error:
-            raise BadRowError("malformed tools", f'"tools" is text but not JSON ({error})') from None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise BadRowError("malformed tools", 'expected "tools" to be a list of JSON schemas')
-    return tools
+            raise BadRowError("malformed tools", f'"{key}" is text but not JSON ({error})') from None
+    if tools is None:
+        return None
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadRowError("malformed tools", f'expected "{key}" to be a list of JSON schemas')
+    return [{"type": "function", "function": function} for function in tools] if older else tools
 
 
 def read_conversation(items: Iterable[Any], tools: list[dict[str, Any]] | None = None) -> Conversation:
@@ -140,10 +168,12 @@ def read_conversation(items: Iterable[Any], tools: list[dict[str, Any]] | None =
         what = f"message {number}"
         if not isinstance(item, dict):
             raise BadRowError("malformed message", f"{what} is not an object: expected role and content")
-        left_out = [_masks(key, item[key], what) for key in _of(item)]
         message = _message({key: value for key, value in item.items() if key not in _MASKS}, what)
         messages.append(message)
-        if message["role"] != "assistant" or not any(left_out):
+        if message["role"] != "assistant":  # nothing else is learned from, whatever its keys say
+            continue
+        left_out = [_masks(key, item[key], what) for key in _of(item)]
+        if not any(left_out):
             continue
         if not all(left_out):
             raise BadRowError(
@@ -167,7 +197,7 @@ def _masks(key: str, value: Any, what: str) -> bool:
     if not isinstance(value, (bool, int, float)) or value not in (0, 1):
         raise BadRowError(
             "malformed message",
-            f'{what}: expected "{key}" to be 0, 1, true or false, got {str(value)[:40]}: only whole messages '
+            f'{what}: expected "{key}" to be 0, 1, true or false, got {value!r:.40}: only whole messages '
             "are learned from or left out",
         )
     return bool(value) is _MASKS[key]
@@ -192,6 +222,7 @@ def _message(item: dict[str, Any], what: str) -> Message:
             "unknown role", f"{what} has the role {item['role'][:40]!r}, expected one of {known}"
         )
     item["role"] = ROLES[name]
+    refuse_media(item, what)
     _read_calls(item, what)
     if "content" not in item and (item["role"] == "tool" or _thinks(item) or "tool_calls" in item):
         item["content"] = ""
@@ -211,7 +242,7 @@ def _read_calls(item: dict[str, Any], what: str) -> None:
     """Give a message's tool calls the form that templates expect, OpenAI's older `function_call` too."""
     calls = read_list(item.pop("tool_calls", None))
     older = item.pop("function_call", None)
-    if older is not None:
+    if older is not None and older != {}:  # columnar files leave an empty object where there is no call
         if calls:
             raise BadRowError("malformed message", f"{what} has both tool_calls and function_call")
         older = parsed_json(older)
@@ -227,13 +258,18 @@ def _read_calls(item: dict[str, Any], what: str) -> None:
 
 def _tool_call(call: Any, what: str) -> dict[str, Any]:
     """Return an OpenAI tool call with its arguments as an object, as chat templates expect them."""
+    call = parsed_json(call)
     if not isinstance(call, dict):
         raise BadRowError("malformed message", f"{what}: expected each tool call to be an object")
-    function = call.get("function")
-    inner = dict(function) if isinstance(function, dict) else dict(call)
-    if isinstance(inner.get("arguments"), str):
-        inner["arguments"] = parsed_json(inner["arguments"])
-    return {**call, "function": inner} if isinstance(function, dict) else inner
+    if "function" not in call:  # name and arguments without the object around them
+        about = {key: value for key, value in call.items() if key not in ("id", "type")}
+        call = {"type": "function", **{key: call[key] for key in call if key not in about}, "function": about}
+    function = parsed_json(call["function"])
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRowError("malformed message", f"{what}: expected each tool call to name its function")
+    if isinstance(function.get("arguments"), str):
+        function = {**function, "arguments": parsed_json(function["arguments"])}
+    return {**call, "function": function}
 
 
 def _calls_of_text(value: Any, what: str) -> list[Any]:

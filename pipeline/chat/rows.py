@@ -20,6 +20,8 @@ from pipeline.chat.messages import (
     read_list,
     read_text,
     read_tools,
+    read_turns,
+    refuse_media,
     without_nulls,
 )
 
@@ -45,12 +47,14 @@ Content = Conversation | Text | Tokens
 
 # Label of positions without a loss, as in PyTorch's cross entropy.
 IGNORED = -100
+# Keys of a system prompt beside the messages.
+_SYSTEM = ("system", "system_prompt")
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
     """Parse a line of JSONL to a row. Raises BadRowError if it is not a JSON object."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         raise BadRowError("not JSON", f"not JSON ({error})") from None
     if not isinstance(row, dict):
@@ -58,40 +62,48 @@ def parse_line(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _system(row: dict[str, Any]) -> list[Message]:
-    """Return the message of a system prompt beside the turns, if there is one."""
-    system = row.get("system")
-    if not isinstance(system, str) or not system:
-        return []
-    return [{"role": "system", "content": read_text(system, "the system prompt")}]
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError if it has a key twice, as one of the values would be lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice[:40]!r} twice")
+    return found
+
+
+def _conversation(row: dict[str, Any], items: list[Any]) -> Conversation:
+    """Read messages, after the system prompt that the row has beside them, if there is one."""
+    found = read_conversation(items, read_tools(row))
+    key = next((key for key in _SYSTEM if row.get(key)), None)
+    if key is None:
+        return found
+    first: Message = {"role": "system", "content": read_text(row[key], f'"{key}"')}
+    if not found.messages or found.messages[0]["role"] != "system":
+        masked = frozenset(number + 1 for number in found.masked)
+        return Conversation([first, *found.messages], found.tools, masked)
+    if found.messages[0]["content"] == first["content"]:
+        return found
+    raise BadRowError(
+        "two system prompts",
+        f'"{key}" and the first message are two different system prompts: keep one of them',
+    )
 
 
 def from_messages(row: dict[str, Any]) -> Conversation:
     """Read OpenAI's form: `messages`, optionally with `tools`."""
-    messages = read_list(row.get("messages"))
-    if not isinstance(messages, list) or not messages:
-        raise BadRowError("no messages", _expected(row))
-    found = read_conversation(messages, read_tools(row))
-    return found if found.messages[0]["role"] == "system" else _after(_system(row), found)
+    return _conversation(row, read_turns(row, "messages"))
 
 
 def from_conversations(row: dict[str, Any]) -> Conversation:
     """Read ShareGPT's form: `conversations` of from/value (or role/content), `system` and `tools`."""
-    turns = read_list(row.get("conversations", row.get("conversation")))
-    if not isinstance(turns, list) or not turns:
-        raise BadRowError("no messages", _expected(row))
+    turns = read_turns(row, "conversations" if "conversations" in row else "conversation")
     masked_role = row.get("mask", "user")  # NeMo's form names the role without a loss
     if not isinstance(masked_role, str) or ROLES.get(masked_role.lower()) != "user":
         raise BadRowError(
             "malformed message", f'"mask" {str(masked_role)[:40]!r}: only the user\'s turns can be masked so'
         )
-    return _after(_system(row), read_conversation(turns, read_tools(row)))
-
-
-def _after(first: list[Message], rest: Conversation) -> Conversation:
-    """Return a conversation with messages before it."""
-    masked = frozenset(number + len(first) for number in rest.masked)
-    return Conversation([*first, *rest.messages], rest.tools, masked)
+    return _conversation(row, turns)
 
 
 def _turns(value: Any, role: str, what: str) -> list[Any]:
@@ -111,23 +123,23 @@ def from_prompt(row: dict[str, Any]) -> Conversation:
         raise BadRowError("a rejected answer", '"label" is false: this answer is a bad example, take it out')
     prompt = _turns(row.get("prompt"), "user", "the prompt")
     answer = _turns(row.get("response", row.get("completion")), "assistant", "the response")
-    return _after(_system(row), read_conversation([*prompt, *answer], read_tools(row)))
+    return _conversation(row, [*prompt, *answer])
 
 
 def from_alpaca(row: dict[str, Any]) -> Conversation:
     """Read Alpaca's form: `instruction`, `input` and `output`; also Dolly's `context` and `response`."""
     turns: list[Message] = []
-    for pair in read_list(row.get("history")) or []:  # LLaMA-Factory's earlier turns
+    history = read_list(row.get("history")) or []  # LLaMA-Factory's earlier turns
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRowError("malformed message", 'expected "history" to be a list of [question, answer]')
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = read_text(row.get("instruction"), "the instruction")
-    given = row.get("input") or row.get("context")
-    if given:
-        question += "\n\n" + read_text(given, "the input")
+    given = read_text(row.get("input") or row.get("context") or "", "the input")
+    question = "\n\n".join(part for part in (question, given) if part.strip())
     turns += _turns(question, "user", "the instruction")
     turns += _turns(row.get("output", row.get("response")), "assistant", "the output")
-    return _after(_system(row), read_conversation(turns, read_tools(row)))
+    return _conversation(row, turns)
 
 
 def from_preference(row: dict[str, Any]) -> Conversation:
@@ -136,7 +148,7 @@ def from_preference(row: dict[str, Any]) -> Conversation:
     first = chosen[0] if chosen and isinstance(chosen[0], dict) else {}
     whole = ROLES.get(str(first.get("role", first.get("from"))).lower()) != "assistant"
     prompt = [] if whole else _turns(row.get("prompt"), "user", "the prompt of a preference pair")
-    return _after(_system(row), read_conversation([*prompt, *chosen], read_tools(row)))
+    return _conversation(row, [*prompt, *chosen])
 
 
 def from_text(row: dict[str, Any]) -> Text:
@@ -211,7 +223,7 @@ def form_keys(form: str) -> set[str]:
     """Return the keys that hold the content of a row of this form."""
     beside = {"alpaca": {"input", "context", "history"}, "preference": {"prompt", "rejected"}}
     keys = {key for group in FORMS[form][0] for key in group}
-    return keys | beside.get(form, set()) | {"system", "mask"}
+    return keys | beside.get(form, set()) | {*_SYSTEM, "mask"}
 
 
 def has_form(row: dict[str, Any], form: str) -> bool:
@@ -249,7 +261,13 @@ def read_row(row: dict[str, Any], form: str | None = None) -> Content:
     Raises:
         BadRowError: the row has no known form or another form, or is malformed.
     """
-    row = without_nulls(row)
+    try:
+        return _read(without_nulls(row), form)
+    except RecursionError:
+        raise BadRowError("nested too deeply", "lists or objects are nested too deeply to be read") from None
+
+
+def _read(row: dict[str, Any], form: str | None) -> Content:
     found = form or detect_form(row)
     if found is None:
         raise BadRowError("no known form", _expected(row))
@@ -259,4 +277,7 @@ def read_row(row: dict[str, Any], form: str | None = None) -> Content:
             f"expected {needed_keys(found)}: the form {found} is that of the source's first row or of "
             f"--format; got keys: {_keys(row)}",
         )
-    return FORMS[found][1](row)
+    content = FORMS[found][1](row)
+    if isinstance(content, Conversation):
+        refuse_media(row, "the row")
+    return content

@@ -20,6 +20,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Settings of an adapter that is more than a sum to weights.
 _NOT_MERGED = ("alora_invocation_tokens", "layer_replication", "megatron_config")
+# Initialisations that take a part out of the base's weights, which loading would have to find again.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def adapter_files(folder: Path) -> list[Path]:
@@ -120,6 +122,8 @@ def _check_kind(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(f"{path} can't be read ({one_line(error)}): expected peft's own file") from None
     special = [name for name in _NOT_MERGED if config.get(name)]
+    first = str(config.get("init_lora_weights"))
+    special += [f"init_lora_weights {first}"] if first.startswith(_CHANGE_THE_BASE) else []
     if kind != "LORA" or special:
         raise TargetError(
             f"{path.parent}: expected a LoRA adapter, got {', '.join([kind, *special])}: "

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,16 +238,24 @@ def _short(dtype: torch.dtype) -> str:
 def _is_leftover(key: str, model: nn.Module) -> bool:
     """Tell whether an unused tensor belongs to a quantised weight of one of the model's own modules.
 
-    A layer or tower that the model does not have at all (next-token heads, encoders) is no matter.
+    A layer or tower that the model does not have at all (next-token heads, encoders) is no matter. Names may
+    begin at the base model, as its own checkpoint has them.
     """
     *path, last = key.split(".")
     if last in _CACHE_SCALES or not _LEFTOVER.search(".".join([*path[-2:], last])):
         return False
-    module, depth = model, 0
+    return any(_reaches(root, path) for root in (model, getattr(model, model.base_model_prefix, None)))
+
+
+def _reaches(root: nn.Module | None, path: Sequence[str]) -> bool:
+    """Tell whether a path of module names leads into a layer of `root`, or to a module with weights."""
+    module, depth = root, 0
     for part in path:
         found = getattr(module, "_modules", {}).get(part)
         if found is None:
             break
         module, depth = found, depth + 1
+    if module is None or not depth:
+        return False
     inside_a_layer = any(part.isdigit() for part in path[:depth]) and not isinstance(module, nn.ModuleList)
-    return inside_a_layer or (depth > 0 and next(module.parameters(recurse=False), None) is not None)
+    return inside_a_layer or next(module.parameters(recurse=False), None) is not None

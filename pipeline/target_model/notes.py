@@ -18,8 +18,8 @@ def few(names: Iterable[str]) -> str:
 
 
 def waiting(line: str) -> None:
-    """Say what takes so long, to whoever sits at a terminal."""
-    if sys.stderr.isatty() and torchrun_place().rank == 0:
+    """Say what takes so long, in a terminal and in the log of a batch job alike."""
+    if torchrun_place().rank == 0:
         print(line, file=sys.stderr, flush=True)
 
 

@@ -104,7 +104,8 @@ def test_shuffling_is_what_spoils_a_model_that_knows_its_text(tmp_path):
         ((926, math.inf, math.inf, 0.0), 49152, "impossible"),
         ((926, math.nan, 5.0, 0.0), 49152, "impossible"),
         ((49, math.inf, math.inf, 0.0), 49152, "good"),  # too few to tell
-        ((926, 1e20, 1e20, 0.0), 325, "suspicious"),  # a test's random model
+        ((926, 3300, 3300, 0.0), 325, "impossible"),  # of bytes, or a few words: ten times worse is the same
+        ((926, 3200, 3200, 0.0), 325, "suspicious"),
     ],
 )
 def test_verdicts(figures, vocabulary, verdict):
@@ -122,8 +123,7 @@ def wide(tmp_path_factory) -> Path:
     return make_target(folder, "qwen3", dtype=torch.float32, **values)
 
 
-def test_an_impossible_target_is_refused_unless_told_otherwise(tmp_path, wide, few, monkeypatch):
-    monkeypatch.setattr(prediction, "SMALL_VOCABULARY", 10)
+def test_an_impossible_target_is_refused_unless_told_otherwise(tmp_path, wide, few):
     command = arguments(wide, few, tmp_path / "cache", layers="0,1")
     assert_refused(run_cli(*command), 1, "worse than guessing among its 325 tokens", "--no-proof")
     assert not list((tmp_path / "cache" / "shards").iterdir())

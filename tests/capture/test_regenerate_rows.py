@@ -86,15 +86,14 @@ def test_data_with_nothing_to_answer_is_refused(server, tmp_path):
 
 
 def test_text_is_a_bad_row_that_may_be_skipped(server, tmp_path):
-    data, out = (
-        write(tmp_path / "in.jsonl", {"text": "once"}, {"messages": [ASK, OLD]}),
-        tmp_path / "out.jsonl",
-    )
-    assert_refused(run_cli(*command(server, out, data)), 1, "in.jsonl:1", "got text or tokens")
-    result = run_cli(*command(server, out, data), "--bad-rows", "skip")
+    texts, out = write(tmp_path / "texts.jsonl", {"text": "once"}), tmp_path / "out.jsonl"
+    assert_refused(run_cli(*command(server, out, texts)), 1, "texts.jsonl:1", "got text or tokens")
+    chats = write(tmp_path / "in.jsonl", {"messages": [ASK, OLD]}, {"text": "once"})
+    result = run_cli(*command(server, out, texts, chats), "--bad-rows", "skip")
     assert result.exit_code == 0
     assert "skipped" in result.stderr
-    assert "in.jsonl:1" in result.stderr
+    assert "texts.jsonl:1" in result.stderr
+    assert "in.jsonl:2" in result.stderr
     assert len(read(out)) == 1
 
 

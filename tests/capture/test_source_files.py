@@ -263,6 +263,10 @@ def test_standard_input_that_cannot_be_read_is_one_line(tmp_path, target_dir, mo
     assert_refused(piped(LINES[0], *command, "--data", "-"), 2, "only once")
     bad = piped(LINES[0] + b"{\n", *command)
     assert_refused(bad, 1, "stdin:2: not JSON")
+    for other in (gzip.compress(LINES[0]), b"prompt,response\nwhy,yes\n"):
+        packed = piped(other, *command)
+        assert_refused(packed, 1, "error: stdin: ", "only plain JSONL or JSON is read from standard input")
+        assert "dspark-stdin-" not in packed.stderr
     with monkeypatch.context() as patch:
         patch.setenv("RANK", "0")
         patch.setenv("WORLD_SIZE", "2")

@@ -205,6 +205,7 @@ def test_an_adapter_of_another_target_is_refused(tmp_path, base, adapter):
         {"peft_type": "PROMPT_TUNING"},
         {"alora_invocation_tokens": [1]},
         {"layer_replication": [[0, 4], [2, 6]]},
+        {"init_lora_weights": "pissa_niter_4"},  # its base is what is left of the target's
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import TargetError
+from pipeline.quiet import quiet_transformers
 from pipeline.target_model.load import Target, open_target
 from pipeline.target_model.options import TargetOptions
 from tests.capture.conftest import arguments
@@ -23,6 +24,12 @@ from tests.tiny import make_target
 
 Edit = Callable[[dict[str, Tensor]], object]
 KEY = "model.layers.2.mlp.down_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """Silence transformers as every command does, whichever test runs first."""
+    quiet_transformers()
 
 
 def opened(folder: Path) -> Target:
@@ -202,11 +209,11 @@ def test_unused_tensors_are_named_once_and_do_no_harm(tmp_path, target_dir, capf
     target = opened(edited(target_dir, tmp_path / "t", leave(name)))
     target.check_weights()
     model = target.model()
-    said = capfd.readouterr().err
-    assert said == f"warning: {tmp_path / 't'}: LlamaForCausalLM leaves out 1 tensors ({name})\n"
+    said = warnings_in(capfd.readouterr().err)
+    assert said == [f"warning: {tmp_path / 't'}: LlamaForCausalLM leaves out 1 tensors ({name})"]
     plain = opened(target_dir).model().state_dict()
     assert all(torch.equal(tensor, plain[key]) for key, tensor in model.state_dict().items())
-    assert capfd.readouterr().err == ""
+    assert warnings_in(capfd.readouterr().err) == []
 
 
 @pytest.mark.parametrize(
@@ -229,6 +236,36 @@ def test_unused_tensors_are_named_once_and_do_no_harm(tmp_path, target_dir, capf
 def test_leftovers_of_a_quantisation_are_refused(tmp_path, target_dir, suffix):
     key = KEY.removesuffix("weight") + suffix
     assert_both_refuse(edited(target_dir, tmp_path / "t", leave(key)), key, "unquantised checkpoint")
+
+
+def test_leftovers_of_a_checkpoint_that_names_begin_at_the_base_model(tmp_path, target_dir):
+    def strip(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith("model.")]:
+            tensors[key.removeprefix("model.")] = tensors.pop(key)
+
+    whole = opened(edited(target_dir, tmp_path / "whole", strip))
+    whole.check_weights()
+    whole.model()
+    key = KEY.removeprefix("model.").replace("weight", "weight_scale")
+
+    def strip_and_leave(tensors: dict[str, Tensor]) -> None:
+        strip(tensors)
+        leave(key)(tensors)
+
+    folder = edited(target_dir, tmp_path / "t", strip_and_leave)
+    assert_both_refuse(folder, key, "unquantised checkpoint")
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_scale", "self_attn.v_proj.v_scale", "self_attn.attn.kv_scale"])
+def test_scales_of_a_servers_key_value_cache_are_named_and_change_no_weight(
+    tmp_path, target_dir, capfd, name
+):
+    key = f"model.layers.2.{name}"
+    target = opened(edited(target_dir, tmp_path / "t", leave(key)))
+    target.check_weights()
+    assert f"leaves out 1 tensors ({key})" in capfd.readouterr().err
+    plain = opened(target_dir).model().state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in target.model().state_dict().items())
 
 
 # Quantised
@@ -334,7 +371,7 @@ def test_what_a_family_saves_is_accepted_and_nothing_is_said(tmp_path, capfd, fa
     capfd.readouterr()
     target.check_weights()
     loaded = target.model().state_dict()
-    assert capfd.readouterr().err == ""
+    assert warnings_in(capfd.readouterr().err) == []
     assert loaded.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
@@ -349,15 +386,22 @@ def test_a_weight_that_transformers_renames_or_fuses_is_missed_too(tmp_path, fam
     assert_both_refuse(tmp_path, "layers.1.self_attn")
 
 
+def warnings_in(said: str) -> list[str]:
+    """Return the lines of stderr without those that say what takes so long."""
+    return [line for line in said.splitlines() if not line.startswith(("opening ", "loading "))]
+
+
 # A line for who waits
 
 
 @pytest.mark.parametrize(("terminal", "rank"), [(True, "0"), (True, "1"), (False, "0")])
-def test_a_terminal_is_told_what_takes_so_long(target_dir, monkeypatch, capsys, terminal, rank):
+def test_a_terminal_and_a_log_file_are_told_what_takes_so_long(
+    target_dir, monkeypatch, capsys, terminal, rank
+):
     for name, value in (("RANK", rank), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     opened(target_dir).model()
     said = capsys.readouterr().err.splitlines()
     told = [f"opening {target_dir} ...", f"loading {target_dir.name} ..."]
-    assert said == (told if terminal and rank == "0" else [])
+    assert said == (told if rank == "0" else [])

@@ -267,12 +267,8 @@ def test_convert_measures_statistics_without_them(tmp_path, skipping):
         assert not got[name][ends[12] : ends[13]].any()
 
 
-def test_training_never_sees_one(tmp_path, cache_dir, monkeypatch):
-    """The captured cache, with two of its samples on a list: one of either side of the split."""
-    sound = CacheReader(cache_dir)
-    held = held_out(sound.sample_ids, 0.2)
-    bad = sorted([int(np.flatnonzero(held)[0]), int(np.flatnonzero(~held)[0])])
-    cache = shutil.copytree(cache_dir, tmp_path / "cache")
+def list_skipped(cache: Path, sound: CacheReader, bad: list[int]) -> None:
+    """Put samples of a whole cache on the list of its manifest."""
     values = json.loads((cache / "manifest.json").read_text())
     values["skipped"] = {
         "sample": bad,
@@ -280,10 +276,35 @@ def test_training_never_sees_one(tmp_path, cache_dir, monkeypatch):
         "source_row": sound.source_rows[bad].tolist(),
         "tokens": sound.lengths[bad].tolist(),
         "last_rows": [sound.num_last_rows(i) for i in bad],
-        "reason": ["states not finite"] * 2,
+        "reason": ["states not finite"] * len(bad),
     }
     values["checksum"] = "0" * 64
     (cache / "manifest.json").write_bytes(seal(json.dumps(values).encode()))
+
+
+@pytest.mark.parametrize("before", [[2, 5], []])
+def test_a_run_continues_only_with_the_list_that_it_began_with(tmp_path, cache_dir, before):
+    """Captures of one identity may skip other samples, and then samples have other numbers."""
+    sound, caches = CacheReader(cache_dir), [tmp_path / "before", tmp_path / "after"]
+    for cache, bad in zip(caches, (before, [2, 7]), strict=True):
+        shutil.copytree(cache_dir, cache)
+        if bad:
+            list_skipped(cache, sound, bad)
+    run_ok(*train_arguments(caches[0], tmp_path / "run", train__max_steps=2))
+    longer = {"train__max_steps": 4}
+    result = run_cli(*train_arguments(caches[1], tmp_path / "run", **longer))
+    assert_refused(result, 1, f"cache skipped samples: {len(before)} against 2, not the same ones", "--fresh")
+    run_ok(*train_arguments(caches[0], tmp_path / "run", **longer))
+    run_ok(*train_arguments(caches[1], tmp_path / "run", **longer), "--fresh")
+
+
+def test_training_never_sees_one(tmp_path, cache_dir, monkeypatch):
+    """The captured cache, with two of its samples on a list: one of either side of the split."""
+    sound = CacheReader(cache_dir)
+    held = held_out(sound.sample_ids, 0.2)
+    bad = sorted([int(np.flatnonzero(held)[0]), int(np.flatnonzero(~held)[0])])
+    cache = shutil.copytree(cache_dir, tmp_path / "cache")
+    list_skipped(cache, sound, bad)
     seen: set[str] = set()
     real = CacheReader.tokens
 

@@ -61,7 +61,9 @@ def test_steps_by_hand() -> None:
     spaced = ids(*(-(-i * 2**32 // 300) for i in range(300)))
     line, warning = training_lines(spaced, np.full(300, 4096))
     assert "about 30 optimiser steps, 10 epochs of about 3; 15 samples held out" in line
-    assert warning.startswith("warning: with the default settings, fewer than 100 optimiser steps")
+    assert warning.startswith(
+        "warning: if the run's config keeps the defaults, fewer than 100 optimiser steps"
+    )
     fewer = int(re.search(r"micro_batches_per_step from 128 to (\d+)", warning)[1])
     assert fewer == 28
     assert 10 * -(-285 // fewer) >= 100

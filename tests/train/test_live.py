@@ -36,6 +36,10 @@ FAMILIES = {
         **{"topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4, "q_lora_rank": 16},
         **{"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
     },
+    "phi3": {
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 6.0, 8.0]},
+        "original_max_position_embeddings": 16,
+    },
 }
 
 
@@ -179,6 +183,28 @@ def test_the_features_it_feeds_the_draft_are_those_of_one_forward() -> None:
             # Norms and rotations of the target are fp32 inside.
             own_cache, wanted = decoded._cache[..., :known, :], fresh._cache[..., :known, :]
             torch.testing.assert_close(own_cache, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_longrope_switches_where_the_text_grows_beyond_its_limit() -> None:
+    """Each position has logits and features of the text up to it, run at once by a fresh forward."""
+    model = make_target("phi3")
+    text = torch.randint(V, (26,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = [model(text[None, : n + 1], use_cache=False, output_hidden_states=True) for n in range(26)]
+    with CachedTarget(model, [0, 2]) as target:
+        start = 9
+        target.forward(text[:start], 1)
+        # Blocks across the limit and up to it, and back from beyond.
+        for tokens, back in ((5, 3), (9, 6), (3, 1), (1, 0), (1, 0), (4, 2), (4, 0)):
+            logits, features = target.forward(text[start : start + tokens], tokens)
+            assert (len(logits), len(features)) == (tokens, tokens)
+            for i in range(tokens):
+                alone = whole[start + i]
+                own = torch.cat([alone.hidden_states[layer][0, -1] for layer in (1, 3)])
+                torch.testing.assert_close(logits[i], alone.logits[0, -1], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(features[i], own, rtol=1e-4, atol=1e-4)
+            target.take_back(back)
+            start += tokens - back
 
 
 # A right rule gives counts less likely than this once in 100,000 seeds.

@@ -131,15 +131,15 @@ def test_a_rank_whose_loss_is_not_finite_skips_all(tmp_path: Path, cache_dir: Pa
 
 @pytest.fixture
 def overflowing(monkeypatch):
-    """Let the weights become infinite after a step, as an optimiser's overflow leaves them."""
+    """Let weights become infinite, or `value`, after a step, as an optimiser's overflow leaves them."""
 
-    def overflow(at: int) -> None:
+    def overflow(at: int, value: float = float("inf")) -> None:
         class Overflowing(loop.Training):
             def _step(self, step):
                 due = super()._step(step)
                 if self.progress.step == at:
                     with torch.no_grad():
-                        next(iter(self.model.fc.parameters())).fill_(float("inf"))
+                        next(iter(self.model.fc.parameters())).fill_(value)
                 return due
 
         monkeypatch.setattr(loop, "Training", Overflowing)
@@ -178,11 +178,26 @@ def test_without_a_checkpoint_nothing_is_there_to_use(tmp_path: Path, cache_dir:
     assert_refused(run_cli("evaluate", "--cache", cache_dir, "--run", run), 1, "no finished checkpoint")
 
 
-def test_a_run_that_ends_in_skipped_steps(tmp_path: Path, cache_dir: Path, poisoned) -> None:
-    """Its last loss is not finite: an evaluation can show that the draft is fine; without one it fails."""
+@pytest.mark.parametrize("held_out", [0.2, 0])
+def test_a_run_that_ends_in_skipped_steps(tmp_path: Path, cache_dir: Path, poisoned, held_out: float) -> None:
+    """A bad batch at the end costs its step, not the run: the draft is that of the steps before."""
     poisoned(3, 4)
-    arguments = train_arguments(cache_dir, tmp_path / "a", train__max_steps=4)
-    run_ok(*arguments)
-    assert progress_of(tmp_path / "a")["complete"]
-    result = run_cli(*train_arguments(cache_dir, tmp_path / "b", train__max_steps=4, train__held_out=0))
-    assert_refused(result, 1, "step 4: the loss of the last step is not finite")
+    settings = {"train__held_out": held_out, "train__checkpoint_every": 2, "train__keep_checkpoints": 9}
+    run_ok(*train_arguments(cache_dir, tmp_path / "r", train__max_steps=4, **settings))
+    assert progress_of(tmp_path / "r")["complete"]
+    before, last = (weights_of(tmp_path / "r", f"checkpoints/step-{step:06d}") for step in (2, 4))
+    assert before.keys() == last.keys()
+    assert all(torch.equal(weight, last[name]) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("held_out", [0.2, 0])
+def test_finite_weights_whose_losses_are_not_are_no_draft(
+    tmp_path: Path, cache_dir: Path, overflowing, held_out: float
+) -> None:
+    overflowing(3, 3e38)
+    run = tmp_path / "r"
+    settings = {"train__held_out": held_out, "train__checkpoint_every": 2}
+    result = run_cli(*train_arguments(cache_dir, run, train__max_steps=4, **settings))
+    what = "held-out loss" if held_out else "loss of most training samples"
+    assert_refused(result, 1, f"step 4: the {what} is not finite", f"{run} keeps step-000002")
+    assert not progress_of(run)["complete"]

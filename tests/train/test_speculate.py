@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cache import CacheReader
@@ -70,6 +71,21 @@ def test_greedy_text_of_fifty_prompts_is_the_targets_own(
 
     assert text.startswith(expected)
     assert "for 50 of 50 prompts" in text
+
+
+def test_a_target_whose_checkpoint_lacks_a_weight_is_refused(
+    target_dir: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    key = "model.layers.2.mlp.down_proj.weight"
+    folder = shutil.copytree(target_dir, tmp_path / "t")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[key]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "why"}))
+    refused = run_cli("speculate", "--target", folder, "--run", run_dir, *FP32, "--prompts", prompts)
+    assert_refused(refused, 1, "1 weights of LlamaForCausalLM are missing in the checkpoint", key)
+    assert refused.stdout == ""
 
 
 def test_live_beside_offline(target_dir: Path, run_dir: Path, cache_dir: Path) -> None:

@@ -78,9 +78,11 @@ def load_pair(target: Target, trained: TrainedDraft) -> Pair:
     device = input_device(model)
     draft = trained.model()
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
-    for own, theirs in zip((draft.embed_tokens, draft.lm_head), parts, strict=True):
-        # The same memory. If the target has it elsewhere, `to` copies it and leaves the target alone.
-        own.weight = nn.Parameter(theirs.weight.detach(), requires_grad=False)
+    embedding, head = (part.weight.detach() for part in parts)
+    # The same memory. If the target has it elsewhere, `to` copies it and leaves the target alone.
+    draft.embed_tokens.weight = nn.Parameter(embedding, requires_grad=False)
+    if not draft.trains_head:
+        draft.lm_head.weight = nn.Parameter(draft.head_rows(head), requires_grad=False)
     draft = draft.to(device, target.dtype).eval().requires_grad_(False)
     return Pair(
         name=target.name,

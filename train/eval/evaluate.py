@@ -81,7 +81,7 @@ def _untrained(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> Train
     torch.manual_seed(config.train.seed)
     kind = DRAFTS[config.draft.kind]
     fresh = kind.build(model.config)
-    fresh.embed_tokens, fresh.lm_head = model.embed_tokens, model.lm_head
+    fresh.adopt(model)
     return kind.on(fresh.to(ranks.device), config, ranks.device)
 
 

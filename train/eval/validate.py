@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from train.runtime.compiled import compiles
 from train.runtime.console import bar
 from train.runtime.distributed import Ranks
 from train.runtime.precision import autocast
+
+# Training samples on which a draft shows that it is finite, where nothing was held out.
+_FEW = 8
 
 
 def held_out_batches(
@@ -87,6 +91,22 @@ def validate(
     figures = divide(total, Objective.of(config.loss)).values()
     found = to_numbers(figures | {"blocks": total.blocks})
     return {"samples": len(samples), "blocks": int(found.pop("blocks")), **found}
+
+
+def gives_finite_losses(
+    module: TrainerModule, reader: CacheReader, samples: np.ndarray, config: RunConfig, ranks: Ranks
+) -> bool:
+    """Return whether a draft has a finite loss on most of a few samples, each by itself.
+
+    All ranks must call this. One bad sample says nothing about the draft.
+
+    Args:
+        samples: sample numbers to choose from.
+    """
+    chosen = samples[np.unique(np.linspace(0, len(samples) - 1, _FEW).astype(int))]
+    found = [validate(module, reader, [sample], config, ranks) for sample in chosen]
+    losses = [figures["loss"] for figures in found if figures is not None and figures["blocks"]]
+    return 2 * sum(map(math.isfinite, losses)) > len(losses)
 
 
 def format_validation(result: dict[str, Any]) -> str:

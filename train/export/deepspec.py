@@ -105,7 +105,7 @@ def import_draft(
         imported=Origin(name=source.resolve().name),
     )
     with new_folder(run, last=CONFIG) as partial:
-        begin(partial, config, identity, fresh=False)
+        begin(partial, config, identity, fresh=False, skipped=reader.manifest.skipped.sample)
         save_checkpoint(partial, model, [], page, Ranks(WorkerPlace(), torch.device("cpu")), keep=1)
     return shape, DRAFTS[config.draft.kind].slots(shape)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.cache import CacheReader
 from pipeline.errors import UsageError
 from pipeline.files import check_new, new_folder
+from train.draft.vocabulary import kept_tokens
 from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
 from train.export.model_card import model_card
 from train.runs.checkpoint import FROZEN
@@ -89,6 +90,11 @@ def export(
     draft = open_draft(run, checkpoint)
     check_engine(draft.kind.rules, draft.shape, to, dtype)
     weights = dict(draft.weights)
+    if cache is None and "d2t" in weights and FROZEN[1] not in weights:
+        raise UsageError(
+            f"{run} drafts {len(weights['d2t']):,} of the target's tokens, so engines need those rows of the "
+            "target's head: pass --cache CACHE, a cache of its target"
+        )
     if cache is not None:
         weights |= _embeddings(draft, CacheReader(cache))
     weights = {name: _cast(weight, name, dtype) for name, weight in weights.items()}
@@ -128,11 +134,17 @@ def _embeddings(draft: TrainedDraft, reader: CacheReader) -> dict[str, Tensor]:
     """Return the target's embedding and head, as separate tensors even if the target ties them."""
     draft.require_target_of(reader)
     frozen = reader.frozen()
-    embedding, head = (frozen[name] for name in FROZEN)
-    return {FROZEN[0]: embedding.clone(), FROZEN[1]: head.clone()}
+    with torch.device("meta"):
+        model = draft.kind.build(draft.shape)
+    tensors = {name: frozen[name].clone() for name in model.frozen}
+    if "d2t" in draft.weights and FROZEN[1] in tensors:
+        tensors[FROZEN[1]] = tensors[FROZEN[1]][kept_tokens(draft.weights["d2t"])]
+    return tensors
 
 
 def _cast(weight: Tensor, name: str, dtype: str) -> Tensor:
+    if not weight.is_floating_point():
+        return weight.contiguous()
     cast = weight.to(DTYPES[dtype]).contiguous()
     if not torch.isfinite(cast).all():
         most = weight.abs().max().item()

@@ -94,6 +94,8 @@ class SlotFigures:
     """Cross entropy with the teacher, -sum_v q_v log p_v, `[M]`; None without a teacher, or not computed."""
     weights: Tensor | None = None
     """Weight of each slot, `[M]`, in place of the objective's decay."""
+    mass: Tensor | None = None
+    """Share of the target's probability inside the draft's vocabulary, `[M]`; None unless measured."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,27 @@ def confidence_error(slots: SlotFigures) -> Tensor | None:
     return F.binary_cross_entropy_with_logits(logits, acceptance(slots.l1), reduction="none")
 
 
+def lost_mass(slots: SlotFigures) -> Tensor | None:
+    """Return the target's probability of tokens that the draft can't draft, `[M]`. Nothing trains it."""
+    return None if slots.mass is None else 1 - slots.mass
+
+
 TERMS: dict[str, Callable[[SlotFigures], Tensor | None]] = {
     "ce": cross_entropy,
     "l1": l1_distance,
     "soft_ce": soft_cross_entropy,
     "confidence": confidence_error,
+    "lost_mass": lost_mass,
 }
 """Each slot's loss `[M]` by the term's name; None where the forward lacks what the term needs."""
 
-TITLES = {"ce": "cross entropy", "l1": "L1", "confidence": "confidence", "soft_ce": "soft cross entropy"}
+TITLES = {
+    "ce": "cross entropy",
+    "l1": "L1",
+    "soft_ce": "soft cross entropy",
+    "confidence": "confidence",
+    "lost_mass": "outside the vocabulary",
+}
 """Names of the terms for people."""
 
 OF_THE_VOCABULARY = ("ce", "l1", "soft_ce")

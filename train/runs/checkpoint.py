@@ -108,7 +108,7 @@ def check_finite(run: Path, step: int, values: dict[str, Tensor]) -> None:
 
 def _trained(model: PreTrainedModel, name: str) -> bool:
     """Return whether a checkpoint holds a weight: all but the target's embedding and head while frozen."""
-    return name not in FROZEN or model.get_parameter(name).requires_grad
+    return name not in model.frozen or model.get_parameter(name).requires_grad
 
 
 def _gathered(tensor: Tensor, ranks: Ranks) -> Tensor:
@@ -254,10 +254,11 @@ def check_shapes(weights: dict[str, Tensor], wanted: dict[str, torch.Size]) -> N
 
 
 def copy_tensors(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy weights into a draft's parameters, by name."""
+    """Copy weights into a draft's parameters and buffers, by name."""
+    own = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, weight in weights.items():
-            model.get_parameter(name).copy_(weight)
+            own[name].copy_(weight)
 
 
 def load_states(

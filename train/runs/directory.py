@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from train.runs.state import Progress
 from train.runtime.console import warn
 
 _LOCK = ".lock"
+_SKIPPED = "skipped"  # in run.json, the samples that the cache skips, if any
 # Removed by --fresh, in this order. The config and the identity are overwritten.
 _OURS = (CHECKPOINTS, LATEST, BEST, TRACE, METRICS, TRACKERS, *TRACKER_FOLDERS)
 _LIMIT = 16 * 2**20
@@ -52,9 +53,15 @@ def load_run_config(run: Path) -> RunConfig:
 
 def load_run_cache(run: Path) -> Identity:
     """Return the identity of the cache that a run trains from. Raise RunError if it can't be read."""
+    return _load_run_cache(run)[0]
+
+
+def _load_run_cache(run: Path) -> tuple[Identity, list[int]]:
+    """Return identity and skipped samples of a run's cache. Raise RunError if they can't be read."""
     try:
-        values = json.loads(files.read_small(run / RUN, _LIMIT))["cache"]
-        return configuration.build(Identity, values, str(run / RUN))
+        values = json.loads(files.read_small(run / RUN, _LIMIT))
+        skipped = [int(number) for number in values.get(_SKIPPED, [])]
+        return configuration.build(Identity, values["cache"], str(run / RUN)), skipped
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"{run / RUN} can't be read ({error}): start over with --fresh") from None
 
@@ -71,8 +78,14 @@ def read_progress(run: Path) -> Progress:
     return read_training(folder).progress
 
 
-def check_run(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> None:
+def check_run(
+    run: Path, config: RunConfig, identity: Identity, *, fresh: bool, skipped: Sequence[int] | None = None
+) -> None:
     """Check that a run may begin or continue in a directory. Change nothing.
+
+    Args:
+        skipped: samples that the cache skips, in which captures of one identity may differ; None does not
+            compare them.
 
     Raises:
         RunError: the directory holds something else, or a run with another config or cache.
@@ -83,7 +96,7 @@ def check_run(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) 
     if fresh:
         _check_clearing(run, config)
     else:
-        _check_same(run, config, identity)
+        _check_same(run, config, identity, skipped)
 
 
 def _holds_run(run: Path) -> bool:
@@ -112,13 +125,18 @@ def _check_clearing(run: Path, config: RunConfig) -> None:
         )
 
 
-def _check_same(run: Path, config: RunConfig, identity: Identity) -> None:
+def _check_same(run: Path, config: RunConfig, identity: Identity, skipped: Sequence[int] | None) -> None:
     """Check that a run has this cache, and this config but for what may change.
 
     Raises:
         RunError: naming what differs.
     """
-    differing = [f"cache {line}" for line in differing_fields(load_run_cache(run), identity)]
+    theirs, left_out = _load_run_cache(run)
+    differing = [f"cache {line}" for line in differing_fields(theirs, identity)]
+    if skipped is not None and left_out != list(skipped):  # samples have other numbers
+        differing.append(
+            f"cache skipped samples: {len(left_out):,} against {len(skipped):,}, not the same ones"
+        )
     changed = changed_settings(load_run_config(run), config)
     imported = _is_imported(run)
     if not differing and (not changed if imported else changed.keys() <= {*FREE, *LENGTH}):
@@ -166,13 +184,16 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def begin(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> None:
+def begin(
+    run: Path, config: RunConfig, identity: Identity, *, fresh: bool, skipped: Sequence[int] = ()
+) -> None:
     """Write the config and the identity of a new run, or repair an existing run.
 
     If the process is killed, the directory still holds a run: the old one, or one without a checkpoint.
 
     Args:
         fresh: clear an existing run first.
+        skipped: samples that the cache skips.
     """
     _remove_left_overs(run)
     if fresh:
@@ -180,6 +201,7 @@ def begin(run: Path, config: RunConfig, identity: Identity, *, fresh: bool) -> N
     repair(run, config.train.keep_checkpoints)
     if fresh or not (run / CONFIG).is_file():
         facts = {"version": code_version(), "cache": dataclasses.asdict(identity)}
+        facts |= {_SKIPPED: list(skipped)} if skipped else {}
         files.publish_bytes(run / RUN, (json.dumps(facts, indent=1) + "\n").encode())
         files.publish_bytes(run / CONFIG, configuration.to_toml(config).encode())
 

@@ -73,7 +73,8 @@ class TrainedDraft:
         if reader is not None:
             frozen = reader.frozen()
             model.initialize_embeddings_and_head(*(frozen[name] for name in FROZEN))
-        for name in FROZEN:
+            copy_tensors(model, self.weights)  # once more: a head may be the draft's own
+        for name in model.frozen:
             model.get_parameter(name).requires_grad_(False)
         return model
 
@@ -134,7 +135,7 @@ def open_draft(run: Path, which: str = BEST) -> TrainedDraft:
         weights = load_file(folder / WEIGHTS)
         with torch.device("meta"):
             model = kind.build(shape)
-        check_shapes(weights, {n: w.shape for n, w in model.state_dict().items() if n not in FROZEN})
+        check_shapes(weights, {n: w.shape for n, w in model.state_dict().items() if n not in model.frozen})
     except Exception as error:  # transformers raises errors of many kinds for a config
         raise damaged(folder, error) from None
     for name, weight in weights.items():

@@ -12,7 +12,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.errors import RunError
 from train.draft.kind import DraftKind
-from train.runs.checkpoint import FROZEN
 from train.runs.names import BEST, LATEST, WEIGHTS
 
 # Prefix of error messages: the setting or command that names the draft.
@@ -99,8 +98,8 @@ def copy_weights(
     Raises:
         RunError: weights are missing, unknown or of another shape.
     """
-    wanted = {n: p for n, p in model.state_dict(keep_vars=True).items() if n not in FROZEN}
-    names = {*wanted} ^ {n for n in found if n not in FROZEN}
+    wanted = {n: p for n, p in model.state_dict(keep_vars=True).items() if n not in model.frozen}
+    names = {*wanted} ^ {n for n in found if n not in model.frozen}
     if names:
         lacks = sorted(names & {*wanted})
         what = f"lacks {lacks[0]}" if lacks else f"has {min(names)}, which this run's draft lacks"

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from train.config import RunConfig
 from train.draft.kind import TrainerModule
 from train.losses.slots import Objective
-from train.runs.checkpoint import load_states, load_weights
+from train.runs.checkpoint import load_states
 from train.runs.directory import MetricsFile
 from train.runs.page import TrainingPage, damaged
 from train.runs.provenance import code_version, machine_facts
@@ -77,9 +77,7 @@ def build_parts(ranks: Ranks, setup: Setup, run: Path, checkpoint: Checkpoint | 
     train = config.train
     precision = resolve_precision(device, train.precision)
     with ranks.together():
-        model = build_draft(setup, fresh=checkpoint is None)
-        if checkpoint is not None:
-            load_weights(model, checkpoint.folder)
+        model = build_draft(setup, checkpoint and checkpoint.folder)
         model.to(device)
         if checkpoint is None and ranks.leads:
             setup.kind.initialise(model, config.draft, setup.reader, setup.samples)

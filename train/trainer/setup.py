@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from train.data.split import split
 from train.draft import DRAFTS
 from train.draft.kind import DraftKind
 from train.draft.shape import draft_shape, resolved
+from train.draft.vocabulary import count_labels, most_frequent
 from train.losses.fused import resolve_kernel
+from train.runs.checkpoint import load_weights
 from train.runs.weights import check_warm_start, warm_start
 from train.runtime.trackers import check_trackers
 from train.trainer.optimizer import check_optimizer
@@ -143,19 +146,30 @@ def steps_lines(setup: Setup, total: int) -> Iterator[str]:
         yield f"warning: {warning}"
 
 
-def build_draft(setup: Setup, *, fresh: bool = True) -> PreTrainedModel:
-    """Build a run's draft in fp32 with the target's embedding and head, frozen.
+def build_draft(setup: Setup, checkpoint: Path | None = None) -> PreTrainedModel:
+    """Build a run's draft in fp32 with the target's embedding and head, frozen unless the kind trains them.
 
     Args:
-        fresh: load the weights of `draft.init_from`, if set. Otherwise all other weights are random.
+        checkpoint: folder that its weights come from. Without one they are those of `draft.init_from`, if
+            set, or else random; a reduced vocabulary is then chosen by the training samples.
     """
     config = setup.config
     torch.manual_seed(config.train.seed)
     model = setup.kind.build(setup.shape)
+    load: Callable[[], None] | None = None
+    if checkpoint is not None:
+        load = partial(load_weights, model, checkpoint)
+    elif config.draft.init_from is not None:
+        load = partial(warm_start, model, Path(config.draft.init_from))
+    elif model.reduced:
+        counts = count_labels(setup.reader, setup.samples)
+        model.keep(torch.from_numpy(most_frequent(counts, len(model.kept))))
+    if load is not None and model.reduced:
+        load()  # which rows of the head are the draft's
     frozen = setup.reader.frozen()
     model.initialize_embeddings_and_head(
         embed_tokens=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"]
     )
-    if fresh and config.draft.init_from is not None:
-        warm_start(model, Path(config.draft.init_from))
+    if load is not None:
+        load()
     return model

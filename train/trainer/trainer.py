@@ -23,7 +23,7 @@ from train.config import RunConfig
 from train.data.loader import Collate, loaded
 from train.data.packing import Step, steps_from
 from train.data.sampling import drawn_anchors
-from train.eval.validate import validate
+from train.eval.validate import gives_finite_losses, validate
 from train.losses.slots import LossSums
 from train.runs.changes import LENGTH, changed_settings, flat_settings, lengthen, record_changes
 from train.runs.checkpoint import check_finite, newest, save_checkpoint
@@ -74,8 +74,8 @@ def train(
         with ranks.together():
             begins = fresh or not any(run.glob(f"{CHECKPOINTS}/*step-*"))
             setup = set_up(cache, config, ranks.device, ranks.world, begins=begins)
-            identity = setup.reader.manifest.identity
-            check_run(run, setup.config, identity, fresh=fresh)
+            identity, skipped = setup.reader.manifest.identity, setup.reader.manifest.skipped.sample
+            check_run(run, setup.config, identity, fresh=fresh, skipped=skipped)
             if profile_steps:
                 _check_profile(profile_steps, setup, None if fresh else _newest(run, setup))
         if ranks.leads:
@@ -83,12 +83,14 @@ def train(
         with ranks.together():
             if ranks.leads:
                 held.enter_context(locked(run))
-                check_run(run, setup.config, identity, fresh=fresh)  # again, now under the lock
-                begin(run, setup.config, identity, fresh=fresh)
+                # again, now under the lock
+                check_run(run, setup.config, identity, fresh=fresh, skipped=skipped)
+                begin(run, setup.config, identity, fresh=fresh, skipped=skipped)
         with ranks.together():
             checkpoint = _newest(run, setup)
         found = checkpoint and checkpoint.folder.name
-        ranks.agree({"config": setup.config, "cache": identity, "newest checkpoint": found})
+        facts = {"config": setup.config, "cache": identity, "skipped samples": skipped}
+        ranks.agree(facts | {"newest checkpoint": found})
         if checkpoint is not None and checkpoint.page.progress.complete:
             if ranks.leads:
                 say(f"run {run}: complete, nothing is left to train", err=False)
@@ -320,16 +322,20 @@ class Training:
             self.ranks.fail(StoppedError(number, f"stopped by {number.name}: {kept}"))
 
     def _check_draft(self, *, last: bool) -> None:
-        """End the run if the draft to be saved has no finite figures, or the run ends with skipped steps.
+        """End the run if the draft to be saved has no finite figures.
 
-        A skipped step is no harm if an evaluation after it is finite.
+        A skipped step is no harm if an evaluation after it is finite. Where nothing is held out, a few
+        training samples show that.
         """
         progress = self.progress
         values = {}
         if progress.measured is not None:
             values["the held-out loss"] = torch.tensor(progress.measured["loss"], device="cpu")
         elif last and progress.complete and progress.skipped_in_a_row:
-            values["the loss of the last step"] = torch.tensor(math.nan, device="cpu")
+            setup, parts = self.setup, self.parts
+            sound = gives_finite_losses(parts.module, self.reader, setup.samples, self.config, self.ranks)
+            loss = 0.0 if sound else math.nan
+            values["the loss of most training samples"] = torch.tensor(loss, device="cpu")
         with self.ranks.together():
             check_finite(self.path, progress.step, values)
 

@@ -14,6 +14,7 @@ from pipeline.cache import Manifest
 from pipeline.errors import ConfigError
 from train.draft.blocks.settings import BlockDraftConfig
 from train.draft.body import DIMENSIONS, body, body_export
+from train.draft.vocabulary import check_vocabulary, draft_vocab_size
 
 # The values of `layer_types`, transformers' names.
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -29,7 +30,10 @@ def block_weights(values: Mapping[str, Any], fields: Sequence[str]) -> dict[str,
         fields: the kind's fields that Qwen3's config lacks.
     """
     names = [*DIMENSIONS, *(name for name in fields if name not in _SAY_NOTHING_OF_WEIGHTS)]
-    return {name: values[name] for name in names if name in values}
+    found = {name: values[name] for name in names if name in values}
+    if "vocab_size" in found:
+        found["draft_vocab_size"] = values.get("draft_vocab_size") or found["vocab_size"]
+    return found
 
 
 def block_config(
@@ -62,6 +66,7 @@ def block_config(
         mask_token_id=mask_token_id(draft, manifest),
         target_layer_ids=list(layer_ids),
         num_target_layers=manifest.identity.target.num_layers,
+        **_vocabulary(draft, manifest),
         **own,
     )
 
@@ -78,6 +83,8 @@ def block_export(config: PretrainedConfig, fields: Sequence[str]) -> dict[str, A
         "layer_types": list(config.layer_types),
         **{name: getattr(config, name) for name in fields},
     }
+    if draft_vocab_size(config) != config.vocab_size:
+        values["draft_vocab_size"] = config.draft_vocab_size
     if slides(config):  # engines hide a block's later slots in sliding layers, unless told not to
         values |= {"sliding_window": config.sliding_window, "is_causal": False}
     return values
@@ -90,6 +97,13 @@ def describe_windows(config: PretrainedConfig) -> list[str]:
         return []
     which = "every layer" if len(own) == config.num_hidden_layers else f"of the layers {', '.join(own)}"
     return [f"sliding attention, {which}: a slot sees {config.sliding_window} positions, its own included"]
+
+
+def _vocabulary(draft: BlockDraftConfig, manifest: Manifest) -> dict[str, int]:
+    """Return the field of a reduced vocabulary; none for the target's own."""
+    vocab = manifest.identity.target.vocab_size
+    size = check_vocabulary(draft.draft_vocab_size, vocab)
+    return {"draft_vocab_size": size} if size < vocab else {}
 
 
 def slides(config: PretrainedConfig) -> bool:

@@ -95,8 +95,9 @@ class BlockDecoder:
             confidence_temperatures: not looked at.
             generator: random generator on the draft's device.
         """
-        logits = self.model.draft_logits(self.block_states(anchor))  # [K, V]
+        logits = self.model.draft_logits(self.block_states(anchor))  # [K, Vd]
         if temperature == 0:
-            return Drafted(tokens=logits.argmax(-1), probs=None)
+            return Drafted(tokens=self.model.target_ids(logits.argmax(-1)), probs=None)
         probs = torch.softmax(logits / temperature, -1)
-        return Drafted(tokens=torch.stack([draw(row, generator) for row in probs]), probs=probs)
+        tokens = torch.stack([draw(row, generator) for row in probs])
+        return Drafted(tokens=self.model.target_ids(tokens), probs=self.model.over_target(probs))

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from train.data.loader import Pack
 from train.draft.blocks.anchors import build_eval_mask, label_positions, restarting_positions
 from train.draft.blocks.masks import GroupedMask, layer_windows, sdpa_mask
+from train.draft.vocabulary import draft_vocab_size
 
 
 def _attended(seen: Tensor, size: int, window: int | None) -> int:
@@ -73,7 +74,8 @@ def block_flops(config: PretrainedConfig, pack: Pack, slots: int) -> float:
         slots: K.
     """
     work, seen = block_work(config, pack, slots)
-    size, tokens, hidden, vocab = config.block_size, pack.num_tokens, config.hidden_size, config.vocab_size
+    size, tokens = config.block_size, pack.num_tokens
+    hidden, vocab = config.hidden_size, draft_vocab_size(config)
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     layer = 6 * work.rows * hidden * (2 * queries + 2 * keys + 3 * config.intermediate_size)

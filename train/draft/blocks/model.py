@@ -28,6 +28,7 @@ from train.draft.blocks.anchors import (
 from train.draft.blocks.attention import BlockRotaryEmbedding
 from train.draft.blocks.layers import BlockDecoderLayer
 from train.draft.blocks.masks import Mask, flex_block_mask, layer_windows, sdpa_mask
+from train.draft.vocabulary import ReducedVocabulary, draft_vocab_size
 
 
 @dataclass
@@ -52,7 +53,7 @@ class DraftBlocks:
     """Confidence logits `[B, N, K]`."""
 
 
-class BlockDraftModel(PreTrainedModel):
+class BlockDraftModel(PreTrainedModel, ReducedVocabulary):
     """A block drafter with Qwen3's body, for a target of any family. Subclasses call `post_init`.
 
     Args:
@@ -86,7 +87,8 @@ class BlockDraftModel(PreTrainedModel):
         self.layers = nn.ModuleList(BlockDecoderLayer(config, window) for window in self.windows)
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary_emb = BlockRotaryEmbedding(config)
-        self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(hidden, draft_vocab_size(config), bias=False)
+        self.add_vocabulary(config)
         self.markov_head: nn.Module | None = None
         self.confidence_head: nn.Module | None = None
 
@@ -100,22 +102,6 @@ class BlockDraftModel(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
-
-    def initialize_embeddings_and_head(
-        self, embed_tokens: nn.Module | Tensor, lm_head: nn.Module | Tensor, freeze: bool = True
-    ) -> None:
-        """Copy the target's embedding and head into the draft.
-
-        Args:
-            embed_tokens: the embedding's weight `[V, H]`, or a module that has it as `weight`.
-            lm_head: the head's weight `[V, H]`, or a module that has it as `weight`.
-            freeze: exclude both from training.
-        """
-        for module, source in ((self.embed_tokens, embed_tokens), (self.lm_head, lm_head)):
-            weight = source if isinstance(source, Tensor) else source.weight
-            with torch.no_grad():
-                module.weight.copy_(weight)
-            module.weight.requires_grad_(not freeze)
 
     def hidden_states(
         self,
@@ -262,6 +248,6 @@ class BlockDraftModel(PreTrainedModel):
         return None, None
 
     def draft_logits(self, hidden: Tensor, latent: Tensor | None = None) -> Tensor:
-        """Return the fp32 logits `[.., V]` of block states `[.., H]` and Markov latents `[.., R]`."""
+        """Return the fp32 logits `[.., Vd]` of block states `[.., H]` and Markov latents `[.., R]`."""
         logits = head_logits(hidden, self.lm_head.weight, self.softcap, self.logit_scale)
         return logits if latent is None else logits + self.markov_head(latent)

@@ -17,6 +17,7 @@ from train.draft.blocks.attention import flex_options, resolve_attention
 from train.draft.blocks.model import BlockDraftModel, DraftBlocks
 from train.draft.kind import StepResult
 from train.losses.fused import LowRankBias, SlotOperands, resolve_kernel, vocabulary_loss
+from train.losses.reach import teacher_reach
 from train.losses.slots import (
     OF_THE_VOCABULARY,
     LossSums,
@@ -114,6 +115,7 @@ class BlockTrainerModule(nn.Module):
             matches=matches,
             anchor_positions=blocks.anchor_positions,
             soft_ce=vocabulary.soft_ce,
+            mass=None if operands.teacher_mass is None else operands.teacher_mass[operands.positions],
             weights=slot_weights,
         )
         metrics = self.metrics(slots, denominator)
@@ -152,6 +154,23 @@ class BlockTrainerModule(nn.Module):
             "soft_weights": None if soft is None else soft * slot_weights,
         }
 
+    def reach(self, last_hidden: Tensor | None, used: Tensor) -> dict[str, Tensor]:
+        """Return what a measurement needs to know of tokens outside the draft's vocabulary.
+
+        Training does without: its teacher's probabilities are renormalised.
+
+        Args:
+            last_hidden: the teacher's states `[B, S, H]`, or None.
+            used: their distinct positions in the flattened rows, `[U]`.
+        """
+        model = self.draft_model
+        if model.kept is None or last_hidden is None or torch.is_grad_enabled():
+            return {}
+        states = last_hidden.flatten(0, 1)[used]
+        scaled = (model.softcap, model.logit_scale)
+        mass, reachable = teacher_reach(states, model.target_head, model.kept, *scaled)
+        return {"teacher_mass": mass, "reachable": reachable}
+
     def bias(
         self, blocks: DraftBlocks, supervised: Supervised, input_ids: Tensor, used: Tensor
     ) -> LowRankBias | None:
@@ -186,7 +205,8 @@ class BlockTrainerModule(nn.Module):
         return SlotOperands(
             hidden=take(blocks.hidden),
             head=model.lm_head.weight,
-            labels=take(blocks.target_ids),
+            labels=model.draft_ids(take(blocks.target_ids)),
+            **self.reach(last_hidden, used),
             positions=(present.cumsum(0) - 1).index_select(0, position),
             ordered=None if known is None else np.searchsorted(distinct, np.sort(known)),
             **self.weighted(supervised.weights(self.objective.decay_gamma)),

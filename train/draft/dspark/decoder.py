@@ -67,11 +67,12 @@ class DraftDecoder(BlockDecoder):
                 previous = draw(probs[-1], generator)
             else:
                 previous = scores.argmax()
+            previous = model.target_ids(previous)
             tokens.append(previous)
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         return Drafted(
             tokens=torch.stack(tokens) if tokens else none,
-            probs=torch.stack(probs) if probs else None,
+            probs=model.over_target(torch.stack(probs)) if probs else None,
         )
 
     def _confidence(self, hidden: Tensor, embedded: Tensor | None, temperature: float) -> Tensor:

@@ -7,13 +7,14 @@ from transformers import PretrainedConfig
 from train.data.loader import Pack
 from train.draft.blocks.flops import block_flops, block_work
 from train.draft.dspark.markov import MARKOV_HEADS
+from train.draft.vocabulary import draft_vocab_size
 
 
 def training_flops(config: PretrainedConfig, pack: Pack) -> float:
     """Return the model FLOPs of one forward and backward over a pack; see `block_flops`."""
     total = block_flops(config, pack, config.block_size)
     work, _ = block_work(config, pack, config.block_size)
-    hidden, vocab, rank = config.hidden_size, config.vocab_size, config.markov_rank
+    hidden, vocab, rank = config.hidden_size, draft_vocab_size(config), config.markov_rank
     if rank:
         head = MARKOV_HEADS[config.markov_head_type]
         total += 6 * (work.positions if head.by_position else work.slots) * rank * vocab

@@ -1,7 +1,7 @@
 """Markov heads: add a low-rank bias to each slot's logits, by the token before it.
 
-DSpark paper, section 3.1. Shapes: R rank, V vocabulary, H hidden size. To add a head: subclass `MarkovHead`,
-put it in `MARKOV_HEADS`, and name it in `train.config.DraftConfig`.
+DSpark paper, section 3.1. Shapes: R rank, V vocabulary, Vd the draft's, H hidden size. To add a head:
+subclass `MarkovHead`, put it in `MARKOV_HEADS`, and name it in `train.draft.dspark.settings.DSparkConfig`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ class MarkovHead(nn.Module, ABC):
         vocab_size: V.
         hidden_size: H.
         rank: R.
+        outputs: Vd, tokens that get a bias; None for V.
     """
 
     by_position: bool
     """True if the bias depends on the previous token alone. It is then computed once per position."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int):
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int, outputs: int | None = None):
         super().__init__()
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(rank, outputs or vocab_size, bias=False)
 
     @staticmethod
     @abstractmethod
@@ -54,7 +55,7 @@ class MarkovHead(nn.Module, ABC):
         return self.latent(embedded, hidden), None
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Return the logits' bias `[.., V]` in fp32, from the input of W2 for some slots, `[.., R]`."""
+        """Return the logits' bias `[.., Vd]` in fp32, from the input of W2 for some slots, `[.., R]`."""
         return vocabulary_logits(latent, self.markov_w2.weight)
 
 
@@ -76,8 +77,8 @@ class GatedMarkovHead(MarkovHead):
 
     by_position = False
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int):
-        super().__init__(vocab_size, hidden_size, rank)
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int, outputs: int | None = None):
+        super().__init__(vocab_size, hidden_size, rank, outputs)
         self.gate_proj = nn.Linear(hidden_size + rank, rank)
 
     @staticmethod
@@ -96,8 +97,8 @@ class RNNMarkovHead(MarkovHead):
 
     by_position = False
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int):
-        super().__init__(vocab_size, hidden_size, rank)
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int, outputs: int | None = None):
+        super().__init__(vocab_size, hidden_size, rank, outputs)
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     @staticmethod

@@ -16,6 +16,7 @@ from pipeline.features import head_logits
 from train.draft.blocks.model import BlockDraftModel
 from train.draft.dspark.confidence import AcceptRatePredictor
 from train.draft.dspark.markov import MARKOV_HEADS
+from train.draft.vocabulary import draft_vocab_size
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Qwen3DSparkModel(BlockDraftModel):
         hidden = config.hidden_size
         if config.markov_rank > 0:
             head = MARKOV_HEADS[config.markov_head_type]
-            self.markov_head = head(config.vocab_size, hidden, config.markov_rank)
+            self.markov_head = head(config.vocab_size, hidden, config.markov_rank, draft_vocab_size(config))
         if config.enable_confidence_head:
             extra = config.markov_rank if config.confidence_head_with_markov else 0
             self.confidence_head = AcceptRatePredictor(hidden + extra)
