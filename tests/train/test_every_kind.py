@@ -16,7 +16,14 @@ from train.runs.open import open_draft
 from train.runs.results import read_evaluation, read_speculation
 
 # Settings of a small draft that differ from `SMALL` of tests.train.runs; None for those that a kind lacks.
-OWN = {"dspark": {}, "dflash": {"draft__markov_rank": None, "draft__block_size": 4}}
+OWN = {
+    "dspark": {},
+    "dflash": {"draft__markov_rank": None, "draft__block_size": 4},
+    "eagle3": {
+        **dict.fromkeys(("draft__markov_rank", "draft__block_size", "draft__num_layers")),
+        "draft__ttt_steps": 3,
+    },
+}
 
 
 @pytest.fixture(scope="module", params=list(DRAFTS))

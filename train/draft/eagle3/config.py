@@ -15,6 +15,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from pipeline.cache import Manifest
 from train.draft.body import DIMENSIONS, body, body_export
 from train.draft.eagle3.settings import Eagle3Config
+from train.draft.vocabulary import check_vocabulary
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -53,14 +54,14 @@ def draft_config(
         num_anchors: not looked at: every candidate is an anchor.
 
     Raises:
-        ConfigError: the heads don't fit each other.
+        ConfigError: the heads don't fit each other, or the target has fewer tokens.
     """
     found = body(draft, target, manifest)
     return LlamaConfig(
         architectures=[ARCHITECTURE],
         **found,
         num_hidden_layers=1,
-        draft_vocab_size=getattr(draft, "draft_vocab_size", None) or found["vocab_size"],
+        draft_vocab_size=check_vocabulary(draft.draft_vocab_size, found["vocab_size"]),
         target_hidden_size=found["hidden_size"],
         num_aux_hidden_states=len(layer_ids),
         fc_norm=draft.fc_norm,

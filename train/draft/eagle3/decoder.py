@@ -41,7 +41,6 @@ class ChainDecoder:
         self._cache = torch.empty(shape, dtype=model.fc.weight.dtype, device=self.device)
         self._last: Tensor | None = None
         """Hidden state of the last position, whose row lacks its token, `[1, 1, H]`."""
-        self._kept = model.kept
 
     def reset(self) -> None:
         """Forget the context."""
@@ -113,16 +112,12 @@ class ChainDecoder:
             final, hidden = model.output(hidden)
             logits = model.draft_logits(final[0, 0])  # [Vd]
             if temperature > 0:
-                probs.append(self._spread(torch.softmax(logits / temperature, -1)))
-                token = draw(probs[-1], generator)
+                probs.append(torch.softmax(logits / temperature, -1))
+                number = draw(probs[-1], generator)
             else:
-                best = logits.argmax()
-                token = best if self._kept is None else self._kept[best]
+                number = logits.argmax()
+            token = model.target_ids(number)
             tokens.append(token)
-        return Drafted(tokens=torch.stack(tokens), probs=torch.stack(probs) if probs else None)
-
-    def _spread(self, probs: Tensor) -> Tensor:
-        """Return probabilities `[V]` of all tokens from those of the draft's, `[Vd]`."""
-        if self._kept is None:
-            return probs
-        return probs.new_zeros(self.model.config.vocab_size).index_copy_(0, self._kept, probs)
+        return Drafted(
+            tokens=torch.stack(tokens), probs=model.over_target(torch.stack(probs)) if probs else None
+        )

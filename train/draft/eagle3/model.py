@@ -30,9 +30,10 @@ from train.draft.blocks.attention import BlockRotaryEmbedding
 from train.draft.blocks.model import DraftBlocks
 from train.draft.eagle3.attention import View, attend_context, flex_view, grouped_view, join_own
 from train.draft.eagle3.layers import Eagle3Layer
+from train.draft.vocabulary import ReducedVocabulary
 
 
-class Eagle3Model(PreTrainedModel):
+class Eagle3Model(PreTrainedModel, ReducedVocabulary):
     """An EAGLE-3 draft for a target of any family.
 
     Args:
@@ -66,13 +67,8 @@ class Eagle3Model(PreTrainedModel):
         self.norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary_emb = BlockRotaryEmbedding(config)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
-        self.reduced = config.draft_vocab_size < config.vocab_size
-        if self.reduced:  # the first tokens, until the vocabulary is chosen or loaded
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-            self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
-        self.register_buffer("target_head", None, persistent=False)
-        self.target_head: Tensor | None
-        """The target's head `[V, H]`, the teacher's; None until it is given."""
+        self.add_vocabulary(config)
+        self.trains_head = config.train_head
         self.post_init()
 
     @property
@@ -81,56 +77,15 @@ class Eagle3Model(PreTrainedModel):
         return []
 
     @property
-    def kept(self) -> Tensor | None:
-        """Ids of the draft's tokens, `[Vd]` int64, ascending; None if it has all."""
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device) if self.reduced else None
-
-    def keep(self, tokens: Tensor) -> None:
-        """Set the draft's vocabulary. The head's rows are chosen when the target's head is given.
-
-        Args:
-            tokens: ids of its tokens, `[Vd]` int64, ascending.
-        """
-        assert len(tokens) == self.config.draft_vocab_size, "the config has another vocabulary"
-        if not self.reduced:
-            return
-        self.d2t.copy_(tokens - torch.arange(len(tokens), device=tokens.device))
-        self.t2d.zero_()[tokens] = True
-
-    def draft_ids(self, tokens: Tensor) -> Tensor:
-        """Return the numbers of tokens in the draft's vocabulary, -1 for tokens outside it."""
-        kept = self.kept
-        if kept is None:
-            return tokens
-        numbers = torch.full((self.config.vocab_size,), -1, device=kept.device)
-        return numbers.index_copy_(0, kept, torch.arange(len(kept), device=kept.device))[tokens]
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the weights that are the target's. Engines take the head from the draft, frozen or not."""
+        return ("embed_tokens.weight",)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
-
-    def initialize_embeddings_and_head(
-        self, embed_tokens: nn.Module | Tensor, lm_head: nn.Module | Tensor, freeze: bool = True
-    ) -> None:
-        """Copy the target's embedding into the draft, and the rows of the draft's tokens of its head.
-
-        The target's head is kept for the teacher. The draft's own is loaded after this, if it was trained.
-
-        Args:
-            embed_tokens: the embedding's weight `[V, H]`, or a module that has it as `weight`.
-            lm_head: the head's weight `[V, H]`, or a module that has it as `weight`.
-            freeze: exclude from training the embedding, and the head unless `config.train_head`.
-        """
-        embedding, head = (e if isinstance(e, Tensor) else e.weight.detach() for e in (embed_tokens, lm_head))
-        self.target_head = head.to(self.lm_head.weight.device)
-        kept = self.kept
-        with torch.no_grad():
-            self.embed_tokens.weight.copy_(embedding)
-            self.lm_head.weight.copy_(self.target_head if kept is None else self.target_head[kept])
-        self.embed_tokens.weight.requires_grad_(not freeze)
-        self.lm_head.weight.requires_grad_(self.config.train_head or not freeze)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return embeddings `[.., H]` of tokens `[..]`, as the target scales them."""

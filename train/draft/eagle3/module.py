@@ -15,18 +15,13 @@ from train.draft.blocks.module import BlockTrainerModule
 from train.draft.eagle3.attention import resolve_attention
 from train.draft.eagle3.model import Eagle3Model
 from train.losses.fused import SlotOperands, resolve_kernel
-from train.losses.reach import teacher_reach
 from train.losses.slots import Supervised
 from train.runtime.compiled import compiled, compiles
 from train.runtime.precision import allow_tf32, resolve_precision
 
 
 class Eagle3TrainerModule(BlockTrainerModule):
-    """Unroll the draft on the target's supervision and compute its objective.
-
-    In training the teacher's probabilities are those of the draft's vocabulary, scaled to sum up to one. In
-    evaluation they are the target's own, so that no figure is better than what decoding finds.
-    """
+    """Unroll the draft on the target's supervision and compute its objective."""
 
     draft_model: Eagle3Model
 
@@ -47,20 +42,12 @@ class Eagle3TrainerModule(BlockTrainerModule):
             raise ValueError(
                 "the soft cross entropy needs target_last_hidden_states: pass them, or set soft_ce_alpha to 0"
             )
-        model = self.draft_model
         operands = super()._operands(blocks, supervised, input_ids, last_hidden, known)
-        operands = dataclasses.replace(operands, labels=model.draft_ids(operands.labels))
-        if operands.teacher_hidden is None:
+        model = self.draft_model
+        if operands.teacher_hidden is None or not model.trains_head:
             return operands
-        whole, kept = model.target_head, model.kept
-        assert whole is not None, "the target's head was not given"
-        if model.config.train_head:
-            operands = dataclasses.replace(operands, teacher_head=whole if kept is None else whole[kept])
-        if kept is None or self.training:
-            return operands
-        hidden, scales = operands.teacher_hidden, (model.softcap, model.logit_scale)
-        mass, reachable = teacher_reach(hidden, whole, kept, *scales)
-        return dataclasses.replace(operands, teacher_mass=mass, reachable=reachable)
+        assert model.target_head is not None, "the target's head was not given"
+        return dataclasses.replace(operands, teacher_head=model.head_rows(model.target_head))
 
     def prepare(self, config: RunConfig, device: torch.device, *, by_layer: bool = False) -> None:
         """Set how the draft runs on a device: attention kernel, compilation, checkpointing.

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from pipeline.errors import RunError
 from pipeline.text import one_line
 from train.draft.eagle3.config import ARCHITECTURE, DECLARED, LAYER_IDS, layer_ids_of
+from train.draft.vocabulary import kept_tokens
 
 # Names in config.json -> names in a run's [draft] table.
 _SETTINGS = {
@@ -147,7 +148,7 @@ def released_weights(weights: Mapping[str, Tensor], vocab_size: int) -> dict[str
         return found
     if len(offsets) == vocab_size:
         return {name: weight for name, weight in found.items() if name not in ("d2t", "t2d")}
-    kept = offsets.long() + torch.arange(len(offsets))
+    kept = kept_tokens(offsets.long())
     inside = torch.zeros(vocab_size, dtype=torch.bool)
     inside[kept[(kept >= 0) & (kept < vocab_size)]] = True
     return found | {"d2t": offsets.long(), "t2d": inside}
