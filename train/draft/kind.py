@@ -11,7 +11,7 @@ token at anchor + k + 1. A slot is supervised if all tokens from the anchor's su
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -159,6 +159,10 @@ class DraftKind:
         [Mapping[str, Any], Mapping[str, Tensor], str], tuple[dict[str, Any], dict[str, Any]]
     ]
     """Return `[draft]` for a released config and weights, and the config with defaults filled in."""
+    released_weights: Callable[[dict[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] = field(
+        default=lambda weights, _values: weights
+    )
+    """Return a released draft's weights, by the names of a run's. Arguments: the weights, the config."""
     build: Callable[[PretrainedConfig], Any]
     """Build a draft in fp32 with random weights."""
     initialise: Callable[[Any, DraftConfig, CacheReader, np.ndarray], None]

@@ -26,6 +26,7 @@ from train.draft import DRAFTS
 from train.draft.kind import DraftKind
 from train.draft.settings import run_config
 from train.draft.shape import draft_shape, resolved
+from train.draft.vocabulary import VOCABULARY, draft_vocab_size
 from train.runs.checkpoint import FROZEN, save_checkpoint
 from train.runs.directory import begin
 from train.runs.names import CONFIG
@@ -74,7 +75,7 @@ def import_draft(
     check_new(run)
     source = find_draft(folder, _ASKER)
     values = _read_config(source)
-    weights = read_weights(source, _ASKER)
+    weights = _kind(values).released_weights(read_weights(source, _ASKER), values)
     reader = CacheReader(cache)
     reader.check_shards()
     config = _run_config(source, values, weights, overrides)
@@ -85,9 +86,9 @@ def import_draft(
     frozen = reader.frozen()
     model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
     copy_weights(model, weights, source, _ASKER)
-    _check_weights(weights, source)
+    _check_weights(weights, source, model.frozen)
     identity = reader.manifest.identity
-    for name in FROZEN:
+    for name in model.frozen:
         if name in weights and not _same(weights[name], frozen[name]):
             warn(f"{source} has another {name} than the cache {cache}: the run uses the cache's")
     if not any(name in values for name in _ROPE):
@@ -139,9 +140,9 @@ def _check_split(reader: CacheReader, config: RunConfig) -> None:
         raise ConfigError(f"{_ASKER}: {error}; set the share with --set train.held_out=") from None
 
 
-def _check_weights(weights: dict[str, Tensor], folder: Path) -> None:
+def _check_weights(weights: dict[str, Tensor], folder: Path, frozen: tuple[str, ...]) -> None:
     """Check that weights are finite and of a known dtype. Raise RunError naming the tensor."""
-    for name in sorted(weights.keys() - {*FROZEN}):
+    for name in sorted(weights.keys() - {*frozen, *VOCABULARY}):
         if weights[name].dtype not in _DTYPES:
             kind = str(weights[name].dtype).removeprefix("torch.")
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -196,10 +197,11 @@ def _checked_shape(
         )
     shape = draft_shape(reader, config)
     names = (*_AS_TARGET, *(name for name in _SCALES if name in values))
-    both = {name: (getattr(theirs, name), getattr(shape, name)) for name in names}
+    both = {n: (getattr(theirs, n), getattr(shape, n)) for n in names if hasattr(shape, n)}
     if any(name in values for name in _ROPE):
         both["rope_parameters"] = (_rope(theirs), _rope(shape))
-    both["draft_vocab_size"] = (values.get("draft_vocab_size", shape.vocab_size), shape.vocab_size)
+    size = draft_vocab_size(shape)
+    both["draft_vocab_size"] = (values.get("draft_vocab_size", size), size)
     differing = [f"{name}: {a} there, {b} here" for name, (a, b) in both.items() if a != b]
     if differing:
         raise RunError(

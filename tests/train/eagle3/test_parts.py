@@ -50,6 +50,7 @@ CONFIG = {
     "norm_output": True,
     "norm_before_residual": False,
     "norm_before_fc": False,
+    "ttt_steps": 7,
     "eagle_aux_hidden_state_layer_ids": [2, 18, 33],
     "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [1, 17, 32]},
 }
@@ -235,6 +236,7 @@ def test_an_exported_config_comes_back() -> None:
         "intermediate_size": 9728,
         "fc_norm": False,
         "norm_output": True,
+        "ttt_steps": 7,
         "target_layer_ids": (1, 17, 32),
         "draft_vocab_size": 32_000,
     }
@@ -275,13 +277,16 @@ def test_other_drafts_are_refused_by_the_field(change: dict, message: str) -> No
     assert "\n" not in str(error.value)
 
 
+FIVE = {"vocab_size": 5}
+
+
 def test_other_trainers_names_are_ours() -> None:
     """The layer's name, a prefix, and a table of tokens that is missing or says nothing."""
     one = torch.ones(2)
     weights = {"model.layers.0.mlp.up_proj.weight": one, "model.fc.weight": one, "lm_head.weight": one}
-    found = released_weights(weights | {"d2t": torch.tensor([1, 2], dtype=torch.int32)}, 5)
+    found = released_weights(weights | {"d2t": torch.tensor([1, 2], dtype=torch.int32)}, FIVE)
     assert {*found} == {"midlayer.mlp.up_proj.weight", "fc.weight", "lm_head.weight", "d2t", "t2d"}
     assert found["t2d"].tolist() == [False, True, False, True, False]
     assert found["d2t"].dtype == torch.int64
-    whole = released_weights({"d2t": torch.zeros(5), "t2d": torch.ones(5), "midlayer.x": one}, 5)
+    whole = released_weights({"d2t": torch.zeros(5), "t2d": torch.ones(5), "midlayer.x": one}, FIVE)
     assert {*whole} == {"midlayer.x"}

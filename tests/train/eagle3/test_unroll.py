@@ -171,6 +171,7 @@ def test_flex_attention_sees_what_the_groups_see() -> None:
     """The kernel for GPUs, run on the CPU, with tiles that are seen whole, in part and not at all."""
     first = torch.cat([torch.zeros(150), torch.full((150,), 140)]).long()[None]
     end = torch.cat([torch.arange(1, 151), torch.arange(290, 440) // 3 + 60]).long()[None]
+    end[0, 100] = 129  # alone of its tile in seeing a key of the next one
     operands = states(1, 4, 300, 4), states(1, 2, 290, 4), states(1, 2, 290, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not compiled, and how slow that is

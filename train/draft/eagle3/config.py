@@ -80,6 +80,7 @@ def exported(config: PretrainedConfig) -> dict[str, Any]:
         **body_export(config),
         **{name: getattr(config, name) for name in _SERVED},
         **DECLARED,
+        "ttt_steps": config.ttt_steps,  # no engine reads it; an import does
         LAYER_IDS: [i + 1 for i in ids],
         "eagle_config": {"use_aux_hidden_state": True, LAYER_IDS: ids},
     }

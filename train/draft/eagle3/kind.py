@@ -16,7 +16,7 @@ from train.draft.eagle3.decoder import ChainDecoder
 from train.draft.eagle3.flops import training_flops
 from train.draft.eagle3.model import Eagle3Model
 from train.draft.eagle3.module import Eagle3TrainerModule
-from train.draft.eagle3.released import ARCHITECTURES, check_released, released_settings
+from train.draft.eagle3.released import ARCHITECTURES, check_released, released_settings, released_weights
 from train.draft.eagle3.serving import RULES
 from train.draft.eagle3.settings import PUBLISHED, Eagle3Config, Eagle3Loss
 from train.draft.kind import DraftKind
@@ -65,6 +65,7 @@ EAGLE3 = DraftKind(
     architectures=ARCHITECTURES,
     check_released=check_released,
     released_settings=released_settings,
+    released_weights=released_weights,
     build=_build,
     initialise=_nothing,
     module=_module,

@@ -129,7 +129,7 @@ def released_settings(
     return draft, values
 
 
-def released_weights(weights: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+def released_weights(weights: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a released draft's weights by the names that a run's have.
 
     Trainers write the layer as `midlayer` or `layers.0`, with or without a prefix `model.`. Some leave `t2d`
@@ -137,8 +137,9 @@ def released_weights(weights: Mapping[str, Tensor], vocab_size: int) -> dict[str
 
     Args:
         weights: tensors by name.
-        vocab_size: V.
+        values: of config.json.
     """
+    vocab_size = int(values["vocab_size"])
     found = {}
     for name, weight in weights.items():
         name = name.removeprefix("model.")
