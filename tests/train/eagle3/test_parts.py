@@ -203,7 +203,9 @@ def test_counted_products_are_those_that_run(trained: bool) -> None:
     attended = 12 * 4 * 8 * pairs
     grouped = 2 * 4 * 8 * steps * len(anchors) * 12 * 7  # of all chains as one group, over rows 0 to 11
     wanted = training_flops(model.config, packed) - attended
-    assert ran - grouped == pytest.approx(wanted, rel=0.02)
+    slots = (4 + 4 + 3 + 1) + (4 + 1)
+    in_place = 2 * slots * 16 * 16 if trained else 0  # the head's gradient, which the counter does not see
+    assert ran - grouped == wanted - in_place
 
 
 def test_engines_refuse_what_they_cannot_serve() -> None:
