@@ -143,4 +143,5 @@ def _report(manifest: Manifest, cache: Path, *, reused: bool) -> None:
         click.echo(line)
     rows = ", ".join(f"{name} {count:,}" for name, count in sorted(manifest.rows.items()))
     variation = manifest.fidelity.get("teacher_tv_mean", float("nan"))
-    click.echo(f"  rows: {rows}; teacher total variation {variation:.4f}")
+    teacher = f"; teacher total variation {variation:.4f}" * manifest.identity.features.has_last_hidden
+    click.echo(f"  rows: {rows}{teacher}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pipeline.chat.rows import FORMS
 from pipeline.errors import UsageError
@@ -17,7 +18,9 @@ from pipeline.options import (
     DEFAULT_CONTEXT_CODEC,
     DEFAULT_LAST_CODEC,
     LAST_CODECS,
+    LAST_HIDDEN_CHOICES,
     Command,
+    check_last_codec,
     gathered,
     parse_layer_ids,
 )
@@ -119,6 +122,8 @@ class CaptureOptions:
     """Codec of context features, a name in `pipeline.cache.codecs.CODECS`."""
     last_codec: str = DEFAULT_LAST_CODEC
     """Codec of last hidden states, a name in `pipeline.cache.codecs.CODECS`."""
+    last_hidden: str = "post_norm"
+    """none: last hidden states are not stored, and `last_codec` does not count."""
     bad_states: str = "fail"
     """fail: a sample with bad states stops the capture; skip: it is recorded. Not part of the identity."""
     max_bad_states: float = 0.001
@@ -268,6 +273,14 @@ _own_options = gathered(
             help="Codec of the teacher's last hidden states.",
         ),
         click.option(
+            "--last-hidden",
+            type=click.Choice(LAST_HIDDEN_CHOICES),
+            default="post_norm",
+            show_default=True,
+            help="Store the states after the target's final norm, or none, for drafts that learn from the "
+            "data's tokens alone.",
+        ),
+        click.option(
             "--bad-states",
             type=click.Choice(["fail", "skip"]),
             default="fail",
@@ -297,13 +310,17 @@ def capture_options(command: Command) -> Command:
     """Add the options of `CaptureOptions` to a click command, which receives them as `options`.
 
     Raises:
-        UsageError: when the command runs with one of --target and --data only.
+        UsageError: when the command runs with one of --target and --data only, or with options that
+            contradict each other.
     """
 
     @functools.wraps(command)
     def checked(*args: Any, options: CaptureOptions, **others: Any) -> Any:
         if (options.target.target is None) != (not options.data.data):
             raise UsageError("give --target and --data together, or neither for the example")
+        source = click.get_current_context().get_parameter_source("last_codec")
+        given = source not in (None, ParameterSource.DEFAULT)
+        check_last_codec(options.last_hidden, options.last_codec if given else None)
         return command(*args, options=options, **others)
 
     return target_or_example_options(data_options(_own_options(checked)))

@@ -14,6 +14,7 @@ from capture.prepare import PreparedCapture
 from capture.shards.fill import pad
 from capture.target import HFDSparkTargetModel
 from pipeline.cache.codecs import CODECS
+from pipeline.cache.features import NO_LAST_HIDDEN
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes, written_bytes
 from pipeline.cache.split import training_lines
 from pipeline.hooks import input_device
@@ -27,9 +28,9 @@ PRICED = [(name, name if codec.for_last else DEFAULT_LAST_CODEC) for name, codec
 
 
 def price(prepared: PreparedCapture, context_codec: str, last_codec: str) -> Price:
-    """Return the size of the cache with these codecs."""
+    """Return the size of the cache with these codecs; `last_codec` "none" stores no last hidden states."""
     identity = prepared.identity
-    features = replace(identity.features, context_codec=context_codec, last_codec=last_codec)
+    features = identity.features.stored_as(context_codec, last_codec)
     return cache_price(
         replace(identity, features=features),
         prepared.plan,
@@ -54,9 +55,9 @@ def check_room(prepared: PreparedCapture) -> None:
     Raises:
         CacheError: with the bytes needed and the bytes free.
     """
-    options = prepared.options
+    options, features = prepared.options, prepared.identity.features
     if not options.force:
-        cost = price(prepared, options.context_codec, options.last_codec)
+        cost = price(prepared, features.context_codec, features.last_codec)
         check_disk(options.cache, cost, "capture fewer layers (--layers) or samples (--num-samples)")
 
 
@@ -75,8 +76,10 @@ def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
     yield f"{len(prepared.plan):,} shards of at most {options.shard_tokens:,} tokens"
     yield from training_lines(prepared.data.facts.sample_ids, prepared.data.facts.lengths)
     yield f"{'codec':<12}{'bytes per token':>16}{'cache':>12}"
-    chosen = (options.context_codec, options.last_codec)
-    for pair in dict.fromkeys([chosen, *PRICED]):
+    features = prepared.identity.features
+    chosen = (features.context_codec, features.last_codec)
+    pairs = PRICED if features.has_last_hidden else [(name, NO_LAST_HIDDEN) for name, _ in PRICED]
+    for pair in dict.fromkeys([chosen, *pairs]):
         cost = price(prepared, *pair)
         name = pair[0] if pair[0] == pair[1] else "+".join(pair)
         mark = "  (this capture's)" if pair == chosen else ""

@@ -12,6 +12,7 @@ from capture.data.tokens import TokenizedData
 from capture.example import with_example
 from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, build_index, read_manifest
+from pipeline.cache.features import NO_LAST_HIDDEN
 from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
 from pipeline.errors import CacheError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
@@ -106,13 +107,21 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
             sha256=facts.content_hash(),
             settings=options.data.settings() | date | split,
         ),
-        features=FeatureIdentity(
-            layer_ids=layer_ids, context_codec=options.context_codec, last_codec=options.last_codec
-        ),
+        features=_features(options, layer_ids),
         shard_tokens=options.shard_tokens,
         batch_tokens=options.batch_tokens,
     )
     return PreparedCapture(options, target, identity, found, data, batching, index, plan, rope)
+
+
+def _features(options: CaptureOptions, layer_ids: tuple[int, ...]) -> FeatureIdentity:
+    """Return the states to store and their codecs."""
+    return FeatureIdentity(
+        layer_ids=layer_ids,
+        context_codec=options.context_codec,
+        last_codec=NO_LAST_HIDDEN if options.last_hidden == NO_LAST_HIDDEN else options.last_codec,
+        last_hidden=options.last_hidden,
+    )
 
 
 def _with_dtype_of(found: Identity | None, options: TargetOptions) -> TargetOptions:

@@ -101,7 +101,7 @@ def _capture_pending(writer: CacheWriter, prepared: PreparedCapture, place: Work
     target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
     statistics = writer.statistics(lambda: measure_statistics(target, identity, data, order, bad))
     codecs = state_codecs(identity, statistics)
-    proof = prove_target(target, identity, prepared, codecs[LAST_HIDDEN], place.rank == 0)
+    proof = prove_target(target, identity, prepared, codecs.get(LAST_HIDDEN), place.rank == 0)
     written = 0
     try:
         with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:

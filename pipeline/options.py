@@ -18,6 +18,21 @@ CONTEXT_CODECS = tuple(CODECS)
 LAST_CODECS = tuple(name for name, codec in CODECS.items() if codec.for_last)
 # A third of the bytes of bf16. Its effect on drafts is measured in benchmarks/quality.py.
 DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC = "nf4", "int8"
+# Last hidden states as the manifest names them: those after the final norm, or none.
+LAST_HIDDEN_CHOICES = ("post_norm", "none")
+
+
+def check_last_codec(last_hidden: str | None, last_codec: str | None) -> None:
+    """Refuse a codec for states that are left out. Raises UsageError.
+
+    Args:
+        last_hidden, last_codec: the options' values as given; None for an option that was not.
+    """
+    if last_hidden == "none" and last_codec is not None:
+        raise UsageError(
+            f"--last-hidden none stores no last hidden states, --last-codec {last_codec} says how: give "
+            "one of them"
+        )
 
 
 def parse_layer_ids(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[int, ...] | None:

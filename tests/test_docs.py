@@ -16,7 +16,8 @@ import pytest
 
 from pipeline.cache.codecs import bits_per_value, get_codec
 from pipeline.cli import COMMANDS
-from train.config import RunConfig
+from train.config import TrainConfig
+from train.draft import TABLES
 
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 200
@@ -193,8 +194,9 @@ def bad_paths(pages: Pages) -> list[str]:
 
 def bad_settings(pages: Pages) -> list[str]:
     """Return the settings in code that a run doesn't have. `train.draft` and the like are modules."""
-    tables = {table.name: table.default_factory for table in fields(RunConfig)}
-    known = {f"{table}.{setting.name}" for table, made in tables.items() for setting in fields(made)}
+    tables = [pair for k in TABLES.values() for pair in (("draft", k.draft), ("loss", k.loss))]
+    tables.append(("train", TrainConfig))
+    known = {f"{name}.{setting.name}" for name, table in tables for setting in fields(table)}
     modules = {name.removesuffix(".py").replace("/", ".") for name in tracked() | tracked_folders()}
     return [
         f"{page}: {name}"

@@ -37,12 +37,13 @@ def prove_target(
     target: HFDSparkTargetModel,
     identity: Identity,
     prepared: PreparedCapture,
-    last_codec: StateCodec,
+    last_codec: StateCodec | None,
     speaks: bool,
 ) -> dict[str, float]:
     """Prove the target on rows of the data, and judge its predictions.
 
     Args:
+        last_codec: codec of last hidden states; None if they are not stored.
         speaks: print what was seen. One of several processes does.
 
     Returns:

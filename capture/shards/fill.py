@@ -318,12 +318,13 @@ class ShardFiller:
             peaks.append((layer_id, first, self._peaks(rows)))
             measured.append(self._compare(name, rows, parts, checked_tokens))
             self._store(shard, name, parts, token)
-        rows = states.pop(LAST_HIDDEN).flatten(0, 1)
-        rows = rows[label_index.to(rows.device)]
-        parts = self._encode(LAST_HIDDEN, rows)
-        peaks.append((LAST_HIDDEN, first, self._peaks(rows)))
-        measured.append(self._compare(LAST_HIDDEN, rows, parts, checked))
-        self._store(shard, LAST_HIDDEN, parts, last)
+        if LAST_HIDDEN in self._codecs:
+            rows = states.pop(LAST_HIDDEN).flatten(0, 1)
+            rows = rows[label_index.to(rows.device)]
+            parts = self._encode(LAST_HIDDEN, rows)
+            peaks.append((LAST_HIDDEN, first, self._peaks(rows)))
+            measured.append(self._compare(LAST_HIDDEN, rows, parts, checked))
+            self._store(shard, LAST_HIDDEN, parts, last)
         shard.add(peaks, measured)
         shard._filled = (first + len(batch), token + len(token_rows), last + len(label_rows))
 

@@ -52,6 +52,8 @@ def measure_statistics(
         sample = data[int(order[i])]
         sample = TokenizedSample(sample.source_row, sample.input_ids[:TOKENS], sample.loss_mask[:TOKENS])
         states = _states(target, sample)
+        if states is not None and not identity.features.has_last_hidden:
+            del states[LAST_HIDDEN]  # a row that is not stored is not bad
         reason, key = (TOO_LARGE, None) if states is None else _verdict(states, sample, sums)
         if reason is not None:
             if bad is None:

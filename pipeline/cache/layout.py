@@ -27,10 +27,11 @@ def shard_specs(identity: Identity, plan: ShardPlan) -> dict[str, TensorSpec]:
         "input_ids": (torch.int32, (plan.tokens,)),
         "loss_mask": (torch.uint8, (plan.tokens,)),
     }
-    context, last = get_codec(features.context_codec), get_codec(features.last_codec)
+    context = get_codec(features.context_codec)
     for layer_id in features.layer_ids:
         for suffix, spec in context.specs(plan.tokens, width).items():
             specs[part_name(context_name(layer_id), suffix)] = spec
-    for suffix, spec in last.specs(plan.last_rows, width).items():
-        specs[part_name(LAST_HIDDEN, suffix)] = spec
+    if features.has_last_hidden:
+        for suffix, spec in get_codec(features.last_codec).specs(plan.last_rows, width).items():
+            specs[part_name(LAST_HIDDEN, suffix)] = spec
     return specs

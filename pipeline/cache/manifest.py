@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import config, files
+from pipeline.cache.features import FeatureIdentity
 from pipeline.cache.skipped import Skipped, impossible
 from pipeline.errors import CacheError, ConfigError
 from pipeline.features import validate_target_layer_ids
@@ -87,16 +88,6 @@ class DataIdentity:
     """SHA-256 over the sample ids in order, and so over all token ids and loss masks."""
     settings: dict[str, str]
     """The options by which rows became samples: form, supervision, lengths, selection."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureIdentity:
-    """The stored states and their codecs."""
-
-    layer_ids: tuple[int, ...]
-    context_codec: str
-    last_codec: str
-    last_hidden: Literal["post_norm"] = "post_norm"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,11 +52,12 @@ def cache_price(
         target_bytes: size of the files of `target/`.
     """
     features, width = identity.features, identity.target.hidden_size
-    context, last = get_codec(features.context_codec), get_codec(features.last_codec)
+    context = get_codec(features.context_codec)
+    row_bytes = get_codec(features.last_codec).row_bytes(width) if features.has_last_hidden else 0
     tokens, last_rows = sum(plan.tokens), sum(plan.last_rows)
     header = len(file_layout(shard_specs(identity, plan[0])).header)
     token_bytes = 4 + 1 + len(features.layer_ids) * context.row_bytes(width)
-    shards = tokens * token_bytes + last_rows * last.row_bytes(width) + len(plan) * header
+    shards = tokens * token_bytes + last_rows * row_bytes + len(plan) * header
     digest = "0" * 64
     manifest = Manifest(created_by="", identity=identity, rows=rows, plan=plan, fidelity={})
     table = len(plan) * len(f'{shards // len(plan)}, "{digest}", ')

@@ -52,7 +52,7 @@ class CachedSample:
     input_ids: Tensor  # [S] int32
     loss_mask: Tensor  # [S] uint8
     context: Tensor  # [S, L*H] bfloat16, layers concatenated in the order requested
-    last_hidden: Tensor  # [M, H] bfloat16
+    last_hidden: Tensor | None  # [M, H] bfloat16; None if the cache has none
     last_positions: Tensor  # [M] int64
 
 
@@ -82,8 +82,10 @@ class CacheReader:
             )
         features = self.manifest.identity.features
         self.layer_ids: tuple[int, ...] = features.layer_ids
+        self.has_last_hidden: bool = features.has_last_hidden
+        """True if the cache has last hidden states, from which the teacher's logits are computed."""
         self.hidden_size: int = self.manifest.identity.target.hidden_size
-        for codec in (features.context_codec, features.last_codec):
+        for codec in features.codecs:
             get_codec(codec)  # an unknown one is refused before anything else is read
         check_statistics_listed(self.path, self.manifest)
         self._check_files()
@@ -166,6 +168,18 @@ class CacheReader:
                 "capture again with --layers, or drop it from draft.target_layer_ids"
             )
         return tuple(layer_ids)
+
+    def require_last_hidden(self, user: str) -> None:
+        """Check that the cache has last hidden states. Raise CacheError if not.
+
+        Args:
+            user: what needs them, for the message.
+        """
+        if not self.has_last_hidden:
+            raise CacheError(
+                f"{user} needs the target's last hidden states, and cache {self.path} was made without "
+                "them: make it again without --last-hidden none"
+            )
 
     def _map_shard(self, shard: int) -> MappedShard:
         self._check_size(shard_file(shard), self.manifest.shards.bytes[shard])
@@ -287,11 +301,12 @@ class CacheReader:
             self._codecs[state].decode(self.parts(i, state), out[:, columns])
 
     def read_last_hidden(self, i: int, out: Tensor) -> None:
-        """Decode a sample's last hidden states into `out` `[M, H]`."""
+        """Decode a sample's last hidden states into `out` `[M, H]`. Raises CacheError if there are none."""
+        self.require_last_hidden("this read")
         self._codecs[LAST_HIDDEN].decode(self.parts(i, LAST_HIDDEN), out)
 
     def num_last_rows(self, i: int) -> int:
-        """Return M, the number of stored last hidden rows of sample `i`."""
+        """Return M, the number of label rows of sample `i`, those of its last hidden states if it has any."""
         return int(self._last_rows[i])
 
     def read(self, i: int, layer_ids: Sequence[int] | None = None) -> CachedSample:
@@ -302,12 +317,14 @@ class CacheReader:
             IndexError: no such sample.
         """
         layers = self.require_layers(self.layer_ids if layer_ids is None else layer_ids)
-        self.read_ahead(i, [*map(context_name, layers), LAST_HIDDEN])
+        self.read_ahead(i, [*map(context_name, layers), *([LAST_HIDDEN] if self.has_last_hidden else [])])
         input_ids, loss_mask = self.tokens(i)
         context = torch.empty(len(input_ids), len(layers) * self.hidden_size, dtype=torch.bfloat16)
         self.read_context(i, layers, context)
-        last_hidden = torch.empty(self.num_last_rows(i), self.hidden_size, dtype=torch.bfloat16)
-        self.read_last_hidden(i, last_hidden)
+        last_hidden = None
+        if self.has_last_hidden:
+            last_hidden = torch.empty(self.num_last_rows(i), self.hidden_size, dtype=torch.bfloat16)
+            self.read_last_hidden(i, last_hidden)
         return CachedSample(
             sample_id=self.sample_id(i),
             input_ids=input_ids.clone(),

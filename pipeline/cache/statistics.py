@@ -96,7 +96,8 @@ def state_codecs(identity: Identity, statistics: Mapping[str, Statistics]) -> di
     """Return the codec of each state of a cache, with its statistics, by the state's name."""
     features = identity.features
     names = dict.fromkeys([context_name(i) for i in features.layer_ids], features.context_codec)
-    names[LAST_HIDDEN] = features.last_codec
+    if features.has_last_hidden:
+        names[LAST_HIDDEN] = features.last_codec
     return {state: StateCodec(get_codec(name), statistics.get(state)) for state, name in names.items()}
 
 

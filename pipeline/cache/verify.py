@@ -95,7 +95,7 @@ def verify_cache(
         CacheError: the manifest itself is missing, damaged or of another version.
     """
     manifest = read_manifest(cache)
-    for codec in (manifest.identity.features.context_codec, manifest.identity.features.last_codec):
+    for codec in manifest.identity.features.codecs:
         get_codec(codec)
     check_statistics_listed(cache, manifest)
     skipped = None

@@ -11,7 +11,7 @@ from pipeline.cache import CacheReader
 from pipeline.cache.manifest import read_manifest
 from pipeline.errors import CacheError
 from tests.conftest import assert_refused, run_cli
-from tests.pipeline.handmade import HIDDEN, HandCache, seal
+from tests.pipeline.handmade import HIDDEN, HandCache, Tensors, seal
 from tests.pipeline.hostile import Bend, assert_refuses
 from tests.pipeline.written import small_cache
 
@@ -83,6 +83,11 @@ def edit_plan(cache: HandCache, edit: Callable[[list], object]) -> None:
         edit(column)
 
 
+def without_last_hidden(shards: list[Tensors]) -> None:
+    for shard in shards:
+        shard.entries.remove(shard.entry("last_hidden"))
+
+
 MANIFEST_BENDS: dict[str, Bend] = {
     "empty": manifest_text(lambda t: b""),
     "not JSON": manifest_text(lambda t: b"\x80\x04\x95"),
@@ -123,6 +128,15 @@ MANIFEST_BENDS: dict[str, Bend] = {
     "missing weights hash": drop("identity.target.weights"),
     "missing features": drop("identity.features"),
     "layers from before the final norm": put("identity.features.last_hidden", "pre_norm"),
+    "a codec for states that are left out": lambda c: (
+        without_last_hidden(c.shards),
+        c.manifest["identity"]["features"].update(last_hidden="none"),
+    ),
+    "states without a codec": put("identity.features.last_codec", "none"),
+    "last hidden states left out that the shards hold": lambda c: c.manifest["identity"]["features"].update(
+        last_hidden="none", last_codec="none"
+    ),
+    "last hidden states that the shards lack": lambda c: without_last_hidden(c.shards),
     "unknown codec": put("identity.features.context_codec", "zip"),
     "unknown last codec": put("identity.features.last_codec", "pickle"),
     "codec name with a line break": put("identity.features.last_codec", "a\nb"),

@@ -33,9 +33,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return call
 
-    classes = ("config_class", "settings", "loss")
     names = [field.name for field in dataclasses.fields(kind) if callable(getattr(kind, field.name))]
-    names = [name for name in names if name not in classes]
+    names.remove("config_class")
     watched = dataclasses.replace(kind, **{name: counted(name) for name in names})
     monkeypatch.setitem(train.draft.DRAFTS, "dspark", watched)
     return calls
@@ -56,6 +55,7 @@ def test_every_part_of_a_kind_is_used(
         "collate",
         "flops",
         "lr_scales",
+        "needs_last_hidden",
     }
     assert {name for name, count in asked.items() if count} == trained
     asked.clear()
@@ -80,9 +80,9 @@ def test_every_part_of_a_kind_is_used(
 
 def test_the_kind_of_a_run_is_a_setting() -> None:
     for name, kind in DRAFTS.items():
-        assert name == kind.name == kind.settings().kind
-        assert get_args(get_type_hints(kind.settings)["kind"]) == (name,)
-        assert type(run_config({"draft": {"kind": name}}).loss) is kind.loss
+        assert name == kind.name == kind.tables.draft().kind
+        assert get_args(get_type_hints(kind.tables.draft)["kind"]) == (name,)
+        assert type(run_config({"draft": {"kind": name}}).loss) is kind.tables.loss
     assert run_config({}).draft.kind == "dspark"
 
 

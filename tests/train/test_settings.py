@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.runs import train_arguments
 from train.config import TrainConfig
-from train.draft import DRAFTS
+from train.draft import TABLES
 from train.draft.blocks import attention
 from train.draft.dspark.markov import MARKOV_HEADS
 from train.draft.dspark.settings import PUBLISHED, DSparkConfig, DSparkLoss
@@ -154,7 +154,7 @@ def test_every_setting_is_explained() -> None:
     shown = run_ok("train", "--explain")
     lines = [line for line in shown.splitlines() if line[0] != " "]
     tables = [
-        (n, table) for kind in DRAFTS.values() for n, table in (("draft", kind.settings), ("loss", kind.loss))
+        (n, table) for kind in TABLES.values() for n, table in (("draft", kind.draft), ("loss", kind.loss))
     ]
     tables.append(("train", TrainConfig))
     names = [f"{name}.{field.name}" for name, table in tables for field in dataclasses.fields(table)]

@@ -13,7 +13,8 @@ from train.data.loader import PackedSample
 from train.data.sampling import drawn_anchors
 from train.draft.blocks.anchors import build_eval_mask, label_positions
 from train.draft.blocks.collate import collate_anchors
-from train.draft.dspark.module import DSparkTrainerModule, teacher_positions
+from train.draft.blocks.module import teacher_positions
+from train.draft.dspark.module import DSparkTrainerModule
 from train.losses.slots import Supervised, places
 
 MASKS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=4)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config import field_docs, toml_value
 from train.config import TrainConfig
-from train.draft import DRAFTS
+from train.draft import TABLES
 
 
 def explain(width: int | None = None) -> Iterator[str]:
@@ -32,10 +32,10 @@ def explain(width: int | None = None) -> Iterator[str]:
 
 def _rows() -> Iterator[tuple[str, str, str, str]]:
     """Yield the rows of all kinds: what each has for itself, then what they share."""
-    for kind in DRAFTS.values():
-        yield from _table("draft", kind.settings, kind.published)
+    for kind in TABLES.values():
+        yield from _table("draft", kind.draft, kind.published)
         yield from _table("loss", kind.loss, kind.published)
-    yield from _table("train", TrainConfig, next(iter(DRAFTS.values())).published)
+    yield from _table("train", TrainConfig, next(iter(TABLES.values())).published)
 
 
 def _table(table: str, cls: type, published: Mapping[str, str]) -> Iterator[tuple[str, str, str, str]]:

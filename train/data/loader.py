@@ -72,10 +72,13 @@ class Pack:
 
 @dataclass(kw_only=True)
 class Batch(Pack):
-    """A pack with the target's states, the input of a draft's module."""
+    """A pack with the target's states, the input of a draft's module.
+
+    A cache without last hidden states gives None for them.
+    """
 
     target_hidden_states: Tensor  # [1, P, L, H] bfloat16, of any strides, zero after the last sample
-    target_last_hidden_states: Tensor  # [1, P, H] bfloat16, zero where no loss can use it
+    target_last_hidden_states: Tensor | None  # [1, P, H] bfloat16, zero where no loss can use it
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; on a CPU the batch itself."""
@@ -93,10 +96,10 @@ class EncodedBatch(Pack):
     reader: CacheReader
     context: dict[int, dict[str, Tensor]]
     """The stored tensors of each layer, by layer id and suffix, `[num_tokens, ..]`."""
-    last_hidden: dict[str, Tensor]
-    """The stored tensors of the last hidden states, by suffix, `[M, ..]`."""
+    last_hidden: dict[str, Tensor] | None
+    """The stored tensors of the last hidden states, by suffix, `[M, ..]`; None if the cache has none."""
     last_positions: Tensor
-    """Positions of those M rows in the pack, `[M]`."""
+    """Positions of the M label rows in the pack, `[M]`."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device and decode there, on the device's current stream."""
@@ -113,9 +116,11 @@ class EncodedBatch(Pack):
         for column, (layer_id, parts) in enumerate(self.context.items()):
             out = context[: self.num_tokens, column]
             self.reader.codec(context_name(layer_id)).decode(there(parts), out)
-        states = torch.empty(len(positions), hidden, dtype=torch.bfloat16, device=device)
-        self.reader.codec(LAST_HIDDEN).decode(there(self.last_hidden), states)
-        last_hidden = context.new_zeros(width, hidden).index_copy_(0, positions, states)
+        last_hidden = None
+        if self.last_hidden is not None:
+            states = torch.empty(len(positions), hidden, dtype=torch.bfloat16, device=device)
+            self.reader.codec(LAST_HIDDEN).decode(there(self.last_hidden), states)
+            last_hidden = context.new_zeros(width, hidden).index_copy_(0, positions, states)
         counts = {"num_tokens": self.num_tokens, "flops": self.flops}
         return Batch(**tokens, **counts, **_states(context, last_hidden), collated=collated)
 
@@ -125,8 +130,9 @@ def _each_tensor(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Ar
     return {n: change(value) if isinstance(value, Tensor) else value for n, value in arguments.items()}
 
 
-def _states(context: Tensor, last_hidden: Tensor) -> dict[str, Tensor]:
-    return {"target_hidden_states": context[None], "target_last_hidden_states": last_hidden[None]}
+def _states(context: Tensor, last_hidden: Tensor | None) -> dict[str, Tensor | None]:
+    last = None if last_hidden is None else last_hidden[None]
+    return {"target_hidden_states": context[None], "target_last_hidden_states": last}
 
 
 def load_pack(reader: CacheReader, samples: Sequence[int], batch_tokens: int, collate: Collate) -> Pack:
@@ -170,23 +176,27 @@ def load_batch(
     """
     pack = load_pack(reader, samples, batch_tokens, collate)
     memory = batch_memory(reader, layer_ids, batch_tokens) if memory is None else memory
-    *context, last_hidden = memory  # layer by layer, so that stored rows fill contiguous memory
-    memory[:-1, pack.num_tokens :] = 0
-    last_hidden.zero_()
+    context = memory[: len(layer_ids)]  # layer by layer, so that stored rows fill contiguous memory
+    context[:, pack.num_tokens :] = 0
+    last_hidden = memory[-1].zero_() if reader.has_last_hidden else None
     for i, rows in _places(reader, samples, layer_ids):
         for layer_id, states in zip(layer_ids, context, strict=True):
             reader.read_rows(i, context_name(layer_id), slice(None), states[rows])
+        if last_hidden is None:
+            continue
         begin = 0
         for run in _runs(last_positions(pack.loss_mask[0, rows])):
             end = begin + run.stop - run.start
             reader.read_rows(i, LAST_HIDDEN, slice(begin, end), last_hidden[rows][run])
             begin = end
-    return Batch(**vars(pack), **_states(memory[:-1].transpose(0, 1), last_hidden))
+    return Batch(**vars(pack), **_states(context.transpose(0, 1), last_hidden))
 
 
 def batch_memory(reader: CacheReader, layer_ids: Sequence[int], batch_tokens: int) -> Tensor:
-    """Allocate the states of a batch, `[L + 1, P, H]` bfloat16: the layers, then the last hidden states."""
-    return torch.empty(len(layer_ids) + 1, batch_tokens, reader.hidden_size, dtype=torch.bfloat16)
+    """Allocate the states of a batch, `[L + 1, P, H]` bfloat16: the layers, then any last hidden states."""
+    return torch.empty(
+        len(layer_ids) + reader.has_last_hidden, batch_tokens, reader.hidden_size, dtype=torch.bfloat16
+    )
 
 
 def load_encoded_batch(
@@ -214,12 +224,13 @@ def load_encoded_batch(
         }
 
     context = {layer_id: buffers(context_name(layer_id), pack.num_tokens) for layer_id in layer_ids}
-    last_hidden, begin = buffers(LAST_HIDDEN, num_last), 0
+    last_hidden, begin = buffers(LAST_HIDDEN, num_last) if reader.has_last_hidden else None, 0
     for i, rows in _places(reader, samples, layer_ids):
         for layer_id, parts in context.items():
             reader.fetch(i, context_name(layer_id), {name: part[rows] for name, part in parts.items()})
         last_rows = slice(begin, begin + reader.num_last_rows(i))
-        reader.fetch(i, LAST_HIDDEN, {name: part[last_rows] for name, part in last_hidden.items()})
+        if last_hidden is not None:
+            reader.fetch(i, LAST_HIDDEN, {name: part[last_rows] for name, part in last_hidden.items()})
         positions[last_rows] = last_positions(pack.loss_mask[0, rows]) + rows.start
         begin = last_rows.stop
     values = dict(vars(pack))
@@ -235,7 +246,7 @@ def _places(
     reader: CacheReader, samples: Sequence[int], layer_ids: Sequence[int]
 ) -> Iterator[tuple[int, slice]]:
     """Yield each sample with its rows of the pack. Request readahead first, and release the pages read."""
-    states = [*map(context_name, layer_ids), LAST_HIDDEN]
+    states = [*map(context_name, layer_ids), *([LAST_HIDDEN] if reader.has_last_hidden else [])]
     for i in samples:
         reader.read_ahead(i, states)
     start, released, begun = 0, 0, set[int]()

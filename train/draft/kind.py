@@ -1,6 +1,6 @@
 """Interface of a kind of draft, for training, evaluation, decoding and export.
 
-To add a kind: add a folder next to `dspark/` with a `DraftKind`, and a row in `train.draft.DRAFTS`. No code
+To add a kind: add a folder next to `dspark/` with a `DraftKind`, and a row in `train.draft.TABLES`. No code
 outside that folder names the kind's classes.
 
 All kinds share these words. An *anchor* is a supervised position whose successor is supervised too. The draft
@@ -10,7 +10,7 @@ token at anchor + k + 1. A slot is supervised if all tokens from the anchor's su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,8 +22,9 @@ from transformers import PretrainedConfig
 from pipeline.cache import CacheReader, Manifest
 from train.config import DraftConfig, LossConfig, RunConfig, TrainConfig
 from train.data.loader import Arguments, Collate, Pack
-from train.data.sampling import AnchorChoice
+from train.data.sampling import AnchorChoice, drawn_anchors
 from train.draft.serving import Rule
+from train.draft.tables import KindTables
 from train.losses.slots import LossSums, SlotFigures
 
 
@@ -118,19 +119,8 @@ class Decoder(Protocol):
 class DraftKind:
     """A kind of draft: its classes and functions."""
 
-    name: str
-    """Name of the kind in `draft.kind`, and of its tag on the Hugging Face Hub."""
-    title: str
-    """Name of the kind for people."""
-    settings: type[DraftConfig]
-    """Class of its `[draft]` table."""
-    loss: type[LossConfig]
-    """Class of its `[loss]` table."""
-    published: Mapping[str, str]
-    """Published values of settings, by dotted name."""
-    implied: Callable[[Collection[str], Mapping[str, Any]], tuple[str, ...]]
-    """Return settings that a point of a grid needs besides its own, as `--set` takes them. Arguments: dotted
-    names of the settings that the grid varies, and the point's `[draft]`."""
+    tables: KindTables
+    """Name and settings of the kind."""
     config_class: type[PretrainedConfig]
     """Class of the draft's Hugging Face config."""
     config: Callable[[DraftConfig, PretrainedConfig, Manifest, tuple[int, ...], int], PretrainedConfig]
@@ -163,6 +153,8 @@ class DraftKind:
         default=lambda weights, _values: weights
     )
     """Return a released draft's weights, by the names of a run's. Arguments: the weights, the config."""
+    needs_last_hidden: Callable[[RunConfig], bool]
+    """Return whether a run needs the target's last hidden states, which a cache may lack."""
     build: Callable[[PretrainedConfig], Any]
     """Build a draft in fp32 with random weights."""
     initialise: Callable[[Any, DraftConfig, CacheReader, np.ndarray], None]
@@ -188,6 +180,20 @@ class DraftKind:
     """Prefixes of the names of parameters whose matrices Muon trains."""
     rules: Mapping[str, tuple[Rule, ...]]
     """Rules of each engine, by the names that `dspark export --to` takes."""
+
+    @property
+    def name(self) -> str:
+        """Name of the kind in `draft.kind`."""
+        return self.tables.name
+
+    @property
+    def title(self) -> str:
+        """Name of the kind for people."""
+        return self.tables.title
+
+    def training_anchors(self, train: TrainConfig, epoch: int) -> AnchorChoice:
+        """Return training's choice of anchors in an epoch."""
+        return drawn_anchors(None, train.seed) if self.anchors is None else self.anchors(train, epoch)
 
     def on(
         self, model: nn.Module, config: RunConfig, device: torch.device, *, by_layer: bool = False

@@ -8,25 +8,25 @@ from pipeline import config as configuration
 from pipeline.config import show
 from pipeline.errors import ConfigError
 from train.config import DraftConfig, RunConfig
-from train.draft import DRAFTS
-from train.draft.kind import DraftKind
+from train.draft import TABLES
+from train.draft.tables import KindTables
 
 
-def kind_of(values: Any, where: str = "config") -> DraftKind:
-    """Return the kind of draft that the tables of a run ask for; by default the first of the table.
+def tables_of(values: Any, where: str = "config") -> KindTables:
+    """Return the tables of the kind of draft that a run asks for; by default of the first kind.
 
     Raises:
         ConfigError: there is no such kind.
     """
     draft = values.get("draft", {}) if isinstance(values, dict) else {}
-    name = next(iter(DRAFTS))
+    name = next(iter(TABLES))
     if isinstance(draft, dict):
         name = draft.get("kind", name)
     elif isinstance(draft, DraftConfig):
         name = draft.kind
-    if not isinstance(name, str) or name not in DRAFTS:
-        raise ConfigError(f"{where}.draft.kind: expected one of {', '.join(DRAFTS)}, got {show(name)}")
-    return DRAFTS[name]
+    if not isinstance(name, str) or name not in TABLES:
+        raise ConfigError(f"{where}.draft.kind: expected one of {', '.join(TABLES)}, got {show(name)}")
+    return TABLES[name]
 
 
 def run_config(values: dict[str, Any], where: str = "config", *, skip_unknown: bool = False) -> RunConfig:
@@ -40,12 +40,11 @@ def run_config(values: dict[str, Any], where: str = "config", *, skip_unknown: b
     Raises:
         ConfigError: as in `pipeline.config.build`, or there is no such kind of draft.
     """
-    kind = kind_of(values, where)
-    own = {"draft": kind.settings, "loss": kind.loss}
+    kind = tables_of(values, where)
     return configuration.build(
         RunConfig,
         {"draft": {}, "loss": {}, **values} if isinstance(values, dict) else values,
         where,
-        classes=own,
+        classes={"draft": kind.draft, "loss": kind.loss},
         skip_unknown=skip_unknown,
     )

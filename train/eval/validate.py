@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,13 @@ from train.runtime.precision import autocast
 
 # Training samples on which a draft shows that it is finite, where nothing was held out.
 _FEW = 8
+# Figures of `StepMetrics.values` that need no teacher.
+_OF_THE_DATA = ("loss", "ce_loss")
+
+
+def teacherless(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return figures of a cache without last hidden states: None for each that needs the target's."""
+    return {name: value if name in _OF_THE_DATA else None for name, value in figures.items()}
 
 
 def held_out_batches(
@@ -67,6 +74,8 @@ def validate(
 ) -> dict[str, Any] | None:
     """Return loss terms, acceptance by position and tau over `samples`, the same on every rank.
 
+    From a cache without last hidden states all but the loss and the cross entropy are None.
+
     Anchors are evenly spread over each sample's candidates, so the figures are the same every time.
 
     Args:
@@ -90,7 +99,17 @@ def validate(
     total = LossSums.from_tensors(list(total.terms), ranks.total(total.tensors()))
     figures = divide(total, Objective.of(config.loss)).values()
     found = to_numbers(figures | {"blocks": total.blocks})
-    return {"samples": len(samples), "blocks": int(found.pop("blocks")), **found}
+    blocks = int(found.pop("blocks"))
+    if not reader.has_last_hidden:
+        found = teacherless(found)
+    return {"samples": len(samples), "blocks": blocks, **found}
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """Return the figure by which drafts are compared, with its name."""
+    if result["tau"] is None:
+        return f"held-out cross entropy {result['ce_loss']:.4f}"
+    return f"held-out tau {result['tau']:.3f}"
 
 
 def gives_finite_losses(
@@ -111,13 +130,11 @@ def gives_finite_losses(
 
 def format_validation(result: dict[str, Any]) -> str:
     """Format the figures for a terminal."""
+    over = f"{headline(result)} over {result['blocks']:,} blocks of {result['samples']:,} samples"
+    if result["tau"] is None:
+        return f"{over} (the cache has no last hidden states to tell the acceptance)"
     values = {"loss": result["loss"]}
     values |= {title: result.get(f"{name}_loss") for name, title in TITLES.items()}
     terms = ", ".join(f"{title} {value:.4f}" for title, value in values.items() if value is not None)
     positions = "  ".join(f"{k + 1}: {a:.3f}" for k, a in enumerate(result["accept_by_position"]))
-    return (
-        f"held-out tau {result['tau']:.3f} over {result['blocks']:,} blocks "
-        f"of {result['samples']:,} samples\n"
-        f"  acceptance by position   {positions}\n"
-        f"  {terms}"
-    )
+    return f"{over}\n  acceptance by position   {positions}\n  {terms}"

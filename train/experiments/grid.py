@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline import config as configuration
 from pipeline.errors import ConfigError, UsageError
 from train.config import RunConfig
-from train.draft.settings import kind_of, run_config
+from train.draft.settings import run_config, tables_of
 
 _LONGEST_NAME = 200  # bytes; file systems end at 255, and the log's name is longer
 # A whole quoted string, or one character.
@@ -116,7 +116,7 @@ def plan_grid(config_file: Path, settings: Iterable[str]) -> list[Point]:
         chosen = tuple(f"{key}={value}" for key, value in zip(grid, choice, strict=True))
         try:
             tables = configuration.apply_overrides(values, chosen)
-            chosen += kind_of(tables, str(config_file)).implied(grid, tables.get("draft", {}))
+            chosen += tables_of(tables, str(config_file)).implied(grid, tables.get("draft", {}))
             config = run_config(configuration.apply_overrides(values, chosen), str(config_file))
         except ConfigError as error:
             raise ConfigError(f"grid point {name}: {error}") from None

@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, DSparkError, RunError
 from pipeline.signals import StopRequest, stop_on_signals
 from pipeline.text import duration
 from train.config import RunConfig
+from train.eval.validate import headline
 from train.experiments.compare import compare, format_text
 from train.experiments.grid import Point, plan_grid
 from train.experiments.processes import Child, Processes, visible_gpus
@@ -177,4 +178,4 @@ def is_complete(run: Path, config: RunConfig, identity: Identity) -> bool:
 def _tau(run: Path) -> str:
     """Describe how good the draft of a complete run is."""
     evaluation = read_progress(run).evaluation
-    return f"held-out tau {evaluation['tau']:.3f}" if evaluation else "nothing held out"
+    return headline(evaluation) if evaluation else "nothing held out"

@@ -182,6 +182,7 @@ def open_on_cache(cache: Path, run: Path, ranks: Ranks, which: str = BEST) -> Dr
     draft = open_draft(run, which)
     draft.require_target_of(reader)
     reader.require_layers(draft.shape.target_layer_ids)
+    reader.require_last_hidden("measuring the acceptance of a draft")
     _, held_out = split(reader, config.train.held_out)
     module = draft.kind.on(draft.model(reader).to(ranks.device), config, ranks.device)
     return DraftOnCache(draft.folder, draft.step, config, reader, module, held_out)

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far: its optimiser step and its held-out tau."""
+    """The best evaluation so far: its optimiser step and its held-out figure."""
 
     step: int
-    tau: float
+    tau: float | None = None
+    """None if the cache has no last hidden states, which the acceptance is computed from."""
+    ce_loss: float | None = None
+    """Cross entropy, in place of tau."""
+
+    @staticmethod
+    def of(result: Mapping[str, Any]) -> Best:
+        """Take step and figure of an evaluation."""
+        tau = result["tau"]
+        return Best(result["step"], tau, result["ce_loss"] if tau is None else None)
+
+    def beats(self, other: Best | None) -> bool:
+        """Return whether this one is finite and better than another one of the same run."""
+        mine, theirs = self._score(), -math.inf if other is None else other._score()
+        return math.isfinite(mine) and mine > theirs
+
+    def _score(self) -> float:
+        if self.tau is not None:
+            return self.tau
+        return math.nan if self.ce_loss is None else -self.ce_loss
 
 
 @dataclass(kw_only=True)
@@ -33,7 +54,7 @@ class Progress:
     evaluation: dict[str, Any] | None = None
     """Figures of the last evaluation. A plain dict, because every loss term adds a figure."""
     best: Best | None = None
-    """Evaluation with the best held-out tau."""
+    """Evaluation with the best held-out tau, or cross entropy where there is no tau."""
     evaluations_without_gain: int = 0
     """Evaluations since the best one."""
     skipped_steps: int = 0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.eval.validate import teacherless
 from train.losses.slots import LossSums, Objective, divide, to_numbers
 
 # Dense bf16 and TF32 FLOP/s by part of the device's name, from NVIDIA's datasheets. The first match is used.
@@ -47,10 +48,13 @@ class Window:
         objective: the loss terms and their weights.
         device: device that this rank trains on.
         peak: FLOP/s of all devices together in the run's precision, if known.
+        teacher: the cache has last hidden states. Figures that need them are None otherwise.
     """
 
-    def __init__(self, objective: Objective, device: torch.device, peak: float | None):
-        self._objective, self._device, self._peak = objective, device, peak
+    def __init__(
+        self, objective: Objective, device: torch.device, peak: float | None, *, teacher: bool = True
+    ):
+        self._objective, self._device, self._peak, self._teacher = objective, device, peak, teacher
         self._begin()
 
     def _begin(self) -> None:
@@ -84,7 +88,7 @@ class Window:
             wanted = {name: figures[name] for name in names} | {"grad_norm": self._norm}
             found = to_numbers(wanted | {"blocks": self._sums.blocks})
             blocks = found.pop("blocks")
-            values |= found
+            values |= found if self._teacher else {**teacherless(found), "grad_norm": found["grad_norm"]}
         numbers = self._numbers
         seconds = max(numbers["seconds"], 1e-9)
         flops = numbers["flops"] / seconds

@@ -91,7 +91,8 @@ def build_parts(ranks: Ranks, setup: Setup, run: Path, checkpoint: Checkpoint | 
     spread = SpreadModule(module, ranks, list(model.layers), train.parallelism, precision)
     optimizers = build_optimizers(model, train, setup.kind.lr_scales(train), setup.kind.matrices)
     peak = peak_flops(device, precision, train.tf32)
-    window = Window(Objective.of(config.loss), device, None if peak is None else peak * ranks.world)
+    peak = None if peak is None else peak * ranks.world
+    window = Window(Objective.of(config.loss), device, peak, teacher=setup.reader.has_last_hidden)
     if checkpoint is not None:
         with ranks.together():
             load_states(checkpoint.folder, model, optimizers, progress, ranks)

@@ -63,6 +63,8 @@ def set_up(
     reader.check_shards()
     shape = draft_shape(reader, config)
     kind = DRAFTS[config.draft.kind]
+    if kind.needs_last_hidden(config):
+        reader.require_last_hidden(f"draft.kind = {kind.name}")
     kind.attention(config.draft, shape, device)
     resolve_kernel(config.loss.kernel, device)
     if begins and config.draft.init_from is not None:
@@ -164,12 +166,12 @@ def build_draft(setup: Setup, checkpoint: Path | None = None) -> PreTrainedModel
     elif model.reduced:
         counts = count_labels(setup.reader, setup.samples)
         model.keep(torch.from_numpy(most_frequent(counts, len(model.kept))))
-    if load is not None and model.reduced:
-        load()  # which rows of the head are the draft's
     frozen = setup.reader.frozen()
-    model.initialize_embeddings_and_head(
-        embed_tokens=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"]
-    )
+    given = {"embed_tokens": frozen["embed_tokens.weight"], "lm_head": frozen["lm_head.weight"]}
+    model.initialize_embeddings_and_head(**given)
     if load is not None:
         load()
+        if model.reduced:  # now it is known which rows of the head are the draft's
+            model.initialize_embeddings_and_head(**given)
+            load()
     return model

@@ -22,8 +22,7 @@ from pipeline.signals import StopRequest, stop_on_signals
 from train.config import RunConfig
 from train.data.loader import Collate, loaded
 from train.data.packing import Step, steps_from
-from train.data.sampling import drawn_anchors
-from train.eval.validate import gives_finite_losses, validate
+from train.eval.validate import gives_finite_losses, headline, validate
 from train.losses.slots import LossSums
 from train.runs.changes import LENGTH, changed_settings, flat_settings, lengthen, record_changes
 from train.runs.checkpoint import check_finite, newest, save_checkpoint
@@ -224,8 +223,7 @@ class Training:
     def _collate(self, epoch: int) -> Collate:
         train, kind = self.config.train, self.setup.kind
         blocks = train.anchors_per_batch if compiles(train.compile, self.ranks.device) else 0
-        choose = drawn_anchors(None, train.seed) if kind.anchors is None else kind.anchors(train, epoch)
-        return kind.collate(choose, blocks)
+        return kind.collate(kind.training_anchors(train, epoch), blocks)
 
     def _step(self, step: Step) -> bool:
         """Take an optimiser step. Return whether a checkpoint is due by time."""
@@ -309,7 +307,8 @@ class Training:
         if patience and progress.evaluations_without_gain >= patience and not last:
             last = True
             self._log_window()
-            self.display.say(f"stopped early: {patience} evaluations without a better held-out tau")
+            figure = "tau" if self.reader.has_last_hidden else "cross entropy"
+            self.display.say(f"stopped early: {patience} evaluations without a better held-out {figure}")
         progress.complete = last and (progress.evaluated == progress.step or not self._evaluation_due())
         if train.checkpoint_every and progress.step % train.checkpoint_every == 0:
             checkpoint_due = True
@@ -345,7 +344,7 @@ class Training:
         return bool(len(self.setup.held_out) and due)
 
     def _evaluate(self) -> bool:
-        """Measure the draft on the held-out samples. Return whether its tau is the best so far."""
+        """Measure the draft on the held-out samples. Return whether it is the best so far."""
         progress, ranks = self.progress, self.ranks
         figures = validate(
             self.parts.module,
@@ -361,9 +360,10 @@ class Training:
         result = {"step": progress.step, **figures}
         progress.evaluated, progress.evaluation = progress.step, result
         self._log({"step": progress.step, "held_out": result})
-        self.display.say(f"step {progress.step}: held-out tau {result['tau']:.3f}, loss {result['loss']:.4f}")
-        if math.isfinite(result["tau"]) and (progress.best is None or result["tau"] > progress.best.tau):
-            progress.best = Best(progress.step, result["tau"])
+        self.display.say(f"step {progress.step}: {headline(result)}, loss {result['loss']:.4f}")
+        best = Best.of(result)
+        if best.beats(progress.best):
+            progress.best = best
             progress.evaluations_without_gain = 0
             return True
         progress.evaluations_without_gain += 1

@@ -10,7 +10,7 @@ import click
 
 from pipeline.cache.split import HELD_OUT
 from pipeline.errors import CacheError
-from pipeline.options import CONTEXT_CODECS, LAST_CODECS, parse_layer_ids
+from pipeline.options import CONTEXT_CODECS, LAST_CODECS, LAST_HIDDEN_CHOICES, parse_layer_ids
 
 _CACHE = click.argument("cache", type=click.Path(path_type=Path))
 
@@ -114,6 +114,11 @@ def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: b
     help="Codec of last hidden states, which the teacher's logits come from. Default: as in SRC.",
 )
 @click.option(
+    "--last-hidden",
+    type=click.Choice(LAST_HIDDEN_CHOICES),
+    help="none: leave the last hidden states out. Default: as in SRC.",
+)
+@click.option(
     "--layers", callback=parse_layer_ids, help="Layer ids to keep, as 1,9,17. Default: all of SRC's."
 )
 @click.option("--force", is_flag=True, help="Start even if the disk can't hold the cache.")
@@ -122,10 +127,11 @@ def convert_command(
     destination: Path,
     context_codec: str | None,
     last_codec: str | None,
+    last_hidden: str | None,
     layers: tuple[int, ...] | None,
     force: bool,
 ) -> None:
-    """Write the cache DST from the cache SRC, with other codecs or fewer layers. Needs no target.
+    """Write the cache DST from the cache SRC, with other codecs or fewer states. Needs no target.
 
     Copies states exactly if their codec stays. Only reads SRC, and hashes every file of it before use. After
     a stop at any moment, the same command continues; several at once share the work.
@@ -138,6 +144,7 @@ def convert_command(
         destination,
         context_codec=context_codec,
         last_codec=last_codec,
+        last_hidden=last_hidden,
         layer_ids=layers,
         force=force,
     )
@@ -150,8 +157,7 @@ def convert_command(
     click.echo(f"cache {destination}: {'already complete' if converted.reused else 'complete'}")
     for line in summary_lines(converted.manifest):
         click.echo(line)
-    fidelity = converted.manifest.fidelity
-    click.echo(
-        f"  converted from {source}; teacher total variation {fidelity.get('teacher_tv_mean', math.nan):.4f} "
-        "against its states"
-    )
+    variation = converted.manifest.fidelity.get("teacher_tv_mean", math.nan)
+    teacher = f"; teacher total variation {variation:.4f} against its states"
+    stored = converted.manifest.identity.features.has_last_hidden
+    click.echo(f"  converted from {source}{teacher * stored}")

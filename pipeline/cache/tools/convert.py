@@ -19,8 +19,16 @@ from tqdm import tqdm
 
 from pipeline.cache.codecs import Statistics, get_codec
 from pipeline.cache.codecs.base import peaks
+from pipeline.cache.features import NO_LAST_HIDDEN, codec_words
 from pipeline.cache.layout import LAST_HIDDEN, part_name, shard_specs
-from pipeline.cache.manifest import FROZEN, INDEX, FileRecord, Identity, Manifest, shard_file
+from pipeline.cache.manifest import (
+    FROZEN,
+    INDEX,
+    FileRecord,
+    Identity,
+    Manifest,
+    shard_file,
+)
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes
 from pipeline.cache.progress.claims import Worker, claim_name, take_shards
 from pipeline.cache.reader import MAX_SCALE, CacheReader, last_positions
@@ -39,6 +47,7 @@ from pipeline.cache.verify import FileChecks, Problem
 from pipeline.cache.writer import CacheWriter
 from pipeline.errors import CacheError, UsageError
 from pipeline.features import validate_target_layer_ids
+from pipeline.options import check_last_codec
 from pipeline.signals import StopRequest, stop_on_signals
 from pipeline.text import size
 
@@ -65,6 +74,7 @@ def convert(
     *,
     context_codec: str | None = None,
     last_codec: str | None = None,
+    last_hidden: str | None = None,
     layer_ids: tuple[int, ...] | None = None,
     force: bool = False,
 ) -> Converted:
@@ -72,17 +82,19 @@ def convert(
 
     Args:
         context_codec, last_codec: None keeps the source's.
+        last_hidden: `none` leaves last hidden states out; None keeps what the source has.
         layer_ids: the source's layers to keep; None keeps all.
         force: start even if the disk can't hold the result.
 
     Raises:
-        UsageError: both are the same directory, or one lies in the other.
-        CacheError: the source is incomplete or damaged or lacks a layer, the destination holds something
+        UsageError: both are the same directory, or one lies in the other; or a codec for states left out.
+        CacheError: the source is incomplete or damaged or lacks a state, the destination holds something
             else, or the disk can't hold the result.
     """
     _check_places(source, destination)
+    check_last_codec(last_hidden, last_codec)
     old = Source(source)
-    identity = _identity(old, context_codec, last_codec, layer_ids)
+    identity = _identity(old, context_codec, last_codec, last_hidden, layer_ids)
     history = (*old.manifest.history, _step(old.manifest))
     cost = old.price(identity)
     for line in _plan_lines(old, identity, cost, destination):
@@ -116,7 +128,11 @@ def _check_places(source: Path, destination: Path) -> None:
 
 
 def _identity(
-    old: Source, context_codec: str | None, last_codec: str | None, layer_ids: tuple[int, ...] | None
+    old: Source,
+    context_codec: str | None,
+    last_codec: str | None,
+    last_hidden: str | None,
+    layer_ids: tuple[int, ...] | None,
 ) -> Identity:
     found = old.manifest.identity
     features = found.features
@@ -128,11 +144,16 @@ def _identity(
             f"{old.path} holds layers {list(features.layer_ids)}, --layers asks for {missing[0]}: name "
             "some of those, or capture again"
         )
-    codecs = {
-        "context_codec": get_codec(context_codec or features.context_codec).name,
-        "last_codec": get_codec(last_codec or features.last_codec).name,
-    }
-    return dataclasses.replace(found, features=dataclasses.replace(features, layer_ids=layers, **codecs))
+    if not features.has_last_hidden and (last_codec is not None or last_hidden not in (None, NO_LAST_HIDDEN)):
+        raise CacheError(
+            f"{old.path} has no last hidden states, and only a capture can make them: leave out "
+            f"{'--last-hidden' if last_codec is None else '--last-codec'}, or capture again"
+        )
+    kept = features.stored_as(
+        context_codec or features.context_codec,
+        NO_LAST_HIDDEN if last_hidden == NO_LAST_HIDDEN else last_codec or features.last_codec,
+    )
+    return dataclasses.replace(found, features=dataclasses.replace(kept, layer_ids=layers))
 
 
 def _step(manifest: Manifest) -> dict[str, str]:
@@ -151,8 +172,7 @@ def _plan_lines(old: Source, identity: Identity, cost: Price, destination: Path)
     per_token = sum(manifest.shards.bytes) / manifest.num_tokens
     yield (
         f"from {old.path}: {size(manifest.num_bytes)}, {per_token:,.0f} bytes per token; to {destination}: "
-        f"layers {list(features.layer_ids)}, {features.context_codec} context, "
-        f"{features.last_codec} last hidden"
+        f"layers {list(features.layer_ids)}, {codec_words(features.context_codec, features.last_codec)}"
     )
     yield (
         f"{cost.per_token:,.0f} bytes per token, {size(cost.total)} in {len(manifest.plan):,} shards; "
@@ -169,7 +189,7 @@ def _warn_of_finer_codecs(old: Identity, new: Identity) -> None:
     finer = [
         f"{before} {what} as {after}"
         for what, before, after in pairs
-        if get_codec(before).order < get_codec(after).order
+        if after != NO_LAST_HIDDEN and get_codec(before).order < get_codec(after).order
     ]
     if finer:
         click.echo(

@@ -33,7 +33,7 @@ class Filler:
             if bound.codec == old.codecs[state].codec
             and _same(statistics.get(state), old.statistics.get(state))
         }
-        self._head = torch.empty(0) if LAST_HIDDEN in self._kept else old.head()
+        self._head = old.head() if LAST_HIDDEN in self._codecs.keys() - self._kept else torch.empty(0)
 
     @torch.no_grad()
     def fill(self, buffer: ShardBuffer, shard: int) -> Measured:

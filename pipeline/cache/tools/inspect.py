@@ -12,6 +12,7 @@ import click
 import numpy as np
 
 from pipeline.cache.codecs import bits_per_value, get_codec
+from pipeline.cache.features import NO_LAST_HIDDEN, codec_words
 from pipeline.cache.fidelity import TEACHER_TV
 from pipeline.cache.index import check_skipped, open_index, sample_ids
 from pipeline.cache.manifest import (
@@ -191,7 +192,10 @@ def fact_lines(facts: Facts) -> Iterator[str]:
     stored = [
         f"{features[key]} {what} ({bits_per_value(get_codec(features[key]), width):.4g} bits per value)"
         for key, what in (("context_codec", "context"), ("last_codec", "last hidden"))
+        if features[key] != NO_LAST_HIDDEN
     ]
+    if features["last_codec"] == NO_LAST_HIDDEN:
+        stored.append("no last hidden")
     yield f"  features  layers {list(features['layer_ids'])}, {', '.join(stored)}"
     yield (
         f"  data      {facts['samples']:,} samples, {facts['tokens']:,} tokens, {facts['labels']:,} of them "
@@ -276,7 +280,7 @@ def summary_lines(manifest: Manifest) -> Iterator[str]:
     target, features = manifest.identity.target, manifest.identity.features
     yield (
         f"  {target.name} ({target.architecture}, {target.dtype}), layers {list(features.layer_ids)}, "
-        f"{features.context_codec} context, {features.last_codec} last hidden"
+        f"{codec_words(features.context_codec, features.last_codec)}"
     )
     yield (
         f"  {manifest.num_samples:,} samples, {manifest.num_tokens:,} tokens, "
@@ -295,7 +299,7 @@ def _history_lines(history: list[dict[str, str]]) -> Iterator[str]:
         )
         yield (
             f"{head}converted from {words.get('from', '?')[:16]}: layers [{layers}], "
-            f"{context} context, {last} last hidden"
+            f"{codec_words(context, last)}"
         )
         head = " " * len(head)
 

@@ -95,9 +95,11 @@ def sample_facts(reader: CacheReader, number: int) -> dict[str, Any]:
     for layer_id in reader.layer_ids:
         reader.read_context(number, [layer_id], out)
         states[f"layer {layer_id}"] = statistics(out)
-    out = torch.empty(reader.num_last_rows(number), reader.hidden_size, dtype=torch.bfloat16)
-    reader.read_last_hidden(number, out)
-    return facts | {"states": states | {"last hidden": statistics(out)}}
+    if reader.has_last_hidden:
+        out = torch.empty(reader.num_last_rows(number), reader.hidden_size, dtype=torch.bfloat16)
+        reader.read_last_hidden(number, out)
+        states["last hidden"] = statistics(out)
+    return facts | {"states": states}
 
 
 def statistics(rows: Tensor) -> dict[str, float]:

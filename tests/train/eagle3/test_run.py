@@ -67,6 +67,7 @@ def test_it_is_measured_decodes_and_comes_back(
     assert values["draft_vocab_size"] == 60
     assert values["eagle_aux_hidden_state_layer_ids"] == [1, 3, 5]
     values = ("train.held_out=0.2", "train.precision=fp32", "train.batch_tokens=256")
+    values += ("train.anchors_per_batch=64",)
     settings = [text for value in values for text in ("--set", value)]
     run_ok("import", tmp_path / "export", "--cache", cache_dir, "--run", tmp_path / "back", *settings)
     for name, weight in weights_of(run).items():

@@ -43,7 +43,11 @@ def ridge_initialise(
         model: a draft that has the target's embedding and head, on any device; changed in place.
         reader: the cache.
         samples: numbers of the training samples.
+
+    Raises:
+        CacheError: the cache has no last hidden states.
     """
+    reader.require_last_hidden("draft.init = ridge")
     layer_ids = tuple(model.config.target_layer_ids)
     device = model.fc.weight.device
     width, hidden = model.fc.in_features, model.fc.out_features

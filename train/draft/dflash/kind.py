@@ -29,7 +29,7 @@ from train.draft.dflash.model import Qwen3DFlashModel
 from train.draft.dflash.module import DFlashTrainerModule
 from train.draft.dflash.released import check_released, released_settings
 from train.draft.dflash.serving import RULES
-from train.draft.dflash.settings import PUBLISHED, DFlashConfig, DFlashLoss
+from train.draft.dflash.settings import DFLASH_TABLES, DFlashLoss
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
 
@@ -52,12 +52,7 @@ def _flops(config: PretrainedConfig, pack: Pack) -> float:
 
 
 DFLASH = DraftKind(
-    name="dflash",
-    title="DFlash",
-    settings=DFlashConfig,
-    loss=DFlashLoss,
-    published=PUBLISHED,
-    implied=lambda _varied, _draft: (),
+    tables=DFLASH_TABLES,
     config_class=Qwen3Config,
     config=draft_config,
     config_fields=FIELDS,
@@ -70,6 +65,7 @@ DFLASH = DraftKind(
     architectures=(ARCHITECTURE,),
     check_released=check_released,
     released_settings=released_settings,
+    needs_last_hidden=lambda config: config.loss.l1_alpha > 0,
     build=_build,
     initialise=ridge_if_asked,
     module=_module,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from train.config import LossConfig, require
 from train.draft.blocks.settings import BlockDraftConfig
+from train.draft.tables import KindTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,3 +61,13 @@ PUBLISHED = {
     "loss.decay_gamma": "7.0",
     "loss.dpace_smoothing": "0.5",
 }
+
+
+DFLASH_TABLES = KindTables(
+    name="dflash",
+    title="DFlash",
+    kind="train.draft.dflash.kind:DFLASH",
+    draft=DFlashConfig,
+    loss=DFlashLoss,
+    published=PUBLISHED,
+)

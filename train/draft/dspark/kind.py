@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from transformers import PretrainedConfig, Qwen3Config
 
-from train.config import TrainConfig
+from train.config import RunConfig, TrainConfig
 from train.draft.blocks.collate import collate_anchors
 from train.draft.blocks.parts import (
     BLOCK_MATRICES,
@@ -23,9 +23,13 @@ from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
 from train.draft.dspark.released import ARCHITECTURES, check_released, released_settings
 from train.draft.dspark.serving import RULES
-from train.draft.dspark.settings import PUBLISHED, DSparkConfig, DSparkLoss, implied_settings
+from train.draft.dspark.settings import DSPARK_TABLES, DSparkLoss
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
+
+
+def _needs_last_hidden(_config: RunConfig) -> bool:
+    return True  # the L1 term, the confidence, and the acceptance by which the best draft is kept
 
 
 def _build(config: PretrainedConfig) -> Qwen3DSparkModel:
@@ -41,12 +45,7 @@ def _lr_scales(train: TrainConfig) -> Mapping[str, float]:
 
 
 DSPARK = DraftKind(
-    name="dspark",
-    title="DSpark",
-    settings=DSparkConfig,
-    loss=DSparkLoss,
-    published=PUBLISHED,
-    implied=implied_settings,
+    tables=DSPARK_TABLES,
     config_class=Qwen3Config,
     config=draft_config,
     config_fields=FIELDS,
@@ -59,6 +58,7 @@ DSPARK = DraftKind(
     architectures=ARCHITECTURES,
     check_released=check_released,
     released_settings=released_settings,
+    needs_last_hidden=_needs_last_hidden,
     build=_build,
     initialise=ridge_if_asked,
     module=_module,

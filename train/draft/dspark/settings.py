@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from train.config import LossConfig, require
 from train.draft.blocks.settings import BlockDraftConfig
+from train.draft.tables import KindTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +101,14 @@ def implied_settings(varied: Collection[str], draft: Mapping[str, Any]) -> tuple
     if "confidence_with_markov" in draft or not draft.get("confidence_head", True):
         return ()
     return ("draft.confidence_with_markov=false",)
+
+
+DSPARK_TABLES = KindTables(
+    name="dspark",
+    title="DSpark",
+    kind="train.draft.dspark.kind:DSPARK",
+    draft=DSparkConfig,
+    loss=DSparkLoss,
+    published=PUBLISHED,
+    implied=implied_settings,
+)

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig
 
 from pipeline.cache import CacheReader
-from train.config import DraftConfig
+from train.config import DraftConfig, RunConfig
 from train.draft.blocks.collate import ANCHOR_MULTIPLE
 from train.draft.eagle3.attention import resolve_attention
 from train.draft.eagle3.collate import collate_chains
@@ -18,9 +18,13 @@ from train.draft.eagle3.model import Eagle3Model
 from train.draft.eagle3.module import Eagle3TrainerModule
 from train.draft.eagle3.released import ARCHITECTURES, check_released, released_settings, released_weights
 from train.draft.eagle3.serving import RULES
-from train.draft.eagle3.settings import PUBLISHED, Eagle3Config, Eagle3Loss
+from train.draft.eagle3.settings import EAGLE3_TABLES, Eagle3Config, Eagle3Loss
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
+
+
+def _needs_last_hidden(config: RunConfig) -> bool:
+    return config.loss.soft_ce_alpha > 0 or config.loss.l1_alpha > 0
 
 
 def _build(config: PretrainedConfig) -> Eagle3Model:
@@ -41,12 +45,7 @@ def _check_attention(draft: Eagle3Config, config: PretrainedConfig, device: torc
 
 
 EAGLE3 = DraftKind(
-    name="eagle3",
-    title="EAGLE-3",
-    settings=Eagle3Config,
-    loss=Eagle3Loss,
-    published=PUBLISHED,
-    implied=lambda _varied, _draft: (),
+    tables=EAGLE3_TABLES,
     config_class=LlamaConfig,
     config=draft_config,
     config_fields=FIELDS,
@@ -66,6 +65,7 @@ EAGLE3 = DraftKind(
     check_released=check_released,
     released_settings=released_settings,
     released_weights=released_weights,
+    needs_last_hidden=_needs_last_hidden,
     build=_build,
     initialise=_nothing,
     module=_module,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from train.config import DraftConfig, LossConfig, require
+from train.draft.tables import KindTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +60,13 @@ class Eagle3Loss(LossConfig):
 
 # DeepSpec's and SpecForge's settings, which have no common learning rate.
 PUBLISHED = {"draft.ttt_steps": "7", "loss.step_decay": "0.8"}
+
+
+EAGLE3_TABLES = KindTables(
+    name="eagle3",
+    title="EAGLE-3",
+    kind="train.draft.eagle3.kind:EAGLE3",
+    draft=Eagle3Config,
+    loss=Eagle3Loss,
+    published=PUBLISHED,
+)

@@ -254,7 +254,10 @@ def caches(runs: Sequence[RunData]) -> list[list[Table]]:
             ("target", [str(facts.get("target") or NONE)]),
             ("sources", [", ".join(facts.get("sources") or ()) or NONE]),
             ("layers", [", ".join(map(str, facts.get("layer_ids") or ())) or NONE]),
-            ("codecs", [f"{context} context features, {last} last hidden states"]),
+            (
+                "codecs",
+                [f"{context} context features, {'no' if last == 'none' else last} last hidden states"],
+            ),
             ("data", [str(facts.get("data_sha256") or NONE)[:12]]),
             ("samples", [digits(facts.get("samples"), 0)]),
             ("tokens", [digits(facts.get("tokens"), 0)]),
