@@ -151,10 +151,10 @@ def attend_context(
 
 @torch.compiler.disable  # groups have other shapes in every pack: a graph would be compiled for each
 def _in_groups(query: Tensor, keys: Tensor, values: Tensor, view: GroupedView) -> tuple[Tensor, Tensor]:
-    return _GroupedAttention.apply(query, keys, values, view)
+    return _ChainAttention.apply(query, keys, values, view)
 
 
-class _GroupedAttention(torch.autograd.Function):
+class _ChainAttention(torch.autograd.Function):
     """Attention a group of chains at a time, in at least fp32.
 
     The backward computes the scores again: kept, they would take memory of the context's length squared, in
