@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from pipeline.lazy import lazy_exports
 from train.draft.dflash.settings import DFLASH_TABLES
 from train.draft.dspark.settings import DSPARK_TABLES
+from train.draft.eagle3.settings import EAGLE3_TABLES
 from train.draft.tables import KindTables
 
 if TYPE_CHECKING:
     from train.draft.kind import DraftKind
 
-TABLES: dict[str, KindTables] = {each.name: each for each in (DSPARK_TABLES, DFLASH_TABLES)}
+TABLES: dict[str, KindTables] = {e.name: e for e in (DSPARK_TABLES, DFLASH_TABLES, EAGLE3_TABLES)}
 """Settings of the kinds, by their name in `draft.kind`; the first is the default. A new kind adds a row."""
 
 

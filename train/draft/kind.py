@@ -11,7 +11,7 @@ token at anchor + k + 1. A slot is supervised if all tokens from the anchor's su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -149,6 +149,10 @@ class DraftKind:
         [Mapping[str, Any], Mapping[str, Tensor], str], tuple[dict[str, Any], dict[str, Any]]
     ]
     """Return `[draft]` for a released config and weights, and the config with defaults filled in."""
+    released_weights: Callable[[dict[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] = field(
+        default=lambda weights, _values: weights
+    )
+    """Return a released draft's weights, by the names of a run's. Arguments: the weights, the config."""
     needs_last_hidden: Callable[[RunConfig], bool]
     """Return whether a run needs the target's last hidden states, which a cache may lack."""
     build: Callable[[PretrainedConfig], Any]

@@ -16,6 +16,9 @@ from transformers import PretrainedConfig
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError
 
+# Buffers of a reduced vocabulary: whole numbers, not weights.
+VOCABULARY = ("d2t", "t2d")
+
 
 def draft_vocab_size(config: PretrainedConfig) -> int:
     """Return Vd, the number of tokens that a draft can draft."""

@@ -26,7 +26,7 @@ from train.draft import DRAFTS
 from train.draft.kind import DraftKind
 from train.draft.settings import run_config
 from train.draft.shape import draft_shape, resolved
-from train.draft.vocabulary import check_d2t, draft_vocab_size, with_t2d
+from train.draft.vocabulary import VOCABULARY, check_d2t, draft_vocab_size, with_t2d
 from train.runs.checkpoint import FROZEN, save_checkpoint
 from train.runs.directory import begin
 from train.runs.names import CONFIG
@@ -75,7 +75,8 @@ def import_draft(
     check_new(run)
     source = find_draft(folder, _ASKER)
     values = _read_config(source)
-    weights = with_t2d(read_weights(source, _ASKER), values.get("vocab_size"))
+    weights = _kind(values).released_weights(read_weights(source, _ASKER), values)
+    weights = with_t2d(weights, values.get("vocab_size"))
     reader = CacheReader(cache)
     reader.check_shards()
     config = _run_config(source, values, weights, overrides)
@@ -88,7 +89,7 @@ def import_draft(
     except ValueError as error:
         raise RunError(f"{_ASKER}: {source}: {error}: import another draft") from None
     copy_weights(model, weights, source, _ASKER)
-    _check_weights(weights, source)
+    _check_weights(weights, source, model.frozen)
     identity, frozen = reader.manifest.identity, reader.frozen()
     model.initialize_embeddings_and_head(*(frozen[name] for name in FROZEN))
     copy_weights(model, weights, source, _ASKER)  # once more: a head may be the draft's own
@@ -145,11 +146,9 @@ def _check_split(reader: CacheReader, config: RunConfig) -> None:
         raise ConfigError(f"{_ASKER}: {error}; set the share with --set train.held_out=") from None
 
 
-def _check_weights(weights: dict[str, Tensor], folder: Path) -> None:
+def _check_weights(weights: dict[str, Tensor], folder: Path, frozen: tuple[str, ...]) -> None:
     """Check that weights are finite and of a known dtype. Raise RunError naming the tensor."""
-    for name in sorted(weights.keys() - {*FROZEN}):
-        if name in ("d2t", "t2d"):
-            continue
+    for name in sorted(weights.keys() - {*frozen, *VOCABULARY}):
         if weights[name].dtype not in _DTYPES:
             kind = str(weights[name].dtype).removeprefix("torch.")
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -204,10 +203,11 @@ def _checked_shape(
         )
     shape = draft_shape(reader, config)
     names = (*_AS_TARGET, *(name for name in _SCALES if name in values))
-    both = {name: (getattr(theirs, name), getattr(shape, name)) for name in names}
+    both = {n: (getattr(theirs, n), getattr(shape, n)) for n in names if hasattr(shape, n)}
     if any(name in values for name in _ROPE):
         both["rope_parameters"] = (_rope(theirs), _rope(shape))
-    both["draft_vocab_size"] = (values.get("draft_vocab_size", shape.vocab_size), draft_vocab_size(shape))
+    size = draft_vocab_size(shape)
+    both["draft_vocab_size"] = (values.get("draft_vocab_size", size), size)
     differing = [f"{name}: {a} there, {b} here" for name, (a, b) in both.items() if a != b]
     if differing:
         raise RunError(

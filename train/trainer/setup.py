@@ -166,12 +166,12 @@ def build_draft(setup: Setup, checkpoint: Path | None = None) -> PreTrainedModel
     elif model.reduced:
         counts = count_labels(setup.reader, setup.samples)
         model.keep(torch.from_numpy(most_frequent(counts, len(model.kept))))
-    if load is not None and model.reduced:
-        load()  # which rows of the head are the draft's
     frozen = setup.reader.frozen()
-    model.initialize_embeddings_and_head(
-        embed_tokens=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"]
-    )
+    given = {"embed_tokens": frozen["embed_tokens.weight"], "lm_head": frozen["lm_head.weight"]}
+    model.initialize_embeddings_and_head(**given)
     if load is not None:
         load()
+        if model.reduced:  # now it is known which rows of the head are the draft's
+            model.initialize_embeddings_and_head(**given)
+            load()
     return model
