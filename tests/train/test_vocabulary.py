@@ -18,6 +18,7 @@ from train.draft.blocks.model import BlockDraftModel
 from train.draft.blocks.module import BlockTrainerModule
 from train.draft.settings import run_config
 from train.draft.vocabulary import check_d2t, check_vocabulary, count_labels, most_frequent, with_t2d
+from train.export.engines import broken_rules
 from train.losses.slots import acceptance
 
 TOKENS = torch.tensor([0, 2, 3, 7, 11, 12, 20, 29])
@@ -155,3 +156,12 @@ def test_a_hostile_table_is_refused(tokens: list[int]) -> None:
     with pytest.raises(ValueError, match="2 different tokens below 31"):
         check_d2t(weights, 31)
     assert with_t2d(weights, 31)["t2d"].sum() <= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sglang_knows_no_smaller_vocabulary_of_these(kind: str) -> None:
+    def broken(engine: str, **size: int) -> set[str]:
+        return {rule.field for rule in broken_rules(DRAFTS[kind].rules, small_config(**size), engine)}
+
+    assert broken("sglang", draft_vocab_size=8) - broken("sglang") == {"draft_vocab_size"}
+    assert "draft_vocab_size" not in broken("vllm", draft_vocab_size=8)
