@@ -9,28 +9,46 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import FP32, run_ok
+from pipeline.cache import CacheReader
+from tests.conftest import FP32, run_cli, run_ok
 from tests.train.runs import train_arguments
 from train.draft import DRAFTS
 from train.runs.open import open_draft
 from train.runs.results import read_evaluation, read_speculation
 
-# Settings of a small draft that differ from `SMALL` of tests.train.runs; None for those that a kind lacks.
-OWN = {
+# Settings of small drafts that differ from `SMALL` of tests.train.runs; None for those that a kind lacks.
+CASES = {
     "dspark": {},
+    "dspark, reduced": {"draft__kind": "dspark", "draft__draft_vocab_size": 40},
     "dflash": {"draft__markov_rank": None, "draft__block_size": 4},
+    "dflash, reduced": {
+        "draft__kind": "dflash",
+        "draft__markov_rank": None,
+        "draft__block_size": 4,
+        "draft__draft_vocab_size": 40,
+    },
     "eagle3": {
         **dict.fromkeys(("draft__markov_rank", "draft__block_size", "draft__num_layers")),
         "draft__ttt_steps": 3,
     },
+    "eagle3, reduced": {
+        "draft__kind": "eagle3",
+        **dict.fromkeys(("draft__markov_rank", "draft__block_size", "draft__num_layers")),
+        "draft__ttt_steps": 3,
+        "draft__draft_vocab_size": 40,
+    },
 }
 
 
-@pytest.fixture(scope="module", params=list(DRAFTS))
+def test_every_kind_has_a_case() -> None:
+    assert {name.partition(",")[0] for name in CASES} == set(DRAFTS)
+
+
+@pytest.fixture(scope="module", params=list(CASES))
 def run(request, tmp_path_factory, cache_dir: Path) -> Path:
     """A run of two steps."""
-    path = tmp_path_factory.mktemp(request.param) / "run"
-    settings = {"draft__kind": request.param, "train__max_steps": 2, **OWN[request.param]}
+    path = tmp_path_factory.mktemp("kind") / "run"
+    settings = {"draft__kind": request.param, "train__max_steps": 2, **CASES[request.param]}
     run_ok(*train_arguments(cache_dir, path, **settings))
     return path
 
@@ -53,10 +71,27 @@ def test_a_run_is_measured_and_decodes_the_targets_own_text(
 
 def test_an_export_comes_back_with_the_same_weights(run: Path, cache_dir: Path, tmp_path: Path) -> None:
     draft = open_draft(run)
-    run_ok("export", run, tmp_path / "export", "--to", "hf", "--dtype", "float32")
+    arguments = ("export", run, tmp_path / "export", "--to", "hf", "--dtype", "float32")
+    reduced, own_head = "d2t" in draft.weights, "lm_head.weight" in draft.weights
+    if reduced and not own_head:
+        refused = run_cli(*arguments)
+        assert refused.exit_code == 2
+        assert "40 of the target's tokens" in refused.stderr
+        assert "--with-embeddings --cache CACHE" in refused.stderr
+    run_ok(*arguments, *(("--with-embeddings", "--cache", cache_dir) if reduced else ()))
     values = json.loads((tmp_path / "export" / "config.json").read_text())
     assert values["architectures"] == [draft.kind.architectures[0]]
+    assert values.get("draft_vocab_size", values["vocab_size"]) == (40 if reduced else values["vocab_size"])
     assert f"# A {draft.kind.title} draft for" in (tmp_path / "export" / "README.md").read_text()
+    found = load_file(tmp_path / "export" / "model.safetensors")
+    if reduced:  # the rows of the target's head, by the offsets that vLLM adds
+        head = CacheReader(cache_dir).frozen()["lm_head.weight"].float()
+        tokens = torch.arange(40) + found["d2t"]
+        if not own_head:
+            assert torch.equal(found.pop("lm_head.weight"), head[tokens])
+        assert torch.equal(found["t2d"].nonzero().squeeze(1), tokens)
+        del found["embed_tokens.weight"]
+    assert found.keys() == draft.weights.keys()
     held_out = ("--set", "train.held_out=0.2")
     run_ok("import", tmp_path / "export", "--cache", cache_dir, "--run", tmp_path / "imported", *held_out)
     back = open_draft(tmp_path / "imported")
@@ -66,4 +101,3 @@ def test_an_export_comes_back_with_the_same_weights(run: Path, cache_dir: Path, 
     assert back.weights.keys() == draft.weights.keys()
     for name, weight in draft.weights.items():
         assert torch.equal(weight, back.weights[name]), name
-    assert load_file(tmp_path / "export" / "model.safetensors").keys() == draft.weights.keys()

@@ -55,6 +55,32 @@ def kept_tokens(d2t: Tensor) -> Tensor:
     return d2t + torch.arange(len(d2t), device=d2t.device)
 
 
+def check_d2t(weights: dict[str, Tensor], vocab_size: int) -> None:
+    """Check that `d2t` of a draft's weights, if there is one, names different tokens of the target.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if "d2t" in weights:
+        tokens = kept_tokens(weights["d2t"].long())
+        if tokens.min() < 0 or tokens.max() >= vocab_size or len(tokens.unique()) != len(tokens):
+            raise ValueError(f"d2t does not name {len(tokens)} different tokens below {vocab_size}")
+
+
+def with_t2d(weights: dict[str, Tensor], vocab_size: int | None) -> dict[str, Tensor]:
+    """Return a released draft's weights with `t2d`, which some lack: it follows from `d2t`.
+
+    Args:
+        vocab_size: V; nothing is added where it is not known.
+    """
+    if "d2t" not in weights or "t2d" in weights or not isinstance(vocab_size, int):
+        return weights
+    inside = torch.zeros(vocab_size, dtype=torch.bool)
+    tokens = kept_tokens(weights["d2t"].long())
+    inside[tokens[(tokens >= 0) & (tokens < vocab_size)]] = True
+    return {**weights, "t2d": inside}
+
+
 class ReducedVocabulary(nn.Module):
     """Part of a draft model: its vocabulary, and the target's embedding and head.
 

@@ -26,7 +26,7 @@ from train.draft import DRAFTS
 from train.draft.kind import DraftKind
 from train.draft.settings import run_config
 from train.draft.shape import draft_shape, resolved
-from train.draft.vocabulary import VOCABULARY, draft_vocab_size
+from train.draft.vocabulary import VOCABULARY, check_d2t, draft_vocab_size, with_t2d
 from train.runs.checkpoint import FROZEN, save_checkpoint
 from train.runs.directory import begin
 from train.runs.names import CONFIG
@@ -76,6 +76,7 @@ def import_draft(
     source = find_draft(folder, _ASKER)
     values = _read_config(source)
     weights = _kind(values).released_weights(read_weights(source, _ASKER), values)
+    weights = with_t2d(weights, values.get("vocab_size"))
     reader = CacheReader(cache)
     reader.check_shards()
     config = _run_config(source, values, weights, overrides)
@@ -83,13 +84,18 @@ def import_draft(
     shape = _checked_shape(source, values, reader, config)
     config = dataclasses.replace(config, draft=resolved(config.draft, shape))
     model = DRAFTS[config.draft.kind].build(shape)
-    frozen = reader.frozen()
-    model.initialize_embeddings_and_head(frozen[FROZEN[0]], frozen[FROZEN[1]])
+    try:
+        check_d2t(weights, shape.vocab_size)
+    except ValueError as error:
+        raise RunError(f"{_ASKER}: {source}: {error}: import another draft") from None
     copy_weights(model, weights, source, _ASKER)
     _check_weights(weights, source, model.frozen)
-    identity = reader.manifest.identity
+    identity, frozen = reader.manifest.identity, reader.frozen()
+    model.initialize_embeddings_and_head(*(frozen[name] for name in FROZEN))
+    copy_weights(model, weights, source, _ASKER)  # once more: a head may be the draft's own
+    theirs = {FROZEN[0]: frozen[FROZEN[0]], FROZEN[1]: model.head_rows(frozen[FROZEN[1]])}
     for name in model.frozen:
-        if name in weights and not _same(weights[name], frozen[name]):
+        if name in weights and not _same(weights[name], theirs[name]):
             warn(f"{source} has another {name} than the cache {cache}: the run uses the cache's")
     if not any(name in values for name in _ROPE):
         warn(

@@ -93,7 +93,7 @@ def export(
     if cache is None and "d2t" in weights and FROZEN[1] not in weights:
         raise UsageError(
             f"{run} drafts {len(weights['d2t']):,} of the target's tokens, so engines need those rows of the "
-            "target's head: pass --cache CACHE, a cache of its target"
+            "target's head: pass --with-embeddings --cache CACHE, a cache of its target"
         )
     if cache is not None:
         weights |= _embeddings(draft, CacheReader(cache))

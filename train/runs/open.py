@@ -17,6 +17,7 @@ from train.config import RunConfig
 from train.data.split import split
 from train.draft import DRAFTS
 from train.draft.kind import DraftKind, TrainerModule
+from train.draft.vocabulary import check_d2t
 from train.runs.checkpoint import FROZEN, check_shapes, checkpoints, copy_tensors, newest
 from train.runs.directory import load_run_config
 from train.runs.find import find_run
@@ -136,6 +137,7 @@ def open_draft(run: Path, which: str = BEST) -> TrainedDraft:
         with torch.device("meta"):
             model = kind.build(shape)
         check_shapes(weights, {n: w.shape for n, w in model.state_dict().items() if n not in model.frozen})
+        check_d2t(weights, shape.vocab_size)
     except Exception as error:  # transformers raises errors of many kinds for a config
         raise damaged(folder, error) from None
     for name, weight in weights.items():

@@ -24,6 +24,7 @@ _SETTINGS = {
     "block_size": "block_size",
     "target_layer_ids": "target_layer_ids",
     "mask_token_id": "mask_token_id",
+    "draft_vocab_size": "draft_vocab_size",
 }
 # What a draft of this project never has, in `dflash_config`; other trainers' drafts may have it.
 _FOREIGN = (

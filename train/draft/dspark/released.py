@@ -24,6 +24,7 @@ _SETTINGS = {
     "block_size": "block_size",
     "target_layer_ids": "target_layer_ids",
     "mask_token_id": "mask_token_id",
+    "draft_vocab_size": "draft_vocab_size",
     "enable_confidence_head": "confidence_head",
     "confidence_head_with_markov": "confidence_with_markov",
 }
