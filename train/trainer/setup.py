@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pipeline.cache import CacheReader
 from pipeline.cache.split import few_steps, more_steps
 from pipeline.errors import ConfigError
+from pipeline.process import torchrun_place
 from train.config import RunConfig, TrainConfig
 from train.data.packing import count_steps, epoch_packs
 from train.data.split import split
@@ -24,6 +25,7 @@ from train.draft.vocabulary import count_labels, most_frequent
 from train.losses.fused import resolve_kernel
 from train.runs.checkpoint import load_weights
 from train.runs.weights import check_warm_start, warm_start
+from train.runtime.console import say
 from train.runtime.trackers import check_trackers
 from train.trainer.optimizer import check_optimizer
 
@@ -165,7 +167,13 @@ def build_draft(setup: Setup, checkpoint: Path | None = None) -> PreTrainedModel
         load = partial(warm_start, model, Path(config.draft.init_from))
     elif model.reduced:
         counts = count_labels(setup.reader, setup.samples)
-        model.keep(torch.from_numpy(most_frequent(counts, len(model.kept))))
+        tokens = most_frequent(counts, len(model.kept))
+        model.keep(torch.from_numpy(tokens))
+        if torchrun_place().rank == 0:
+            say(
+                f"the draft has {len(tokens):,} of the target's {len(counts):,} tokens, which are "
+                f"{100 * counts[tokens].sum() / max(1, counts.sum()):.2f}% of the supervised ones"
+            )
     frozen = setup.reader.frozen()
     given = {"embed_tokens": frozen["embed_tokens.weight"], "lm_head": frozen["lm_head.weight"]}
     model.initialize_embeddings_and_head(**given)
