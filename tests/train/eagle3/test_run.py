@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.cache import CacheReader
 from tests.conftest import FP32, assert_refused, run_cli, run_ok
+from tests.processes import start_ranks
 from tests.train.runs import figures_of, train_arguments, weights_of
+from train.draft.vocabulary import kept_tokens
 from train.runs.open import open_draft
 from train.runs.results import read_evaluation, read_speculation
 
@@ -81,3 +84,20 @@ def test_it_is_measured_decodes_and_comes_back(
 def test_settings_of_other_kinds_are_refused(cache_dir: Path, tmp_path: Path) -> None:
     result = run_cli(*train_arguments(cache_dir, tmp_path / "run", **KIND, draft__mask_token_id=3))
     assert_refused(result, 2, "config.draft: unknown key 'mask_token_id'")
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_two_ranks_do_what_one_does(run: Path, cache_dir: Path, tmp_path: Path, parallelism: str) -> None:
+    """The step is shared; the unroll, the trained head and the kept tokens are the same on each rank."""
+    shared = KIND | {"train__micro_batches_per_step": 3}
+    run_ok(*train_arguments(cache_dir, tmp_path / "one", **shared))
+    two = train_arguments(cache_dir, tmp_path / "two", **shared, train__parallelism=parallelism)
+    for process in start_ranks(tmp_path / "out", 2, *two):
+        assert process.wait() == 0, process.err
+    ours, theirs = weights_of(tmp_path / "two"), weights_of(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=5e-5, msg=name)
+    assert torch.equal(ours["d2t"], weights_of(run)["d2t"])
+    whole = CacheReader(cache_dir).frozen()["lm_head.weight"]
+    assert not torch.equal(ours["lm_head.weight"], whole[kept_tokens(ours["d2t"])])

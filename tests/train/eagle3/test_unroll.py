@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.train.eagle3.drafts import HIDDEN, LAYERS, STEPS, VOCAB, chosen, pack, small_model
 from tests.train.eagle3.reference import Naive
+from train.draft.blocks.masks import TILE
 from train.draft.eagle3 import attention
 from train.draft.eagle3.attention import attend_context, flex_view, grouped_view, join_own
 
@@ -167,18 +169,38 @@ def test_grouped_attention_has_its_own_derivatives() -> None:
     assert torch.autograd.gradcheck(lambda *each: attend_context(*each, view), operands)
 
 
-def test_flex_attention_sees_what_the_groups_see() -> None:
-    """The kernel for GPUs, run on the CPU, with tiles that are seen whole, in part and not at all."""
+def ranges() -> tuple[Tensor, Tensor]:
+    """Rows that 300 chains see of 290, in tiles that are seen whole, in part and not at all."""
     first = torch.cat([torch.zeros(150), torch.full((150,), 140)]).long()[None]
     end = torch.cat([torch.arange(1, 151), torch.arange(290, 440) // 3 + 60]).long()[None]
     end[0, 100] = 129  # alone of its tile in seeing a key of the next one
+    return first, end
+
+
+def test_flex_attention_sees_what_the_groups_see() -> None:
+    """The kernel for GPUs, run on the CPU, where it looks at each entry of the mask."""
     operands = states(1, 4, 300, 4), states(1, 2, 290, 4), states(1, 2, 290, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not compiled, and how slow that is
-        found = attend_context(*(e.detach() for e in operands), flex_view(first, end, 290))
-    expected = attend_context(*operands, grouped_view(first, end))
+        found = attend_context(*(e.detach() for e in operands), flex_view(*ranges(), 290))
+    expected = attend_context(*operands, grouped_view(*ranges()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_flex_attention_skips_just_the_hidden_tiles() -> None:
+    """On a GPU it looks at no entry of a tile that is hidden, or seen whole: these are torch's own."""
+    view = flex_view(*ranges(), 290)
+    torchs = create_block_mask(view.mask_mod, 1, None, 300, 290, device="cpu", BLOCK_SIZE=TILE)
+    assert torch.equal(view.to_dense(), torchs.to_dense())
+    assert view.full_kv_num_blocks.tolist() == torchs.full_kv_num_blocks.tolist()
+    assert view.kv_num_blocks.tolist() == torchs.kv_num_blocks.tolist()
+    for ours, theirs, counts in (
+        (view.kv_indices, torchs.kv_indices, view.kv_num_blocks),
+        (view.full_kv_indices, torchs.full_kv_indices, view.full_kv_num_blocks),
+    ):
+        for row, count in enumerate(counts[0, 0].tolist()):
+            assert ours[0, 0, row, :count].tolist() == theirs[0, 0, row, :count].tolist()
 
 
 def test_own_keys_join_as_further_columns() -> None:
