@@ -8,9 +8,7 @@ import click
 
 
 @click.command("sweep")
-@click.argument(
-    "config_files", metavar="CONFIG...", nargs=-1, required=True, type=click.Path(path_type=Path)
-)
+@click.argument("config_files", metavar="CONFIG...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--cache", type=click.Path(path_type=Path), required=True, help="A complete cache.")
 @click.option(
     "--runs", type=click.Path(path_type=Path), required=True, help="Directory to write the runs into."

@@ -120,7 +120,7 @@ def config_names(files: Sequence[Path]) -> list[str]:
         return [""]
     names: dict[str, Path] = {}
     for file in files:
-        name = _safe(file.stem)[:_LONGEST_NAME // 4]
+        name = _safe(file.stem)[: _LONGEST_NAME // 4]
         if name in names:
             raise UsageError(
                 f"configs {names[name]} and {file} would give their runs the same name, {name}: pass "
