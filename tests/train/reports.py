@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 
 from tests.conftest import run_ok
 from tests.train.runs import lines_of, train_arguments
-from train.experiments.report import page, plots
+from train.experiments.report import kinds, page, plots
 from train.experiments.report.data import gather
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def drawn(*runs: Path) -> dict[str, Axes]:
 
         return real(key, title, caption, alt, both, **more)
 
-    with patch.object(plots, "panel", kept):
+    with patch.object(plots, "panel", kept), patch.object(kinds, "panel", kept):
         page.render(gather(runs))
     return found
 

@@ -23,6 +23,7 @@ SMALL = {
 }
 # Figures of a log line that a clock or the machine decides.
 MEASURED = {
+    "seconds",
     "tokens_per_s",
     "blocks_per_s",
     "data_wait_percent",

@@ -107,10 +107,10 @@ def runs(tmp_path: Path) -> Path:
 
 # Written by hand. Every line ends where its last column does, hence no trailing spaces.
 TEXT = """\
-run  draft.num_layers  draft.markov_head  loss.decay_gamma    step    tau       best tau  acceptance by position    loss      ce      l1  confidence  parameters        time  tokens/s
-a                   1  vanilla            4.0                  700  1.500                 0.50 0.25               0.7500  2.5000  0.5000      0.0625       1.23M  2 min 10 s     5,000
-b                   2  rnn                none                 700  1.625*  1.750 at 350  0.62 0.38 0.12          0.7500  2.5000  0.5000      0.0625       45.6k  2 h 05 min        10
-c                   3  vanilla            4.0               35/700                                                                                         1.23M         0 s
+run  draft.num_layers  draft.markov_head  loss.decay_gamma  K    step    tau       best tau  acceptance by position    loss      ce      l1  confidence  parameters        time  tokens/s
+a                   1  vanilla            4.0               2     700  1.500                 0.50 0.25               0.7500  2.5000  0.5000      0.0625       1.23M  2 min 10 s     5,000
+b                   2  rnn                none              3     700  1.625*  1.750 at 350  0.62 0.38 0.12          0.7500  2.5000  0.5000      0.0625       45.6k  2 h 05 min        10
+c                   3  vanilla            4.0                  35/700                                                                                         1.23M         0 s
 * the best held-out tau
 """  # noqa: E501
 
@@ -122,12 +122,12 @@ def test_text(runs: Path) -> None:
 def test_csv(runs: Path) -> None:
     text = run_ok("compare", runs / "b", runs / "c", "--format", "csv")
     assert text == (
-        "run,draft.num_layers,draft.markov_head,loss.decay_gamma,step,total_steps,complete,tau,accept_1,accept_2,"
+        "run,draft.num_layers,draft.markov_head,loss.decay_gamma,step,total_steps,complete,slots,tau,accept_1,accept_2,"
         "accept_3,loss,ce_loss,l1_loss,confidence_loss,best_tau,best_step,parameters,seconds,tokens_per_s\n"
-        "b,2,rnn,none,700,700,true,1.625,0.625,0.375,0.125,0.75,2.5,0.5,0.0625,1.75,350,45600,7500.0,10.0\n"
-        "c,3,vanilla,4.0,35,700,false,,,,,,,,,,,1234567,0.0,\n"
+        "b,2,rnn,none,700,700,true,3,1.625,0.625,0.375,0.125,0.75,2.5,0.5,0.0625,1.75,350,45600,7500.0,10.0\n"
+        "c,3,vanilla,4.0,35,700,false,,,,,,,,,,,,1234567,0.0,\n"
     )
-    assert [len(line) for line in csv.reader(text.splitlines())] == [20, 20, 20]
+    assert [len(line) for line in csv.reader(text.splitlines())] == [21, 21, 21]
 
 
 def test_json(runs: Path) -> None:
@@ -140,6 +140,7 @@ def test_json(runs: Path) -> None:
         "step": 700,
         "total_steps": 700,
         "complete": True,
+        "slots": 3,
         "tau": 1.625,
         "accept_by_position": [0.625, 0.375, 0.125],
         "loss": 0.75,
@@ -235,3 +236,46 @@ def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:
     assert_refused(run_cli("compare", run), 1, "damaged")
     (run / "run.json").write_text("[]")
     assert_refused(run_cli("compare", run), 1, "run.json")
+
+
+FLASH = """\
+[draft]
+kind = "dflash"
+num_layers = 1
+block_size = 4
+target_layer_ids = [0, 2]
+"""
+
+
+def test_kinds_of_draft_have_other_settings_and_terms(tmp_path: Path) -> None:
+    """A setting or term that one kind lacks is a dash, a term that none has is no column."""
+    spark, flash = evaluation(700, 1.5, 0.5, 0.25), evaluation(700, 1.25, 0.25, 0.125, 0.0625)
+    del flash["confidence_loss"]
+    flash["soft_ce_loss"] = 3.5
+    make_run(
+        tmp_path / "a", "[draft]\nnum_layers = 1\ntarget_layer_ids = [0, 2]\n", step=700, evaluation=spark
+    )
+    make_run(tmp_path / "b", FLASH, step=700, evaluation=flash)
+    make_run(tmp_path / "c", FLASH, step=7, complete=False)
+    rows = json.loads(run_ok("compare", tmp_path, "--format", "json"))
+    assert [row["draft.kind"] for row in rows] == ["dspark", "dflash", "dflash"]
+    assert [row["slots"] for row in rows] == [2, 3, None]
+    assert [row["draft.markov_head"] for row in rows] == ["vanilla", None, None]
+    assert [row["loss.slot_weights"] for row in rows] == [None, "decay", "decay"]
+    assert [row["confidence_loss"] for row in rows] == [0.0625, None, None]
+    assert [row["soft_ce_loss"] for row in rows] == [None, 3.5, None]
+    head, *lines = (line.split("  ") for line in run_ok("compare", tmp_path).splitlines()[:4])
+    cells = [dict(zip(filter(None, head), filter(None, line), strict=False)) for line in lines]
+    shown = [{key.strip(): value.strip() for key, value in row.items()} for row in cells]
+    assert [row["draft.markov_head"] for row in shown] == ["vanilla", "-", "-"]
+    assert [row["loss.slot_weights"] for row in shown] == ["-", "decay", "decay"]
+    a, b = shown[:2]
+    assert (a["K"], a["confidence"], a["soft_ce"]) == ("2", "0.0625", "-")
+    assert (b["K"], b["confidence"], b["soft_ce"]) == ("3", "-", "3.5000")
+    one = run_ok("compare", tmp_path / "b", tmp_path / "c")
+    assert "confidence" not in one  # neither has that term
+    assert "  K  " not in one
+    first, second, _ = csv.reader(
+        run_ok("compare", tmp_path / "a", tmp_path / "b", "--format", "csv").splitlines()
+    )
+    assert dict(zip(first, second, strict=True))["accept_3"] == ""

@@ -145,8 +145,11 @@ class Bench:
         names = {f"num_layers={key.removeprefix('l')}": value for key, value in what.items()}
         (self.folder / "plan.json").write_text(json.dumps(names))
 
-    def arguments(self, *settings: str, device: str = "cpu") -> list[str | Path]:
-        arguments = ["sweep", self.folder / "config.toml", "--cache", self.cache, "--runs", self.runs]
+    def arguments(
+        self, *settings: str, device: str = "cpu", configs: tuple[str, ...] = ("config.toml",)
+    ) -> list[str | Path]:
+        files = [self.folder / name for name in configs]
+        arguments = ["sweep", *files, "--cache", self.cache, "--runs", self.runs]
         return [*arguments, "--device", device, *(part for each in settings for part in ("--set", each))]
 
     def started(self) -> list[list]:
@@ -242,7 +245,7 @@ def test_names_are_unique_and_fit_a_file_system() -> None:
 def test_the_grid_of_configs(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[draft]\nnum_layers = 9\n[train]\nlr = 0.5\n")
     settings = ["draft.num_layers=1,2", "loss.decay_gamma=none", "draft.target_layer_ids=[0,2],[0,4]"]
-    points = plan_grid(tmp_path / "c.toml", settings)
+    points = plan_grid([tmp_path / "c.toml"], settings)
     draft = [(p.config.draft.num_layers, p.config.draft.target_layer_ids) for p in points]
     assert draft == [(1, (0, 2)), (1, (0, 4)), (2, (0, 2)), (2, (0, 4))]
     assert {(p.config.loss.decay_gamma, p.config.train.lr) for p in points} == {(None, 0.5)}
@@ -299,6 +302,57 @@ def test_what_is_missing_is_one_line(bench: Bench) -> None:
     assert_refused(run_cli(*bench.arguments(), "--jobs", "0"), 2, "--jobs")
     with pytest.raises(UsageError, match="given twice"):
         parse_settings(["a.b=1", "a.b=1"])
+
+
+def block_config(bench: Bench, name: str = "flash") -> Path:
+    """A config of another kind of draft, with the bench's settings but for those that it lacks."""
+    path = bench.folder / f"{name}.toml"
+    path.write_text(CONFIG.replace("[draft]", '[draft]\nkind = "dflash"').replace("markov_rank = 8\n", ""))
+    return path
+
+
+def test_several_configs_are_the_first_axis(bench: Bench) -> None:
+    block_config(bench)
+    configs = ("config.toml", "flash.toml")
+    (bench.folder / "plan.json").write_text('{"flash": "edit"}')
+    lines = untimed(run_ok(*bench.arguments("train.seed=7", configs=configs)))
+    assert [line.split(":")[0] for line in lines[:4:2]] == ["1/2 config", "2/2 flash"]
+    assert lines[3] == "2/2 flash: held-out tau 1.125, N s"
+    loaded = [load_run_config(bench.runs / name) for name in ("config", "flash")]
+    assert [(each.draft.kind, each.train.seed) for each in loaded] == [("dspark", 7), ("dflash", 7)]
+    assert [name for name, *_ in bench.started()] == ["config", "flash"]
+    (bench.folder / "config.toml").write_text(CONFIG)  # as it was before the run edited it
+    run_ok(*bench.arguments("train.seed=7", configs=configs))
+    assert bench.started() == []  # complete, both
+
+    run_ok(*bench.arguments("train.lr=0.5,0.25", configs=configs[::-1]))
+    names = [f"{name},lr={lr}" for name in ("flash", "config") for lr in ("0.5", "0.25")]
+    assert [name for name, *_ in bench.started()] == names
+    kinds = [load_run_config(bench.runs / name).draft.kind for name in names]
+    assert kinds == ["dflash", "dflash", "dspark", "dspark"]
+
+
+@pytest.mark.parametrize(
+    ("configs", "settings", "parts"),
+    [
+        (("config.toml", "flash.toml"), ["draft.markov_rank=4"], ["grid point flash: ", "markov_rank"]),
+        (("config.toml", "flash.toml"), ["draft.markov_rank=4,8"], ["grid point flash,markov_rank=4: "]),
+        (("config.toml", "config.toml"), [], ["the same name, config", "config.toml and ", "each once"]),
+        (("flash.toml", "other/flash.toml"), [], ["the same name, flash", "different names"]),
+        (("config.toml", "twin.toml"), [], ["grid points config and twin are the same run", "the configs"]),
+        (("config.toml", "none.toml"), [], ["no config file at", "none.toml"]),
+        ((), [], ["CONFIG"]),
+    ],
+)
+def test_configs_that_do_not_go_together_are_one_line(
+    bench: Bench, configs: tuple[str, ...], settings: list[str], parts: list[str]
+) -> None:
+    block_config(bench)
+    (bench.folder / "other").mkdir()
+    block_config(bench, "other/flash")
+    (bench.folder / "twin.toml").write_text(CONFIG)
+    assert_refused(run_cli(*bench.arguments(*settings, configs=configs)), 2, *parts)
+    assert not bench.runs.exists()
 
 
 def test_a_failure_stops_no_other_and_the_same_command_tries_again(bench: Bench) -> None:
@@ -439,7 +493,7 @@ def test_nothing_goes_on_unattended(bench: Bench) -> None:
     with pytest.raises(OSError, match="No space left"):
         sweep.sweep(
             bench.cache,
-            bench.folder / "config.toml",
+            [bench.folder / "config.toml"],
             bench.runs,
             ["draft.num_layers=1,2"],
             device="cpu",
@@ -515,7 +569,7 @@ def test_the_last_error_of_a_log(tmp_path: Path) -> None:
 def test_a_point_without_a_markov_head_needs_no_second_setting(tmp_path, text, settings, implied) -> None:
     """The confidence head can't see what is not there; what the user has set stays."""
     (tmp_path / "c.toml").write_text(text)
-    for point in plan_grid(tmp_path / "c.toml", settings):
+    for point in plan_grid([tmp_path / "c.toml"], settings):
         none = point.config.draft.markov_head == "none"
         own = "draft.confidence_with_markov=false" in point.settings[len(settings) :]
         assert own == (none and implied), point
@@ -527,7 +581,7 @@ def test_a_point_without_a_markov_head_needs_no_second_setting(tmp_path, text, s
 def test_a_users_own_contradiction_stays_an_error(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[draft]\nconfidence_with_markov = true")
     with pytest.raises(UsageError, match=r"grid point markov_head=none.*confidence_with_markov"):
-        plan_grid(tmp_path / "c.toml", ["draft.markov_head=vanilla,none"])
+        plan_grid([tmp_path / "c.toml"], ["draft.markov_head=vanilla,none"])
 
 
 def test_a_longer_run_is_not_complete(tmp_path: Path, cache_dir: Path) -> None:

@@ -8,7 +8,7 @@ import click
 
 
 @click.command("sweep")
-@click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("config_files", metavar="CONFIG...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--cache", type=click.Path(path_type=Path), required=True, help="A complete cache.")
 @click.option(
     "--runs", type=click.Path(path_type=Path), required=True, help="Directory to write the runs into."
@@ -25,7 +25,7 @@ import click
     "--jobs", type=click.IntRange(min=1), help="Runs to train at once. Default: the number of GPUs, or 1."
 )
 def sweep_command(
-    config_file: Path,
+    config_files: tuple[Path, ...],
     cache: Path,
     runs: Path,
     settings: tuple[str, ...],
@@ -34,14 +34,15 @@ def sweep_command(
 ) -> None:
     """Train a grid of drafts over one cache, and compare them.
 
-    CONFIG has the settings that the runs share. Every combination of the values of --set is a run in a
-    folder of --runs, with its log next to the folder. Commas in brackets or quotes do not separate values,
-    as in `--set draft.target_layer_ids=[0,2],[0,4]`. The same command again continues unfinished runs,
-    retries failed ones and skips complete ones.
+    CONFIG has the settings that the runs share. With several, each one is trained, with every --set: they
+    may be of several kinds of draft, and their names begin the names of the runs. Every combination of the
+    values of --set is a run in a folder of --runs, with its log next to the folder. Commas in brackets or
+    quotes do not separate values, as in `--set draft.target_layer_ids=[0,2],[0,4]`. The same command again
+    continues unfinished runs, retries failed ones and skips complete ones.
     """
     from train.experiments.sweep import sweep
 
-    sweep(cache, config_file, runs, settings, device=device, jobs=jobs, say=click.echo)
+    sweep(cache, config_files, runs, settings, device=device, jobs=jobs, say=click.echo)
 
 
 @click.command("compare")

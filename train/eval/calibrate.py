@@ -16,6 +16,7 @@ from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, RunError
 from pipeline.text import figure_table
 from train.data.sampling import drawn_anchors
+from train.draft import DRAFTS
 from train.eval import metrics
 from train.eval.heldout import Blocks, measure
 from train.runs.figures import Calibration, CalibrationReport, Counts, Sweeps
@@ -80,9 +81,10 @@ def calibrate(draft: DraftOnCache, ranks: Ranks, *, anchors: int | None = None, 
     """
     with ranks.together():
         if not getattr(draft.config.draft, "confidence_head", False):
-            raise RunError(
-                f"{draft.folder} has no confidence head to calibrate: train with draft.confidence_head"
-            )
+            title = DRAFTS[draft.config.draft.kind].title
+            able = hasattr(draft.config.draft, "confidence_head")
+            remedy = "train with draft.confidence_head" if able else f"{title} drafts have none"
+            raise RunError(f"{draft.folder} has no confidence head to calibrate: {remedy}")
         parts = halves(draft.reader, draft.held_out)
     fitted, reported = (
         measure(

@@ -20,6 +20,7 @@ from train.draft.kind import TrainerModule
 from train.eval import metrics
 from train.eval.heldout import measure
 from train.eval.validate import validate
+from train.losses.slots import TITLES
 from train.runs.figures import CacheFacts, Evaluation, Untrained
 from train.runtime.distributed import Ranks
 
@@ -116,6 +117,13 @@ def cache_facts(reader: CacheReader) -> CacheFacts:
     )
 
 
+def _losses(result: Evaluation) -> list[tuple[str, float | None]]:
+    """Return the loss and its terms, by their names for people."""
+    terms = {name: getattr(result, f"{name}_loss") for name in ("ce", "l1", "confidence")}
+    terms |= result.further_losses
+    return [("loss", result.loss), *((TITLES.get(name, name), value) for name, value in terms.items())]
+
+
 def format_evaluation(result: Evaluation) -> str:
     """Lay the figures out for a terminal."""
     anchors = "every candidate an anchor" if result.anchors == "all" else f"{result.anchors} each"
@@ -137,9 +145,7 @@ def format_evaluation(result: Evaluation) -> str:
     lines = [
         f"held-out tau {result.tau:.3f} sampling, {result.greedy_tau:.3f} greedy, over "
         f"{result.blocks:,} blocks of {result.samples:,} samples ({anchors})",
-        f"  loss {result.loss:.4f}, cross entropy {result.ce_loss:.4f}, L1 {result.l1_loss:.4f}, "
-        f"confidence {result.confidence_loss:.4f}"
-        + "".join(f", {name} {value:.4f}" for name, value in result.further_losses.items()),
+        "  " + ", ".join(f"{title} {value:.4f}" for title, value in _losses(result) if value is not None),
         *figure_table(rows),
     ]
     if result.decoding is not None:

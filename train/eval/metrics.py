@@ -48,16 +48,16 @@ def loss_terms(blocks: Blocks, loss: LossConfig) -> Losses:
     def mean(values: np.ndarray) -> float:
         return float((weights * values).sum() / weights.sum())
 
-    terms = {"ce": mean(blocks.ce), "l1": mean(2 * (1 - blocks.accept)), "confidence": 0.0}
-    if blocks.confidence is not None:
-        logits = blocks.confidence
-        terms["confidence"] = mean(np.logaddexp(0, logits) - blocks.accept * logits)
+    confidence, logits = None, blocks.confidence
+    if logits is not None:
+        confidence = mean(np.logaddexp(0, logits) - blocks.accept * logits)
+    terms = {"ce": mean(blocks.ce), "l1": mean(2 * (1 - blocks.accept)), "confidence": confidence or 0.0}
     further = {name: mean(values) for name, values in blocks.further.items()}
     return Losses(
         loss=Objective.of(loss).total(terms | further),
         ce_loss=terms["ce"],
         l1_loss=terms["l1"],
-        confidence_loss=terms["confidence"],
+        confidence_loss=confidence,
         further_losses=further,
     )
 

@@ -21,16 +21,21 @@ from train.runs.find import NamedRun, find_run
 from train.runs.names import CONFIG, RUN
 from train.runs.open import find_checkpoint
 from train.runs.page import read_training
+from train.runs.state import Progress
 
-_FIGURES = ("tau", "accept_by_position", "loss", "ce_loss", "l1_loss", "confidence_loss")
+_LOSSES = ("ce_loss", "l1_loss", "confidence_loss")
+"""Loss terms that every row has; those of other kinds of draft follow where a run has them."""
+_NONE = "-"
+"""Stands for a setting or a loss term that a run's kind of draft lacks."""
 
 
 def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """Return one row per run, in the order given, all with the same keys and raw numbers.
 
     After `run` come the settings that differ between runs, as in config.toml, and the fields of the cache's
-    identity that differ, such as `cache.features.context_codec`. A figure that a run does not have yet is
-    None. `best_tau` and `best_step` are None if the best evaluation is the last one.
+    identity that differ, such as `cache.features.context_codec`. A setting that a run's kind of draft lacks
+    is None, and so is a figure that a run does not have yet, or whose kind has none. `slots` is K, the tokens
+    drafted in a round. `best_tau` and `best_step` are None if the best evaluation is the last one.
 
     Args:
         runs: directories of runs, paths of their checkpoints, or folders of runs, which stand for their
@@ -42,9 +47,13 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     found = named_runs(runs)
     facts = [{**_settings(run.path), **_cache(run.path)} for run in found]
     keys = [key for key in dict.fromkeys(key for row in facts for key in row) if _differs(key, facts)]
+    progress = [_progress(run) for run in found]
+    losses = dict.fromkeys(_LOSSES) | {
+        key: None for own in progress for key in _evaluation(own) if _is_term(key)
+    }
     return [
-        {"run": name, **{key: row.get(key) for key in keys}, **_figures(run)}
-        for name, row, run in zip(_names(found), facts, found, strict=True)
+        {"run": name, **{key: row.get(key) for key in keys}, **_figures(own, list(losses))}
+        for name, row, own in zip(_names(found), facts, progress, strict=True)
     ]
 
 
@@ -112,12 +121,29 @@ def _differs(key: str, facts: Sequence[dict[str, Any]]) -> bool:
     return any(row.get(key) != told[0].get(key) for row in told)
 
 
-def _figures(run: NamedRun) -> dict[str, Any]:
-    """Return a run's progress and the figures of its last evaluation, as of the checkpoint named if any."""
-    progress = read_progress(run.path) if checkpoints(run.path) else None
+def _progress(run: NamedRun) -> Progress | None:
+    """Return a run's progress, as of the checkpoint named if any; None without a checkpoint."""
     if run.checkpoint:
-        progress = read_training(find_checkpoint(run.path, run.checkpoint)).progress
-    evaluation = (progress and progress.evaluation) or {}
+        return read_training(find_checkpoint(run.path, run.checkpoint)).progress
+    return read_progress(run.path) if checkpoints(run.path) else None
+
+
+def _evaluation(progress: Progress | None) -> dict[str, Any]:
+    return (progress and progress.evaluation) or {}
+
+
+def _is_term(key: str) -> bool:
+    return key.endswith("_loss")
+
+
+def _figures(progress: Progress | None, losses: Sequence[str]) -> dict[str, Any]:
+    """Return a run's progress and the figures of its last evaluation.
+
+    Args:
+        losses: names of the loss terms.
+    """
+    evaluation = _evaluation(progress)
+    accepted = evaluation.get("accept_by_position")
     best = progress and progress.best
     if best and best.step == evaluation.get("step"):
         best = None
@@ -125,7 +151,8 @@ def _figures(run: NamedRun) -> dict[str, Any]:
         "step": progress and progress.step,
         "total_steps": progress and progress.total_steps,
         "complete": progress is not None and progress.complete,
-        **{key: evaluation.get(key) for key in _FIGURES},
+        "slots": accepted and len(accepted),
+        **{key: evaluation.get(key) for key in ("tau", "accept_by_position", "loss", *losses)},
         "best_tau": best and best.tau,
         "best_step": best and best.step,
         "parameters": progress and progress.parameters,
@@ -167,8 +194,12 @@ def format_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def format_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Write aligned columns for people; the best held-out tau of several is marked with a star."""
+    """Write aligned columns for people; the best held-out tau of several is marked with a star.
+
+    K is a column where runs differ in it, and a loss term where a run has it.
+    """
     settings = [key for key in rows[0] if "." in key]
+    losses = [key for key in rows[0] if _is_term(key) and any(row[key] is not None for row in rows)]
     taus = [row["tau"] for row in rows if row["tau"] is not None and math.isfinite(row["tau"])]
     top = max(taus) if len(taus) > 1 else None
 
@@ -182,20 +213,21 @@ def format_text(rows: Sequence[dict[str, Any]]) -> str:
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("run", lambda row: row["run"]),
         *((key, lambda row, key=key: _setting(row[key])) for key in settings),
+        ("K", lambda row: "" if row["slots"] is None else str(row["slots"])),
         ("step", _step),
         ("tau" if top is None else "tau ", tau),
         ("best tau", best),
         ("acceptance by position", lambda row: " ".join(f"{a:.2f}" for a in row["accept_by_position"] or ())),
         ("loss", lambda row: _digits(row["loss"], 4)),
-        ("ce", lambda row: _digits(row["ce_loss"], 4)),
-        ("l1", lambda row: _digits(row["l1_loss"], 4)),
-        ("confidence", lambda row: _digits(row["confidence_loss"], 4)),
+        *((key.removesuffix("_loss"), lambda row, key=key: _term(row, key)) for key in losses),
         ("parameters", lambda row: parameter_count(row["parameters"])),
         ("time", lambda row: "" if row["seconds"] is None else duration(row["seconds"])),
         ("tokens/s", lambda row: "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"),
     ]
-    if all(row["best_tau"] is None for row in rows):
-        columns = [column for column in columns if column[0] != "best tau"]
+    dropped = {"best tau"} if all(row["best_tau"] is None for row in rows) else set()
+    if len({row["slots"] for row in rows} - {None}) < 2:
+        dropped.add("K")
+    columns = [column for column in columns if column[0] not in dropped]
     left = {"run", "acceptance by position"}  # and settings that are text
     left |= {key for key in settings if any(isinstance(row[key], str | list) for row in rows)}
     texts = [[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
@@ -217,10 +249,15 @@ def _step(row: dict[str, Any]) -> str:
 
 
 def _setting(value: Any) -> str:
-    """Write a setting as in a config, without quotes; of a hash its beginning."""
+    """Write a setting as in a config, without quotes; of a hash its beginning, of none a dash."""
     if isinstance(value, str):
         return value[:12] if re.fullmatch(r"[0-9a-f]{64}", value) else value
-    return "" if value is None else json.dumps(value)
+    return _NONE if value is None else json.dumps(value)
+
+
+def _term(row: dict[str, Any], key: str) -> str:
+    """Write a loss term: a dash where the run was evaluated without it."""
+    return _NONE if row[key] is None and row["loss"] is not None else _digits(row[key], 4)
 
 
 def _digits(value: float | None, places: int) -> str:

@@ -1,4 +1,4 @@
-"""The grid of a sweep: a point for every combination of the values, and a name for each."""
+"""The grid of a sweep: a point for every combination of configs and values, and a name for each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ class Point:
 
     name: str
     """The name of its directory."""
+    file: Path
+    """The config file."""
     settings: tuple[str, ...]
     """The settings that `dspark train` gets with --set."""
     config: RunConfig
@@ -73,19 +75,25 @@ def parse_settings(settings: Iterable[str]) -> dict[str, list[str]]:
     return grid
 
 
-def run_names(grid: dict[str, list[str]]) -> list[str]:
+def run_names(grid: dict[str, list[str]], first: str = "") -> list[str]:
     """Name every point of a grid by the settings that vary. The first key varies slowest.
 
     Names are safe as file names. They do not change when a key that varies gets more values.
+
+    Args:
+        first: what every name begins with, such as the name of a config.
     """
     varied = [key for key, values in grid.items() if len(values) > 1]
     if not varied:
-        return ["run"]
+        return [first or "run"]
     tails = [key.rpartition(".")[2] for key in varied]
     short = [tail if tails.count(tail) == 1 else key for key, tail in zip(varied, tails, strict=True)]
     choices = list(itertools.product(*(grid[key] for key in varied)))
     plain = [
-        ",".join(f"{_safe(key)}={_safe(value)}" for key, value in zip(short, choice, strict=True))
+        ",".join(
+            [first] * bool(first)
+            + [f"{_safe(key)}={_safe(value)}" for key, value in zip(short, choice, strict=True)]
+        )
         for choice in choices
     ]
     times = Counter(plain)
@@ -102,28 +110,54 @@ def _safe(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", re.sub(r"""[]["'{}]""", "", text))
 
 
-def plan_grid(config_file: Path, settings: Iterable[str]) -> list[Point]:
-    """Return every run of a sweep, with its config built and checked.
+def config_names(files: Sequence[Path]) -> list[str]:
+    """Return what configs are called in the names of their runs: their files' stems, nothing for one alone.
+
+    Raises:
+        UsageError: two files have the same stem.
+    """
+    if len(files) == 1:
+        return [""]
+    names: dict[str, Path] = {}
+    for file in files:
+        name = _safe(file.stem)[: _LONGEST_NAME // 4]
+        if name in names:
+            raise UsageError(
+                f"configs {names[name]} and {file} would give their runs the same name, {name}: pass "
+                "files with different names, each once"
+            )
+        names[name] = file
+    return list(names)
+
+
+def plan_grid(files: Sequence[Path], settings: Iterable[str]) -> list[Point]:
+    """Return every run of a sweep, with its config built and checked. The config varies slowest.
+
+    Args:
+        files: configs, the runs of each named by its stem if there are several.
+        settings: of every config, as --set takes them.
 
     Raises:
         UsageError: a setting is wrong. The message names the run if the setting suits others.
     """
     grid = parse_settings(settings)
-    values = configuration.load_toml(config_file)
     points: list[Point] = []
     names: dict[RunConfig, str] = {}
-    for name, choice in zip(run_names(grid), itertools.product(*grid.values()), strict=True):
-        chosen = tuple(f"{key}={value}" for key, value in zip(grid, choice, strict=True))
-        try:
-            tables = configuration.apply_overrides(values, chosen)
-            chosen += tables_of(tables, str(config_file)).implied(grid, tables.get("draft", {}))
-            config = run_config(configuration.apply_overrides(values, chosen), str(config_file))
-        except ConfigError as error:
-            raise ConfigError(f"grid point {name}: {error}") from None
-        if config in names:
-            raise UsageError(
-                f"grid points {names[config]} and {name} are the same run: drop one of the values"
-            )
-        names[config] = name
-        points.append(Point(name=name, settings=chosen, config=config))
+    for file, first in zip(files, config_names(files), strict=True):
+        values = configuration.load_toml(file)
+        for name, choice in zip(run_names(grid, first), itertools.product(*grid.values()), strict=True):
+            chosen = tuple(f"{key}={value}" for key, value in zip(grid, choice, strict=True))
+            try:
+                tables = configuration.apply_overrides(values, chosen)
+                chosen += tables_of(tables, str(file)).implied(grid, tables.get("draft", {}))
+                config = run_config(configuration.apply_overrides(values, chosen), str(file))
+            except ConfigError as error:
+                raise ConfigError(f"grid point {name}: {error}") from None
+            if config in names:
+                raise UsageError(
+                    f"grid points {names[config]} and {name} are the same run: drop one of "
+                    f"{'the values' if first == '' else 'the configs or values'}"
+                )
+            names[config] = name
+            points.append(Point(name=name, file=file, settings=chosen, config=config))
     return points

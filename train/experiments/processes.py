@@ -102,7 +102,6 @@ class Processes:
     """The processes of a sweep; a context manager that leaves none of them running."""
 
     cache: Path
-    config_file: Path
     runs: Path
     device: str
     gpus: list[str]
@@ -132,7 +131,7 @@ class Processes:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.jobs)))
         run, log = self.runs / point.name, self.runs / f"{point.name}.log"
-        command = train_command(self.cache, self.config_file, run, point.settings, self.device)
+        command = train_command(self.cache, point.file, run, point.settings, self.device)
         with log.open("ab") as file:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()

@@ -30,7 +30,7 @@ POLL_SECONDS = 0.1
 
 def sweep(
     cache: Path,
-    config_file: Path,
+    config_files: Sequence[Path],
     runs: Path,
     settings: Iterable[str],
     *,
@@ -40,10 +40,11 @@ def sweep(
 ) -> None:
     """Train every run of a grid that is not complete, then compare the complete ones.
 
-    Writes a directory and `<name>.log` per run to `runs`, and a copy of the config file, so that the file
+    Writes a directory and `<name>.log` per run to `runs`, and a copy of each config file, so that the file
     may be edited meanwhile.
 
     Args:
+        config_files: the first axis of the grid; several may be of several kinds of draft.
         settings: `table.key=value` or `table.key=value,value,...`; the first varies slowest.
         jobs: runs trained at once. The default is one per GPU, and one without a GPU.
         say: gets a line when a run begins and when it ends, and the table.
@@ -54,18 +55,18 @@ def sweep(
         RunError: runs failed, which did not stop the others.
         StoppedError: a signal came. It was passed on to the runs at work, and these have ended.
     """
-    points = plan_grid(config_file, settings)
-    if not config_file.is_file():
-        raise ConfigError(f"{config_file} can be read only once, and every run reads it: give a plain file")
+    points = plan_grid(config_files, settings)
+    for file in config_files:
+        if not file.is_file():
+            raise ConfigError(f"{file} can be read only once, and every run reads it: give a plain file")
     points, identity = resolve(points, cache)
     gpus = visible_gpus() if device in ("auto", "cuda") else []
-    text = config_file.read_bytes()
+    texts = {file: file.read_bytes() for file in config_files}
     runs.mkdir(parents=True, exist_ok=True)
-    kept = runs / f"config-{hashlib.sha256(text).hexdigest()[:8]}.toml"
-    files.publish_bytes(kept, text, replace=False)
+    kept = {file: _keep(text, runs) for file, text in texts.items()}
+    points = [replace(point, file=kept[point.file]) for point in points]
     processes = Processes(
         cache=cache,
-        config_file=kept,
         runs=runs,
         device=device,
         gpus=gpus,
@@ -88,6 +89,13 @@ def sweep(
             f"{len(state.failed)} of {len(points)} runs failed ({'; '.join(state.failed)}): see their logs "
             f"in {runs}; the same command tries them again"
         )
+
+
+def _keep(text: bytes, runs: Path) -> Path:
+    """Write a copy of a config file beside the runs."""
+    kept = runs / f"config-{hashlib.sha256(text).hexdigest()[:8]}.toml"
+    files.publish_bytes(kept, text, replace=False)
+    return kept
 
 
 @dataclass

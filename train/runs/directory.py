@@ -60,8 +60,8 @@ def _load_run_cache(run: Path) -> tuple[Identity, list[int]]:
     """Return identity and skipped samples of a run's cache. Raise RunError if they can't be read."""
     try:
         values = json.loads(files.read_small(run / RUN, _LIMIT))
-        skipped = [int(number) for number in values.get(_SKIPPED, [])]
-        return configuration.build(Identity, values["cache"], str(run / RUN)), skipped
+        identity = configuration.build(Identity, values["cache"], str(run / RUN))
+        return identity, [int(number) for number in values.get(_SKIPPED, [])]
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"{run / RUN} can't be read ({error}): start over with --fresh") from None
 

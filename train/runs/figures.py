@@ -28,12 +28,13 @@ class Losses:
 
     loss: float
     """Weighted sum of the terms."""
-    ce_loss: float
-    """Cross entropy with the data's tokens, in nats."""
-    l1_loss: float
+    ce_loss: float | None = None
+    """Cross entropy with the data's tokens, in nats. Of training's own evaluation the three are None where
+    the draft's objective has no such term."""
+    l1_loss: float | None = None
     """L1 distance to the target's distribution, from 0 to 2."""
-    confidence_loss: float
-    """Binary cross entropy of the confidence head, in nats; 0 without one."""
+    confidence_loss: float | None = None
+    """Binary cross entropy of the confidence head, in nats; None without one, and 0 in older files."""
     further_losses: dict[str, float] = field(default_factory=dict)
     """Terms beyond these three, by name; left out of the file where there are none."""
 

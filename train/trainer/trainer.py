@@ -359,7 +359,8 @@ class Training:
             return False
         result = {"step": progress.step, **figures}
         progress.evaluated, progress.evaluation = progress.step, result
-        self._log({"step": progress.step, "held_out": result})
+        cost = {"tokens": progress.tokens, "seconds": progress.seconds}
+        self._log({"step": progress.step, **cost, "held_out": result})
         self.display.say(f"step {progress.step}: {headline(result)}, loss {result['loss']:.4f}")
         best = Best.of(result)
         if best.beats(progress.best):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pipeline import files
 from pipeline.errors import RunError
+from train.draft import TABLES
 from train.experiments.compare import compare, named_runs
 from train.runs.changes import flat_settings
 from train.runs.checkpoint import checkpoints
@@ -62,7 +63,7 @@ class RunData:
     log: list[dict[str, Any]]
     """Lines of metrics.jsonl about optimiser steps."""
     held_out: list[dict[str, Any]]
-    """Lines of metrics.jsonl about evaluations during training."""
+    """Lines of metrics.jsonl about evaluations during training, with the tokens and seconds until then."""
     evaluation: Evaluation | None
     """Of the best checkpoint, as the two after it; None where nobody measured it."""
     calibration: Calibration | None
@@ -74,6 +75,16 @@ class RunData:
     def name(self) -> str:
         """End of its path, as long as it takes to tell it from the others."""
         return self.row["run"]
+
+    @property
+    def kind(self) -> str:
+        """Title of its kind of draft."""
+        return TABLES[self.settings["draft.kind"]].title
+
+    @property
+    def slots(self) -> int | None:
+        """K, the tokens drafted in a round; None where no evaluation tells it."""
+        return len(by_position(self, "accept_by_position")) or self.row["slots"]
 
     @property
     def measured_step(self) -> int | None:
@@ -148,6 +159,7 @@ def _run(index: int, run: NamedRun, row: dict[str, Any]) -> RunData:
     path = run.path
     folder = find_checkpoint(path, run.checkpoint_or(None)) if checkpoints(path) else None
     lines = list(_lines(path / METRICS))
+    progress = {} if folder is None else dataclasses.asdict(read_progress(path))
     return RunData(
         index=index,
         path=path,
@@ -155,14 +167,24 @@ def _run(index: int, run: NamedRun, row: dict[str, Any]) -> RunData:
         settings=flat_settings(load_run_config(path)),
         identity=dataclasses.asdict(load_run_cache(path)) if (path / RUN).exists() else {},
         training={} if folder is None else read_training(folder).values(),
-        progress={} if folder is None else dataclasses.asdict(read_progress(path)),
+        progress=progress,
         written=None if folder is None else _day(folder / TRAINING),
         log=[line for line in lines if "held_out" not in line],
-        held_out=[line["held_out"] for line in lines if isinstance(line.get("held_out"), dict)],
+        held_out=[
+            {**_cost(line, progress), **line["held_out"]}
+            for line in lines
+            if isinstance(line.get("held_out"), dict)
+        ],
         evaluation=None if folder is None else _fitting(read_evaluation, folder),
         calibration=None if folder is None else _fitting(read_calibration, folder),
         speculation=None if folder is None else _fitting(read_speculation, folder),
     )
+
+
+def _cost(line: dict[str, Any], progress: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokens and seconds trained until an evaluation, of an older log those of the newest one."""
+    last = {} if line["step"] != progress.get("step") else progress
+    return {name: line.get(name, last.get(name)) for name in ("tokens", "seconds")}
 
 
 def _fitting(read: Callable[..., _Figures | None], folder: Path) -> _Figures | None:
@@ -206,6 +228,11 @@ def curve(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list
         return [], []
     steps, values = zip(*points, strict=True)
     return list(steps), [math.nan if value is None else value for value in values]
+
+
+def gaps(values: Sequence[float | None]) -> list[float]:
+    """Return figures for a drawing, NaN where there is none."""
+    return [math.nan if value is None else value for value in values]
 
 
 def reliability(run: RunData, kind: str) -> dict[str, Reliability]:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from train.experiments.report import plots, tables
 from train.experiments.report.data import RunData, dig, measured_elsewhere, reliability, temperatures_of
+from train.experiments.report.kinds import COSTS, described, several_kinds, tau_curve
 from train.experiments.report.svg import Panel, swatch
 from train.experiments.report.tables import Table
 
@@ -75,6 +76,8 @@ def render(runs: Sequence[RunData], title: str | None = None) -> str:
         tiles=_tiles(runs[0]) if len(runs) == 1 else [],
         sections=sections,
         label=label,
+        kinds=list(dict.fromkeys(run.kind for run in runs)),
+        described=described if several_kinds(runs) else None,
     )
     return page.encode("utf-8", "replace").decode()  # names of files may hold what is no text
 
@@ -160,6 +163,7 @@ def _summary(runs: Sequence[RunData]) -> Section:
         "summary",
         "Summary",
         lead,
+        rows=_panels(*(tau_curve(runs, cost) for cost in COSTS)) if len(runs) > 1 else [],
         tables=[[tables.summary(runs)]],
         missing=_unmeasured(runs, "Held-out figures"),
     )
@@ -188,7 +192,8 @@ def _training(runs: Sequence[RunData]) -> Section:
             "loss",
             "Loss",
             "weighted sum",
-            "What is minimised: the three terms that follow, weighted.",
+            "What is minimised: the terms that follow, weighted."
+            + (" Kinds of draft minimise different sums." if several_kinds(runs) else ""),
         ),
         plots.training_curve(
             runs,
@@ -203,6 +208,13 @@ def _training(runs: Sequence[RunData]) -> Section:
             "Cross entropy",
             "nats",
             "How surprised the draft is by the data's own tokens; lower is better.",
+        ),
+        plots.training_curve(
+            runs,
+            "soft_ce_loss",
+            "Soft cross entropy",
+            "nats",
+            "How surprised the draft is by tokens drawn from the target's distribution; lower is better.",
         ),
         plots.training_curve(
             runs,

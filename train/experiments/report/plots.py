@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.experiments.report.data import RunData, by_position, curve, filled, reliability, thresholds
+from train.experiments.report.data import RunData, by_position, curve, filled, gaps, reliability, thresholds
 from train.experiments.report.svg import COLOURS, FAINT, INK, MUTED, Panel, dark, look, panel
 from train.runs.figures import ThresholdRow
 
@@ -63,15 +63,15 @@ def training_curve(
 
     def draw(axes: Axes) -> None:
         for run in runs:
-            _over_steps(axes, *log[run.index], look(run.index, markersize=3.5))
-            _over_steps(axes, *held_out[run.index], marks[run.index], most_marks=MOST_MARKS)
+            over(axes, *log[run.index], look(run.index, markersize=3.5))
+            over(axes, *held_out[run.index], marks[run.index], most_marks=MOST_MARKS)
         if len(runs) == 1:
             line = {"marker": ""} if len(held_out[0][1]) > MOST_MARKS else {}
             has_held_out = [("held out", {**marks[0], **line})] if held_out[0][1] else []
             _legend(axes, [("training", look(0, marker="")), *has_held_out])
         if lowest is not None:
-            _from(axes, lowest)
-        _steps(axes)
+            begin_at(axes, lowest)
+        number_axes(axes)
 
     def ends(what: str, steps: list[float], values: list[float]) -> str | None:
         points = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
@@ -108,10 +108,10 @@ def log_curve(
 
     def draw(axes: Axes) -> None:
         for run in runs:
-            _over_steps(axes, *curves[run.index], look(run.index, markersize=3.5))
+            over(axes, *curves[run.index], look(run.index, markersize=3.5))
         top = max((v for _, values in curves.values() for v in values if math.isfinite(v)), default=0)
         axes.set_ylim(0, top * 1.08 or 1)
-        _steps(axes)
+        number_axes(axes)
 
     def words(run: RunData) -> str:
         finite = [value for value in curves[run.index][1] if math.isfinite(value)]
@@ -148,7 +148,7 @@ def acceptance(
 
     def draw(axes: Axes) -> None:
         for _, _, values, own in series:
-            axes.plot(range(1, len(values) + 1), _gaps(values), **own)
+            axes.plot(range(1, len(values) + 1), gaps(values), **own)
         if len(runs) == 1:
             _legend(axes, [(words, own) for _, words, _, own in series])
             tops = [row[2] for row in series if row[1] != "untrained"]
@@ -191,8 +191,8 @@ def live(runs: Sequence[RunData], temperatures: Sequence[float]) -> Panel | None
 
     def draw(axes: Axes) -> None:
         for _, here, there, own in rows:
-            axes.plot(range(1, len(here) + 1), _gaps(here), **own)
-            axes.plot(range(1, len(there) + 1), _gaps(there), **hollow(own))
+            axes.plot(range(1, len(here) + 1), gaps(here), **own)
+            axes.plot(range(1, len(there) + 1), gaps(there), **hollow(own))
         if len(runs) == 1:
             names = [kind.replace("temperature ", "T ") if len(rows) > 2 else kind for kind, *_ in rows]
             _legend(axes, [(name, own) for name, (_, _, _, own) in zip(names, rows, strict=True)])
@@ -301,7 +301,7 @@ def threshold_panel(run: RunData, runs: Sequence[RunData]) -> Panel | None:
     return panel(f"thresholds-{run.index}", title, caption, alt, draw, x=x, y="tokens per round")
 
 
-def _over_steps(
+def over(
     axes: Axes, steps: list[float], values: list[float], own: dict[str, Any], *, most_marks: int = 20
 ) -> None:
     """Draw a curve; its points are marked where they are few, and where they have no neighbour."""
@@ -341,15 +341,11 @@ def _held_out_look(index: int, points: int, runs: int) -> dict[str, Any]:
     return {**own, "markersize": 7 if runs == 1 else 6, "markeredgewidth": 0.9 if runs == 1 else 0.6}
 
 
-def _from(axes: Axes, lowest: float) -> None:
+def begin_at(axes: Axes, lowest: float) -> None:
     """Begin an axis at `lowest` where figures allow, with room for marks at the other end."""
     _, low, _, high = axes.dataLim.extents
     bottom = min(lowest, low)
     axes.set_ylim(bottom, high + 0.06 * (high - bottom or 1))
-
-
-def _gaps(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
 
 
 def _legend(axes: Axes, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
@@ -362,7 +358,8 @@ def _legend(axes: Axes, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
     axes.legend(handles=lines, **place, **tight)
 
 
-def _steps(axes: Axes) -> None:
+def number_axes(axes: Axes) -> None:
+    """Number axes that begin at 0 on the left."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_xlim(left=0)

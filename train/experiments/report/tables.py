@@ -19,6 +19,7 @@ from train.experiments.report.data import (
     reliability,
     temperatures_of,
 )
+from train.experiments.report.kinds import several_kinds
 from train.experiments.report.plots import digits, listed
 from train.runs.figures import Group, SpeculationRun
 
@@ -46,7 +47,10 @@ def summary(runs: Sequence[RunData]) -> Table:
     """Make the table of main figures: how good each run is and what it took."""
     temperatures = temperatures_of(runs)
     temperatures = list(dict.fromkeys([*temperatures[:1], *temperatures[-1:]]))  # all have a table below
+    kinds = several_kinds(runs)
     columns: list[Column] = [
+        ("kind", lambda run: run.kind),
+        ("K", lambda run: NONE if run.slots is None else str(run.slots)),
         ("step", _step),
         ("tau", lambda run: _tau(run)[0]),
         ("greedy tau", lambda run: digits(run.evaluation and run.evaluation.greedy_tau)),
@@ -58,9 +62,14 @@ def summary(runs: Sequence[RunData]) -> Table:
             for key, title in (("tokens_per_round", "live tokens"), ("speedup", "speed-up"))
         ),
         ("parameters", lambda run: parameter_count(run.row["parameters"]) or NONE),
+        ("tokens", lambda run: _digits(run.progress.get("tokens"), 0)),
         ("time", lambda run: _seconds(run.row["seconds"])),
         ("tokens/s", lambda run: _digits(run.row["tokens_per_s"], 0)),
     ]
+    dropped = {"untrained tau", "tokens/s"} if kinds else {"kind", "tokens"}  # what is elsewhere on the page
+    if not kinds and len({run.slots for run in runs}) == 1:
+        dropped.add("K")
+    columns = [column for column in columns if column[0] not in dropped]
     notes = []
     if any(_tau(run)[1] for run in runs):
         notes.append("* From training's own evaluation, which draws fewer anchors than dspark evaluate.")
@@ -219,15 +228,16 @@ def differing(runs: Sequence[RunData]) -> Table | None:
 
 
 def settings(runs: Sequence[RunData]) -> list[Table]:
-    """Make a table of settings for each table of the config."""
-    names = dict.fromkeys(key.partition(".")[0] for key in runs[0].settings)
+    """Make a table of settings for each table of the config; a dash where a kind of draft lacks one."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    names = dict.fromkeys(key.partition(".")[0] for key in keys)
     return [
         Table(
             name,
             ["setting"],
             [
-                (key, [setting(run.settings[key], "none") for run in runs])
-                for key in runs[0].settings
+                (key, [setting(run.settings[key], "none") if key in run.settings else NONE for run in runs])
+                for key in keys
                 if key.startswith(f"{name}.")
             ],
             words=True,
