@@ -26,6 +26,25 @@ def scale_of(config: PretrainedConfig, name: str) -> float:
     return getattr(config, name, None) or 1.0
 
 
+LAYERS_OF_VLLM = Rule(
+    "target_layer_ids",
+    # Drafts learn the last layer's states after the final norm; vLLM passes those before it.
+    lambda c: min(c.target_layer_ids) >= -1 and max(c.target_layer_ids) <= c.num_target_layers - 2,
+    "it passes other states of the last layer than the draft was trained on",
+    "draft.target_layer_ids within [-1, {last}]",
+)
+LAYERS_OF_SGLANG = Rule(
+    "target_layer_ids",
+    lambda c: min(c.target_layer_ids) >= 0 and max(c.target_layer_ids) <= c.num_target_layers - 2,
+    "it can capture neither the embeddings nor the last layer",
+    "draft.target_layer_ids within [0, {last}]",
+)
+MASK_TOKEN = Rule(
+    "mask_token_id",
+    lambda c: 0 <= c.mask_token_id < c.vocab_size,
+    "it must be a row of the embedding",
+    "draft.mask_token_id below the vocabulary's size",
+)
 WHOLE_VOCABULARY = Rule(
     "draft_vocab_size",
     lambda c: (getattr(c, "draft_vocab_size", None) or c.vocab_size) == c.vocab_size,

@@ -12,6 +12,7 @@ from pipeline.errors import RunError
 from pipeline.text import one_line
 from train.draft.blocks.config import slides
 from train.draft.dflash.config import ARCHITECTURE
+from train.draft.released import check_architecture, check_unquantized
 
 _REQUIRED = ("target_layer_ids", "mask_token_id")
 # Names in config.json -> names in a run's [draft] table.
@@ -56,11 +57,7 @@ def check_released(values: Mapping[str, Any], where: str) -> None:
         RunError: the config describes another kind of draft; the message names the field.
     """
     nested = _nested(values)
-    if values.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
-        raise RunError(
-            f"{where} has architectures = {values['architectures']!r}, expected {ARCHITECTURE}: it is "
-            "another kind of draft, import another"
-        )
+    check_architecture(values, (ARCHITECTURE,), where)
     for name in _REQUIRED:
         if name not in nested:
             raise RunError(
@@ -79,11 +76,7 @@ def check_released(values: Mapping[str, Any], where: str) -> None:
             f"{where} has model_type = {values['model_type']!r}, expected 'qwen3': it is another kind of "
             "draft, import another"
         )
-    if "quantization_config" in values:
-        raise RunError(
-            f"{where} has a quantization_config, expected unquantized weights: import the draft from before "
-            "it was quantized"
-        )
+    check_unquantized(values, where)
 
 
 def released_settings(

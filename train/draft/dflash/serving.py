@@ -5,14 +5,8 @@ From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23.
 
 from __future__ import annotations
 
-from train.draft.serving import WHOLE_VOCABULARY, Rule, scale_of
+from train.draft.serving import LAYERS_OF_SGLANG, LAYERS_OF_VLLM, MASK_TOKEN, WHOLE_VOCABULARY, Rule, scale_of
 
-_MASK = Rule(
-    "mask_token_id",
-    lambda c: 0 <= c.mask_token_id < c.vocab_size,
-    "it must be a row of the embedding",
-    "draft.mask_token_id below the vocabulary's size",
-)
 _PLAIN = (
     Rule(
         "embedding_scale",
@@ -33,25 +27,14 @@ _PLAIN = (
 RULES: dict[str, tuple[Rule, ...]] = {
     "hf": (),
     "vllm": (  # model_executor/models/qwen3_dflash.py
-        Rule(
-            "target_layer_ids",
-            # Drafts learn the last layer's states after the final norm; vLLM passes those before it.
-            lambda c: min(c.target_layer_ids) >= -1 and max(c.target_layer_ids) <= c.num_target_layers - 2,
-            "it passes other states of the last layer than the draft was trained on",
-            "draft.target_layer_ids within [-1, {last}]",
-        ),
-        _MASK,
+        LAYERS_OF_VLLM,
+        MASK_TOKEN,
         *_PLAIN,
     ),
     "sglang": (  # srt/models/dflash.py, srt/speculative/dflash_utils.py
-        Rule(
-            "target_layer_ids",
-            lambda c: min(c.target_layer_ids) >= 0 and max(c.target_layer_ids) <= c.num_target_layers - 2,
-            "it can capture neither the embeddings nor the last layer",
-            "draft.target_layer_ids within [0, {last}]",
-        ),
+        LAYERS_OF_SGLANG,
         WHOLE_VOCABULARY,
-        _MASK,
+        MASK_TOKEN,
         *_PLAIN,
     ),
 }

@@ -12,6 +12,7 @@ from pipeline.errors import RunError
 from pipeline.text import one_line
 from train.draft.blocks.config import slides
 from train.draft.dspark.config import DECLARED
+from train.draft.released import check_architecture, check_unquantized
 
 _REQUIRED = ("target_layer_ids", "mask_token_id")
 # Names in config.json -> names in a run's [draft] table.
@@ -70,17 +71,8 @@ def check_released(values: Mapping[str, Any], where: str) -> None:
                 f"{where} has {name}, which engines read instead of block_size, markov_rank, mask_token_id "
                 "or target_layer_ids: move its values to those fields and remove it"
             )
-    if "quantization_config" in values:
-        raise RunError(
-            f"{where} has a quantization_config, expected unquantized weights: import the draft from before "
-            "it was quantized"
-        )
-    if "architectures" in values and values["architectures"] not in [[name] for name in ARCHITECTURES]:
-        known = " or ".join(ARCHITECTURES)
-        raise RunError(
-            f"{where} has architectures = {values['architectures']!r}, expected {known}: it is another kind "
-            "of draft, import another"
-        )
+    check_unquantized(values, where)
+    check_architecture(values, ARCHITECTURES, where)
 
 
 def released_settings(

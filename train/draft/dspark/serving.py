@@ -5,19 +5,13 @@ From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23.
 
 from __future__ import annotations
 
-from train.draft.serving import WHOLE_VOCABULARY, Rule, scale_of
+from train.draft.serving import LAYERS_OF_SGLANG, LAYERS_OF_VLLM, MASK_TOKEN, WHOLE_VOCABULARY, Rule, scale_of
 
 _HEAD = Rule(
     "markov_rank",
     lambda c: c.markov_rank > 0,
     "it always builds a Markov head",
     "draft.markov_head = vanilla",
-)
-_MASK = Rule(
-    "mask_token_id",
-    lambda c: 0 <= c.mask_token_id < c.vocab_size,
-    "it must be a row of the embedding",
-    "draft.mask_token_id below the vocabulary's size",
 )
 _SOFTCAP = Rule(
     "final_logit_softcapping",
@@ -34,14 +28,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "it has only the vanilla head",
             "draft.markov_head = vanilla",
         ),
-        Rule(
-            "target_layer_ids",
-            # Drafts learn the last layer's states after the final norm; vLLM passes those before it.
-            lambda c: min(c.target_layer_ids) >= -1 and max(c.target_layer_ids) <= c.num_target_layers - 2,
-            "it passes other states of the last layer than the draft was trained on",
-            "draft.target_layer_ids within [-1, {last}]",
-        ),
-        _MASK,
+        LAYERS_OF_VLLM,
+        MASK_TOKEN,
         Rule(
             "embedding_scale",
             # vLLM would load a scaled copy, but targets that scale embeddings also cap or scale logits.
@@ -69,14 +57,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "it needs the confidence head's weights in all modes but static",
             "draft.confidence_head = true",
         ),
-        Rule(
-            "target_layer_ids",
-            lambda c: min(c.target_layer_ids) >= 0 and max(c.target_layer_ids) <= c.num_target_layers - 2,
-            "it can capture neither the embeddings nor the last layer",
-            "draft.target_layer_ids within [0, {last}]",
-        ),
+        LAYERS_OF_SGLANG,
         WHOLE_VOCABULARY,
-        _MASK,
+        MASK_TOKEN,
         Rule(
             "embedding_scale",
             lambda c: scale_of(c, "embedding_scale") == 1,

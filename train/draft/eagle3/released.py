@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
 from pipeline.errors import RunError
 from pipeline.text import one_line
 from train.draft.eagle3.config import ARCHITECTURE, DECLARED, LAYER_IDS, layer_ids_of
-from train.draft.vocabulary import kept_tokens
+from train.draft.released import check_unquantized
+from train.draft.vocabulary import with_t2d
 
 # Names in config.json -> names in a run's [draft] table.
 _SETTINGS = {
@@ -70,11 +70,7 @@ def check_released(values: Mapping[str, Any], where: str) -> None:
             f"{where} has eagle_config.norm_before_fc = {nested['norm_before_fc']!r}, expected False: it is "
             "another kind of draft, import another"
         )
-    if "quantization_config" in values:
-        raise RunError(
-            f"{where} has a quantization_config, expected unquantized weights: import the draft from before "
-            "it was quantized"
-        )
+    check_unquantized(values, where)
     _check_layers(values, nested, where)
 
 
@@ -149,7 +145,5 @@ def released_weights(weights: Mapping[str, Tensor], values: Mapping[str, Any]) -
         return found
     if len(offsets) == vocab_size:
         return {name: weight for name, weight in found.items() if name not in ("d2t", "t2d")}
-    kept = kept_tokens(offsets.long())
-    inside = torch.zeros(vocab_size, dtype=torch.bool)
-    inside[kept[(kept >= 0) & (kept < vocab_size)]] = True
-    return found | {"d2t": offsets.long(), "t2d": inside}
+    found.pop("t2d", None)
+    return with_t2d(found | {"d2t": offsets.long()}, vocab_size)

@@ -6,7 +6,7 @@ versions took three.
 
 from __future__ import annotations
 
-from train.draft.serving import Rule, scale_of
+from train.draft.serving import LAYERS_OF_SGLANG, LAYERS_OF_VLLM, Rule, scale_of
 
 _EMBEDDING = Rule(
     "embedding_scale",
@@ -16,13 +16,7 @@ _EMBEDDING = Rule(
 RULES: dict[str, tuple[Rule, ...]] = {
     "hf": (),
     "vllm": (  # model_executor/models/llama_eagle3.py
-        Rule(
-            "target_layer_ids",
-            # Drafts learn the last layer's states after the final norm; vLLM passes those before it.
-            lambda c: min(c.target_layer_ids) >= -1 and max(c.target_layer_ids) <= c.num_target_layers - 2,
-            "it passes other states of the last layer than the draft was trained on",
-            "draft.target_layer_ids within [-1, {last}]",
-        ),
+        LAYERS_OF_VLLM,
         _EMBEDDING,
         Rule(
             "final_logit_softcapping",
@@ -31,12 +25,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
     ),
     "sglang": (  # srt/models/llama_eagle3.py, srt/layers/logits_processor.py
-        Rule(
-            "target_layer_ids",
-            lambda c: min(c.target_layer_ids) >= 0 and max(c.target_layer_ids) <= c.num_target_layers - 2,
-            "it can capture neither the embeddings nor the last layer",
-            "draft.target_layer_ids within [0, {last}]",
-        ),
+        LAYERS_OF_SGLANG,
         _EMBEDDING,
         Rule(
             "logit_scale",
