@@ -24,3 +24,11 @@ class Rule:
 def scale_of(config: PretrainedConfig, name: str) -> float:
     """Return a scale that a draft shares with its target; 1 if the config has none."""
     return getattr(config, name, None) or 1.0
+
+
+WHOLE_VOCABULARY = Rule(
+    "draft_vocab_size",
+    lambda c: getattr(c, "draft_vocab_size", None) in (None, c.vocab_size),
+    "its drafts of blocks draft all of the target's tokens",
+    "draft.draft_vocab_size not set",
+)

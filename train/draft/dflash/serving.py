@@ -5,7 +5,7 @@ From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23.
 
 from __future__ import annotations
 
-from train.draft.serving import Rule, scale_of
+from train.draft.serving import WHOLE_VOCABULARY, Rule, scale_of
 
 _MASK = Rule(
     "mask_token_id",
@@ -50,6 +50,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "it can capture neither the embeddings nor the last layer",
             "draft.target_layer_ids within [0, {last}]",
         ),
+        WHOLE_VOCABULARY,
         _MASK,
         *_PLAIN,
     ),
