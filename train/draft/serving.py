@@ -48,6 +48,6 @@ MASK_TOKEN = Rule(
 WHOLE_VOCABULARY = Rule(
     "draft_vocab_size",
     lambda c: (getattr(c, "draft_vocab_size", None) or c.vocab_size) == c.vocab_size,
-    "it knows no smaller vocabulary of this kind of draft",
-    'draft.draft_vocab_size = "none"',
+    "its drafts of blocks draft all of the target's tokens",
+    "draft.draft_vocab_size not set",
 )

@@ -127,12 +127,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{_ASKER}: {path} can't be read ({error})") from None
     values = {name: value for name, value in values.items() if value is not None}
+    named, known = values.get("architectures"), [n for kind in DRAFTS.values() for n in kind.architectures]
+    if named is not None and named not in [[name] for name in known]:
+        raise RunError(
+            f"{_ASKER}: {path} has architectures = {named!r}, expected {' or '.join(known)}: it is another "
+            "kind of draft, import another"
+        )
     _kind(values).check_released(values, f"{_ASKER}: {path}")
     return values
 
 
 def _kind(values: dict[str, Any]) -> DraftKind:
-    """Return the kind of draft that a released config names, or the first kind if it names no known one."""
+    """Return the kind of draft that a released config names, or the first kind if it names none."""
     named = values.get("architectures")
     known = [kind for kind in DRAFTS.values() if named in [[name] for name in kind.architectures]]
     return known[0] if known else next(iter(DRAFTS.values()))

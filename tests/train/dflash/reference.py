@@ -1,4 +1,4 @@
-"""A naive float64 loop of DFlash's loss: one block and slot at a time, on the backbone of tests.reference.
+"""A naive float64 loop of DFlash's loss: a block and a slot at a time, on the backbone of tests.reference.
 
 Row r of a block, r from 1, drafts the token at anchor + r. Row 0 holds the anchor and drafts nothing.
 """

@@ -14,7 +14,9 @@ from train.draft.blocks.config import slides
 from train.draft.dflash.config import ARCHITECTURE
 from train.draft.released import check_architecture, check_unquantized
 
-_REQUIRED = ("target_layer_ids", "mask_token_id")
+# Fields of `dflash_config` that are read; the first two must be there.
+_NESTED = ("target_layer_ids", "mask_token_id", "block_size")
+_REQUIRED = _NESTED[:2]
 # Names in config.json -> names in a run's [draft] table.
 _SETTINGS = {
     "num_hidden_layers": "num_layers",
@@ -27,23 +29,27 @@ _SETTINGS = {
     "mask_token_id": "mask_token_id",
     "draft_vocab_size": "draft_vocab_size",
 }
-# What a draft of this project never has, in `dflash_config`; other trainers' drafts may have it.
-_FOREIGN = (
-    "attention_sink_bias",
-    "attention_value_scale",
-    "conv_kernel_size",
-    "input_embedding_scale",
-    "output_multiplier",
-    "projector_type",
-    "sample_from_anchor",
-    "selector_rank",
-    "use_swa",
-)
+# Fields of `dflash_config` that other trainers' drafts may have, with the value that changes nothing.
+_NEUTRAL = {
+    "attention_sink_bias": False,
+    "attention_value_scale": 1,
+    "causal": False,
+    "conv_kernel_size": 0,
+    "final_logit_softcapping": None,
+    "input_embedding_scale": 1,
+    "output_multiplier": 1,
+    "projector_type": None,
+    "sample_from_anchor": False,
+    "selector_rank": 0,
+    "use_swa": False,
+}
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    nested = values.get("dflash_config") or {}
-    return dict(nested) if isinstance(nested, Mapping) else {}
+    """Return `dflash_config` without null values."""
+    nested = values.get("dflash_config")
+    nested = nested if isinstance(nested, Mapping) else {}
+    return {name: value for name, value in nested.items() if value is not None}
 
 
 def check_released(values: Mapping[str, Any], where: str) -> None:
@@ -63,20 +69,44 @@ def check_released(values: Mapping[str, Any], where: str) -> None:
             raise RunError(
                 f"{where} has no dflash_config.{name}, so it is not a DFlash draft: import another"
             )
-    for name in _FOREIGN:
-        if nested.get(name):
+    for name, neutral in _NEUTRAL.items():
+        if nested.get(name, neutral) != neutral:
             raise RunError(
-                f"{where} has dflash_config.{name} = {nested[name]!r}, expected none: no run can describe "
-                "this draft, import another"
+                f"{where} has dflash_config.{name} = {nested[name]!r}, expected {neutral!r}: no run can "
+                "describe this draft, import another"
             )
-    if nested.get("causal"):
-        raise RunError(f"{where} has dflash_config.causal = true, expected false: import another draft")
+    if values.get("is_causal"):
+        raise RunError(f"{where} has is_causal = true, expected false: import another draft")
+    for name in _NESTED:
+        if name in values and name in nested and values[name] != nested[name]:
+            raise RunError(
+                f"{where} has {name} = {values[name]!r} and dflash_config.{name} = {nested[name]!r}, of which "
+                "engines read one or the other: remove the wrong one"
+            )
+    _check_read_first(values, nested, where)
     if values.get("model_type", "qwen3") != "qwen3":
         raise RunError(
             f"{where} has model_type = {values['model_type']!r}, expected 'qwen3': it is another kind of "
             "draft, import another"
         )
     check_unquantized(values, where)
+
+
+def _check_read_first(values: Mapping[str, Any], nested: Mapping[str, Any], where: str) -> None:
+    """Check the fields that engines read instead of others. Raise RunError if they say something else."""
+    name, ids = "eagle_aux_hidden_state_layer_ids", nested["target_layer_ids"]
+    # vLLM takes this list first, which counts the embeddings as 0.
+    if name in values and (not isinstance(ids, list) or values[name] != [i + 1 for i in ids]):
+        raise RunError(
+            f"{where} has {name} = {values[name]!r}, which engines read instead of "
+            f"dflash_config.target_layer_ids = {ids!r} and one higher: remove the wrong one"
+        )
+    width, hidden = values.get("target_hidden_size"), values.get("hidden_size")
+    if width is not None and width != hidden:
+        raise RunError(
+            f"{where} has target_hidden_size = {width!r} and hidden_size = {hidden!r}, expected the same: no "
+            "run can describe this draft, import another"
+        )
 
 
 def released_settings(
@@ -92,7 +122,8 @@ def released_settings(
     Raises:
         RunError: the config can't be read.
     """
-    values = {**values, **_nested(values)}
+    nested = _nested(values)
+    values = {**values, **{name: nested[name] for name in _NESTED if name in nested}}
     try:
         body = Qwen3Config.from_dict(dict(values))
         values |= {name: getattr(body, name) for name in _SETTINGS if hasattr(body, name)}
@@ -100,5 +131,10 @@ def released_settings(
         raise RunError(f"{where} can't be read ({one_line(error)})") from None
     draft = {ours: values[theirs] for theirs, ours in _SETTINGS.items() if theirs in values}
     if slides(body):
+        if values.get("is_causal") is not False and nested.get("causal") is not False:
+            raise RunError(
+                f"{where} has sliding_attention in layer_types without is_causal = false, so engines hide "
+                "a block's later slots from its earlier ones: it is another kind of draft, import another"
+            )
         draft |= {"layer_types": body.layer_types, "sliding_window": body.sliding_window}
     return draft, values
