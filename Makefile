@@ -6,6 +6,8 @@ DATA ?=
 CACHE ?= caches/example
 CONFIG ?= configs/example.toml
 RUN ?= runs/$(basename $(notdir $(CONFIG)))
+CONFIGS ?= $(wildcard configs/example.toml configs/example-*.toml)
+RUNS ?= runs
 LAYERS ?=
 DEVICE ?= auto
 NPROC ?=
@@ -29,7 +31,7 @@ OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
 STAGE := $(if $(NPROC),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan capture train evaluate test test-flipped lint format bench gpu soak clean
+.PHONY: help setup plan capture train evaluate compare test test-flipped lint format bench gpu soak clean
 
 help:
 	@echo 'make setup      make .venv with everything the example needs (the others do it for you)'
@@ -39,6 +41,8 @@ help:
 	@echo '                stopped at any moment, the same command continues'
 	@echo 'make evaluate   measure a trained draft on held-out samples and beside its live target, and write'
 	@echo '                RUN/report.html'
+	@echo 'make compare    train a draft of each kind from the one cache, measure them like make evaluate, and'
+	@echo '                write RUNS/compare.html, which shows them side by side; opened where there is a screen'
 	@echo 'make test       run the tests'
 	@echo 'make test-flipped  run those that ask whether the CPU has bf16 as if the answer were the other one'
 	@echo 'make lint       check style; changes nothing'
@@ -54,6 +58,8 @@ help:
 	@echo '  CACHE    directory of the cache                           [$(CACHE)]'
 	@echo '  CONFIG   TOML of a run                                    [$(CONFIG)]'
 	@echo '  RUN      directory of the run                             [$(RUN)]'
+	@echo '  CONFIGS  TOMLs of make compare, two or more               [configs/example.toml, configs/example-*.toml]'
+	@echo '  RUNS     directory of its runs, each named like its TOML  [$(RUNS)]'
 	@echo '  LAYERS   captured layer ids, as 1,9,17                    [an even spread of five]'
 	@echo '  DEVICE   cuda, cuda:1, cpu                                [$(DEVICE)]'
 	@echo '  NPROC    processes of capture and train, a GPU each       [one]'
@@ -101,6 +107,23 @@ evaluate: $(STAMP)
 	$(OFFLINE) $(BIN)/dspark speculate $(DRAFT) --num-prompts $(PROMPTS) --max-new-tokens 64 \
 		--target $(or $(TARGET),"$$($(BIN)/python -m capture.example)")
 	$(BIN)/dspark report $(RUN) --out $(RUN)/report.html
+
+# A sweep over configs names each run like its config, so the run of make train is not trained again.
+COMPARED = $(foreach config,$(CONFIGS),$(RUNS)/$(basename $(notdir $(config))))
+
+compare: capture
+	$(BIN)/dspark sweep $(CONFIGS) --cache $(CACHE) --runs $(RUNS) --device $(DEVICE)
+	@for run in $(COMPARED); do \
+		echo "== $$run"; \
+		$(BIN)/dspark evaluate --cache $(CACHE) --run $$run --device $(DEVICE) || exit 1; \
+		$(OFFLINE) $(BIN)/dspark speculate --cache $(CACHE) --run $$run --device $(DEVICE) \
+			--num-prompts $(PROMPTS) --max-new-tokens 64 \
+			--target $(or $(TARGET),"$$($(BIN)/python -m capture.example)") || exit 1; \
+	done
+	$(BIN)/dspark compare $(COMPARED)
+	$(BIN)/dspark report $(COMPARED) --out $(RUNS)/compare.html
+	@case "$$DISPLAY$$WAYLAND_DISPLAY$$(uname)" in Linux) ;; \
+		*) $(BIN)/python -m webbrowser file://$(abspath $(RUNS)/compare.html) || true ;; esac
 
 # A process for each core, each with whole files: what the tests of a file share is made once.
 test: $(STAMP)
