@@ -235,6 +235,8 @@ class BlockTrainerModule(nn.Module):
         frozen = not model.lm_head.weight.requires_grad
         if frozen and bf16:
             model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
+        if bf16 and model.target_head is not None:
+            model.target_head = model.target_head.to(torch.bfloat16)
         self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
         if compiles(train.compile, device):
             self.compile_loss = True
