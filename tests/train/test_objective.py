@@ -44,7 +44,7 @@ def test_the_weights_are_those_of_the_loss_table() -> None:
 
 
 def test_terms_without_a_weight_in_the_table_are_left_out() -> None:
-    table = SimpleNamespace(ce_alpha=0.0, soft_ce_alpha=0.5, decay_gamma=2.0)
+    table = SimpleNamespace(ce_alpha=0.0, soft_ce_alpha=0.5, slot_decay=2.0)
     assert Objective.of(table) == Objective({"ce": 0.0, "soft_ce": 0.5}, 2.0)
 
 

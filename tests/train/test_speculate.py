@@ -203,7 +203,7 @@ def test_usage(target_dir: Path, run_dir: Path, cache_dir: Path, data_file: Path
         *command, "--cache", cache_dir, "--num-prompts", "1", "--max-new-tokens", "2", "--json", "--show"
     )
     assert json.loads(show.stdout)["prompts"] == 1
-    assert show.stderr.startswith("> ")
+    assert "\n> " in show.stderr  # after the lines on what is opened and loaded
     plain = tmp_path / "plain"
     settings = {"draft__confidence_head": "false", "train__max_steps": 1}
     run_ok(*train_arguments(cache_dir, plain, **settings))
