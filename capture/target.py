@@ -172,6 +172,9 @@ class HFDSparkTargetModel(_FrozenTarget):
 class HFDFlashTargetModel(_FrozenTarget):
     """Capture decoder layers' hidden states, without the last hidden state, for DFlash drafts.
 
+    It gives what `dspark capture --last-hidden none` stores: all that a DFlash draft without the L1 term
+    (`loss.l1_alpha` = 0) learns from, beside the tokens.
+
     Args:
         model: any decoder-only Hugging Face model; put in eval mode.
         target_layer_ids: strictly increasing ids in the convention of `pipeline.features`.

@@ -47,6 +47,9 @@ class TrainingPage:
     def values(self) -> dict[str, Any]:
         """Return the page as the plain values of its JSON."""
         values = json.loads(json.dumps(asdict(self)))
+        best = values["progress"]["best"]
+        if best is not None and best["ce_loss"] is None:  # earlier versions read the page of most runs
+            del best["ce_loss"]
         return values if self.imported else {k: v for k, v in values.items() if k != "imported"}
 
 

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import assert_refused, run_cli, run_ok
+from tests.processes import start_ranks
 from tests.train.exports import change_json, changed, contents
 from tests.train.runs import figures_of, train_arguments, weights_of
+from tests.train.test_ranks import assert_near
 from train.export.engines import VERSIONS
 
 KIND = {
@@ -79,6 +81,17 @@ def test_dpace_is_not_the_decay(run_dir: Path, cache_dir: Path, tmp_path: Path) 
         run_ok(*train_arguments(cache_dir, tmp_path / str(number), **KIND | own))
         found.append(weights_of(tmp_path / str(number))["fc.weight"])
     assert not any(torch.equal(found[i], found[i - 1]) for i in range(3))
+
+
+def test_two_ranks_do_what_one_does(run_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """D-PACE's weights are each rank's own; their sum is all ranks'. Three micro-batches, shared unevenly."""
+    shared = KIND | {"train__micro_batches_per_step": 3}
+    run_ok(*train_arguments(cache_dir, tmp_path / "one", **shared))
+    two = train_arguments(cache_dir, tmp_path / "two", **shared, train__parallelism="ddp")
+    for process in start_ranks(tmp_path / "out", 2, *two):
+        assert process.wait() == 0, process.err
+    assert_near(tmp_path / "two", tmp_path / "one")
+    assert not torch.equal(*(weights_of(run)["fc.weight"] for run in (run_dir, tmp_path / "one")))
 
 
 @pytest.mark.parametrize("to", ["hf", "vllm", "sglang"])
@@ -192,11 +205,14 @@ def test_fields_that_say_nothing_are_taken(tmp_path: Path, cache_dir: Path, rele
     nested = {"input_embedding_scale": 1.0, "output_multiplier": 1.0, "sample_from_anchor": False}
     nested |= {"use_aux_hidden_state": True, "use_swa": False, "causal": None}
     ids = [1, 3, 5]  # in vLLM's counting
-    folder = copied(released, tmp_path / "draft", nested, block_size=4, eagle_aux_hidden_state_layer_ids=ids)
+    fields = {"block_size": 4, "eagle_aux_hidden_state_layer_ids": ids, "max_window_layers": 1}
+    fields |= {"tie_word_embeddings": True, "auto_map": {"AutoModel": "dflash.DFlashDraftModel"}}
+    folder = copied(released, tmp_path / "draft", nested, **fields)
     run_ok("import", folder, "--cache", cache_dir, "--run", tmp_path / "run", *AS_THAT_RUN)
 
 
 WINDOW = {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 9}
+NULL = {"target_layer_ids": [0, 2, 4], "mask_token_id": None, "block_size": 4}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +221,7 @@ WINDOW = {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sli
         ({}, {"dflash_config": None}, 1, ["has no dflash_config", "is not a DFlash draft"]),
         ({}, {"dflash_config": [1]}, 1, ["has no dflash_config", "is not a DFlash draft"]),
         ({"target_layer_ids": None}, {}, 1, ["has no dflash_config.target_layer_ids"]),
+        ({}, {"dflash_config": NULL}, 1, ["has no dflash_config.mask_token_id"]),
         ({"mask_token_id": None}, {}, 1, ["has no dflash_config.mask_token_id"]),
         ({"target_layer_ids": [0, 2, 3]}, {}, 1, ["holds layers [0, 2, 4]", "asks for 3"]),
         ({"target_layer_ids": [4, 2, 0]}, {}, 2, ["target_layer_ids must be strictly increasing"]),

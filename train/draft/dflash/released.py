@@ -80,8 +80,8 @@ def check_released(values: Mapping[str, Any], where: str) -> None:
     for name in _NESTED:
         if name in values and name in nested and values[name] != nested[name]:
             raise RunError(
-                f"{where} has {name} = {values[name]!r} and dflash_config.{name} = {nested[name]!r}, of "
-                "which engines read one or the other: remove the wrong one"
+                f"{where} has {name} = {values[name]!r} and dflash_config.{name} = {nested[name]!r}; "
+                "engines read one or the other: remove the wrong one"
             )
     _check_read_first(values, nested, where)
     if values.get("model_type", "qwen3") != "qwen3":
