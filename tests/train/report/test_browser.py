@@ -84,7 +84,7 @@ def test_it_renders_alone_and_silently(
     assert browser.problems == []
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     figures = browser.evaluate(FIGURES)
-    assert len(figures) == {"one": 15, "both": 16}[name]
+    assert len(figures) == {"one": 15, "both": 18}[name]
     for figure in figures:
         left, top, right, bottom = figure["svg"]
         assert right - left >= 240

@@ -95,6 +95,17 @@ def test_the_table_has_what_kinds_are_compared_by(flash: Path, page: Page) -> No
     assert "flash (DFlash, K = 4)" in " ".join(page.text.split())
 
 
+def test_kinds_are_measured_at_the_same_anchors(runs: list[Path], flash: Path) -> None:
+    """Anchors do not depend on K, so that figures of several kinds are about the same blocks."""
+    ours, theirs = (figures_of(run, "evaluation.json") for run in (runs[0], flash))
+    assert (len(ours["accept_by_position"]), len(theirs["accept_by_position"])) == (3, 4)
+    for key in ("samples", "blocks"):
+        assert ours[key] == theirs[key]
+    for key in ("by_source", "by_length", "by_context"):
+        told = [{name: row["blocks"] for name, row in each[key].items()} for each in (ours, theirs)]
+        assert told[0] == told[1]
+
+
 def test_what_a_kind_lacks_is_a_dash(page: Page, flash: Path) -> None:
     differing = {row[0]: row[1:] for row in page.tables["Settings that differ"][1:]}
     assert differing["draft.markov_head"] == ["vanilla", NONE]
