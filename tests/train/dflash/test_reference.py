@@ -26,8 +26,7 @@ OBJECTIVES = {
 SHAPES = {
     "two rows": {"block_size": 2},
     "block longer than any answer": {"block_size": 8},
-    "softcap and scale": {"final_logit_softcapping": 2.0, "embedding_scale": 4.0},
-    "logit scale": {"logit_scale": 0.3},
+    "softcap and scales": {"final_logit_softcapping": 2.0, "embedding_scale": 4.0, "logit_scale": 0.3},
     "the shortest window": sliding(BLOCK),
     "a window in one layer": sliding(5, "sliding_attention", "full_attention"),
 }
