@@ -26,8 +26,7 @@ OBJECTIVES = {
 SHAPES = {
     "two rows": {"block_size": 2},
     "block longer than any answer": {"block_size": 8},
-    "softcap and scale": {"final_logit_softcapping": 2.0, "embedding_scale": 4.0},
-    "logit scale": {"logit_scale": 0.3},
+    "softcap and scales": {"final_logit_softcapping": 2.0, "embedding_scale": 4.0, "logit_scale": 0.3},
     "the shortest window": sliding(BLOCK),
     "a window in one layer": sliding(5, "sliding_attention", "full_attention"),
 }
@@ -58,6 +57,7 @@ def test_losses_and_gradients(layout, fields: dict, objectives: list[str]) -> No
         for name in ("ce", "l1"):
             found = result.sums.terms[name] / result.sums.weight
             torch.testing.assert_close(found.double(), expected[name].detach(), **TOLERANCE, msg=name)
+        assert result.sums.weight.item() == pytest.approx(sum(expected["weights"]), rel=2e-5)
         if settings["smoothing"] is not None:
             wanted = torch.tensor(expected["weights"], dtype=torch.float64)
             torch.testing.assert_close(result.slots.weights.double(), wanted, **TOLERANCE)
@@ -148,6 +148,17 @@ def test_micro_batches_share_one_denominator() -> None:
     assert total == pytest.approx(expected.loss.item(), rel=1e-6)
     for (name, one), other in zip(whole.named_parameters(), halves.named_parameters(), strict=True):
         torch.testing.assert_close(one.grad, other[1].grad, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_a_measurement_weighs_all_drafts_alike() -> None:
+    """D-PACE's weights follow the draft: losses weighed by them can't be compared between checkpoints."""
+    for seed in (0, 1):
+        model = small_model(seed)
+        module = module_of(model, **OBJECTIVES["D-PACE"])
+        with torch.no_grad():
+            result = module(**as_pack(random_samples(MASKS), ANCHORS))
+        torch.testing.assert_close(result.loss, result.slots.ce.mean())
+        assert result.sums.weight == result.sums.slots.sum()
 
 
 @pytest.mark.parametrize("smoothing", [0.05, 0.5, 1.0])

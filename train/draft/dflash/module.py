@@ -30,8 +30,12 @@ class DFlashTrainerModule(BlockTrainerModule):
         self.dpace_smoothing = dpace_smoothing
 
     def own_weights(self, operands: SlotOperands, supervised: Supervised) -> Tensor | None:
-        """Return D-PACE's weight of each supervised slot, `[M]`. It costs a forward of the head."""
-        if self.dpace_smoothing is None:
+        """Return D-PACE's weight of each supervised slot, `[M]`. It costs a forward of the head.
+
+        A measurement, without gradients, weighs all slots alike: weights that follow the draft would make its
+        losses of two checkpoints incomparable.
+        """
+        if self.dpace_smoothing is None or not torch.is_grad_enabled():
             return None
         with torch.no_grad():
             alone = dataclasses.replace(operands, teacher_hidden=None, soft_weights=None)
@@ -45,6 +49,8 @@ def dpace_weights(confidences: Tensor, mask: Tensor, smoothing: float) -> Tensor
 
     With s_i = (1 - smoothing) c_i + smoothing, slot k weighs sum_{j >= k} prod_{i <= j} s_i, over the
     supervised slots j: the terms of the expected accepted length that contain slot k.
+
+    The loss divides by the sum of all weights of an optimiser step.
 
     Args:
         confidences: the draft's probability of each slot's label, `[B, N, K]`.

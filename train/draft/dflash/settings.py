@@ -34,7 +34,8 @@ class DFlashLoss(LossConfig):
     l1_alpha: float = 0.0
     """Weight of the L1 distance to the target's distribution, which needs the last hidden states."""
     slot_weights: Literal["decay", "dpace"] = "decay"
-    """Weights of the slots: decay by decay_gamma, or D-PACE, by its confidence (arXiv 2605.18810)."""
+    """Weights of the slots: decay by decay_gamma, or D-PACE, by its confidence (arXiv 2605.18810), with which
+    evaluations weigh all slots alike."""
     decay_gamma: float | None = 7.0
     """Slot k has weight exp(-k / gamma), k from 0; "none" gives all slots the same weight. Not with dpace."""
     dpace_smoothing: float = 0.5
