@@ -332,6 +332,16 @@ def test_several_configs_are_the_first_axis(bench: Bench) -> None:
     assert kinds == ["dflash", "dflash", "dspark", "dspark"]
 
 
+def test_the_examples_configs_are_of_one_kind_each_and_comparable() -> None:
+    """They share what decides the held-out samples and the data order, so that one sweep compares kinds."""
+    files = sorted((Path(__file__).parents[2] / "configs").glob("example*.toml"))
+    points = plan_grid(files, [])
+    kinds = [point.config.draft.kind for point in points]
+    assert len(set(kinds)) == len(kinds) >= 2
+    trains = [point.config.train for point in points]
+    assert len({(each.held_out, each.seed, each.batch_tokens, each.eval_every) for each in trains}) == 1
+
+
 @pytest.mark.parametrize(
     ("configs", "settings", "parts"),
     [
