@@ -27,7 +27,7 @@ from transformers import Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train.draft.dspark.module as trained
+import train.draft.blocks.module as trained
 from benchmarks.capture import QWEN3_4B, SMOLLM2
 from benchmarks.record import record
 from pipeline import config as configuration

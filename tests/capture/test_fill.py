@@ -331,9 +331,8 @@ def test_some_rows_of_every_shard_are_looked_at(cache, fp32_target):
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     """Were the states of 1,800 more samples kept, they would take 236 MB."""
     width, layers, length = 1024, 4, 16
-    target = make_target(
-        tmp_path / "wide", "llama", hidden_size=width, num_hidden_layers=layers, intermediate_size=16
-    )
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 16}
+    target = make_target(tmp_path / "wide", "llama", **shape, initializer_range=0.02)
     generator = np.random.default_rng(0)
     peaks = {}
     for count in (200, 2000):
