@@ -18,7 +18,7 @@ from tests.reference import log_softmax
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What M slots' losses are computed from, in float64."""
+    """Operands of M slots' losses, in float64."""
 
     hidden: Tensor  # [M, H]
     head: Tensor  # the draft's, [Vd, H]

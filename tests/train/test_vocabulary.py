@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError
 from tests.train.drafts import HIDDEN, LAYERS, VOCAB, small_config
-from train.draft import DRAFTS
+from train.draft import DRAFTS, vocabulary
 from train.draft.blocks.model import BlockDraftModel
 from train.draft.blocks.module import BlockTrainerModule
 from train.draft.settings import run_config
@@ -121,7 +121,9 @@ def test_it_drafts_ids_of_the_target(kind: str, temperature: float) -> None:
         torch.testing.assert_close(drafted.probs.sum(-1), torch.ones(len(drafted.tokens)).to(drafted.probs))
 
 
-def test_the_most_frequent_labels_are_kept(cache_dir: Path) -> None:
+@pytest.mark.parametrize("counted", [1, 40, 2**20])
+def test_the_most_frequent_labels_are_kept(cache_dir: Path, monkeypatch, counted: int) -> None:
+    monkeypatch.setattr(vocabulary, "COUNTED", counted)
     reader = CacheReader(cache_dir)
     samples = np.arange(0, len(reader), 2)
     wanted: Counter[int] = Counter()

@@ -18,6 +18,8 @@ from pipeline.errors import ConfigError
 
 # Buffers of a reduced vocabulary: whole numbers, not weights.
 VOCABULARY = ("d2t", "t2d")
+# Tokens that are counted at a time.
+COUNTED = 2**20
 
 
 def draft_vocab_size(config: PretrainedConfig) -> int:
@@ -39,9 +41,12 @@ def check_vocabulary(size: int | None, vocab_size: int) -> int:
 def count_labels(reader: CacheReader, samples: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return how often each token is supervised in samples of a cache, `[V]` int64."""
     counts = np.zeros(reader.manifest.identity.target.vocab_size, dtype=np.int64)
-    for i in np.asarray(samples).tolist():
-        ids, mask = reader.tokens(i)
-        counts += np.bincount(ids[mask.bool()].numpy(), minlength=len(counts))
+    samples = np.asarray(samples)
+    parts = -(-int(reader.lengths[samples].sum()) // COUNTED)
+    for some in np.array_split(samples, max(1, parts)):  # adding up costs V operations, so not by sample
+        labels = [ids[mask.bool()].numpy() for ids, mask in map(reader.tokens, some.tolist())]
+        if labels:
+            counts += np.bincount(np.concatenate(labels), minlength=len(counts))
     return counts
 
 
@@ -102,11 +107,14 @@ class ReducedVocabulary(nn.Module):
         # The target's whole head `[V, H]`, for what lies outside; None until it is given, or if not needed.
         self.register_buffer("target_head", None, persistent=False)
         self.target_head: Tensor | None
+        # Of that the rows of the draft's tokens, where the draft's own head is another.
+        self.register_buffer("target_rows", None, persistent=False)
+        self.target_rows: Tensor | None
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Names of the weights that are the target's."""
-        return ("embed_tokens.weight",) if self.trains_head else ("embed_tokens.weight", "lm_head.weight")
+        return ("embed_tokens.weight", "lm_head.weight")
 
     @property
     def kept(self) -> Tensor | None:
@@ -148,6 +156,13 @@ class ReducedVocabulary(nn.Module):
         """Return the rows of the draft's tokens of the target's head `[V, H]`."""
         return head if self.kept is None else head[self.kept.to(head.device)]
 
+    @property
+    def teacher_head(self) -> Tensor | None:
+        """The teacher's head over the draft's tokens, `[Vd, H]`; None where that is the draft's own."""
+        if not self.trains_head:
+            return None
+        return self.target_rows if self.reduced else self.target_head
+
     def initialize_embeddings_and_head(
         self, embed_tokens: nn.Module | Tensor, lm_head: nn.Module | Tensor, freeze: bool = True
     ) -> None:
@@ -161,19 +176,28 @@ class ReducedVocabulary(nn.Module):
         embedding, head = (e if isinstance(e, Tensor) else e.weight.detach() for e in (embed_tokens, lm_head))
         if self.reduced or self.trains_head:
             self.target_head = head.to(self.lm_head.weight.device)
+        if self.reduced and self.trains_head:
+            self.target_rows = self.head_rows(self.target_head)
         with torch.no_grad():
             self.embed_tokens.weight.copy_(embedding)
             self.lm_head.weight.copy_(self.head_rows(head))
         self.embed_tokens.weight.requires_grad_(not freeze)
         self.lm_head.weight.requires_grad_(self.trains_head or not freeze)
 
+    def round_target_head(self) -> None:
+        """Keep the target's head in bf16, the dtype of its products under autocast."""
+        for name in ("target_head", "target_rows"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).to(torch.bfloat16))
+
     def adopt(self, other: ReducedVocabulary) -> None:
         """Share another draft's vocabulary, embedding and target's head; a head of its own starts as that."""
         if self.reduced:
             self.d2t, self.t2d = other.d2t, other.t2d
-        self.embed_tokens, self.target_head = other.embed_tokens, other.target_head
+        self.embed_tokens = other.embed_tokens
+        self.target_head, self.target_rows = other.target_head, other.target_rows
         if not self.trains_head:
             self.lm_head = other.lm_head
-        elif self.target_head is not None:
+        elif self.teacher_head is not None:
             with torch.no_grad():
-                self.lm_head.weight.copy_(self.head_rows(self.target_head))
+                self.lm_head.weight.copy_(self.teacher_head)

@@ -74,7 +74,8 @@ class TrainedDraft:
         if reader is not None:
             frozen = reader.frozen()
             model.initialize_embeddings_and_head(*(frozen[name] for name in FROZEN))
-            copy_tensors(model, self.weights)  # once more: a head may be the draft's own
+            own = {name: self.weights[name] for name in FROZEN if name in self.weights}
+            copy_tensors(model, own)  # a head that is the draft's, over the target's
         for name in model.frozen:
             model.get_parameter(name).requires_grad_(False)
         return model

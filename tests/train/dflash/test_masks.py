@@ -1,4 +1,4 @@
-"""What a block sees, bit for bit: change one thing at a time, and see which states move."""
+"""Context of a block, bit for bit: change one thing at a time, and see which states move."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_own_keys_join_as_further_columns() -> None:
 
 
 def test_spans_of_the_host_are_looked_at() -> None:
-    """What the collate function knows replaces what would be asked of the device."""
+    """Facts from the collate function replace what would be asked of the device."""
     model, batch = small_model(), pack(MASKS) | chosen([4, 7, 11])
     spans = np.array([[[0, 4], [0, 7], [9, 11], [0, 0]]])
     expected = forward(model, batch).hidden

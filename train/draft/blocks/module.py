@@ -164,7 +164,7 @@ class BlockTrainerModule(nn.Module):
             used: their distinct positions in the flattened rows, `[U]`.
         """
         model = self.draft_model
-        if model.kept is None or last_hidden is None or torch.is_grad_enabled():
+        if not model.reduced or last_hidden is None or torch.is_grad_enabled():
             return {}
         states = last_hidden.flatten(0, 1)[used]
         scaled = (model.softcap, model.logit_scale)
@@ -235,8 +235,8 @@ class BlockTrainerModule(nn.Module):
         frozen = not model.lm_head.weight.requires_grad
         if frozen and bf16:
             model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
-        if bf16 and model.target_head is not None:
-            model.target_head = model.target_head.to(torch.bfloat16)
+        if bf16:
+            model.round_target_head()
         self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
         if compiles(train.compile, device):
             self.compile_loss = True

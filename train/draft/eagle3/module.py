@@ -46,8 +46,8 @@ class Eagle3TrainerModule(BlockTrainerModule):
         model = self.draft_model
         if operands.teacher_hidden is None or not model.trains_head:
             return operands
-        assert model.target_head is not None, "the target's head was not given"
-        return dataclasses.replace(operands, teacher_head=model.head_rows(model.target_head))
+        assert model.teacher_head is not None, "the target's head was not given"
+        return dataclasses.replace(operands, teacher_head=model.teacher_head)
 
     def prepare(self, config: RunConfig, device: torch.device, *, by_layer: bool = False) -> None:
         """Set how the draft runs on a device: attention kernel, compilation, checkpointing.
@@ -67,8 +67,7 @@ class Eagle3TrainerModule(BlockTrainerModule):
         if bf16:  # the dtype of their products: saves a copy per forward
             if frozen:
                 model.lm_head.to(torch.bfloat16)
-            if model.target_head is not None:
-                model.target_head = model.target_head.to(torch.bfloat16)
+            model.round_target_head()
         self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
         if compiles(train.compile, device):
             self.compile_loss = True
