@@ -53,6 +53,16 @@ class DraftBlocks:
     """Confidence logits `[B, N, K]`."""
 
 
+def check_features(model: PreTrainedModel, features: Tensor) -> None:
+    """Check that context features `[B, S, ..]` fit a draft's layers. Raise ValueError if not."""
+    width = features.shape[2:].numel()
+    if width != model.fc.in_features:
+        raise ValueError(
+            f"expected context features of width {model.fc.in_features} "
+            f"({len(model.config.target_layer_ids)} layers), got {width}"
+        )
+
+
 class BlockDraftModel(PreTrainedModel, ReducedVocabulary):
     """A block drafter with Qwen3's body, for a target of any family. Subclasses call `post_init`.
 
@@ -188,12 +198,7 @@ class BlockDraftModel(PreTrainedModel, ReducedVocabulary):
             ValueError: the context features' width does not fit the draft's layers, or only one of
                 `anchor_positions` and `block_keep_mask` is given.
         """
-        width = target_hidden_states.shape[2:].numel()
-        if width != self.fc.in_features:
-            raise ValueError(
-                f"expected context features of width {self.fc.in_features} "
-                f"({len(self.config.target_layer_ids)} layers), got {width}"
-            )
+        check_features(self, target_hidden_states)
         seq_len = input_ids.shape[1]
         input_ids = input_ids.long()
         if (anchor_positions is None) != (block_keep_mask is None):

@@ -225,29 +225,42 @@ class BlockTrainerModule(nn.Module):
         model, train = self.draft_model, config.train
         allow_tf32(train.tf32)
         bf16 = resolve_precision(device, train.precision) == "bf16"
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        chosen = config.draft.attention
-        model.attention = resolve_attention(chosen, model.config, device, dtype, train.batch_tokens)
-        if model.attention == "flex":
-            for layer in model.layers:
-                layer.self_attn.flex_options = flex_options(model.config.head_dim, dtype, device)
+        self.set_attention(config, device, torch.bfloat16 if bf16 else torch.float32)
         model.activation_checkpointing = train.activation_checkpointing
         frozen = not model.lm_head.weight.requires_grad
-        if frozen and bf16:
-            model.lm_head.to(torch.bfloat16)  # the dtype of its products: saves a copy per forward
-        if bf16:
+        if bf16:  # the dtype of their products: saves a copy per forward
+            if frozen:
+                model.lm_head.to(torch.bfloat16)
             model.round_target_head()
         self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
         if compiles(train.compile, device):
             self.compile_loss = True
             # Under DDP, Dynamo would split graphs at gradient buckets, which flex_attention does not allow.
             torch._dynamo.config.optimize_ddp = False
-            # sdpa's groups of blocks are no part of a graph, and a checkpointed layer would not be either.
-            if by_layer or model.attention == "sdpa":
-                for layer in model.layers:
-                    layer.forward = compiled_for_training(layer.forward)
-            else:
-                model.backbone = compiled_for_training(model.backbone)
+            self.compile_model(by_layer=by_layer)
+
+    def set_attention(self, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Set the attention kernel.
+
+        Args:
+            dtype: of queries, keys and values.
+        """
+        model = self.draft_model
+        chosen, tokens = config.draft.attention, config.train.batch_tokens
+        model.attention = resolve_attention(chosen, model.config, device, dtype, tokens)
+        if model.attention == "flex":
+            for layer in model.layers:
+                layer.self_attn.flex_options = flex_options(model.config.head_dim, dtype, device)
+
+    def compile_model(self, *, by_layer: bool) -> None:
+        """Compile the draft up to the vocabulary; `by_layer` as in `prepare`."""
+        model = self.draft_model
+        # sdpa's groups of blocks are no part of a graph, and a checkpointed layer would not be either.
+        if by_layer or model.attention == "sdpa":
+            for layer in model.layers:
+                layer.forward = compiled_for_training(layer.forward)
+        else:
+            model.backbone = compiled_for_training(model.backbone)
 
     @staticmethod
     def pieces(tensors: Arguments, blocks: int) -> Iterator[Arguments]:

@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from pipeline.features import head_logits
 from train.draft.blocks.anchors import build_eval_mask, label_positions, restarting_positions
 from train.draft.blocks.attention import BlockRotaryEmbedding
-from train.draft.blocks.model import DraftBlocks
+from train.draft.blocks.model import DraftBlocks, check_features
 from train.draft.eagle3.attention import View, attend_context, flex_view, grouped_view, join_own
 from train.draft.eagle3.layers import Eagle3Layer
 from train.draft.vocabulary import ReducedVocabulary
@@ -195,12 +195,7 @@ class Eagle3Model(PreTrainedModel, ReducedVocabulary):
         Raises:
             ValueError: the context features' width does not fit the draft's layers.
         """
-        width = target_hidden_states.shape[2:].numel()
-        if width != self.fc.in_features:
-            raise ValueError(
-                f"expected context features of width {self.fc.in_features} "
-                f"({len(self.config.target_layer_ids)} layers), got {width}"
-            )
+        check_features(self, target_hidden_states)
         input_ids, (batch, seq_len) = input_ids.long(), input_ids.shape
         places = torch.arange(seq_len, device=input_ids.device).expand(batch, -1)
         in_document = places if document_ids is None else restarting_positions(document_ids)

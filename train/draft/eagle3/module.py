@@ -14,10 +14,9 @@ from train.draft.blocks.model import DraftBlocks
 from train.draft.blocks.module import BlockTrainerModule
 from train.draft.eagle3.attention import resolve_attention
 from train.draft.eagle3.model import Eagle3Model
-from train.losses.fused import SlotOperands, resolve_kernel
+from train.losses.fused import SlotOperands
 from train.losses.slots import Supervised
-from train.runtime.compiled import compiled, compiles
-from train.runtime.precision import allow_tf32, resolve_precision
+from train.runtime.compiled import compiled
 
 
 class Eagle3TrainerModule(BlockTrainerModule):
@@ -49,28 +48,18 @@ class Eagle3TrainerModule(BlockTrainerModule):
         assert model.teacher_head is not None, "the target's head was not given"
         return dataclasses.replace(operands, teacher_head=model.teacher_head)
 
-    def prepare(self, config: RunConfig, device: torch.device, *, by_layer: bool = False) -> None:
-        """Set how the draft runs on a device: attention kernel, compilation, checkpointing.
+    def set_attention(self, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Set the attention kernel; arguments as in the base class."""
+        model = self.draft_model
+        model.attention = resolve_attention(config.draft.attention, model.config, device, dtype)
+        if model.attention == "flex":
+            model.flex_options = flex_options(model.config.head_dim, dtype, device)
+
+    def compile_model(self, *, by_layer: bool) -> None:
+        """Compile what lies between the kernels of attention: packs have many sizes.
 
         Args:
             by_layer: not looked at: the draft's one layer is not sharded on its own.
         """
-        model, train = self.draft_model, config.train
-        allow_tf32(train.tf32)
-        bf16 = resolve_precision(device, train.precision) == "bf16"
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        model.attention = resolve_attention(config.draft.attention, model.config, device, dtype)
-        if model.attention == "flex":
-            model.flex_options = flex_options(model.config.head_dim, dtype, device)
-        model.activation_checkpointing = train.activation_checkpointing
-        frozen = not model.lm_head.weight.requires_grad
-        if bf16:  # the dtype of their products: saves a copy per forward
-            if frozen:
-                model.lm_head.to(torch.bfloat16)
-            model.round_target_head()
-        self.loss_kernel = resolve_kernel(config.loss.kernel, device, frozen=frozen)
-        if compiles(train.compile, device):
-            self.compile_loss = True
-            torch._dynamo.config.optimize_ddp = False  # a graph is smaller than a bucket of gradients
-            layer = model.midlayer  # what lies between the kernels of attention; packs have many sizes
-            layer.joined, layer.residual = compiled(layer.joined), compiled(layer.residual)
+        layer = self.draft_model.midlayer
+        layer.joined, layer.residual = compiled(layer.joined), compiled(layer.residual)
