@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import TargetError
-from tests.train.drafts import small_config
+from tests.train import drafts
+from tests.train.dflash import drafts as dflash_drafts
+from tests.train.eagle3 import drafts as eagle3_drafts
 from train.decode import rejection
 from train.decode.speculative import decode_plain, decode_speculative
 from train.decode.target import CachedTarget
+from train.draft import DRAFTS
 from train.draft.dspark.decoder import DraftDecoder
-from train.draft.dspark.model import Qwen3DSparkModel
+from train.draft.kind import Decoder
 
 H, V = 32, 61
 FEW = 3  # tokens of a vocabulary whose texts can be enumerated
@@ -65,27 +68,53 @@ def make_target(family: str = "llama", *, seed: int = 0, vocab: int = V, **overr
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
 
 
-def make_draft(target: nn.Module, layer_ids: list[int], *, seed: int = 0, block: int = 4) -> Qwen3DSparkModel:
-    """A draft with random weights and the target's embedding and head."""
+def make_draft(
+    target: nn.Module,
+    layer_ids: list[int],
+    kind: str = "dspark",
+    *,
+    seed: int = 0,
+    slots: int = 4,
+    kept: list[int] | None = None,
+) -> nn.Module:
+    """A draft with random weights and the target's embedding and head, or those rows of it that are kept."""
     vocab = target.get_input_embeddings().weight.shape[0]
-    config = small_config(
-        hidden_size=H, vocab_size=vocab, target_layer_ids=layer_ids, block_size=block, mask_token_id=0
-    )
+    values = {"hidden_size": H, "vocab_size": vocab, "target_layer_ids": layer_ids}
+    values["draft_vocab_size"] = vocab if kept is None else len(kept)
+    if kind == "eagle3":
+        own = {"target_hidden_size": H, "num_aux_hidden_states": len(layer_ids), "ttt_steps": slots}
+        config = eagle3_drafts.small_config(**values, **own)
+    else:
+        make, rows = {"dspark": (drafts, slots), "dflash": (dflash_drafts, slots + 1)}[kind]
+        config = make.small_config(**values, block_size=rows, mask_token_id=0)
     torch.manual_seed(seed)
-    draft = Qwen3DSparkModel(config).to(target.dtype).eval()
+    draft = DRAFTS[kind].build(config).to(target.dtype).eval()
+    if kept is not None:
+        draft.keep(torch.tensor(kept))
     draft.initialize_embeddings_and_head(target.get_input_embeddings(), target.get_output_embeddings())
     return draft
 
 
-class Oracle(DraftDecoder):
-    """Drafts what it was told the target will say, with a mistake every few tokens: most is accepted."""
+class Oracle:
+    """A decoder that drafts what it was told the target will say, with a mistake every few tokens."""
 
-    def __init__(self, model: Qwen3DSparkModel, text: list[int], every: int):
-        super().__init__(model)
-        self.text, self.every = text, every
+    def __init__(self, decoder: Decoder, text: list[int], every: int):
+        self.own, self.text, self.every = decoder, text, every
+        self.slots, self.has_confidence = decoder.slots, decoder.has_confidence
+        self.length = 0
+
+    def reset(self) -> None:
+        self.own.reset()
+        self.length = 0
+
+    def extend(self, features: Tensor, tokens: Tensor) -> None:
+        self.own.extend(features, tokens)
+        known = self.text[self.length :][: len(tokens)]
+        assert tokens.tolist()[: len(known)] == known, "these are not the text's tokens"
+        self.length += len(tokens)
 
     def draft(self, anchor, temperature=0.0, **_):
-        drafted = super().draft(anchor, temperature)
+        drafted = self.own.draft(anchor, temperature)
         known = self.text[self.length + 1 :][: len(drafted.tokens)]
         for i, token in enumerate(known):
             wrong = (self.length + i) % self.every == 0
@@ -110,7 +139,7 @@ def test_greedy_text_is_the_targets_own(family: str) -> None:
                 do_sample=False,
             )[0].tolist()
             assert prompt + decode_plain(target, prompt, 30).tokens == own
-            for decoder in (DraftDecoder(draft), Oracle(draft, own, every)):
+            for decoder in (DraftDecoder(draft), Oracle(DraftDecoder(draft), own, every)):
                 decoded = decode_speculative(target, decoder, prompt, 30)
                 assert prompt + decoded.tokens == own
                 assert decoded.rounds <= 29
@@ -128,7 +157,7 @@ def test_it_ends_where_the_target_ends() -> None:
             stops = frozenset({stop})
             expected = own[: own.index(stop) + 1]
             assert decode_plain(target, [5, 6, 7], 40, stop=stops).tokens == expected
-            for decoder in (DraftDecoder(draft), Oracle(draft, [5, 6, 7, *own], 1000)):
+            for decoder in (DraftDecoder(draft), Oracle(DraftDecoder(draft), [5, 6, 7, *own], 1000)):
                 decoded = decode_speculative(target, decoder, [5, 6, 7], 40, stop=stops)
                 assert decoded.tokens == expected
                 assert sum(decoded.accepted) + decoded.rounds >= len(expected) - 1
@@ -142,12 +171,14 @@ def test_what_is_counted() -> None:
     draft = make_draft(model, [1, 2])
     with CachedTarget(model, [1, 2]) as target:
         own = decode_plain(target, [5, 6, 7], 40).tokens
-        decoded = decode_speculative(target, Oracle(draft, [5, 6, 7, *own], 1000), [5, 6, 7], 12)
+        decoded = decode_speculative(
+            target, Oracle(DraftDecoder(draft), [5, 6, 7, *own], 1000), [5, 6, 7], 12
+        )
         assert decoded.tokens == own[:12]
         assert (decoded.rounds, decoded.verified, decoded.emitted) == (3, 12, 15)
         assert decoded.tried == decoded.accepted == [3, 3, 3, 3]
         # Wrong where length + slot is a multiple of 3: blocks at 3, 4, 7, 10 and 13 accept 0, 2, 2, 2, 2.
-        decoded = decode_speculative(target, Oracle(draft, [5, 6, 7, *own], 3), [5, 6, 7], 12)
+        decoded = decode_speculative(target, Oracle(DraftDecoder(draft), [5, 6, 7, *own], 3), [5, 6, 7], 12)
         assert decoded.tokens == own[:12]
         assert (decoded.rounds, decoded.emitted) == (5, 13)
         assert decoded.tried == [5, 4, 4, 0]
@@ -155,7 +186,7 @@ def test_what_is_counted() -> None:
         stop = frozenset({own[2]})  # the second drafted one, unless it came before
         if own.index(own[2]) == 2:
             decoded = decode_speculative(
-                target, Oracle(draft, [5, 6, 7, *own], 1000), [5, 6, 7], 12, stop=stop
+                target, Oracle(DraftDecoder(draft), [5, 6, 7, *own], 1000), [5, 6, 7], 12, stop=stop
             )
             assert (decoded.rounds, decoded.tried) == (1, [1, 1, 0, 0])
 
@@ -171,13 +202,13 @@ def test_the_features_it_feeds_the_draft_are_those_of_one_forward() -> None:
         tokens = prompt + decode_speculative(target, decoder, prompt, 17).tokens
         own = prompt + decode_plain(target, prompt, 30).tokens
         assert tokens == own[: len(tokens)]
-        oracle = Oracle(draft, own, 3)
+        oracle = Oracle(DraftDecoder(draft), own, 3)
         decode_speculative(target, oracle, prompt, 17)
         with torch.no_grad():
             states = model(torch.tensor([own]), output_hidden_states=True).hidden_states
         fresh = DraftDecoder(draft)
         fresh.extend(torch.cat([states[1][0], states[4][0]], -1))  # the last layer's is the post-norm one
-        for decoded in (decoder, oracle):
+        for decoded in (decoder, oracle.own):
             known = decoded.length
             assert known >= len(tokens) - 1
             # Norms and rotations of the target are fp32 inside.
@@ -244,32 +275,72 @@ def sampled(target: CachedTarget, decoder: DraftDecoder, samples: int, **options
     return counts
 
 
+# Kinds of draft: the whole vocabulary, or the numbers of the tokens that are kept of three.
+CASES = {
+    "dspark": ("dspark", None),
+    "dflash": ("dflash", None),
+    "dflash, reduced": ("dflash", [0, 2]),
+    "eagle3": ("eagle3", None),
+    "eagle3, reduced": ("eagle3", [0, 2]),
+}
+
+
 @pytest.fixture(scope="module")
-def few() -> tuple[nn.Module, Qwen3DSparkModel]:
-    """A target of three tokens, and a random draft of blocks of two: far from it."""
-    model = make_target(vocab=FEW, num_hidden_layers=2)
-    draft = make_draft(model, [0], block=2)
-    with torch.no_grad():
-        draft.lm_head.weight.neg_()  # likes what the target does not, so that wrong rules show
-    return model, draft
+def few() -> nn.Module:
+    """A target of three tokens."""
+    return make_target(vocab=FEW, num_hidden_layers=2)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_samples_have_the_targets_distribution(few, temperature: float) -> None:
+@pytest.fixture(scope="module")
+def far(few) -> dict[str, Decoder]:
+    """Decoders of random drafts of two slots that like what the target does not, so that wrong rules show."""
+    decoders = {}
+    for case, (kind, kept) in CASES.items():
+        draft = make_draft(few, [0], kind, slots=2, kept=kept)
+        with torch.no_grad():
+            draft.lm_head.weight.neg_()
+        decoders[case] = DRAFTS[kind].decoder(draft)
+    return decoders
+
+
+def test_every_kind_has_a_case() -> None:
+    assert {kind for kind, _ in CASES.values()} == set(DRAFTS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_samples_have_the_targets_distribution(few, far, case: str) -> None:
     """Four tokens: one of the prompt's forward, then rounds of two drafted ones and what follows them."""
-    model, draft = few
-    with CachedTarget(model, [0]) as target:
-        counts = sampled(target, DraftDecoder(draft), 500, temperature=temperature)
-    assert chi_square_p(counts, sequence_probs(model, temperature)) > UNLIKELY
+    with CachedTarget(few, [0]) as target:
+        counts = sampled(target, far[case], 400, temperature=0.8)
+    assert chi_square_p(counts, sequence_probs(few, 0.8)) > UNLIKELY
 
 
-def test_a_threshold_keeps_the_distribution_and_saves_verification(few) -> None:
-    model, draft = few
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_text_of_fifty_prompts_is_the_targets_own(case: str) -> None:
+    """Against transformers' generate, of drafts that are mostly wrong and mostly right by turns."""
+    model, (kind, kept) = make_target(), CASES[case]
+    decoder = DRAFTS[kind].decoder(make_draft(model, [0, 2], kind, kept=kept and list(range(3, V, 2))))
+    generator = torch.Generator().manual_seed(2)
+    prompts = torch.randint(V, (50, 5), generator=generator)
+    own = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=10, do_sample=False
+    ).tolist()
+    rounds = []
+    with CachedTarget(model, [0, 2]) as target:
+        for number, (prompt, text) in enumerate(zip(prompts.tolist(), own, strict=True)):
+            each = Oracle(decoder, text, 3) if number % 2 else decoder
+            decoded = decode_speculative(target, each, prompt, 10)
+            assert prompt + decoded.tokens == text
+            rounds.append(decoded.rounds)
+    assert max(rounds[1::2]) < min(rounds[::2])
+
+
+def test_a_threshold_keeps_the_distribution_and_saves_verification(few, far) -> None:
     options = {"temperature": 1.0, "threshold": 0.5, "confidence_temperatures": [0.05, 0.05]}
-    with CachedTarget(model, [0]) as target:
-        decoder = DraftDecoder(draft)
+    with CachedTarget(few, [0]) as target:
+        decoder = far["dspark"]
         counts = sampled(target, decoder, 400, **options)
-        assert chi_square_p(counts, sequence_probs(model, 1.0)) > UNLIKELY
+        assert chi_square_p(counts, sequence_probs(few, 1.0)) > UNLIKELY
         generator = torch.Generator().manual_seed(0)
         rounds = [
             decode_speculative(target, decoder, [1, 2], 4, generator=generator, **options) for _ in range(30)
@@ -278,16 +349,15 @@ def test_a_threshold_keeps_the_distribution_and_saves_verification(few) -> None:
     assert len(drafted) > 2, "the threshold never cut, or always"
 
 
-def test_the_chi_square_test_sees_a_wrong_rule(few, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, draft = few
-
+@pytest.mark.parametrize("case", CASES)
+def test_the_chi_square_test_sees_a_wrong_rule(few, far, case, monkeypatch: pytest.MonkeyPatch) -> None:
     def accept_all(drafted, draft_probs, target_logits, temperature, generator=None):
         return len(drafted), rejection.choose(target_logits[-1], temperature, generator)
 
     monkeypatch.setattr("train.decode.speculative.accept", accept_all)
-    with CachedTarget(model, [0]) as target:
-        counts = sampled(target, DraftDecoder(draft), 300, temperature=1.0)
-    assert chi_square_p(counts, sequence_probs(model, 1.0)) < UNLIKELY
+    with CachedTarget(few, [0]) as target:
+        counts = sampled(target, far[case], 150, temperature=0.8)
+    assert chi_square_p(counts, sequence_probs(few, 0.8)) < UNLIKELY
 
 
 def test_the_rule_itself_over_many_samples() -> None:
