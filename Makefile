@@ -31,7 +31,8 @@ OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
 STAGE := $(if $(NPROC),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan capture train evaluate compare test test-flipped lint format bench gpu soak clean
+.PHONY: help setup plan capture train evaluate compare engines prove test test-flipped lint format \
+	bench gpu soak clean
 
 help:
 	@echo 'make setup      make .venv with everything the example needs (the others do it for you)'
@@ -43,6 +44,8 @@ help:
 	@echo '                RUN/report.html'
 	@echo 'make compare    train a draft of each kind from the one cache, measure them like make evaluate, and'
 	@echo '                write RUNS/compare.html, which shows them side by side; opened where there is a screen'
+	@echo 'make engines    get vLLM and build llama.cpp for this CPU, in .cache/engines; 5 GB, 15 minutes'
+	@echo 'make prove      serve each trained draft of CONFIGS with both, and compare every drafted token'
 	@echo 'make test       run the tests'
 	@echo 'make test-flipped  run those that ask whether the CPU has bf16 as if the answer were the other one'
 	@echo 'make lint       check style; changes nothing'
@@ -124,6 +127,28 @@ compare: capture
 	$(BIN)/dspark report $(COMPARED) --out $(RUNS)/compare.html
 	@case "$$DISPLAY$$WAYLAND_DISPLAY$$(uname)" in Linux) ;; \
 		*) $(BIN)/python -m webbrowser file://$(abspath $(RUNS)/compare.html) || true ;; esac
+
+ENGINES := .cache/engines
+VLLM := $(ENGINES)/vllm/.ready
+LLAMA_CPP := $(ENGINES)/llama.cpp/.ready
+
+engines: $(VLLM) $(LLAMA_CPP)
+
+$(VLLM): tests/engines/vllm.sh
+	sh $< $(PYTHON) $(@D)
+
+$(LLAMA_CPP): tests/engines/llama_cpp.sh $(STAMP)
+	sh $< $(abspath $(BIN))/python $(@D)
+
+# Exports are made anew, in float32: in it an engine's tokens are ours to the last one.
+prove: train
+	@for run in $(wildcard $(COMPARED)); do for engine in vllm llama.cpp; do \
+		folder=.cache/proved/$$engine/$$(basename $$run); rm -rf $$folder; \
+		echo "== $$run, $$engine"; \
+		$(BIN)/dspark export $$run $$folder --to $$engine --dtype float32 && \
+		$(OFFLINE) $(BIN)/dspark prove $$folder --run $$run --engine $$engine --cache $(CACHE) \
+			--target $(or $(TARGET),"$$($(BIN)/python -m capture.example)") || exit 1; \
+	done; done
 
 # A process for each core, each with whole files: what the tests of a file share is made once.
 test: $(STAMP)

@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("train.cli.report:report_command", "Write a page about runs: curves, acceptance, cost."),
     "export": ("train.cli.export:export_command", "Write a draft for vLLM, SGLang or Hugging Face."),
     "import": ("train.cli.export:import_command", "Make a run from a released draft."),
+    "prove": ("train.cli.prove:prove_command", "Serve an export with a real engine, and compare its drafts."),
     "inspect": (
         "pipeline.cache.tools.cli:inspect_command",
         "Show the contents of a cache, or the progress of its capture.",

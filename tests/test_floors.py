@@ -18,7 +18,7 @@ FLOORS = [
     ["draft"],
     ["runs"],
     ["eval", "decode", "export"],
-    ["trainer"],
+    ["trainer", "prove"],
     ["experiments"],
     ["cli"],
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.errors import UsageError, WriteError
+from pipeline.options import Command
 from pipeline.target_model.options import TargetOptions, target_options
 from train.runs.find import find_run
 from train.runs.names import BEST
@@ -107,6 +109,43 @@ def evaluate_command(
                 _keep(draft.folder, result)
 
 
+def prompt_options(*, num_prompts: int, max_new_tokens: int) -> Callable[[Command], Command]:
+    """Return a decorator that adds the options of prompts and of their texts' length, with these defaults."""
+    options = [
+        click.option(
+            "--prompts",
+            type=click.Path(path_type=Path),
+            help="JSON Lines as for capture, or .txt with one prompt per line.",
+        ),
+        click.option(
+            "--cache",
+            type=click.Path(path_type=Path),
+            help="Instead of --prompts: a cache, for its held-out prompts.",
+        ),
+        click.option(
+            "--num-prompts",
+            type=click.IntRange(min=1),
+            default=num_prompts,
+            show_default=True,
+            help="Maximum number of prompts.",
+        ),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(2, 2**20),
+            default=max_new_tokens,
+            show_default=True,
+            help="Limit of each text.",
+        ),
+    ]
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def _check_temperatures(_ctx: click.Context, _param: click.Parameter, values: tuple[float, ...]) -> Any:
     """Check `--temperature`. Below 0.001, softmax is greedy but may overflow."""
     for value in values:
@@ -126,30 +165,7 @@ def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float)
 @target_options(required=True, help="Hugging Face directory or Hub id of the draft's target.")
 @run_option
 @checkpoint_option
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    help="JSON Lines as for capture, or .txt with one prompt per line.",
-)
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    help="Instead of --prompts: a cache, for its held-out prompts.",
-)
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Maximum number of prompts.",
-)
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(2, 2**20),
-    default=128,
-    show_default=True,
-    help="Limit of each text.",
-)
+@prompt_options(num_prompts=8, max_new_tokens=128)
 @click.option(
     "--temperature",
     "temperatures",
@@ -194,13 +210,10 @@ def speculate_command(
     """
     if (prompts is None) == (cache is None):
         raise UsageError("expected prompts from one place: pass either --prompts FILE or --cache CACHE")
-    from pipeline.cache import CacheReader
     from pipeline.quiet import quiet_transformers
     from pipeline.target_model.load import open_target
-    from train.data.split import split
     from train.decode.benchmark import format_speculation, load_pair, speculate_all
-    from train.decode.prompts import held_out_prompts, read_prompts
-    from train.runs.directory import load_run_config
+    from train.decode.prompts import choose_prompts
     from train.runs.open import open_draft
     from train.runs.results import json_values
 
@@ -208,13 +221,9 @@ def speculate_command(
     named = find_run(run)
     draft = open_draft(named.path, named.checkpoint_or(checkpoint))
     found = open_target(target)
-    if prompts is not None:
-        asked = read_prompts(prompts, found.tokenizer(), draft.target.vocab_size, num_prompts)
-    else:
-        reader = CacheReader(cache)
-        draft.require_target_of(reader)
-        _, held_out = split(reader, load_run_config(named.path).train.held_out)
-        asked = held_out_prompts(reader, held_out, num_prompts)
+    asked = choose_prompts(
+        prompts, cache, num_prompts, run=named.path, draft=draft, tokenizer=found.tokenizer()
+    )
     pair, folder = load_pair(found, draft), draft.folder
     del draft  # its weights are the pair's by now
     if pair.warning:

@@ -12,10 +12,36 @@ import numpy as np
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, DataError
 from pipeline.text import one_line
+from train.data.split import split
+from train.runs.directory import load_run_config
+from train.runs.open import TrainedDraft
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 # Tokens of the prompt, if a sample is supervised from its first token on, as plain text is.
 _TEXT_PROMPT = 16
+
+
+def choose_prompts(
+    prompts: Path | None, cache: Path | None, count: int, *, run: Path, draft: TrainedDraft, tokenizer: Any
+) -> list[list[int]]:
+    """Return the token ids of up to `count` prompts for a draft's target, from a file or a cache.
+
+    Args:
+        prompts: a file, as in `read_prompts`.
+        cache: instead of that, a cache of the target; its samples that the run held out.
+        run: the draft's.
+
+    Raises:
+        RunError: the cache is of another target.
+        DSparkError: see `read_prompts` and `held_out_prompts`; or the cache can't be read.
+    """
+    if prompts is not None:
+        return read_prompts(prompts, tokenizer, draft.target.vocab_size, count)
+    assert cache is not None
+    reader = CacheReader(cache)
+    draft.require_target_of(reader)
+    _, held_out = split(reader, load_run_config(run).train.held_out)
+    return held_out_prompts(reader, held_out, count)
 
 
 def held_out_prompts(reader: CacheReader, samples: np.ndarray, count: int) -> list[list[int]]:

@@ -1,0 +1,180 @@
+"""llama.cpp's server. Its drafted tokens are read from its log, where it writes each at the debug level."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RunError, UsageError
+from train.prove.engine import Answer, failed, run, started
+
+SERVER, CONVERTER = Path("build/bin/llama-server"), Path("convert_hf_to_gguf.py")
+# Seconds in which the server has loaded its models.
+LOADING = 600
+# Lines of the log: a request begins; the best candidate of a slot, whose numbers rise in a round.
+_REQUEST = re.compile(r"launch_slot_.*processing task|slot\s+launch_slot_")
+_CANDIDATE = re.compile(r"draft candidate\s+0, pos\s+(\d+):\s+(\d+)")
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp, on the CPU.
+
+    Args:
+        folder: a built checkout of llama.cpp.
+        target: directory of the target, or a GGUF file.
+        draft_type: value of `--spec-type` for the draft's kind.
+        slots: tokens to draft in a round.
+        dtype: that weights are converted to, and that keys and values are kept in.
+        work: folder for converted models, and for its output.
+    """
+
+    folder: Path
+    target: Path
+    draft_type: str
+    slots: int
+    dtype: str
+    work: Path
+    name = "llama.cpp"
+
+    def __post_init__(self) -> None:
+        for part in (SERVER, CONVERTER):
+            if not (self.folder / part).is_file():
+                raise UsageError(
+                    f"expected a built checkout of llama.cpp at {self.folder}, which has no {part}: pass "
+                    "--engine-path, or run `make engines`"
+                )
+
+    def serve(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, draft: Path | None) -> Answer:
+        """As in `Engine`."""
+        kept = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
+        name, port = "plain" if draft is None else "draft", _free_port()
+        command = [
+            *(self.folder / SERVER, "--model", self._converted(self.target, "target")),
+            *("--host", "127.0.0.1", "--port", port, "--parallel", "1", "--no-ui", "--verbosity", "5"),
+            *("--ctx-size", max(map(len, prompts)) + max_new_tokens + 2 * self.slots + 8),
+            *("--cache-type-k", kept, "--cache-type-v", kept, "--flash-attn", "off", "--device", "none"),
+            *("--threads", max(1, (os.cpu_count() or 1) // 2)),  # they spin
+        ]
+        if draft is not None:
+            command += [
+                *("--model-draft", self._converted(draft, "draft", "--target-model-dir", self.target)),
+                *(
+                    "--spec-type",
+                    self.draft_type,
+                    "--spec-draft-n-max",
+                    self.slots,
+                    "--spec-draft-p-min",
+                    "0",
+                ),
+                *("--cache-type-k-draft", kept, "--cache-type-v-draft", kept),
+            ]
+        log = self.work / f"{name}.log"
+        with started([str(part) for part in command], log) as process:
+            server = _Server(process, port, log)
+            server.wait()
+            server.complete(prompts[0], max_new_tokens)  # not timed: the first is slow
+            begun = time.perf_counter()
+            texts = [server.complete(prompt, max_new_tokens) for prompt in prompts]
+            seconds = time.perf_counter() - begun
+            version = server.version()
+        drafts = read_drafts(log.read_text(encoding="utf-8", errors="replace"))[1:]
+        return Answer(f"llama.cpp {version}", texts, drafts, seconds)
+
+    def _converted(self, model: Path, name: str, *options: str | Path) -> Path:
+        """Return a GGUF file of a model, made by llama.cpp's own converter where it is not one."""
+        if model.suffix == ".gguf":
+            return model
+        kind = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
+        found = self.work / f"{name}-{kind}.gguf"
+        if not found.exists():
+            command = [sys.executable, self.folder / CONVERTER, model, *options]
+            path = os.pathsep.join(map(str, (self.folder / "gguf-py", self.folder / "site-packages")))
+            run(
+                [*command, "--outtype", kind, "--outfile", found],
+                self.work / f"convert-{name}.log",
+                {"PYTHONPATH": path},
+            )
+        return found
+
+
+@dataclass
+class _Server:
+    process: subprocess.Popen
+    port: str
+    log: Path
+
+    def wait(self) -> None:
+        """Wait until it has loaded its models. Raise RunError if it ends or takes too long."""
+        for _ in range(2 * LOADING):
+            if self.process.poll() is not None:
+                raise failed("llama-server", self.log)
+            try:
+                self._ask("/health", None)
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+            else:
+                return
+        raise RunError(f"llama-server has not loaded its models in {LOADING} s; its output is in {self.log}")
+
+    def version(self) -> str:
+        return str(self._ask("/props", None).get("build_info", "of an unknown build"))
+
+    def complete(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy continuation's tokens."""
+        request = {
+            "prompt": list(prompt),
+            "n_predict": max_new_tokens,
+            "temperature": 0,
+            "samplers": ["top_k"],
+            "top_k": 1,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
+        try:
+            return self._ask("/completion", request)["tokens"]
+        except (urllib.error.URLError, ConnectionError, KeyError):
+            raise failed("llama-server", self.log) from None
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by a proxy
+        with opener.open(request, timeout=None if data else 5) as answer:
+            return json.load(answer)
+
+
+def _free_port() -> str:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return str(own.getsockname()[1])
+
+
+def read_drafts(log: str) -> list[list[list[int]]]:
+    """Return the drafted tokens of each request in a server's log, round after round."""
+    requests: list[list[list[int]]] = []
+    last = -1
+    for line in log.splitlines():
+        if _REQUEST.search(line):
+            requests.append([])
+            last = -1
+        elif (found := _CANDIDATE.search(line)) and requests:
+            slot, token = map(int, found.groups())
+            if slot <= last or not requests[-1]:
+                requests[-1].append([])
+            requests[-1][-1].append(token)
+            last = slot
+    return requests
