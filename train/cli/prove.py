@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def prove_command(
     from pipeline.target_model.load import open_target
     from train.decode.prompts import choose_prompts
     from train.prove.compare import check, format_proof
-    from train.prove.run import open_engine, prove, work_folder
+    from train.prove.run import ended_whole, open_engine, prove, work_folder
     from train.runs.open import open_draft
     from train.runtime.console import say
 
@@ -67,8 +66,7 @@ def prove_command(
     asked = choose_prompts(
         prompts, cache, num_prompts, run=named.path, draft=draft, tokenizer=found.tokenizer()
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the engine ends with this command
-    with work_folder() as work:
+    with ended_whole(), work_folder() as work:
         served = open_engine(engine, engine_path, found, draft, work)
         proof = prove(served, folder, draft, found, asked, max_new_tokens, say)
     click.echo(json.dumps({**asdict(proof), "holds": proof.holds}) if as_json else format_proof(proof))

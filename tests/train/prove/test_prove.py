@@ -1,0 +1,155 @@
+"""`dspark prove` from the command line, with stand-ins for the engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import assert_refused, run_cli, run_ok
+from tests.train.prove import engines
+from tests.train.runs import train_arguments
+from train.prove.llama_cpp import read_drafts
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "a"
+    run_ok(*train_arguments(cache_dir, path, train__max_steps=2))
+    return path
+
+
+@pytest.fixture(scope="module")
+def export(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "a"
+    run_ok("export", run, folder, "--to", "hf", "--dtype", "float32")
+    return folder
+
+
+@pytest.fixture
+def asked(
+    run: Path,
+    export: Path,
+    cache_dir: Path,
+    target_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> list[str | Path]:
+    """The command line, without the engine; files of it go to a folder of the test's."""
+    monkeypatch.setenv(engines.RUN, str(run))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(engines.ROOT))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    options = ("--cache", cache_dir, "--num-prompts", "2", "--max-new-tokens", "8", "--device", "cpu")
+    return ["prove", export, "--run", run, "--target", target_dir, *options]
+
+
+def test_nothing_that_is_no_export_of_the_run_is_proved(
+    asked: list[str | Path], run: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    vllm = engines.environment(tmp_path / "vllm")
+    other = tmp_path / "other"
+    run_ok(*train_arguments(cache_dir, other, train__max_steps=3))
+    asked[asked.index(run)] = other
+    command = (*asked, "--engine", "vllm", "--engine-path", vllm)
+    assert_refused(run_cli(*command), 1, "is not the export of step 3 of", "differs; pass its --run")
+    asked[1] = tmp_path
+    assert_refused(run_cli(*asked, *command[-4:]), 1, "can't be read", "expected a folder of `dspark export`")
+
+
+def on_vllm(tmp_path: Path) -> tuple[str | Path, ...]:
+    return "--engine", "vllm", "--engine-path", engines.environment(tmp_path / "vllm")
+
+
+def on_llama_cpp(tmp_path: Path) -> tuple[str | Path, ...]:
+    return "--engine", "llama.cpp", "--engine-path", engines.checkout(tmp_path / "llama.cpp")
+
+
+@pytest.mark.parametrize("engine", [on_vllm, on_llama_cpp])
+def test_an_engine_that_does_as_we_do(asked, tmp_path: Path, engine) -> None:
+    proof = json.loads(run_ok(*asked, *engine(tmp_path), "--json"))
+    assert proof["holds"]
+    assert (proof["prompts"], proof["same_texts"], proof["agreeing"]) == (2, 2, proof["tokens"])
+    assert proof["drafted"] == proof["same"] == 3 * proof["rounds"] > 0
+    assert proof["engine"].endswith("of the tests")
+    assert proof["dtype"] == "float32"
+    assert not list(tmp_path.glob("dspark-prove-*"))
+
+
+@pytest.mark.parametrize("engine", [on_vllm, on_llama_cpp])
+def test_one_other_drafted_token(asked, tmp_path: Path, engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engines.FAULT, "token")
+    result = run_cli(*asked, *engine(tmp_path))
+    assert_refused(result, 1, "drafts other tokens than we do (1 of", "first in prompt 2 after token 1: [")
+    assert "drafted tokens: " in result.stdout, "the figures come first"
+
+
+def test_another_text(asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engines.FAULT, "text")
+    assert_refused(
+        run_cli(*asked, *on_vllm(tmp_path)), 1, "another greedy text with the draft", "prompt 2 at token"
+    )
+
+
+@pytest.mark.parametrize(("engine", "says"), [(on_vllm, "no such kernel"), (on_llama_cpp, "no such model")])
+def test_an_engine_that_fails(
+    asked, tmp_path: Path, engine, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last line is in the message, and its log stays; what is large goes."""
+    monkeypatch.setenv(engines.FAULT, "crash")
+    result = run_cli(*asked, *engine(tmp_path))
+    assert_refused(result, 1, "failed: ", says, "all of its output is in")
+    log = Path(result.stderr.rpartition(" is in ")[2].strip())
+    assert says in log.read_text()
+    assert {path.suffix for path in log.parent.iterdir()} == {".log"}
+
+
+def test_engines_that_are_not_there(asked, tmp_path: Path) -> None:
+    for engine, part in (("vllm", "bin/python"), ("llama.cpp", "build/bin/llama-server")):
+        refused = run_cli(*asked, "--engine", engine, "--engine-path", tmp_path)
+        assert_refused(refused, 2, part, "pass --engine-path, or run `make engines`")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_everything_ends_with_the_command(asked, tmp_path: Path, number: int) -> None:
+    """Also what the engine itself started."""
+    pids = tmp_path / "pids"
+    variables = {engines.FAULT: "hang", engines.PIDS: str(pids)}
+    command = [sys.executable, "-m", "pipeline", *map(str, (*asked, *on_vllm(tmp_path)))]
+    process = subprocess.Popen(command, env={**os.environ, **variables}, stderr=subprocess.PIPE)
+    try:
+        for _ in range(1200):
+            if pids.exists() and pids.read_text():
+                break
+            assert process.poll() is None, process.communicate()[1].decode()
+            time.sleep(0.1)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    for pid in map(int, pids.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not list(tmp_path.glob("dspark-prove-*"))
+
+
+def test_drafts_in_a_log() -> None:
+    """As llama-server writes them: slots from 0 (DSpark), other candidates, and requests without a draft."""
+    log = """
+0.00.1 I slot launch_slot_: id  0 | task 0 | processing task, is_child = 0
+0.00.2 D  - seq_id 0, draft candidate   0, pos   0:    271 (   0.312) ' the'
+0.00.2 D  - seq_id 0, draft candidate   1, pos   0:     17 (   0.112) ' a'
+0.00.2 D  - seq_id 0, draft candidate   0, pos   1:    402 (   0.212) ' cat'
+0.00.3 D  - seq_id 0, draft candidate   0, pos   0:      5 (   0.212) 'draft candidate   0, pos   9:   1'
+0.00.4 I slot launch_slot_: id  0 | task 9 | processing task, is_child = 0
+0.00.5 I slot launch_slot_: id  0 | task 12 | processing task, is_child = 0
+0.00.6 D spec draft: - seq_id 0, draft candidate   0, pos   0:     77 (   0.212) 'x'
+"""
+    assert read_drafts(log) == [[[271, 402], [5]], [], [[77]]]
