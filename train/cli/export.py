@@ -17,9 +17,9 @@ from train.runs.find import find_run
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--to",
-    type=click.Choice(["hf", "vllm", "sglang"]),
+    type=click.Choice(["hf", "vllm", "sglang", "llama.cpp"]),
     required=True,
-    help="Reader of the export. hf takes every draft; vllm and sglang refuse drafts that they can't serve.",
+    help="Reader of the export. hf takes every draft; engines refuse drafts that they can't serve.",
 )
 @checkpoint_option
 @click.option(
@@ -37,6 +37,17 @@ from train.runs.find import find_run
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="A cache of the draft's target, for --with-embeddings."
 )
+@click.option(
+    "--gguf",
+    "file_type",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    help="For --to llama.cpp: also write draft-TYPE.gguf, with matrices of this type.",
+)
+@click.option(
+    "--target-gguf",
+    type=click.Path(path_type=Path),
+    help="The target's own GGUF file, for --gguf: the draft's file gets its tokenizer.",
+)
 def export_command(
     run: Path,
     folder: Path,
@@ -45,6 +56,8 @@ def export_command(
     dtype: str,
     with_embeddings: bool,
     cache: Path | None,
+    file_type: str | None,
+    target_gguf: Path | None,
 ) -> None:
     """Write RUN's draft to the new directory DIR, in the layout that inference engines load.
 
@@ -57,13 +70,25 @@ def export_command(
         )
     if cache is not None and not with_embeddings:
         raise UsageError("--cache is read only for --with-embeddings: pass both, or neither")
+    if file_type is not None and to != "llama.cpp":
+        raise UsageError(f"--gguf is of llama.cpp, --to is {to}: pass --to llama.cpp, or leave --gguf out")
+    if (file_type is None) != (target_gguf is None):
+        raise UsageError(
+            "--gguf and --target-gguf go together: pass a type and the target's own GGUF file, or neither"
+        )
     from pipeline.quiet import quiet_transformers
-    from train.export.writer import export
+    from train.export.writer import GgufFile, export
 
     quiet_transformers()
     found = find_run(run)
     draft = export(
-        found.path, folder, to, checkpoint=found.checkpoint_or(checkpoint), dtype=dtype, cache=cache
+        found.path,
+        folder,
+        to,
+        checkpoint=found.checkpoint_or(checkpoint),
+        dtype=dtype,
+        cache=cache,
+        gguf=GgufFile(file_type, target_gguf) if file_type and target_gguf else None,
     )
     click.echo(
         f"{format_filename(folder)}: the draft of {format_filename(run)} at step {draft.step:,} for "

@@ -23,7 +23,7 @@ from pipeline.cache import CacheReader, Manifest
 from train.config import DraftConfig, LossConfig, RunConfig, TrainConfig
 from train.data.loader import Arguments, Collate, Pack
 from train.data.sampling import AnchorChoice, drawn_anchors
-from train.draft.serving import Rule
+from train.draft.serving import GgufLayout, Rule
 from train.draft.tables import KindTables
 from train.losses.slots import LossSums, SlotFigures
 
@@ -180,6 +180,8 @@ class DraftKind:
     """Prefixes of the names of parameters whose matrices Muon trains."""
     rules: Mapping[str, tuple[Rule, ...]]
     """Rules of each engine, by the names that `dspark export --to` takes."""
+    gguf: GgufLayout
+    """Layout of the kind's files for llama.cpp."""
 
     @property
     def name(self) -> str:

@@ -68,6 +68,7 @@ def model_card(
     speculation: Speculation | None,
     calibrated: bool,
     with_embeddings: bool,
+    gguf: str | None = None,
 ) -> str:
     """Write a draft's `README.md`, with the Hugging Face Hub's YAML front matter.
 
@@ -76,12 +77,13 @@ def model_card(
         page: the checkpoint's `training.json`.
         kind: kind of the draft.
         shape: the draft's own config.
-        obstacles: why `vllm` and `sglang` can't serve the draft; empty where they can.
-        unknown: what to say of `vllm` and `sglang` where they are not known to serve the target.
+        obstacles: why each engine can't serve the draft; empty where it can.
+        unknown: what to say of each engine where it is not known to serve the target.
         evaluation: held-out figures of `dspark evaluate`, or of training itself.
         speculation: figures of `dspark speculate`.
         calibrated: whether temperatures come along.
         with_embeddings: whether the target's embedding and head come along.
+        gguf: name of the GGUF file that comes along.
     """
     progress, trained_on, served = page.progress, page.cache, kind.served(shape)
     cache = evaluation.cache if evaluation else None
@@ -118,6 +120,7 @@ def model_card(
         live_where=_where(speculation) if speculation else "",
         calibrated=calibrated,
         with_embeddings=with_embeddings,
+        gguf=gguf,
     )
 
 

@@ -4,6 +4,7 @@
         model.safetensors   the draft's weights, without a prefix; the target's embedding and head on request
         README.md           the model card
         calibration.json    temperatures of the confidence head, if `dspark calibrate` was run
+        draft-TYPE.gguf     the draft as llama.cpp loads it, on request
 
 What an engine can't serve is refused before anything is written: engines load much of it without an error,
 and then accept hardly any token.
@@ -12,6 +13,7 @@ and then accept hardly any token.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from pipeline.errors import UsageError
 from pipeline.files import check_new, new_folder
 from train.draft.vocabulary import kept_tokens
 from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
+from train.export.gguf import check_gguf_package, read_tokenizer, write_gguf
 from train.export.model_card import model_card
 from train.runs.checkpoint import FROZEN
 from train.runs.names import BEST, CALIBRATION, WEIGHTS
@@ -40,7 +43,31 @@ from train.runtime.console import warn
 CARD = "README.md"
 CONFIG = "config.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-To = Literal["hf", "vllm", "sglang"]
+To = Literal["hf", "vllm", "sglang", "llama.cpp"]
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file to write beside the weights. It is made from the run's weights, not from rounded ones."""
+
+    file_type: str
+    """Type of its matrices, a key of `train.export.gguf.FILE_TYPES`."""
+    target: Path
+    """GGUF file of the target."""
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return f"draft-{self.file_type}.gguf"
+
+    def tokenizer(self, draft: TrainedDraft, weights: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
+        """Return the target's tokenizer. Raise UsageError if it or the file can't be had."""
+        check_gguf_package()
+        if self.file_type == "f16":
+            for name, weight in weights.items():
+                _cast(weight, name, "float16")
+        sizes = {"vocab_size": draft.target.vocab_size, "hidden_size": draft.target.hidden_size}
+        return read_tokenizer(self.target, **sizes)
 
 
 def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
@@ -65,6 +92,7 @@ def export(
     checkpoint: str = BEST,
     dtype: str = "bfloat16",
     cache: Path | None = None,
+    gguf: GgufFile | None = None,
 ) -> TrainedDraft:
     """Export one of a run's drafts, with a model card. The folder appears complete or not at all.
 
@@ -77,19 +105,22 @@ def export(
         dtype: dtype of the weights, a key of `DTYPES`.
         cache: cache of the target, to include its embedding and head: `embed_tokens.weight` and
             `lm_head.weight`, both `[V, H]`. None leaves them out; engines use the target's own.
+        gguf: the file for llama.cpp that comes along.
 
     Returns:
         The exported draft.
 
     Raises:
-        UsageError: the engine can't serve the draft, the dtype can't hold it, or `folder` is not empty.
+        UsageError: the engine can't serve the draft, a dtype can't hold it, `folder` is not empty, or the
+            target's GGUF file can't be read.
         RunError: there is no such checkpoint, it is damaged, or `cache` is of another target.
         WriteError: `folder` can't be written.
     """
     check_new(folder)
     draft = open_draft(run, checkpoint)
-    check_engine(draft.kind.rules, draft.shape, to, dtype)
     weights = dict(draft.weights)
+    doubled = cache is not None and "d2t" not in weights
+    check_engine(draft.kind.rules, draft.shape, to, dtype, embeddings=doubled)
     if cache is None and "d2t" in weights and FROZEN[1] not in weights:
         raise UsageError(
             f"{run} drafts {len(weights['d2t']):,} of the target's tokens, so engines need those rows of the "
@@ -97,24 +128,36 @@ def export(
         )
     if cache is not None:
         weights |= _embeddings(draft, CacheReader(cache))
-    weights = {name: _cast(weight, name, dtype) for name, weight in weights.items()}
+    tokenizer = gguf and gguf.tokenizer(draft, weights)
+    cast = {name: _cast(weight, name, dtype) for name, weight in weights.items()}
     calibration = _calibration(draft)
     values = export_config(draft, dtype)
-    card = _card(draft, values, calibrated=calibration is not None, with_embeddings=cache is not None)
+    card = _card(
+        draft,
+        values,
+        doubled,
+        calibrated=calibration is not None,
+        with_embeddings=cache is not None,
+        gguf=gguf and gguf.name,
+    )
     with new_folder(folder, last=CONFIG) as partial:
         (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        save_file(cast, partial / WEIGHTS, metadata={"format": "pt"})
         if calibration is not None:
             (partial / CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
         (partial / CARD).write_text(card, encoding="utf-8")
+        if gguf is not None:
+            path = partial / gguf.name
+            write_gguf(path, draft.kind.gguf, values, weights, tokenizer, gguf.file_type, folder.resolve())
     unknown = unknown_target(draft.target.architecture, to)
     if unknown:
         warn(unknown)
     return draft
 
 
-def _card(draft: TrainedDraft, values: dict[str, Any], **parts: bool) -> str:
+def _card(draft: TrainedDraft, values: dict[str, Any], doubled: bool, **parts: Any) -> str:
     """Write the model card, with whatever was measured of this checkpoint."""
+    rules, dtype = draft.kind.rules, values["dtype"]
     architecture, measured = draft.target.architecture, draft.page.progress.measured
     evaluation = read_evaluation(draft.folder) or (as_evaluation(measured) if measured else None)
     return model_card(
@@ -122,7 +165,7 @@ def _card(draft: TrainedDraft, values: dict[str, Any], **parts: bool) -> str:
         draft.page,
         kind=draft.kind,
         shape=draft.shape,
-        obstacles={e: obstacle(draft.kind.rules, draft.shape, e, values["dtype"]) for e in TARGETS},
+        obstacles={e: obstacle(rules, draft.shape, e, dtype, embeddings=doubled) for e in TARGETS},
         unknown={engine: unknown_target(architecture, engine) for engine in TARGETS},
         evaluation=evaluation,
         speculation=read_speculation(draft.folder),

@@ -22,7 +22,7 @@ def test_the_model_card(tmp_path: Path, run_dir: Path, cache_dir: Path) -> None:
     assert front_matter(card) == {
         "base_model": "tiny-llama",
         "library_name": "dspark-pipeline",
-        "tags": ["dspark", "speculative-decoding", "draft-model", "vllm", "sglang"],
+        "tags": ["dspark", "speculative-decoding", "draft-model", "vllm", "sglang", "llama.cpp"],
     }
     assert page["cache"]["target"]["weights"] in card
     assert "target layers 0, 2, 4" in card

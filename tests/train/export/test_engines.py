@@ -234,12 +234,12 @@ def test_scaled_embeddings_are_only_hugging_faces(tmp_path: Path, run_dir: Path,
 @pytest.mark.parametrize(
     ("architecture", "serving"),
     [
-        ("LlamaForCausalLM", ["vllm", "sglang"]),
-        ("Qwen3ForCausalLM", ["vllm", "sglang"]),
+        ("LlamaForCausalLM", ["vllm", "sglang", "llama.cpp"]),
+        ("Qwen3ForCausalLM", ["vllm", "sglang", "llama.cpp"]),
         ("Qwen2ForCausalLM", ["vllm"]),
         ("GraniteForCausalLM", ["vllm"]),
         ("Olmo2ForCausalLM", ["vllm"]),
-        ("Lfm2ForCausalLM", ["sglang"]),
+        ("Lfm2ForCausalLM", ["sglang", "llama.cpp"]),
         ("GemmaForCausalLM", []),
         ("Gemma2ForCausalLM", []),
         ("Gemma3ForCausalLM", []),
@@ -253,14 +253,15 @@ def test_a_target_that_an_engine_does_not_know(
     """A newer version may: a warning, and no unqualified command in the card."""
     run = changed(run_dir, tmp_path / "run")
     change_identity(run, architecture=architecture)
-    for engine, version in (("vllm", "vLLM 0.33.0"), ("sglang", "SGLang 0.5.23")):
+    versions = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23"}
+    for engine, version in {**versions, "llama.cpp": "llama.cpp of llama-cpp-python 0.3.36"}.items():
         result = run_cli("export", run, tmp_path / engine, "--to", engine)
         assert result.exit_code == 0, result.output
         said = f"{version} serves no draft for a {architecture} target; a newer version may"
         assert (f"warning: {said}\n" in result.stderr) == (engine not in serving)
         card = (tmp_path / engine / "README.md").read_text(encoding="utf-8")
         assert (said in card) == (engine not in serving)
-        assert (f"{version.removesuffix('.0')} or later" in card) == (engine in serving)
+        assert (f"{version.removesuffix('.0')} or later:" in card.replace(",", ":")) == (engine in serving)
         assert front_matter(card)["tags"][3:] == serving
     assert "warning" not in run_cli("export", run, tmp_path / "hf", "--to", "hf").output
 
@@ -278,5 +279,5 @@ def test_sglang_would_round_float32(tmp_path: Path, run_dir: Path) -> None:
 
 def test_help_says_what_engines_are_there() -> None:
     text = run_ok("export", "--help")
-    assert "hf|vllm|sglang" in text
+    assert "hf|vllm|sglang|llama.cpp" in text
     assert "--with-embeddings" in text

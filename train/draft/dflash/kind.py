@@ -28,7 +28,7 @@ from train.draft.dflash.config import (
 from train.draft.dflash.model import Qwen3DFlashModel
 from train.draft.dflash.module import DFlashTrainerModule
 from train.draft.dflash.released import check_released, released_settings
-from train.draft.dflash.serving import RULES
+from train.draft.dflash.serving import GGUF, RULES
 from train.draft.dflash.settings import DFLASH_TABLES, DFlashLoss
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
@@ -78,4 +78,5 @@ DFLASH = DraftKind(
     lr_scales=lambda _train: {},
     matrices=BLOCK_MATRICES,
     rules=RULES,
+    gguf=GGUF,
 )

@@ -1,11 +1,23 @@
 """Rules of each inference engine that a DFlash draft of this project may break.
 
-From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23.
+From the engines' sources, vLLM 0.33.0, SGLang 0.5.23 and llama.cpp as in llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
 
-from train.draft.serving import LAYERS_OF_SGLANG, LAYERS_OF_VLLM, MASK_TOKEN, WHOLE_VOCABULARY, Rule, scale_of
+from train.draft.blocks.serving import BLOCK_TENSORS, block_keys
+from train.draft.serving import (
+    LAYERS_OF_LLAMA_CPP,
+    LAYERS_OF_SGLANG,
+    LAYERS_OF_VLLM,
+    MASK_TOKEN,
+    UNSCALED_IN_LLAMA_CPP,
+    WHOLE_VOCABULARY,
+    GgufLayout,
+    Rule,
+    rope_of_llama_cpp,
+    scale_of,
+)
 
 _PLAIN = (
     Rule(
@@ -24,6 +36,15 @@ _PLAIN = (
         "it is not known to cap the logits of this kind of draft",
     ),
 )
+GGUF = GgufLayout(
+    architecture="dflash",
+    spec_type="draft-dflash",
+    first=lambda _values: {},
+    # The converter writes "causal" of dflash_config, which decides if is_causal is not there.
+    last=lambda values: block_keys({**values, **values["dflash_config"]}) | {"attention.causal": False},
+    mask_token=lambda values: values["dflash_config"]["mask_token_id"],
+    tensors=BLOCK_TENSORS,
+)
 RULES: dict[str, tuple[Rule, ...]] = {
     "hf": (),
     "vllm": (  # model_executor/models/qwen3_dflash.py
@@ -36,5 +57,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
         WHOLE_VOCABULARY,
         MASK_TOKEN,
         *_PLAIN,
+    ),
+    "llama.cpp": (  # conversion/qwen.py, src/models/dflash.cpp
+        LAYERS_OF_LLAMA_CPP,
+        WHOLE_VOCABULARY,
+        MASK_TOKEN,
+        rope_of_llama_cpp("linear", "yarn"),
+        *UNSCALED_IN_LLAMA_CPP,
     ),
 }

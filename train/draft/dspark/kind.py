@@ -22,7 +22,7 @@ from train.draft.dspark.flops import training_flops
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
 from train.draft.dspark.released import ARCHITECTURES, check_released, released_settings
-from train.draft.dspark.serving import RULES
+from train.draft.dspark.serving import GGUF, RULES
 from train.draft.dspark.settings import DSPARK_TABLES, DSparkLoss
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
@@ -71,4 +71,5 @@ DSPARK = DraftKind(
     lr_scales=_lr_scales,
     matrices=BLOCK_MATRICES,
     rules=RULES,
+    gguf=GGUF,
 )

@@ -1,11 +1,26 @@
 """Rules of each inference engine that a DSpark draft of this project may break.
 
-From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23.
+From the engines' sources, vLLM 0.33.0, SGLang 0.5.23 and llama.cpp as in llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
 
-from train.draft.serving import LAYERS_OF_SGLANG, LAYERS_OF_VLLM, MASK_TOKEN, WHOLE_VOCABULARY, Rule, scale_of
+from collections.abc import Mapping
+from typing import Any
+
+from train.draft.blocks.serving import BLOCK_TENSORS, block_keys
+from train.draft.serving import (
+    LAYERS_OF_LLAMA_CPP,
+    LAYERS_OF_SGLANG,
+    LAYERS_OF_VLLM,
+    MASK_TOKEN,
+    UNSCALED_IN_LLAMA_CPP,
+    WHOLE_VOCABULARY,
+    GgufLayout,
+    Rule,
+    rope_of_llama_cpp,
+    scale_of,
+)
 
 _HEAD = Rule(
     "markov_rank",
@@ -13,21 +28,45 @@ _HEAD = Rule(
     "it always builds a Markov head",
     "draft.markov_head = vanilla",
 )
+_VANILLA = Rule(
+    "markov_head_type",
+    lambda c: c.markov_rank == 0 or c.markov_head_type == "vanilla",
+    "it has only the vanilla head",
+    "draft.markov_head = vanilla",
+)
 _SOFTCAP = Rule(
     "final_logit_softcapping",
     lambda c: getattr(c, "final_logit_softcapping", None) is None,
     "it leaves a draft's logits uncapped",
 )
+
+
+def _keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **block_keys(values),
+        "sample_from_anchor": values["sample_from_anchor"],
+        "has_confidence_head": values["enable_confidence_head"],
+    }
+
+
+GGUF = GgufLayout(
+    architecture="dflash",
+    spec_type="draft-dspark",
+    first=lambda _values: {},
+    last=_keys,
+    mask_token=lambda values: values["mask_token_id"],
+    tensors={
+        **BLOCK_TENSORS,
+        "markov_head.markov_w1": "markov_w1",
+        "markov_head.markov_w2": "markov_w2",
+        "confidence_head.proj": "conf_proj",
+    },
+)
 RULES: dict[str, tuple[Rule, ...]] = {
     "hf": (),
     "vllm": (  # model_executor/models/qwen3_dspark.py
         _HEAD,
-        Rule(
-            "markov_head_type",
-            lambda c: c.markov_rank == 0 or c.markov_head_type == "vanilla",
-            "it has only the vanilla head",
-            "draft.markov_head = vanilla",
-        ),
+        _VANILLA,
         LAYERS_OF_VLLM,
         MASK_TOKEN,
         Rule(
@@ -71,5 +110,20 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "it leaves a draft's logits unscaled",
         ),
         _SOFTCAP,
+    ),
+    "llama.cpp": (  # conversion/qwen.py, src/models/dflash.cpp
+        # Without a Markov head it takes the draft for DFlash's, whose anchor drafts nothing.
+        _HEAD,
+        _VANILLA,
+        Rule(
+            "confidence_head_with_markov",
+            lambda c: not c.enable_confidence_head or c.confidence_head_with_markov,
+            "its confidence head reads the Markov embedding",
+            "draft.confidence_with_markov = true",
+        ),
+        LAYERS_OF_LLAMA_CPP,
+        MASK_TOKEN,
+        rope_of_llama_cpp("linear", "yarn"),
+        *UNSCALED_IN_LLAMA_CPP,
     ),
 }

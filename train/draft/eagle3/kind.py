@@ -17,7 +17,7 @@ from train.draft.eagle3.flops import training_flops
 from train.draft.eagle3.model import Eagle3Model
 from train.draft.eagle3.module import Eagle3TrainerModule
 from train.draft.eagle3.released import ARCHITECTURES, check_released, released_settings, released_weights
-from train.draft.eagle3.serving import RULES
+from train.draft.eagle3.serving import GGUF, RULES
 from train.draft.eagle3.settings import EAGLE3_TABLES, Eagle3Config, Eagle3Loss
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
@@ -78,4 +78,5 @@ EAGLE3 = DraftKind(
     lr_scales=lambda _train: {},
     matrices=("fc.", "midlayer."),
     rules=RULES,
+    gguf=GGUF,
 )
