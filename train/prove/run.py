@@ -69,18 +69,21 @@ def open_engine(name: str, path: Path | None, target: Target, draft: TrainedDraf
         raise UsageError("an engine serves a checkpoint: merge --adapter into one, and pass that as --target")
     path = ENGINES[name] if path is None else path
     model = target.directory / (target.options.gguf_file or "")
-    served = draft.kind.served(draft.shape)
     dtype = str(target.dtype).removeprefix("torch.")
     if name == "llama.cpp":
         slots = draft.kind.slots(draft.shape)
-        return LlamaCpp(path, model, served["llama.cpp"], slots, dtype, work)
+        return LlamaCpp(path, model, draft.kind.gguf.spec_type, slots, dtype, work)
     python = path / "bin" / "python" if path.is_dir() else path
     if not python.is_file():
         raise UsageError(
             f"expected the environment of vLLM at {path}, which has no bin/python: pass --engine-path, or "
             "run `make engines`"
         )
-    speculative = {key: value for key, value in served["vllm"].items() if key != "draft_sample_method"}
+    speculative = {
+        key: value
+        for key, value in draft.kind.served(draft.shape)["vllm"].items()
+        if key != "draft_sample_method"
+    }
     return Vllm(python, model, speculative, dtype, work)
 
 

@@ -107,7 +107,7 @@ def test_another_text_is_found(served) -> None:
     texts[2][5] = (texts[2][5] + 1) % V
     proof = compare(pair, prompts, replace(plain, texts=texts), answer, **FACTS)
     assert proof.same_texts == 2
-    with pytest.raises(RunError, match="another greedy text with the draft .* prompt 3 at token 6"):
+    with pytest.raises(RunError, match=r"another greedy text with the draft .* prompt 3 at token 6"):
         check(proof)
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.target_model.load import open_target
+from pipeline.target_model.options import TargetOptions
 from tests.conftest import assert_refused, run_cli, run_ok
+from tests.processes import Dspark
 from tests.train.prove import engines
 from tests.train.runs import train_arguments
+from train.decode.benchmark import load_pair
+from train.decode.prompts import choose_prompts
+from train.decode.speculative import decode_plain, decode_speculative
+from train.decode.target import CachedTarget
 from train.prove.llama_cpp import read_drafts
+from train.runs.open import open_draft
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +37,44 @@ def export(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def answers(run: Path, cache_dir: Path, target_dir: Path) -> tuple[dict, dict]:
+    """Answers of an engine that does what `decode_speculative` does, without a draft and with it."""
+    draft, target = open_draft(run), open_target(TargetOptions(target=str(target_dir), dtype="float32"))
+    prompts = choose_prompts(None, cache_dir, 2, run=run, draft=draft, tokenizer=target.tokenizer())
+    pair, log = load_pair(target, draft), []
+    propose = pair.decoder.draft
+
+    def logged(*args, **kwargs):
+        drafted = propose(*args, **kwargs)
+        log.append(drafted.tokens.tolist())
+        return drafted
+
+    pair.decoder.draft = logged
+    plain, texts, drafts = [], [], []
+    with CachedTarget(pair.model, draft.shape.target_layer_ids) as watched:
+        for prompt in prompts:
+            plain.append(decode_plain(watched, prompt, 8).tokens)
+            log.clear()
+            texts.append(decode_speculative(watched, pair.decoder, prompt, 8).tokens)
+            drafts.append(list(log))
+    facts = {"version": "vLLM of the tests", "seconds": 1.0}
+    return {"texts": plain, "drafts": [], **facts}, {"texts": texts, "drafts": drafts, **facts}
+
+
 @pytest.fixture
-def asked(
-    run: Path,
-    export: Path,
-    cache_dir: Path,
-    target_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> list[str | Path]:
-    """The command line, without the engine; files of it go to a folder of the test's."""
-    monkeypatch.setenv(engines.RUN, str(run))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(engines.ROOT))
+def told(answers: tuple[dict, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The answer with the draft, to be changed and written by `tell`; all files are in the test's folder."""
+    monkeypatch.setenv(engines.ANSWERS, str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "plain.json").write_text(json.dumps(answers[0]))
+    (tmp_path / "draft.json").write_text(json.dumps(answers[1]))
+    return json.loads(json.dumps(answers[1]))
+
+
+@pytest.fixture
+def asked(run: Path, export: Path, cache_dir: Path, target_dir: Path, told: dict) -> list[str | Path]:
+    """The command line, without the engine."""
     options = ("--cache", cache_dir, "--num-prompts", "2", "--max-new-tokens", "8", "--device", "cpu")
     return ["prove", export, "--run", run, "--target", target_dir, *options]
 
@@ -83,15 +112,18 @@ def test_an_engine_that_does_as_we_do(asked, tmp_path: Path, engine) -> None:
 
 
 @pytest.mark.parametrize("engine", [on_vllm, on_llama_cpp])
-def test_one_other_drafted_token(asked, tmp_path: Path, engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engines.FAULT, "token")
+def test_one_other_drafted_token(asked, told, tmp_path: Path, engine) -> None:
+    told["drafts"][1][0][-1] += 1
+    (tmp_path / "draft.json").write_text(json.dumps(told))
     result = run_cli(*asked, *engine(tmp_path))
     assert_refused(result, 1, "drafts other tokens than we do (1 of", "first in prompt 2 after token 1: [")
     assert "drafted tokens: " in result.stdout, "the figures come first"
 
 
-def test_another_text(asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engines.FAULT, "text")
+def test_another_text(asked, told, tmp_path: Path) -> None:
+    """The last token, so that every round is still the draft's."""
+    told["texts"][1][-1] += 1
+    (tmp_path / "draft.json").write_text(json.dumps(told))
     assert_refused(
         run_cli(*asked, *on_vllm(tmp_path)), 1, "another greedy text with the draft", "prompt 2 at token"
     )
@@ -116,27 +148,25 @@ def test_engines_that_are_not_there(asked, tmp_path: Path) -> None:
         assert_refused(refused, 2, part, "pass --engine-path, or run `make engines`")
 
 
+def at_work(pid: int) -> bool:
+    """Neither gone nor ended and waiting to be looked at by its parent."""
+    state = subprocess.run(
+        ["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    return state.stdout.strip() not in ("", "Z")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_everything_ends_with_the_command(asked, tmp_path: Path, number: int) -> None:
     """Also what the engine itself started."""
     pids = tmp_path / "pids"
-    variables = {engines.FAULT: "hang", engines.PIDS: str(pids)}
-    command = [sys.executable, "-m", "pipeline", *map(str, (*asked, *on_vllm(tmp_path)))]
-    process = subprocess.Popen(command, env={**os.environ, **variables}, stderr=subprocess.PIPE)
-    try:
-        for _ in range(1200):
-            if pids.exists() and pids.read_text():
-                break
-            assert process.poll() is None, process.communicate()[1].decode()
-            time.sleep(0.1)
-        process.send_signal(number)
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode != 0
-    for pid in map(int, pids.read_text().split()):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    variables = {engines.FAULT: "hang", engines.PIDS: str(pids), "TMPDIR": str(tmp_path)}
+    dspark = Dspark(tmp_path / "out", *asked, *on_vllm(tmp_path), **variables)
+    assert dspark.wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2), dspark.err
+    dspark.send(number)
+    assert dspark.wait() != 0
+    assert "Traceback" not in dspark.err
+    assert not [pid for pid in pids.read_text().split() if at_work(int(pid))]
     assert not list(tmp_path.glob("dspark-prove-*"))
 
 
