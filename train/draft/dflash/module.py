@@ -51,7 +51,7 @@ def dpace_weights(confidences: Tensor, mask: Tensor, smoothing: float) -> Tensor
     With s_i = (1 - smoothing) c_i + smoothing, slot k weighs sum_{j >= k} prod_{i <= j} s_i, over the
     supervised slots j: the terms of the expected accepted length that contain slot k.
 
-    The loss divides by the number of blocks of an optimiser step. The sum of the weights would cancel what they
+    The loss divides by the number of blocks of an optimiser step. Their sum would cancel what the weights
     say: how much is accepted.
 
     Args:
