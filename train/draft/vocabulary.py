@@ -73,12 +73,12 @@ def check_d2t(weights: dict[str, Tensor], vocab_size: int) -> None:
 
 
 def with_t2d(weights: dict[str, Tensor], vocab_size: int | None) -> dict[str, Tensor]:
-    """Return a released draft's weights with `t2d`, which some lack: it follows from `d2t`.
+    """Return a released draft's weights with `t2d` by `d2t`, from which it follows: some lack it.
 
     Args:
-        vocab_size: V; nothing is added where it is not known.
+        vocab_size: V; nothing is changed where it is not known.
     """
-    if "d2t" not in weights or "t2d" in weights or not isinstance(vocab_size, int):
+    if "d2t" not in weights or not isinstance(vocab_size, int):
         return weights
     inside = torch.zeros(vocab_size, dtype=torch.bool)
     tokens = kept_tokens(weights["d2t"].long())

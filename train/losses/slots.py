@@ -1,9 +1,9 @@
 """Loss terms over supervised slots, written to be read: this is the definition.
 
 DSpark paper, section 3.3. B rows, N anchors, K slots, V vocabulary, M supervised slots. Slot k weighs
-w_k = exp(-k / gamma), and counts where it is supervised. Every term is sum(w * term) / sum(w). Where slots have
-weights of their own, whose sum says something, the divisor is the number of blocks. The functions here return
-the sums; the division happens once, after everything that belongs together was added up.
+w_k = exp(-k / gamma), and counts where it is supervised. Every term is sum(w * term) / sum(w). Where slots
+have weights of their own, whose sum says something, the divisor is the number of blocks. The functions here
+return the sums; the division happens once, after everything that belongs together was added up.
 
 To add a term: write its function, put it in `TERMS` and `TITLES`, give it a weight `<name>_alpha` in the
 `[loss]` class of a kind of draft, and test it against an independent reference. A term that needs the whole
