@@ -241,3 +241,16 @@ def test_a_released_draft_that_means_something_else_is_refused(
     result = start_from(folder, tmp_path / "r", cache_dir, kind)
     assert_refused(result, 1, "draft.init_from", *fields)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("kind", list(SMALL_KINDS))
+@pytest.mark.parametrize("size", [None, -1, True, "x", 10**19])
+def test_a_vocabulary_that_a_config_does_not_say_is_one_line(
+    tmp_path: Path, cache_dir: Path, of_every_kind: Path, kind: str, size: object
+) -> None:
+    folder = tmp_path / "released"
+    shutil.copytree(of_every_kind / f"{kind}-export", folder)
+    change_json(folder / "config.json", vocab_size=size)
+    run = ("--run", tmp_path / "run", "--set", "train.held_out=0.2")
+    result = run_cli("import", folder, "--cache", cache_dir, *run)
+    assert_refused(result, 1, "dspark import", "vocab_size")

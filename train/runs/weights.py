@@ -133,8 +133,7 @@ def read_released(
     Raises:
         RunError: the weights can't be read.
     """
-    weights = kind.released_weights(read_weights(folder, asker), values)
-    return with_t2d(weights, values.get("vocab_size"))
+    return kind.released_weights(read_weights(folder, asker), values)
 
 
 def copy_weights(
@@ -150,6 +149,11 @@ def copy_weights(
     Raises:
         RunError: weights are missing, unknown or of another shape, or `d2t` names no vocabulary.
     """
+    try:
+        check_d2t(found, model.config.vocab_size)
+    except ValueError as error:
+        raise RunError(f"{asker}: {folder}: {error}: pass another draft") from None
+    found = with_t2d(found, model.config.vocab_size)
     wanted = {n: p for n, p in model.state_dict(keep_vars=True).items() if n not in model.frozen}
     names = {*wanted} ^ {n for n in found if n not in model.frozen}
     if names:
@@ -162,10 +166,6 @@ def copy_weights(
                 f"{asker}: {name} of {folder} is of shape {list(found[name].shape)}, expected "
                 f"{list(parameter.shape)}: it is another kind of draft"
             )
-    try:
-        check_d2t(found, model.config.vocab_size)
-    except ValueError as error:
-        raise RunError(f"{asker}: {folder}: {error}: pass another draft") from None
     for name, parameter in wanted.items():
         with torch.no_grad():
             parameter.copy_(found[name])
