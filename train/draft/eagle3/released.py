@@ -127,8 +127,8 @@ def released_settings(
 def released_weights(weights: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a released draft's weights by the names that a run's have.
 
-    Trainers write the layer as `midlayer` or `layers.0`, with or without a prefix `model.`. Some write `d2t` and
-    `t2d` for a draft that has the whole vocabulary.
+    Trainers write the layer as `midlayer` or `layers.0`, with or without a prefix `model.`. Some write `d2t`
+    and `t2d` for a draft that has the whole vocabulary.
 
     Args:
         weights: tensors by name.
