@@ -157,7 +157,15 @@ def test_a_hostile_table_is_refused(tokens: list[int]) -> None:
     weights = {"d2t": torch.tensor(tokens) - torch.arange(2)}
     with pytest.raises(ValueError, match="2 different tokens below 31"):
         check_d2t(weights, 31)
-    assert with_t2d(weights, 31)["t2d"].sum() <= 2
+    with pytest.raises(ValueError, match="shape"):
+        check_d2t({"d2t": weights["d2t"][None]}, 31)
+
+
+def test_t2d_follows_from_d2t() -> None:
+    """Also where a file says something else, as no engine reads it."""
+    tokens = torch.tensor([2, 30, 5])
+    found = with_t2d({"d2t": tokens - torch.arange(3), "t2d": torch.ones(31, dtype=torch.bool)}, 31)
+    assert found["t2d"].nonzero().flatten().tolist() == [2, 5, 30]
 
 
 @pytest.mark.parametrize("kind", KINDS)

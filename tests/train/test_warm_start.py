@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import assert_refused, run_cli, run_ok
+from tests.train.exports import change_json
 from tests.train.runs import lines_of, train_arguments, weights_of
+from train.draft import DRAFTS
 
 STILL = {"train__max_steps": 1, "train__lr": 1e-30}  # a run that leaves its first weights as they are
 
@@ -145,3 +147,110 @@ def test_a_broken_draft_is_one_line(
     arguments = train_arguments(cache_dir, tmp_path / "r", **STILL, draft__init_from=folder)
     assert_refused(run_cli(*arguments), 1, *parts)
     assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+SMALL_KINDS = {
+    "dspark": {"draft__markov_rank": None, "draft__markov_head": "none", "draft__confidence_head": "false"},
+    "dflash": {"draft__markov_rank": None},
+    "eagle3": {
+        **dict.fromkeys(("draft__markov_rank", "draft__block_size", "draft__num_layers")),
+        "draft__ttt_steps": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def of_every_kind(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    """A run of each kind with a smaller vocabulary, and its export. DSpark's has the weights of DFlash's."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for kind, own in SMALL_KINDS.items():
+        settings = {**own, "draft__kind": kind, "draft__draft_vocab_size": 40}
+        run_ok(*train_arguments(cache_dir, folder / kind, train__max_steps=1, **settings))
+        export = folder / f"{kind}-export"
+        run_ok("export", folder / kind, export, "--to", "hf", "--with-embeddings", "--cache", cache_dir)
+    return folder
+
+
+def start_from(source: Path, run: Path, cache: Path, kind: str):
+    settings = {**SMALL_KINDS[kind], "draft__kind": kind, "draft__draft_vocab_size": 40}
+    return run_cli(*train_arguments(cache, run, **{**STILL, **settings, "draft__init_from": source}))
+
+
+def test_a_draft_of_another_kind_is_refused_by_name(
+    tmp_path: Path, cache_dir: Path, of_every_kind: Path
+) -> None:
+    """Also where its weights have the same names and shapes."""
+    for theirs in SMALL_KINDS:
+        for ours in SMALL_KINDS.keys() - {theirs}:
+            for source in (theirs, f"{theirs}-export"):
+                result = start_from(of_every_kind / source, tmp_path / "r", cache_dir, ours)
+                titles = (DRAFTS[kind].title for kind in (theirs, ours))
+                assert_refused(result, 1, "draft.init_from", "a draft of kind {}, not {}".format(*titles))
+                assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("kind", list(SMALL_KINDS))
+def test_a_released_draft_as_other_trainers_write_it(
+    tmp_path: Path, cache_dir: Path, of_every_kind: Path, kind: str
+) -> None:
+    """Without t2d, which says no more than d2t; EAGLE-3's layer by its other name."""
+    folder = tmp_path / "released"
+    shutil.copytree(of_every_kind / f"{kind}-export", folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["t2d"]
+    if kind == "eagle3":
+        weights = {name.replace("midlayer.", "model.layers.0."): each for name, each in weights.items()}
+    save_file(weights, folder / "model.safetensors")
+    result = start_from(folder, tmp_path / "r", cache_dir, kind)
+    assert result.exit_code == 0, result.output
+    wanted = weights_of(of_every_kind / kind)
+    for name, weight in weights_of(tmp_path / "r").items():
+        whole = name in ("d2t", "t2d")
+        assert torch.equal(weight, wanted[name] if whole else wanted[name].bfloat16().float()), name
+
+
+@pytest.mark.parametrize("kind", list(SMALL_KINDS))
+@pytest.mark.parametrize("change", [1000, -1000, "twice"])
+def test_a_vocabulary_that_is_none_is_refused(
+    tmp_path: Path, cache_dir: Path, of_every_kind: Path, kind: str, change: int | str
+) -> None:
+    folder = tmp_path / "released"
+    shutil.copytree(of_every_kind / f"{kind}-export", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["d2t"] = -torch.arange(40) if change == "twice" else weights["d2t"] + change
+    save_file(weights, folder / "model.safetensors")
+    result = start_from(folder, tmp_path / "r", cache_dir, kind)
+    assert_refused(result, 1, "draft.init_from", "d2t does not name 40 different tokens below 325")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("dspark", {"sample_from_anchor": False}),
+        ("dflash", {"is_causal": True}),
+        ("eagle3", {"norm_before_residual": True}),
+    ],
+)
+def test_a_released_draft_that_means_something_else_is_refused(
+    tmp_path: Path, cache_dir: Path, of_every_kind: Path, kind: str, fields: dict
+) -> None:
+    """As `dspark import` refuses it: the weights alone would fit."""
+    folder = tmp_path / "released"
+    shutil.copytree(of_every_kind / f"{kind}-export", folder)
+    change_json(folder / "config.json", **fields)
+    result = start_from(folder, tmp_path / "r", cache_dir, kind)
+    assert_refused(result, 1, "draft.init_from", *fields)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("kind", list(SMALL_KINDS))
+@pytest.mark.parametrize("size", [None, -1, True, "x", 10**19])
+def test_a_vocabulary_that_a_config_does_not_say_is_one_line(
+    tmp_path: Path, cache_dir: Path, of_every_kind: Path, kind: str, size: object
+) -> None:
+    folder = tmp_path / "released"
+    shutil.copytree(of_every_kind / f"{kind}-export", folder)
+    change_json(folder / "config.json", vocab_size=size)
+    run = ("--run", tmp_path / "run", "--set", "train.held_out=0.2")
+    result = run_cli("import", folder, "--cache", cache_dir, *run)
+    assert_refused(result, 1, "dspark import", "vocab_size")

@@ -6,7 +6,7 @@ embedding stays whole. Engines know the part by `d2t`, the distance from each of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -60,29 +60,27 @@ def kept_tokens(d2t: Tensor) -> Tensor:
     return d2t + torch.arange(len(d2t), device=d2t.device)
 
 
-def check_d2t(weights: dict[str, Tensor], vocab_size: int) -> None:
+def check_d2t(weights: Mapping[str, Tensor], vocab_size: int) -> None:
     """Check that `d2t` of a draft's weights, if there is one, names different tokens of the target.
 
     Raises:
         ValueError: it does not.
     """
     if "d2t" in weights:
-        tokens = kept_tokens(weights["d2t"].long())
+        d2t = weights["d2t"]
+        if d2t.ndim != 1 or not len(d2t):
+            raise ValueError(f"d2t is of shape {list(d2t.shape)}, expected a number for each token")
+        tokens = kept_tokens(d2t.long())
         if tokens.min() < 0 or tokens.max() >= vocab_size or len(tokens.unique()) != len(tokens):
             raise ValueError(f"d2t does not name {len(tokens)} different tokens below {vocab_size}")
 
 
-def with_t2d(weights: dict[str, Tensor], vocab_size: int | None) -> dict[str, Tensor]:
-    """Return a released draft's weights with `t2d`, which some lack: it follows from `d2t`.
-
-    Args:
-        vocab_size: V; nothing is added where it is not known.
-    """
-    if "d2t" not in weights or "t2d" in weights or not isinstance(vocab_size, int):
+def with_t2d(weights: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """Return a draft's weights with `t2d` by `d2t`, which `check_d2t` took: it follows, and some lack it."""
+    if "d2t" not in weights:
         return weights
     inside = torch.zeros(vocab_size, dtype=torch.bool)
-    tokens = kept_tokens(weights["d2t"].long())
-    inside[tokens[(tokens >= 0) & (tokens < vocab_size)]] = True
+    inside[kept_tokens(weights["d2t"].long())] = True
     return {**weights, "t2d": inside}
 
 

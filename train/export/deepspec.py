@@ -6,7 +6,6 @@ The run has one checkpoint at step 0 and is complete, so `dspark train` changes 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,14 @@ from train.draft import DRAFTS
 from train.draft.kind import DraftKind
 from train.draft.settings import run_config
 from train.draft.shape import draft_shape, resolved
-from train.draft.vocabulary import VOCABULARY, check_d2t, draft_vocab_size, with_t2d
+from train.draft.vocabulary import VOCABULARY, draft_vocab_size
 from train.runs.checkpoint import FROZEN, save_checkpoint
 from train.runs.directory import begin
 from train.runs.names import CONFIG
 from train.runs.page import Origin, TrainingPage
 from train.runs.provenance import code_version
 from train.runs.state import Progress
-from train.runs.weights import copy_weights, find_draft, read_weights
+from train.runs.weights import copy_weights, find_draft, named_kind, read_config, read_released
 from train.runtime.console import warn
 from train.runtime.distributed import Ranks
 
@@ -75,8 +74,7 @@ def import_draft(
     check_new(run)
     source = find_draft(folder, _ASKER)
     values = _read_config(source)
-    weights = _kind(values).released_weights(read_weights(source, _ASKER), values)
-    weights = with_t2d(weights, values.get("vocab_size"))
+    weights = read_released(_kind(values), source, values, _ASKER)
     reader = CacheReader(cache)
     reader.check_shards()
     config = _run_config(source, values, weights, overrides)
@@ -84,10 +82,6 @@ def import_draft(
     shape = _checked_shape(source, values, reader, config)
     config = dataclasses.replace(config, draft=resolved(config.draft, shape))
     model = DRAFTS[config.draft.kind].build(shape)
-    try:
-        check_d2t(weights, shape.vocab_size)
-    except ValueError as error:
-        raise RunError(f"{_ASKER}: {source}: {error}: import another draft") from None
     copy_weights(model, weights, source, _ASKER)
     _check_weights(weights, source, model.frozen)
     identity, frozen = reader.manifest.identity, reader.frozen()
@@ -119,16 +113,9 @@ def import_draft(
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Read a released config.json, without null values."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("expected a JSON object")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{_ASKER}: {path} can't be read ({error})") from None
-    values = {name: value for name, value in values.items() if value is not None}
+    path, values = folder / "config.json", read_config(folder, _ASKER)
     named, known = values.get("architectures"), [n for kind in DRAFTS.values() for n in kind.architectures]
-    if named is not None and named not in [[name] for name in known]:
+    if named is not None and named_kind(values) is None:
         raise RunError(
             f"{_ASKER}: {path} has architectures = {named!r}, expected {' or '.join(known)}: it is another "
             "kind of draft, import another"
@@ -139,9 +126,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _kind(values: dict[str, Any]) -> DraftKind:
     """Return the kind of draft that a released config names, or the first kind if it names none."""
-    named = values.get("architectures")
-    known = [kind for kind in DRAFTS.values() if named in [[name] for name in kind.architectures]]
-    return known[0] if known else next(iter(DRAFTS.values()))
+    return named_kind(values) or next(iter(DRAFTS.values()))
 
 
 def _check_split(reader: CacheReader, config: RunConfig) -> None:

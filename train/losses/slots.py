@@ -1,8 +1,9 @@
 """Loss terms over supervised slots, written to be read: this is the definition.
 
 DSpark paper, section 3.3. B rows, N anchors, K slots, V vocabulary, M supervised slots. Slot k weighs
-w_k = exp(-k / gamma), and counts where it is supervised. Every term is sum(w * term) / sum(w). The functions
-here return the sums; the division happens once, after everything that belongs together was added up.
+w_k = exp(-k / gamma), and counts where it is supervised. Every term is sum(w * term) / sum(w). Where slots
+have weights of their own, whose sum says something, the divisor is the number of blocks. The functions here
+return the sums; the division happens once, after everything that belongs together was added up.
 
 To add a term: write its function, put it in `TERMS` and `TITLES`, give it a weight `<name>_alpha` in the
 `[loss]` class of a kind of draft, and test it against an independent reference. A term that needs the whole
@@ -93,7 +94,7 @@ class SlotFigures:
     soft_ce: Tensor | None = None
     """Cross entropy with the teacher, -sum_v q_v log p_v, `[M]`; None without a teacher, or not computed."""
     weights: Tensor | None = None
-    """Weight of each slot, `[M]`, in place of the objective's decay."""
+    """Weight of each slot, `[M]`, in place of the objective's decay. Terms are then means over blocks."""
     mass: Tensor | None = None
     """Share of the target's probability inside the draft's vocabulary, `[M]`; None unless measured."""
 
@@ -190,7 +191,7 @@ class LossSums:
     """Sums over supervised slots; add those of micro-batches or ranks, then divide."""
 
     weight: Tensor
-    """sum of w."""
+    """sum of w; the number of blocks with a supervised slot, where slots have weights of their own."""
     terms: dict[str, Tensor]
     """sum of w * term, by name."""
     accepted: Tensor
@@ -302,13 +303,14 @@ def sum_slots(slots: SlotFigures, objective: Objective) -> LossSums:
     found = {name: TERMS[name](slots) for name in objective.weights}
     accepted = torch.zeros_like(slots.ce) if slots.l1 is None else acceptance(slots.l1)
     accept = slots.supervised.lay_out(accepted)  # [B, N, K]
+    blocks = mask[..., 0].sum()
     return LossSums(
-        weight=weights.sum(),
+        weight=weights.sum() if slots.weights is None else blocks.to(weights.dtype),
         terms={name: zero if each is None else (weights * each).sum() for name, each in found.items()},
         accepted=accept.sum(dim=(0, 1)),
         slots=mask.sum(dim=(0, 1)),
         prefix=accept.cumprod(dim=-1).sum(),  # zero after the supervised prefix
-        blocks=mask[..., 0].sum(),
+        blocks=blocks,
     )
 
 

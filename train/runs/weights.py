@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,8 +13,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.errors import RunError
+from train.draft import DRAFTS
 from train.draft.kind import DraftKind
-from train.runs.names import BEST, LATEST, WEIGHTS
+from train.draft.vocabulary import check_d2t, with_t2d
+from train.runs.names import BEST, LATEST, TRAINING, WEIGHTS
 
 # Prefix of error messages: the setting or command that names the draft.
 _SETTING = "draft.init_from"
@@ -39,7 +43,8 @@ def find_draft(source: Path, asker: str = _SETTING) -> Path:
 def check_warm_start(kind: DraftKind, shape: PretrainedConfig, source: Path) -> None:
     """Check that a draft's weights mean the same in a run as in their source.
 
-    A released config may lack any field but the layers and the mask token.
+    A released config may lack any field but the layers and the mask token. It must describe a draft of the
+    kind, as `dspark import` asks for it.
 
     Args:
         kind: kind of the run's draft.
@@ -47,17 +52,21 @@ def check_warm_start(kind: DraftKind, shape: PretrainedConfig, source: Path) -> 
         source: run or directory that the weights come from.
 
     Raises:
-        RunError: there is no draft, or its config differs; the message names the fields.
+        RunError: there is no draft, it is of another kind, or its config differs: the message names the
+            fields.
     """
     folder = find_draft(source)
+    found = read_config(folder)
+    _check_kind(kind, found, folder)
+    if not (folder / TRAINING).is_file():
+        kind.check_released(found, f"{_SETTING}: {folder / 'config.json'}")
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         theirs = kind.weight_fields(found)
         rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta")}
         if rope.get("rope_theta") is not None:
             theirs["rope_theta"] = float(rope["rope_theta"])
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"draft.init_from: {folder / 'config.json'} can't be read ({error})") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{_SETTING}: {folder / 'config.json'} can't be read ({error})") from None
     ours = kind.weight_fields(shape.to_dict())
     ours["rope_theta"] = float(shape.rope_parameters["rope_theta"])
     names = [name for name in theirs if name in ours]
@@ -65,24 +74,66 @@ def check_warm_start(kind: DraftKind, shape: PretrainedConfig, source: Path) -> 
     missing = [name for name in kind.resolved if name in kind.config_fields and name not in theirs]
     if missing:
         raise RunError(
-            f"draft.init_from: {folder} is not a {kind.title} draft (its config.json has no {missing[0]}): "
-            "pass another"
+            f"{_SETTING}: {folder} holds no {kind.title} draft (its config.json has no {missing[0]}): pass "
+            "another"
         )
     if differing:
         raise RunError(
-            f"draft.init_from: {folder} differs from this run's draft ({'; '.join(differing)}): set [draft] "
+            f"{_SETTING}: {folder} differs from this run's draft ({'; '.join(differing)}): set [draft] "
             "as there, or start from another draft"
         )
 
 
-def warm_start(model: PreTrainedModel, source: Path) -> None:
+def read_config(folder: Path, asker: str = _SETTING) -> dict[str, Any]:
+    """Read a draft's config.json, without null values. Raise RunError if it can't be read."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("expected a JSON object")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{asker}: {folder / 'config.json'} can't be read ({error})") from None
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def named_kind(values: Mapping[str, Any]) -> DraftKind | None:
+    """Return the kind of draft whose class a config.json names; None if it names none of ours."""
+    named = values.get("architectures")
+    return next((k for k in DRAFTS.values() if named in [[name] for name in k.architectures]), None)
+
+
+def _check_kind(kind: DraftKind, values: Mapping[str, Any], folder: Path) -> None:
+    """Check that a config names no other kind of draft: weights of two kinds may have the same names."""
+    named = named_kind(values)
+    if named is not None and named.name != kind.name:
+        raise RunError(
+            f"{_SETTING}: {folder} holds a draft of kind {named.title}, not {kind.title}: set draft.kind = "
+            f'"{named.name}", or start from another draft'
+        )
+
+
+def warm_start(model: PreTrainedModel, kind: DraftKind, source: Path) -> None:
     """Copy a draft's weights into a model. Its embedding and head stay the cache's.
 
     Raises:
         RunError: weights are missing, unknown, of another shape or unreadable.
     """
     folder = find_draft(source)
-    copy_weights(model, read_weights(folder), folder)
+    copy_weights(model, read_released(kind, folder, read_config(folder)), folder)
+
+
+def read_released(
+    kind: DraftKind, folder: Path, values: Mapping[str, Any], asker: str = _SETTING
+) -> dict[str, Tensor]:
+    """Read a draft's weights by the names that a run's have, whoever wrote them.
+
+    Args:
+        values: of config.json.
+        asker: prefix of error messages.
+
+    Raises:
+        RunError: the weights can't be read.
+    """
+    return kind.released_weights(read_weights(folder, asker), values)
 
 
 def copy_weights(
@@ -96,8 +147,13 @@ def copy_weights(
         asker: prefix of error messages.
 
     Raises:
-        RunError: weights are missing, unknown or of another shape.
+        RunError: weights are missing, unknown or of another shape, or `d2t` names no vocabulary.
     """
+    try:
+        check_d2t(found, model.config.vocab_size)
+    except ValueError as error:
+        raise RunError(f"{asker}: {folder}: {error}: pass another draft") from None
+    found = with_t2d(found, model.config.vocab_size)
     wanted = {n: p for n, p in model.state_dict(keep_vars=True).items() if n not in model.frozen}
     names = {*wanted} ^ {n for n in found if n not in model.frozen}
     if names:
@@ -110,6 +166,7 @@ def copy_weights(
                 f"{asker}: {name} of {folder} is of shape {list(found[name].shape)}, expected "
                 f"{list(parameter.shape)}: it is another kind of draft"
             )
+    for name, parameter in wanted.items():
         with torch.no_grad():
             parameter.copy_(found[name])
 

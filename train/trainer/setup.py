@@ -164,7 +164,7 @@ def build_draft(setup: Setup, checkpoint: Path | None = None) -> PreTrainedModel
     if checkpoint is not None:
         load = partial(load_weights, model, checkpoint)
     elif config.draft.init_from is not None:
-        load = partial(warm_start, model, Path(config.draft.init_from))
+        load = partial(warm_start, model, setup.kind, Path(config.draft.init_from))
     elif model.reduced:
         counts = count_labels(setup.reader, setup.samples)
         tokens = most_frequent(counts, len(model.kept))

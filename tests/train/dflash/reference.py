@@ -50,20 +50,22 @@ def loss(
     ce_alpha: float,
     l1_alpha: float,
     smoothing: float | None,
-) -> dict[str, Tensor | list[float]]:
-    """The loss over all blocks, its terms, and the slots' weights in their order.
+) -> dict[str, Tensor | float | list[float]]:
+    """The loss over all blocks, its terms, their divisor, and the slots' weights in their order.
 
     Args:
         drafted: from `all_logits`.
-        smoothing: D-PACE's; None weighs by gamma.
+        smoothing: D-PACE's, which divides by the number of blocks; None weighs by gamma.
     """
     weights: list[float] = []
+    blocks = 0
     ce_terms: list[Tensor] = []
     l1_terms: list[Tensor] = []
     rows = iter(drafted)
     for sample, own in zip(samples, anchors, strict=True):
         for anchor in own:
             count = reference.supervised_slots(sample, anchor, spec.block_size - 1)
+            blocks += count > 0
             confidences = []
             for slot, row in enumerate(next(rows)[:count]):
                 label = anchor + slot + 1
@@ -76,5 +78,10 @@ def loss(
                 weights += dpace(confidences, smoothing)
             else:
                 weights += [1.0 if gamma is None else math.exp(-slot / gamma) for slot in range(count)]
-    ce, l1 = reference.weighted_mean(weights, ce_terms), reference.weighted_mean(weights, l1_terms)
-    return {"loss": ce_alpha * ce + l1_alpha * l1, "ce": ce, "l1": l1, "weights": weights}
+    divisor = sum(weights) if smoothing is None else blocks
+    ce, l1 = (
+        sum(weight * term for weight, term in zip(weights, terms, strict=True)) / divisor
+        for terms in (ce_terms, l1_terms)
+    )
+    loss = ce_alpha * ce + l1_alpha * l1
+    return {"loss": loss, "ce": ce, "l1": l1, "divisor": divisor, "weights": weights}

@@ -292,12 +292,11 @@ FIVE = {"vocab_size": 5}
 
 
 def test_other_trainers_names_are_ours() -> None:
-    """The layer's name, a prefix, and a table of tokens that is missing or says nothing."""
+    """The layer's name, a prefix, and a table of tokens that says nothing."""
     one = torch.ones(2)
     weights = {"model.layers.0.mlp.up_proj.weight": one, "model.fc.weight": one, "lm_head.weight": one}
     found = released_weights(weights | {"d2t": torch.tensor([1, 2], dtype=torch.int32)}, FIVE)
-    assert {*found} == {"midlayer.mlp.up_proj.weight", "fc.weight", "lm_head.weight", "d2t", "t2d"}
-    assert found["t2d"].tolist() == [False, True, False, True, False]
-    assert found["d2t"].dtype == torch.int64
+    assert {*found} == {"midlayer.mlp.up_proj.weight", "fc.weight", "lm_head.weight", "d2t"}
     whole = released_weights({"d2t": torch.zeros(5), "t2d": torch.ones(5), "midlayer.x": one}, FIVE)
     assert {*whole} == {"midlayer.x"}
+    assert "d2t" in released_weights({"d2t": torch.tensor([4, 2, 0, -2, -4])}, FIVE)  # in another order

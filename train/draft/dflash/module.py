@@ -40,7 +40,8 @@ class DFlashTrainerModule(BlockTrainerModule):
         with torch.no_grad():
             alone = dataclasses.replace(operands, teacher_hidden=None, soft_weights=None)
             ce = vocabulary_loss(alone, kernel=self.loss_kernel, compile_passes=self.compile_loss).ce
-        confidences = supervised.lay_out(torch.exp(-ce))
+        inside = operands.labels >= 0  # other labels are never drafted, and have no cross entropy
+        confidences = supervised.lay_out(torch.exp(-ce) * inside)
         return supervised.take(dpace_weights(confidences, supervised.mask, self.dpace_smoothing))
 
 
@@ -50,7 +51,8 @@ def dpace_weights(confidences: Tensor, mask: Tensor, smoothing: float) -> Tensor
     With s_i = (1 - smoothing) c_i + smoothing, slot k weighs sum_{j >= k} prod_{i <= j} s_i, over the
     supervised slots j: the terms of the expected accepted length that contain slot k.
 
-    The loss divides by the sum of all weights of an optimiser step.
+    The loss divides by the number of blocks of an optimiser step. Their sum would cancel what the weights
+    say: how much is accepted.
 
     Args:
         confidences: the draft's probability of each slot's label, `[B, N, K]`.

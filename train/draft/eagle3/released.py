@@ -12,7 +12,6 @@ from pipeline.errors import RunError
 from pipeline.text import one_line
 from train.draft.eagle3.config import ARCHITECTURE, DECLARED, LAYER_IDS, layer_ids_of
 from train.draft.released import check_unquantized
-from train.draft.vocabulary import with_t2d
 
 # Names in config.json -> names in a run's [draft] table.
 _SETTINGS = {
@@ -128,22 +127,18 @@ def released_settings(
 def released_weights(weights: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a released draft's weights by the names that a run's have.
 
-    Trainers write the layer as `midlayer` or `layers.0`, with or without a prefix `model.`. Some leave `t2d`
-    out, which says no more than `d2t`, or write both for a draft that has the whole vocabulary.
+    Trainers write the layer as `midlayer` or `layers.0`, with or without a prefix `model.`. Some write `d2t`
+    and `t2d` for a draft that has the whole vocabulary.
 
     Args:
         weights: tensors by name.
         values: of config.json.
     """
-    vocab_size = int(values["vocab_size"])
     found = {}
     for name, weight in weights.items():
         name = name.removeprefix("model.")
         found[name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name] = weight
     offsets = found.get("d2t")
-    if offsets is None:
-        return found
-    if len(offsets) == vocab_size:
+    if offsets is not None and len(offsets) == values.get("vocab_size") and not offsets.any():
         return {name: weight for name, weight in found.items() if name not in ("d2t", "t2d")}
-    found.pop("t2d", None)
-    return with_t2d(found | {"d2t": offsets.long()}, vocab_size)
+    return found
