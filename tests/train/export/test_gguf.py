@@ -173,7 +173,10 @@ def test_the_file_of_an_eagle3_draft(tmp_path: Path, runs: dict[str, Path], targ
 def test_types_of_matrices(
     tmp_path: Path, run_dir: Path, target_file: Path, kind: str, bits: int | None
 ) -> None:
-    """Norms and biases stay fp32; rows that blocks of 32 don't divide are f16. Weights are rounded once."""
+    """Norms and biases stay fp32; rows that blocks of 32 don't divide are f16. Weights are rounded once.
+
+    The scale of 32 eight-bit numbers is f16, which adds up to a sixteenth of a step to the half one.
+    """
     path = exported(run_dir, tmp_path / "out", target_file, kind)
     found, weights = tensors_of(path), weights_of(run_dir)
     assert fields_of(path)["general.file_type"] == {"f16": 1, "bf16": 32, "q8_0": 7}[kind]
@@ -187,7 +190,7 @@ def test_types_of_matrices(
     assert not torch.equal(got, wanted)
     if bits is None:
         blocks, error = wanted.reshape(-1, 32), (got - wanted).reshape(-1, 32).abs()
-        assert (error <= blocks.abs().amax(1, keepdim=True) / 127 * 0.51).all()
+        assert (error <= blocks.abs().amax(1, keepdim=True) / 127 * 0.57).all()
     else:
         assert torch.equal(got, wanted.to({"f16": torch.float16, "bf16": torch.bfloat16}[kind]).float())
 
