@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.export.converter import SCRIPT, SOURCE, convert
@@ -272,6 +274,22 @@ CONVERTED: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("name", ["dspark", "dflash", "eagle3"])
+def test_llama_3s_frequencies(tmp_path: Path, runs: dict[str, Path], target_file: Path, name: str) -> None:
+    """The file has what transformers' frequencies are divided by. The converter knows it for EAGLE-3 only."""
+    run = changed(runs[name], tmp_path / "run", rope_parameters=LLAMA3)
+    found = tensors_of(exported(run, tmp_path / "out", target_file, "q8_0"))
+    config = AutoConfig.for_model("llama", head_dim=8, rope_parameters=LLAMA3)
+    wanted, factor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 5e5 ** (torch.arange(0, 8, 2) / 8)
+    assert factor == 1
+    assert found["rope_freqs.weight"][0] == "F32"
+    torch.testing.assert_close(plain / found["rope_freqs.weight"][1], wanted)
+    assert len(set(found["rope_freqs.weight"][1].tolist())) == 3  # kept, between, and divided
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "llama-server -m TARGET.gguf -md DRAFT_DIR/draft-q8_0.gguf" in card
+
+
 @pytest.fixture(scope="module")
 def pairs(
     tmp_path_factory: pytest.TempPathFactory, runs: dict[str, Path], target_dir: Path, cache_dir: Path
@@ -316,7 +334,7 @@ def test_the_file_is_the_converters(pairs: list[tuple[Path, Path]], number: int)
         (
             "dspark",
             {"rope_parameters": LLAMA3},
-            ["rope_parameters is {'rope_type': 'llama3'", "linear or yarn"],
+            ["rope_parameters is {'rope_type': 'llama3'", "linear or yarn ones", "by --gguf llama3 as well"],
         ),
         ("dspark", {"rope_parameters": YARN | {"attention_factor": 1.2}}, ["attention_factor"]),
         ("dspark", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, ["dynamic"]),
