@@ -45,6 +45,8 @@ class GgufLayout:
     """Names in the file by the names of weights, both without suffix and layer."""
     only_layer: str | None = None
     """Prefix of the weights of a kind's only layer; None for `layers.<number>.`."""
+    rules: tuple[Rule, ...]
+    """llama.cpp's rules where the file is written here, not by its converter, which leaves things out."""
     neighbours: bool = False
     """Whether the rotated pairs of queries and keys are neighbours in the file; if not, they are halves."""
 
@@ -114,8 +116,9 @@ def rope_of_llama_cpp(*scaled: str) -> Rule:
     """Return the rule on rotary embeddings for a kind of draft.
 
     Args:
-        scaled: values of `rope_type` that the converter writes in full for this kind, besides the default.
+        scaled: values of `rope_type` that the file's writer knows for this kind, besides the default.
     """
+    more = " (by --gguf llama3 as well)"
 
     def holds(config: PretrainedConfig) -> bool:
         rope = config.rope_parameters
@@ -128,8 +131,8 @@ def rope_of_llama_cpp(*scaled: str) -> Rule:
     return Rule(
         "rope_parameters",
         holds,
-        f"its converter writes this kind's rotary embeddings plain or {' or '.join(scaled)} only, with "
-        f"{', '.join(sorted(_ROPE_FIELDS - {'rope_type'}))}",
+        f"a file for it has plain, {' or '.join(scaled)} ones with no other fields than "
+        f"{', '.join(sorted(_ROPE_FIELDS - {'rope_type'}))}{'' if 'llama3' in scaled else more}",
     )
 
 

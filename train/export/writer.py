@@ -25,7 +25,7 @@ from pipeline.cache import CacheReader
 from pipeline.errors import UsageError
 from pipeline.files import check_new, new_folder
 from train.draft.vocabulary import kept_tokens
-from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
+from train.export.engines import TARGETS, Rules, check_engine, obstacle, unknown_target
 from train.export.gguf import check_gguf_package, read_tokenizer, write_gguf
 from train.export.model_card import model_card
 from train.runs.checkpoint import FROZEN
@@ -120,7 +120,10 @@ def export(
     draft = open_draft(run, checkpoint)
     weights = dict(draft.weights)
     doubled = cache is not None and "d2t" not in weights
-    check_engine(draft.kind.rules, draft.shape, to, dtype, embeddings=doubled)
+    rules = dict(draft.kind.rules)
+    if gguf is not None:
+        rules[to] = draft.kind.gguf.rules
+    check_engine(rules, draft.shape, to, dtype, embeddings=doubled)
     if cache is None and "d2t" in weights and FROZEN[1] not in weights:
         raise UsageError(
             f"{run} drafts {len(weights['d2t']):,} of the target's tokens, so engines need those rows of the "
@@ -135,6 +138,7 @@ def export(
     card = _card(
         draft,
         values,
+        rules,
         doubled,
         calibrated=calibration is not None,
         with_embeddings=cache is not None,
@@ -155,9 +159,9 @@ def export(
     return draft
 
 
-def _card(draft: TrainedDraft, values: dict[str, Any], doubled: bool, **parts: Any) -> str:
+def _card(draft: TrainedDraft, values: dict[str, Any], rules: Rules, doubled: bool, **parts: Any) -> str:
     """Write the model card, with whatever was measured of this checkpoint."""
-    rules, dtype = draft.kind.rules, values["dtype"]
+    dtype = values["dtype"]
     architecture, measured = draft.target.architecture, draft.page.progress.measured
     evaluation = read_evaluation(draft.folder) or (as_evaluation(measured) if measured else None)
     return model_card(

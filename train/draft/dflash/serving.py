@@ -36,8 +36,26 @@ _PLAIN = (
         "it is not known to cap the logits of this kind of draft",
     ),
 )
+
+
+def _llama_cpp(*scaled: str) -> tuple[Rule, ...]:
+    """Return the rules of llama.cpp (conversion/qwen.py, src/models/dflash.cpp).
+
+    Args:
+        scaled: scaled rotary embeddings that the writer of the file knows.
+    """
+    return (
+        LAYERS_OF_LLAMA_CPP,
+        WHOLE_VOCABULARY,
+        MASK_TOKEN,
+        rope_of_llama_cpp(*scaled),
+        *UNSCALED_IN_LLAMA_CPP,
+    )
+
+
 GGUF = GgufLayout(
     architecture="dflash",
+    rules=_llama_cpp("linear", "yarn", "llama3"),
     spec_type="draft-dflash",
     first=lambda _values: {},
     # The converter writes "causal" of dflash_config, which decides if is_causal is not there.
@@ -58,11 +76,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
         MASK_TOKEN,
         *_PLAIN,
     ),
-    "llama.cpp": (  # conversion/qwen.py, src/models/dflash.cpp
-        LAYERS_OF_LLAMA_CPP,
-        WHOLE_VOCABULARY,
-        MASK_TOKEN,
-        rope_of_llama_cpp("linear", "yarn"),
-        *UNSCALED_IN_LLAMA_CPP,
-    ),
+    "llama.cpp": _llama_cpp("linear", "yarn"),
 }

@@ -41,6 +41,29 @@ _SOFTCAP = Rule(
 )
 
 
+def _llama_cpp(*scaled: str) -> tuple[Rule, ...]:
+    """Return the rules of llama.cpp (conversion/qwen.py, src/models/dflash.cpp).
+
+    Args:
+        scaled: scaled rotary embeddings that the writer of the file knows.
+    """
+    return (
+        # Without a Markov head it takes the draft for DFlash's, whose anchor drafts nothing.
+        _HEAD,
+        _VANILLA,
+        Rule(
+            "confidence_head_with_markov",
+            lambda c: not c.enable_confidence_head or c.confidence_head_with_markov,
+            "its confidence head reads the Markov embedding",
+            "draft.confidence_with_markov = true",
+        ),
+        LAYERS_OF_LLAMA_CPP,
+        MASK_TOKEN,
+        rope_of_llama_cpp(*scaled),
+        *UNSCALED_IN_LLAMA_CPP,
+    )
+
+
 def _keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **block_keys(values),
@@ -51,6 +74,7 @@ def _keys(values: Mapping[str, Any]) -> dict[str, Any]:
 
 GGUF = GgufLayout(
     architecture="dflash",
+    rules=_llama_cpp("linear", "yarn", "llama3"),
     spec_type="draft-dspark",
     first=lambda _values: {},
     last=_keys,
@@ -111,19 +135,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         _SOFTCAP,
     ),
-    "llama.cpp": (  # conversion/qwen.py, src/models/dflash.cpp
-        # Without a Markov head it takes the draft for DFlash's, whose anchor drafts nothing.
-        _HEAD,
-        _VANILLA,
-        Rule(
-            "confidence_head_with_markov",
-            lambda c: not c.enable_confidence_head or c.confidence_head_with_markov,
-            "its confidence head reads the Markov embedding",
-            "draft.confidence_with_markov = true",
-        ),
-        LAYERS_OF_LLAMA_CPP,
-        MASK_TOKEN,
-        rope_of_llama_cpp("linear", "yarn"),
-        *UNSCALED_IN_LLAMA_CPP,
-    ),
+    "llama.cpp": _llama_cpp("linear", "yarn"),
 }

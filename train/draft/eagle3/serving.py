@@ -24,8 +24,32 @@ _EMBEDDING = Rule(
     lambda c: scale_of(c, "embedding_scale") == 1,
     "it embeds the draft's tokens unscaled",
 )
+_LLAMA_CPP = (  # conversion/llama.py, src/models/eagle3.cpp
+    LAYERS_OF_LLAMA_CPP,
+    Rule(
+        "target_layer_ids",
+        lambda c: len(c.target_layer_ids) == 3,
+        "it takes exactly three layers",
+        "three draft.target_layer_ids",
+    ),
+    Rule(
+        "fc_norm",
+        lambda c: not c.fc_norm,
+        "it has no norm for each captured layer",
+        "draft.fc_norm = false",
+    ),
+    Rule(
+        "norm_output",
+        lambda c: not c.norm_output,
+        "it feeds back the states before the final norm",
+        "draft.norm_output = false",
+    ),
+    rope_of_llama_cpp("linear", "yarn", "llama3"),
+    *UNSCALED_IN_LLAMA_CPP,
+)
 GGUF = GgufLayout(
     architecture="eagle3",
+    rules=_LLAMA_CPP,
     spec_type="draft-eagle3",
     first=lambda values: {
         "target_layers": values[LAYER_IDS],
@@ -61,27 +85,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "it leaves a draft's logits unscaled",
         ),
     ),
-    "llama.cpp": (  # conversion/llama.py, src/models/eagle3.cpp
-        LAYERS_OF_LLAMA_CPP,
-        Rule(
-            "target_layer_ids",
-            lambda c: len(c.target_layer_ids) == 3,
-            "it takes exactly three layers",
-            "three draft.target_layer_ids",
-        ),
-        Rule(
-            "fc_norm",
-            lambda c: not c.fc_norm,
-            "it has no norm for each captured layer",
-            "draft.fc_norm = false",
-        ),
-        Rule(
-            "norm_output",
-            lambda c: not c.norm_output,
-            "it feeds back the states before the final norm",
-            "draft.norm_output = false",
-        ),
-        rope_of_llama_cpp("linear", "yarn", "llama3"),
-        *UNSCALED_IN_LLAMA_CPP,
-    ),
+    "llama.cpp": _LLAMA_CPP,
 }
