@@ -16,4 +16,4 @@ $PIP install --no-compile --no-deps --target "$2/site-packages" sentencepiece pr
 cmake -S "$2" -B "$2/build" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_BUILD_UI=OFF \
     -DLLAMA_BUILD_TESTS=OFF > "$2/build.log"
 cmake --build "$2/build" --parallel "$(getconf _NPROCESSORS_ONLN)" --target llama-server llama-speculative-simple >> "$2/build.log"
-touch "$2/.ready"
+echo "of llama-cpp-python $VERSION" > "$2/.ready"

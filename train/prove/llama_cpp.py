@@ -23,7 +23,7 @@ SERVER, CONVERTER = Path("build/bin/llama-server"), Path("convert_hf_to_gguf.py"
 # Seconds in which the server has loaded its models.
 LOADING = 600
 # Lines of the log: a request begins; the best candidate of a slot, whose numbers rise in a round.
-_REQUEST = re.compile(r"launch_slot_.*processing task|slot\s+launch_slot_")
+_REQUEST = re.compile(r"launch_slot_: .*processing task")
 _CANDIDATE = re.compile(r"draft candidate\s+0, pos\s+(\d+):\s+(\d+)")
 
 
@@ -88,9 +88,14 @@ class LlamaCpp:
             begun = time.perf_counter()
             texts = [server.complete(prompt, max_new_tokens) for prompt in prompts]
             seconds = time.perf_counter() - begun
-            version = server.version()
+            version = self._origin() or server.build()
         drafts = read_drafts(log.read_text(encoding="utf-8", errors="replace"))[1:]
         return Answer(f"llama.cpp {version}", texts, drafts, seconds)
+
+    def _origin(self) -> str:
+        """Return where `make engines` has its source from; empty for another checkout."""
+        path = self.folder / ".ready"
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
     def _converted(self, model: Path, name: str, *options: str | Path) -> Path:
         """Return a GGUF file of a model, made by llama.cpp's own converter where it is not one."""
@@ -128,7 +133,8 @@ class _Server:
                 return
         raise RunError(f"llama-server has not loaded its models in {LOADING} s; its output is in {self.log}")
 
-    def version(self) -> str:
+    def build(self) -> str:
+        """Return what it says of its build."""
         return str(self._ask("/props", None).get("build_info", "of an unknown build"))
 
     def complete(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:

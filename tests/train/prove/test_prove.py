@@ -173,6 +173,7 @@ def test_everything_ends_with_the_command(asked, tmp_path: Path, number: int) ->
 def test_drafts_in_a_log() -> None:
     """As llama-server writes them: slots from 0 (DSpark), other candidates, and requests without a draft."""
     log = """
+0.00.1 D slot launch_slot_: id  0 | task -1 | launching slot : {"id":0}
 0.00.1 I slot launch_slot_: id  0 | task 0 | processing task, is_child = 0
 0.00.2 D  - seq_id 0, draft candidate   0, pos   0:    271 (   0.312) ' the'
 0.00.2 D  - seq_id 0, draft candidate   1, pos   0:     17 (   0.112) ' a'
