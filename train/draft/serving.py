@@ -39,6 +39,23 @@ LAYERS_OF_SGLANG = Rule(
     "it can capture neither the embeddings nor the last layer",
     "draft.target_layer_ids within [0, {last}]",
 )
+FULL_ATTENTION = Rule(
+    "layer_types",
+    lambda c: "sliding_attention" not in (getattr(c, "layer_types", None) or ()),
+    "it reads no window of a draft's layers",
+    "draft.sliding_window not set",
+)
+UNSCALED = (
+    *(
+        Rule(name, lambda c, name=name: scale_of(c, name) == 1, "it has no such factor in a draft")
+        for name in ("embedding_scale", "logit_scale")
+    ),
+    Rule(
+        "final_logit_softcapping",
+        lambda c: getattr(c, "final_logit_softcapping", None) is None,
+        "it leaves a draft's logits uncapped",
+    ),
+)
 MASK_TOKEN = Rule(
     "mask_token_id",
     lambda c: 0 <= c.mask_token_id < c.vocab_size,

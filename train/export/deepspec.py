@@ -1,4 +1,4 @@
-"""Import a released draft in DeepSpec's layout as a run: `dspark import`.
+"""Import a released draft in DeepSpec's layout, or in speculators', as a run: `dspark import`.
 
 The run has one checkpoint at step 0 and is complete, so `dspark train` changes nothing in it.
 """
@@ -27,6 +27,7 @@ from train.draft.kind import DraftKind
 from train.draft.settings import run_config
 from train.draft.shape import draft_shape, resolved
 from train.draft.vocabulary import VOCABULARY, check_d2t, draft_vocab_size, with_t2d
+from train.export.speculators import as_released, is_speculators, without_targets_own
 from train.runs.checkpoint import FROZEN, save_checkpoint
 from train.runs.directory import begin
 from train.runs.names import CONFIG
@@ -50,7 +51,7 @@ _SCALES = ("embedding_scale", "logit_scale", "final_logit_softcapping")
 def import_draft(
     folder: Path, cache: Path, run: Path, overrides: Iterable[str] = ()
 ) -> tuple[PretrainedConfig, int]:
-    """Make a run of a draft in DeepSpec's layout. The run appears complete or not at all.
+    """Make a run of a released draft. The run appears complete or not at all.
 
     Warns on stderr if the draft comes with another embedding or head than the cache's, which the run uses,
     or if its config lacks rotary settings.
@@ -75,7 +76,8 @@ def import_draft(
     check_new(run)
     source = find_draft(folder, _ASKER)
     values = _read_config(source)
-    weights = _kind(values).released_weights(read_weights(source, _ASKER), values)
+    weights = without_targets_own(read_weights(source, _ASKER))
+    weights = _kind(values).released_weights(weights, values)
     weights = with_t2d(weights, values.get("vocab_size"))
     reader = CacheReader(cache)
     reader.check_shards()
@@ -118,7 +120,7 @@ def import_draft(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Read a released config.json, without null values."""
+    """Read a released config.json, without null values, in its kind's own layout."""
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -127,6 +129,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{_ASKER}: {path} can't be read ({error})") from None
     values = {name: value for name, value in values.items() if value is not None}
+    if is_speculators(values):
+        values = as_released(values, f"{_ASKER}: {path}")
     named, known = values.get("architectures"), [n for kind in DRAFTS.values() for n in kind.architectures]
     if named is not None and named not in [[name] for name in known]:
         raise RunError(

@@ -23,7 +23,8 @@ from pipeline.cache import CacheReader
 from pipeline.errors import UsageError
 from pipeline.files import check_new, new_folder
 from train.draft.vocabulary import kept_tokens
-from train.export.engines import TARGETS, check_engine, obstacle, unknown_target
+from train.export import speculators
+from train.export.engines import VERSIONS, check_engine, obstacle, unknown_target
 from train.export.model_card import model_card
 from train.runs.checkpoint import FROZEN
 from train.runs.names import BEST, CALIBRATION, WEIGHTS
@@ -40,7 +41,7 @@ from train.runtime.console import warn
 CARD = "README.md"
 CONFIG = "config.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-To = Literal["hf", "vllm", "sglang"]
+To = Literal["hf", "vllm", "sglang", "tensorrt-llm", "speculators"]
 
 
 def export_config(draft: TrainedDraft, dtype: str) -> dict[str, Any]:
@@ -100,30 +101,36 @@ def export(
     weights = {name: _cast(weight, name, dtype) for name, weight in weights.items()}
     calibration = _calibration(draft)
     values = export_config(draft, dtype)
-    card = _card(draft, values, calibrated=calibration is not None, with_embeddings=cache is not None)
+    if to == speculators.FORM:
+        values = speculators.speculators_config(draft, dtype)
+        weights = draft.kind.speculators.weights(weights)
+    card = _card(draft, dtype, to, calibrated=calibration is not None, with_embeddings=cache is not None)
     with new_folder(folder, last=CONFIG) as partial:
         (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         if calibration is not None:
             (partial / CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
         (partial / CARD).write_text(card, encoding="utf-8")
-    unknown = unknown_target(draft.target.architecture, to)
+    unknown = unknown_target(draft.kind.targets, draft.target.architecture, to)
     if unknown:
         warn(unknown)
     return draft
 
 
-def _card(draft: TrainedDraft, values: dict[str, Any], **parts: bool) -> str:
+def _card(draft: TrainedDraft, dtype: str, to: To, **parts: bool) -> str:
     """Write the model card, with whatever was measured of this checkpoint."""
     architecture, measured = draft.target.architecture, draft.page.progress.measured
     evaluation = read_evaluation(draft.folder) or (as_evaluation(measured) if measured else None)
+    obstacles = {e: obstacle(draft.kind.rules, draft.shape, e, dtype) for e in VERSIONS}
+    if to == speculators.FORM:
+        obstacles |= {engine: speculators.UNREAD for engine in VERSIONS if engine != speculators.READER}
     return model_card(
-        values,
         draft.page,
         kind=draft.kind,
         shape=draft.shape,
-        obstacles={e: obstacle(draft.kind.rules, draft.shape, e, values["dtype"]) for e in TARGETS},
-        unknown={engine: unknown_target(architecture, engine) for engine in TARGETS},
+        dtype=dtype,
+        obstacles=obstacles,
+        unknown={engine: unknown_target(draft.kind.targets, architecture, engine) for engine in VERSIONS},
         evaluation=evaluation,
         speculation=read_speculation(draft.folder),
         **parts,

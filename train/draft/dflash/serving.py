@@ -1,11 +1,21 @@
 """Rules of each inference engine that a DFlash draft of this project may break.
 
-From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23.
+From the sources of vLLM 0.33.0, SGLang 0.5.23, TensorRT-LLM 1.4.0rc4 and speculators 0.9.0.
 """
 
 from __future__ import annotations
 
-from train.draft.serving import LAYERS_OF_SGLANG, LAYERS_OF_VLLM, MASK_TOKEN, WHOLE_VOCABULARY, Rule, scale_of
+from train.draft.serving import (
+    FULL_ATTENTION,
+    LAYERS_OF_SGLANG,
+    LAYERS_OF_VLLM,
+    MASK_TOKEN,
+    UNSCALED,
+    WHOLE_VOCABULARY,
+    Rule,
+    scale_of,
+)
+from train.draft.targets import SGLANG_BLOCKS, VLLM
 
 _PLAIN = (
     Rule(
@@ -37,4 +47,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         MASK_TOKEN,
         *_PLAIN,
     ),
+    "tensorrt-llm": (  # tensorrt_llm/_torch/models/modeling_dflash.py
+        FULL_ATTENTION,
+        LAYERS_OF_SGLANG,
+        WHOLE_VOCABULARY,
+        MASK_TOKEN,
+        *_PLAIN,
+    ),
+    "speculators": (LAYERS_OF_VLLM, MASK_TOKEN, *UNSCALED),  # speculators/models/dflash
 }
+TARGETS = {"vllm": VLLM, "sglang": SGLANG_BLOCKS}

@@ -17,8 +17,9 @@ from train.draft.eagle3.flops import training_flops
 from train.draft.eagle3.model import Eagle3Model
 from train.draft.eagle3.module import Eagle3TrainerModule
 from train.draft.eagle3.released import ARCHITECTURES, check_released, released_settings, released_weights
-from train.draft.eagle3.serving import RULES
+from train.draft.eagle3.serving import RULES, TARGETS
 from train.draft.eagle3.settings import EAGLE3_TABLES, Eagle3Config, Eagle3Loss
+from train.draft.eagle3.speculators import SPECULATORS
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
 
@@ -78,4 +79,6 @@ EAGLE3 = DraftKind(
     lr_scales=lambda _train: {},
     matrices=("fc.", "midlayer."),
     rules=RULES,
+    targets=TARGETS,
+    speculators=SPECULATORS,
 )

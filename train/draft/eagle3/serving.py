@@ -1,12 +1,13 @@
 """Rules of each inference engine that an EAGLE-3 draft of this project may break.
 
-From the engines' sources, vLLM 0.33.0 and SGLang 0.5.23. Both take any number of captured layers. Earlier
-versions took three.
+From the sources of vLLM 0.33.0, SGLang 0.5.23 and speculators 0.9.0. They take any number of captured layers.
+Earlier versions of the engines took three.
 """
 
 from __future__ import annotations
 
-from train.draft.serving import LAYERS_OF_SGLANG, LAYERS_OF_VLLM, Rule, scale_of
+from train.draft.serving import LAYERS_OF_SGLANG, LAYERS_OF_VLLM, UNSCALED, Rule, scale_of
+from train.draft.targets import SGLANG_LAYERS, VLLM
 
 _EMBEDDING = Rule(
     "embedding_scale",
@@ -33,4 +34,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "it leaves a draft's logits unscaled",
         ),
     ),
+    "tensorrt-llm": (
+        Rule("architectures", lambda _config: False, "its reader of drafts of this kind is not known here"),
+    ),
+    "speculators": (LAYERS_OF_VLLM, *UNSCALED),  # speculators/models/eagle3
 }
+TARGETS = {"vllm": VLLM, "sglang": SGLANG_LAYERS}
