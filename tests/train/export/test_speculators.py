@@ -12,21 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import assert_refused, run_cli, run_ok
-from tests.train.exports import change_json, contents, trained
+from tests.train.exports import KINDS, change_json, contents, trained
 from tests.train.runs import weights_of
 from train.draft import DRAFTS
 from train.runs.open import open_draft
 
-KINDS: dict[str, dict[str, Any]] = {
-    "dspark": {},
-    "dflash": {"draft__kind": "dflash", "draft__markov_rank": None, "draft__block_size": 4},
-    "eagle3": {
-        "draft__kind": "eagle3",
-        **dict.fromkeys(("draft__markov_rank", "draft__block_size", "draft__num_layers")),
-        "draft__ttt_steps": 3,
-        "draft__norm_output": "true",
-    },
-}
 AS_THAT_RUN = ("--set", "train.held_out=0.2", "--set", "train.precision=fp32")
 
 
