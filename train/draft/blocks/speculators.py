@@ -1,6 +1,7 @@
 """Fields of the speculators library's config.json that drafters of blocks have in common.
 
-There are two layouts of a block. If `sample_from_anchor` is true, the anchor drafts the token after it, and a
+The library's training counts a window from the anchor, engines count it by slot, as runs do. There are two
+layouts of a block. If `sample_from_anchor` is true, the anchor drafts the token after it, and a
 block drafts as many tokens as it has slots. If not, the anchor drafts nothing, and a block drafts one less.
 """
 

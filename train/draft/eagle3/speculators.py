@@ -39,6 +39,11 @@ def _fields(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
+def _layers(config: PretrainedConfig) -> dict[str, Any]:
+    # vLLM takes fc's width from this field, and from no list at the top.
+    return {**layer_config(config), "num_aux_hidden_states": config.num_aux_hidden_states}
+
+
 def _released(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     need(values, "norm_before_residual", "is false to speculators and true to vLLM", where)
     for name, value in _FIXED.items():
@@ -70,7 +75,7 @@ SPECULATORS = SpeculatorsForm(
     name=_NAME,
     architecture="Eagle3DraftModel",
     fields=_fields,
-    layers=layer_config,
+    layers=_layers,
     claims=lambda values: values.get(TYPE) == _NAME,
     released=_released,
     weights=_weights,
