@@ -42,7 +42,7 @@ LAYERS_OF_SGLANG = Rule(
 FULL_ATTENTION = Rule(
     "layer_types",
     lambda c: "sliding_attention" not in (getattr(c, "layer_types", None) or ()),
-    "it reads no window of a draft's layers",
+    "it has no window in which the slots of a block see each other",
     "draft.sliding_window not set",
 )
 UNSCALED = (

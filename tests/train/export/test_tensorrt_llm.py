@@ -10,6 +10,9 @@ import yaml
 
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.exports import changed, contents, trained
+from train.draft import DRAFTS
+from train.export.engines import broken_rules
+from train.runs.open import open_draft
 
 TO = ("--to", "tensorrt-llm")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 5e5}
@@ -93,7 +96,7 @@ def test_other_dtypes_than_bfloat16_are_refused(tmp_path: Path, run_dir: Path, d
 
 
 def test_other_kinds(tmp_path: Path, cache_dir: Path) -> None:
-    """One less drafted where the anchor drafts nothing; one token after another is not known to work."""
+    """One less is drafted where the anchor drafts nothing; a chain's layers are counted from 0."""
     kinds = dict.fromkeys(("draft__markov_rank", "draft__block_size"))
     blocks = trained(
         tmp_path / "blocks", cache_dir, **kinds | {"draft__kind": "dflash", "draft__block_size": 4}
@@ -103,10 +106,17 @@ def test_other_kinds(tmp_path: Path, cache_dir: Path) -> None:
     assert "decoding_type: DFlash\n      max_draft_len: 3\n" in said
     assert "2,048" not in said
     chain = trained(tmp_path / "chain", cache_dir, **kinds, draft__kind="eagle3", draft__num_layers=None)
-    refused = run_cli("export", chain, tmp_path / "no", *TO)
-    assert_refused(
-        refused, 2, "its reader of drafts of this kind is not known here", "or sglang or vllm or hf"
+    run_ok("export", chain, tmp_path / "chained", *TO)
+    said = commands_of(card_of(tmp_path / "chained"))
+    assert (
+        "decoding_type: Eagle3\n      max_draft_len: 7\n      eagle3_layers_to_capture: [0, 2, 4]\n" in said
     )
+    for field in ("fc_norm", "norm_output"):  # tensors of fc_norm would be missing, so only the rule is asked
+        config = open_draft(chain).shape
+        setattr(config, field, True)
+        assert [rule.field for rule in broken_rules(DRAFTS["eagle3"].rules, config, "tensorrt-llm")] == [
+            field
+        ]
     small = trained(tmp_path / "small", cache_dir, draft__draft_vocab_size=40)
     head = ("--with-embeddings", "--cache", cache_dir)
     assert_refused(run_cli("export", small, tmp_path / "no", *TO, *head), 2, "draft_vocab_size is 40")

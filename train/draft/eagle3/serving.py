@@ -1,7 +1,7 @@
 """Rules of each inference engine that an EAGLE-3 draft of this project may break.
 
-From the sources of vLLM 0.33.0, SGLang 0.5.23 and speculators 0.9.0. They take any number of captured layers.
-Earlier versions of the engines took three.
+From the sources of vLLM 0.33.0, SGLang 0.5.23, TensorRT-LLM 1.4.0rc4 and speculators 0.9.0. They take any
+number of captured layers. Earlier versions of vLLM and SGLang took three.
 """
 
 from __future__ import annotations
@@ -34,8 +34,18 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "it leaves a draft's logits unscaled",
         ),
     ),
-    "tensorrt-llm": (
-        Rule("architectures", lambda _config: False, "its reader of drafts of this kind is not known here"),
+    "tensorrt-llm": (  # tensorrt_llm/_torch/models/modeling_speculative.py
+        LAYERS_OF_SGLANG,
+        *(
+            Rule(
+                name,
+                lambda c, name=name: not getattr(c, name),
+                "only its later sources are known to have EAGLE 3.1's norms",
+                f"draft.{name} = false",
+            )
+            for name in ("fc_norm", "norm_output")
+        ),
+        *UNSCALED,
     ),
     "speculators": (LAYERS_OF_VLLM, *UNSCALED),  # speculators/models/eagle3
 }
