@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import CacheReader
-from tests.conftest import run_ok
+from tests.conftest import run_cli, run_ok
 from tests.train.exports import KINDS, trained
 from train.runs.open import TrainedDraft, open_draft
 
@@ -93,3 +93,22 @@ def test_the_library_drafts_the_same_tokens(drafts: tuple[TrainedDraft, Any], ca
             assert drafted_by_chain(model, features, ids[:-1], anchor, ours) == ours
         seen.update(ours)
     assert len(seen) > 1
+
+
+def test_what_the_library_saves_is_imported(
+    drafts: tuple[TrainedDraft, Any], cache_dir: Path, tmp_path: Path
+) -> None:
+    """Its own file of the same draft: without defaults, with the library's fields, and without embeddings."""
+    draft, model = drafts
+    model.save_pretrained(tmp_path / "saved")
+    settings = ("--set", "train.held_out=0.2", "--set", "train.precision=fp32")
+    arguments = ("import", tmp_path / "saved", "--cache", cache_dir, "--run", tmp_path / "run", *settings)
+    result = run_cli(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    back = open_draft(tmp_path / "run")
+    assert back.kind is draft.kind
+    assert back.weights.keys() == draft.weights.keys()
+    assert all(torch.equal(back.weights[name], weight) for name, weight in draft.weights.items())
+    ours, theirs = ({**each.shape.to_dict(), "num_anchors": None} for each in (draft, back))
+    assert ours == theirs
