@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.errors import ConfigError
+from train.draft.settings import run_config
 from train.losses import chunks
 from train.losses.chunks import add_product, chunk_rows
 from train.losses.fused import resolve_kernel
+from train.trainer.setup import set_up
 
 pytestmark = pytest.mark.gpu_less
 CUDA = torch.device("cuda", 0)
@@ -126,3 +130,16 @@ def test_what_the_kernel_lacks_is_said(nvidia, monkeypatch, name: str, value, ne
 def test_the_kernel_needs_a_frozen_head(nvidia) -> None:
     with pytest.raises(ConfigError, match="a frozen head"):
         resolve_kernel("triton", CUDA, frozen=False)
+
+
+def test_it_is_refused_before_a_run_begins(nvidia, cache_dir: Path, tmp_path: Path) -> None:
+    """Setting up checks what the kernel needs of the draft too."""
+    own = {"kind": "eagle3", "train_head": True}
+    config = run_config({"draft": own, "loss": {"kernel": "triton"}, "train": {"held_out": 0.2}})
+    with pytest.raises(ConfigError, match="a frozen head"):
+        set_up(cache_dir, config, CUDA)
+    set_up(
+        cache_dir,
+        dataclasses.replace(config, draft=dataclasses.replace(config.draft, train_head=False)),
+        CUDA,
+    )

@@ -82,7 +82,7 @@ def test_an_export_comes_back_with_the_same_weights(run: Path, cache_dir: Path, 
     values = json.loads((tmp_path / "export" / "config.json").read_text())
     assert values["architectures"] == [draft.kind.architectures[0]]
     assert values.get("draft_vocab_size", values["vocab_size"]) == (40 if reduced else values["vocab_size"])
-    assert f"# A {draft.kind.title} draft for" in (tmp_path / "export" / "README.md").read_text()
+    assert f"# {draft.kind.title} draft for" in (tmp_path / "export" / "README.md").read_text()
     found = load_file(tmp_path / "export" / "model.safetensors")
     if reduced:  # the rows of the target's head, by the offsets that vLLM adds
         head = CacheReader(cache_dir).frozen()["lm_head.weight"].float()

@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 import train.draft
+from pipeline.errors import ConfigError
 from tests.conftest import FP32, run_cli, run_ok
 from tests.train.runs import train_arguments
 from train.draft import DRAFTS
@@ -94,3 +95,23 @@ def test_an_unknown_kind_is_refused_by_name(tmp_path: Path, cache_dir: Path) -> 
 
 def test_heads_are_settings() -> None:
     assert set(get_args(get_type_hints(DSparkConfig)["markov_head"])) == {*MARKOV_HEADS, "none"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "key", "owners"),
+    [
+        ("dflash", "draft", "markov_rank", "dspark"),
+        ("eagle3", "draft", "block_size", "dspark, dflash"),
+        ("dflash", "loss", "confidence_alpha", "dspark"),
+        ("dspark", "loss", "step_decay", "eagle3"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused_as_such(kind: str, table: str, key: str, owners: str) -> None:
+    """And not by the nearest name of the run's own kind."""
+    tables = {"draft": {"kind": kind}}
+    tables[table] = tables.get(table, {}) | {key: 1}
+    message = rf"config\.{table}: unknown key '{key}'; draft.kind is {kind}, and it is a setting of {owners}$"
+    with pytest.raises(ConfigError, match=message):
+        run_config(tables)
+    with pytest.raises(ConfigError, match=f"unknown key '{key}x'; (did you mean|known keys)"):
+        run_config({table: {f"{key}x": 1}})

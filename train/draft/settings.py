@@ -29,6 +29,19 @@ def tables_of(values: Any, where: str = "config") -> KindTables:
     return TABLES[name]
 
 
+def _check_owner(kind: KindTables, values: dict[str, Any], where: str) -> None:
+    """Check that no setting is another kind's. Raise ConfigError if one is."""
+    for table in ("draft", "loss"):
+        given = values.get(table)
+        for key in given if isinstance(given, dict) else ():
+            owners = [e.name for e in TABLES.values() if key in getattr(e, table).__dataclass_fields__]
+            if owners and kind.name not in owners:
+                raise ConfigError(
+                    f"{where}.{table}: unknown key {show(key)}; draft.kind is {kind.name}, and it is a "
+                    f"setting of {', '.join(owners)}"
+                )
+
+
 def run_config(values: dict[str, Any], where: str = "config", *, skip_unknown: bool = False) -> RunConfig:
     """Build the settings of a run from plain values.
 
@@ -41,6 +54,8 @@ def run_config(values: dict[str, Any], where: str = "config", *, skip_unknown: b
         ConfigError: as in `pipeline.config.build`, or there is no such kind of draft.
     """
     kind = tables_of(values, where)
+    if isinstance(values, dict) and not skip_unknown:
+        _check_owner(kind, values, where)
     return configuration.build(
         RunConfig,
         {"draft": {}, "loss": {}, **values} if isinstance(values, dict) else values,

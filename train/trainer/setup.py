@@ -68,7 +68,7 @@ def set_up(
     if kind.needs_last_hidden(config):
         reader.require_last_hidden(f"draft.kind = {kind.name}")
     kind.attention(config.draft, shape, device)
-    resolve_kernel(config.loss.kernel, device)
+    resolve_kernel(config.loss.kernel, device, frozen=not getattr(config.draft, "train_head", False))
     if begins and config.draft.init_from is not None:
         check_warm_start(kind, shape, Path(config.draft.init_from))
     samples, held_out = split(reader, config.train.held_out)

@@ -7,6 +7,7 @@ variable DSPARK_LLAMA_CPP says. It is in the sdist of llama-cpp-python 0.3.36, i
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,7 @@ CONVERTED: list[tuple[str, str, dict[str, Any]]] = [
     ("dspark", "q8_0", {}),
     ("dspark", "f16", WINDOW | {"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}}),
     ("dspark", "f16", {"rope_parameters": MROPE}),
+    ("dspark, deep", "q8_0", {}),
     ("dspark, reduced", "q8_0", {}),
     ("dflash", "bf16", {}),
     ("dflash", "f16", WINDOW | {"rope_parameters": LINEAR}),
@@ -302,6 +304,11 @@ def pairs(
     convert([target_dir, "--outtype", "f32", "--outfile", target])
     shutil.copytree(target_dir, rotated)
     change_json(rotated / "config.json", rope_parameters=MROPE)
+    types = ["sliding_attention", "full_attention"] * 6
+    deep = {"draft__num_layers": 12, "draft__sliding_window": 9, "draft__layer_types": json.dumps(types)}
+    runs = runs | {
+        "dspark, deep": trained(folder / "deep", cache_dir, **deep, draft__confidence_head="false")
+    }
     found, lines = [], []
     for number, (name, kind, fields) in enumerate(CONVERTED):
         run = changed(runs[name], folder / f"run-{number}", **fields)
