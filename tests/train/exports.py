@@ -12,6 +12,18 @@ import yaml
 from tests.conftest import run_ok
 from tests.train.runs import train_arguments
 
+# Settings of a small draft of each kind.
+KINDS: dict[str, dict[str, Any]] = {
+    "dspark": {},
+    "dflash": {"draft__kind": "dflash", "draft__markov_rank": None, "draft__block_size": 4},
+    "eagle3": {
+        "draft__kind": "eagle3",
+        **dict.fromkeys(("draft__markov_rank", "draft__block_size", "draft__num_layers")),
+        "draft__ttt_steps": 3,
+        "draft__norm_output": "true",
+    },
+}
+
 
 def changed(run: Path, copy: Path, **fields: Any) -> Path:
     """A copy of a run whose latest checkpoint's config says something else; None takes a field away."""

@@ -17,9 +17,9 @@ from train.runs.find import find_run
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--to",
-    type=click.Choice(["hf", "vllm", "sglang", "llama.cpp"]),
+    type=click.Choice(["hf", "vllm", "sglang", "llama.cpp", "tensorrt-llm", "speculators"]),
     required=True,
-    help="Reader of the export. hf takes every draft; engines refuse drafts that they can't serve.",
+    help="Reader of the export. hf takes every draft; the others refuse drafts that they can't serve.",
 )
 @checkpoint_option
 @click.option(
@@ -115,7 +115,9 @@ def export_command(
     help="Set a setting of [loss] or [train] for measuring the draft, such as train.held_out.",
 )
 def import_command(folder: Path, cache: Path, run: Path, overrides: tuple[str, ...]) -> None:
-    """Make a run of a released draft in DeepSpec's layout: DIR has config.json and safetensors weights.
+    """Make a run of a released draft, in DeepSpec's layout or in that of the speculators library.
+
+    DIR has config.json and safetensors weights.
 
     The run has one checkpoint, at step 0, and is complete. `dspark evaluate`, `compare` and `export` take it
     like any other run, and another run can start from it with draft.init_from. The embedding and head come

@@ -24,6 +24,7 @@ from train.config import DraftConfig, LossConfig, RunConfig, TrainConfig
 from train.data.loader import Arguments, Collate, Pack
 from train.data.sampling import AnchorChoice, drawn_anchors
 from train.draft.serving import GgufLayout, Rule
+from train.draft.speculators import SpeculatorsForm
 from train.draft.tables import KindTables
 from train.losses.slots import LossSums, SlotFigures
 
@@ -135,8 +136,8 @@ class DraftKind:
     exported: Callable[[PretrainedConfig], dict[str, Any]]
     """Return what config.json states for engines, besides what drafts of all kinds state."""
     served: Callable[[PretrainedConfig], Mapping[str, Any]]
-    """Return how each engine is told to serve a draft: of vLLM the speculative config without the draft's
-    path, of SGLang the name of the algorithm."""
+    """Return how each engine is told to serve a draft: vLLM and TensorRT-LLM by the speculative config
+    without the draft's path, SGLang by the name of the algorithm."""
     describe: Callable[[PretrainedConfig], list[str]]
     """Facts of a draft for its model card, a line each in Markdown."""
     weight_fields: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -182,6 +183,13 @@ class DraftKind:
     """Rules of each engine, by the names that `dspark export --to` takes."""
     gguf: GgufLayout
     """Layout of the kind's files for llama.cpp."""
+    targets: Mapping[str, frozenset[str]]
+    """Names of the targets' classes that pass their hidden states to drafts of this kind, by engine. Engines
+    whose targets are not known are absent."""
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Facts of engines with drafts of this kind, for the model card, by engine: what was seen, and limits."""
+    speculators: SpeculatorsForm
+    """The kind's form in the speculators library."""
 
     @property
     def name(self) -> str:

@@ -89,6 +89,12 @@ LAYERS_OF_LLAMA_CPP = Rule(
     "it passes the inputs of layers, so of the last layer nothing",
     "draft.target_layer_ids within [-1, {last}]",
 )
+FULL_ATTENTION = Rule(
+    "layer_types",
+    lambda c: "sliding_attention" not in (getattr(c, "layer_types", None) or ()),
+    "it has no window in which the slots of a block see each other",
+    "draft.sliding_window not set",
+)
 MASK_TOKEN = Rule(
     "mask_token_id",
     lambda c: 0 <= c.mask_token_id < c.vocab_size,
@@ -136,7 +142,7 @@ def rope_of_llama_cpp(*scaled: str) -> Rule:
     )
 
 
-UNSCALED_IN_LLAMA_CPP = (
+UNSCALED = (
     Rule(
         "embedding_scale",
         lambda c: scale_of(c, "embedding_scale") == 1,

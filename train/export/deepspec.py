@@ -1,4 +1,4 @@
-"""Import a released draft in DeepSpec's layout as a run: `dspark import`.
+"""Import a released draft in DeepSpec's layout, or in speculators', as a run: `dspark import`.
 
 The run has one checkpoint at step 0 and is complete, so `dspark train` changes nothing in it.
 """
@@ -26,6 +26,7 @@ from train.draft.kind import DraftKind
 from train.draft.settings import run_config
 from train.draft.shape import draft_shape, resolved
 from train.draft.vocabulary import VOCABULARY, draft_vocab_size
+from train.export.speculators import as_released, is_speculators, without_targets_own
 from train.runs.checkpoint import FROZEN, save_checkpoint
 from train.runs.directory import begin
 from train.runs.names import CONFIG
@@ -49,7 +50,7 @@ _SCALES = ("embedding_scale", "logit_scale", "final_logit_softcapping")
 def import_draft(
     folder: Path, cache: Path, run: Path, overrides: Iterable[str] = ()
 ) -> tuple[PretrainedConfig, int]:
-    """Make a run of a draft in DeepSpec's layout. The run appears complete or not at all.
+    """Make a run of a released draft. The run appears complete or not at all.
 
     Warns on stderr if the draft comes with another embedding or head than the cache's, which the run uses,
     or if its config lacks rotary settings.
@@ -74,7 +75,7 @@ def import_draft(
     check_new(run)
     source = find_draft(folder, _ASKER)
     values = _read_config(source)
-    weights = read_released(_kind(values), source, values, _ASKER)
+    weights = without_targets_own(read_released(_kind(values), source, values, _ASKER))
     reader = CacheReader(cache)
     reader.check_shards()
     config = _run_config(source, values, weights, overrides)
@@ -112,8 +113,10 @@ def import_draft(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Read a released config.json, without null values."""
+    """Read a released config.json, without null values, in its kind's own layout."""
     path, values = folder / "config.json", read_config(folder, _ASKER)
+    if is_speculators(values):
+        values = as_released(values, f"{_ASKER}: {path}")
     named, known = values.get("architectures"), [n for kind in DRAFTS.values() for n in kind.architectures]
     if named is not None and named_kind(values) is None:
         raise RunError(

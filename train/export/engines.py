@@ -1,7 +1,6 @@
 """Drafts and targets that each engine serves.
 
-From the engines' sources, vLLM 0.33.0, SGLang 0.5.23 and llama.cpp as in llama-cpp-python 0.3.36. To add an
-engine: add a row to `TARGETS` and `VERSIONS`, its command to the model card, and its rules to
+To add an engine: add a row to `VERSIONS`, its command to the model card, its rules and its targets to
 `draft/<kind>/serving.py`.
 """
 
@@ -16,149 +15,24 @@ from train.draft.serving import Rule
 
 Rules = Mapping[str, tuple[Rule, ...]]
 """Rules of a kind of draft, by engine."""
+Targets = Mapping[str, frozenset[str]]
+"""Targets that serve a kind of draft, by engine."""
 
 VERSIONS = {
     "vllm": "vLLM 0.33.0",
     "sglang": "SGLang 0.5.23",
     "llama.cpp": "llama.cpp of llama-cpp-python 0.3.36",
+    "tensorrt-llm": "TensorRT-LLM 1.4.0rc4",
 }
-# Dtypes that an engine would convert on loading (SGLang: srt/configs/model_config.py).
-DTYPES_REFUSED = {("sglang", "float32"): "it rounds float32 to float16"}
-
+"""The versions whose sources the rules are read from."""
+# Dtypes that an engine converts on loading, whatever it is told.
+DTYPES_REFUSED = {
+    ("tensorrt-llm", dtype): "it is known to load no other than bfloat16 unrounded"
+    for dtype in ("float16", "float32")
+}
 # Engines that misread copies of the target's embedding and head beside a draft of all tokens: llama.cpp's
 # converter drops the head beside a Markov head, and the server then takes the embedding for it.
 EMBEDDINGS_REFUSED = {"llama.cpp": "it has the target's, and may take a copy of the embedding for the head"}
-
-# Targets that pass their hidden states to a draft, by class name in transformers. In vLLM: those served by a
-# class with SupportsEagle3 (model_executor/models/registry.py, including its Transformers backend). In
-# SGLang: those with set_dspark_layers_to_capture or set_dflash_layers_to_capture (srt/models). In llama.cpp:
-# those whose graph sets t_layer_inp (src/models), by the classes that its converter takes.
-_BOTH = frozenset(
-    {
-        "BeamForCausalLM",
-        "DeepseekV2ForCausalLM",
-        "DeepseekV32ForCausalLM",
-        "DeepseekV3ForCausalLM",
-        "DeepseekV4ForCausalLM",
-        "Gemma4ForCausalLM",
-        "Gemma4ForConditionalGeneration",
-        "Gemma4UnifiedForConditionalGeneration",
-        "Glm5NextForConditionalGeneration",
-        "GlmMoeDsaForCausalLM",
-        "GptOssForCausalLM",
-        "KimiLinearForCausalLM",
-        "LagunaForCausalLM",
-        "Llama4ForCausalLM",
-        "LlamaForCausalLM",
-        "MellumForCausalLM",
-        "MiMoV2FlashForCausalLM",
-        "MiniMaxM3SparseForConditionalGeneration",
-        "Ministral3ForCausalLM",
-        "MistralForCausalLM",
-        "MuseGlimmerForConditionalGeneration",
-        "MuseSparkForConditionalGeneration",
-        "NemotronHForCausalLM",
-        "NemotronH_Omni_Reasoning_V3",
-        "Phi3ForCausalLM",
-        "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
-        "Qwen3NextForCausalLM",
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLMoeForConditionalGeneration",
-        "Qwen3_5ForCausalLM",
-        "Qwen3_5ForConditionalGeneration",
-        "Qwen3_5MoeForCausalLM",
-        "Qwen3_5MoeForConditionalGeneration",
-        "Qwen4ExpForConditionalGeneration",
-    }
-)
-TARGETS: dict[str, frozenset[str]] = {
-    "vllm": _BOTH
-    | {
-        "AfmoeForCausalLM",
-        "ApertusForCausalLM",
-        "ArceeForCausalLM",
-        "Cohere2MoeForCausalLM",
-        "CohereCompassForConditionalGeneration",
-        "CwmForCausalLM",
-        "Emu3ForConditionalGeneration",
-        "Ernie4_5ForCausalLM",
-        "Exaone4_5_ForConditionalGeneration",
-        "FlexOlmoForCausalLM",
-        "GPTBigCodeForCausalLM",
-        "GPTNeoXForCausalLM",
-        "GlmForCausalLM",
-        "GraniteForCausalLM",
-        "GraniteMoeForCausalLM",
-        "GraniteMoeSWAForCausalLM",
-        "GraniteMoeSharedForCausalLM",
-        "GraniteSWAForCausalLM",
-        "HunYuanDenseV1ForCausalLM",
-        "HunYuanMoEV1ForCausalLM",
-        "HunYuanVLForConditionalGeneration",
-        "Jais2ForCausalLM",
-        "Kolibri1ForCausalLM",
-        "Llama4ForConditionalGeneration",
-        "LlavaForConditionalGeneration",
-        "MiniCPM3ForCausalLM",
-        "MiniCPMOcrForConditionalGeneration",
-        "MiniCPMV4_6ForConditionalGeneration",
-        "MiniCPMV4_7ForConditionalGeneration",
-        "MiniMaxM2ForCausalLM",
-        "Mistral3ForConditionalGeneration",
-        "Olmo2ForCausalLM",
-        "Olmo3ForCausalLM",
-        "OlmoForCausalLM",
-        "PhiForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen2_5_VLForConditionalGeneration",
-        "SeedOssForCausalLM",
-        "SmolLM3ForCausalLM",
-        "Starcoder2ForCausalLM",
-        "VaultGemmaForCausalLM",
-    },
-    "sglang": _BOTH
-    | {
-        "Glm4MoeLiteForCausalLM",
-        "InklingForConditionalGeneration",
-        "Lfm2ForCausalLM",
-        "Lfm2MoeForCausalLM",
-        "Lfm2VlForConditionalGeneration",
-    },
-    "llama.cpp": frozenset(
-        {
-            "BailingMoeV3ForCausalLM",
-            "DeepseekV4ForCausalLM",
-            "Gemma4ForCausalLM",
-            "Gemma4ForConditionalGeneration",
-            "Gemma4UnifiedForConditionalGeneration",
-            "GptOssForCausalLM",
-            "HunYuanDenseV1ForCausalLM",
-            "HunYuanVLForConditionalGeneration",
-            "InternLM3ForCausalLM",
-            "Lfm2ForCausalLM",
-            "Lfm2MoeForCausalLM",
-            "LlamaForCausalLM",
-            "MiMoV2FlashForCausalLM",
-            "MiniMaxM1ForCausalLM",
-            "MiniMaxM2ForCausalLM",
-            "MiniMaxText01ForCausalLM",
-            "MistralForCausalLM",
-            "MixtralForCausalLM",
-            "MuseGlimmerForConditionalGeneration",
-            "NanbeigeForCausalLM",
-            "NemotronHForCausalLM",
-            "Qwen3ForCausalLM",
-            "Qwen3MoeForCausalLM",
-            "Qwen3NextForCausalLM",
-            "Qwen3_5ForCausalLM",
-            "Qwen3_5ForConditionalGeneration",
-            "Qwen3_5MoeForCausalLM",
-            "Qwen3_5MoeForConditionalGeneration",
-            "Qwen4ExpForConditionalGeneration",
-        }
-    ),
-}
 
 
 def broken_rules(rules: Rules, config: PretrainedConfig, engine: str) -> list[Rule]:
@@ -219,13 +93,17 @@ def obstacle(
     return "; ".join(filter(None, found))
 
 
-def unknown_target(architecture: str, engine: str) -> str | None:
-    """Return a warning if an engine's known version serves no draft for a target; None if it does.
+def unknown_target(targets: Targets, architecture: str, engine: str) -> str | None:
+    """Return a warning if an engine's known version serves no draft for a target.
 
     Args:
+        targets: targets of the draft's kind.
         architecture: name of the target's class.
+
+    Returns:
+        None if it does, or if the engine's targets are not known.
     """
-    if engine not in TARGETS or architecture in TARGETS[engine]:
+    if engine not in targets or architecture in targets[engine]:
         return None
     return f"{VERSIONS[engine]} serves no draft for a {architecture} target; a newer version may"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import PurePath
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PretrainedConfig
 
 from train.config import RunConfig
 from train.draft.kind import DraftKind
+from train.export.engines import VERSIONS
 from train.runs.changes import flat_settings
 from train.runs.figures import CacheFacts, Evaluation, Speculation, SpeculationRun
 from train.runs.page import TrainingPage
@@ -57,11 +57,11 @@ _ENVIRONMENT.filters |= {
 
 
 def model_card(
-    config: dict[str, Any],
     page: TrainingPage,
     *,
     kind: DraftKind,
     shape: PretrainedConfig,
+    dtype: str,
     obstacles: dict[str, str],
     unknown: dict[str, str | None],
     evaluation: Evaluation | None,
@@ -73,12 +73,12 @@ def model_card(
     """Write a draft's `README.md`, with the Hugging Face Hub's YAML front matter.
 
     Args:
-        config: the exported `config.json`.
         page: the checkpoint's `training.json`.
         kind: kind of the draft.
         shape: the draft's own config.
+        dtype: dtype of the exported weights.
         obstacles: why each engine can't serve the draft; empty where it can.
-        unknown: what to say of each engine where it is not known to serve the target.
+        unknown: what to say of engines that are not known to serve the target.
         evaluation: held-out figures of `dspark evaluate`, or of training itself.
         speculation: figures of `dspark speculate`.
         calibrated: whether temperatures come along.
@@ -90,7 +90,8 @@ def model_card(
     theirs = (trained_on.data.sha256, trained_on.target.weights)
     same = cache is not None and (cache.data_sha256, cache.target_weights) == theirs
     return _ENVIRONMENT.get_template(TEMPLATE).render(
-        config=config,
+        layers=shape.num_hidden_layers,
+        dtype=dtype,
         target=trained_on.target,
         tokenizer=trained_on.tokenizer,
         data=trained_on.data,
@@ -104,6 +105,8 @@ def model_card(
         vllm_config=json.dumps({"method": served["vllm"]["method"], "model": "DRAFT_DIR", **served["vllm"]}),
         obstacles=obstacles,
         unknown=unknown,
+        versions=VERSIONS,
+        tags=[e for e, why in obstacles.items() if not why and e in kind.targets and not unknown[e]],
         imported=page.imported and page.imported.name,
         parameters=f"{progress.parameters:,}",
         step=f"{progress.step:,}",

@@ -25,7 +25,8 @@ from pipeline.cache import CacheReader
 from pipeline.errors import UsageError
 from pipeline.files import check_new, new_folder
 from train.draft.vocabulary import kept_tokens
-from train.export.engines import TARGETS, Rules, check_engine, obstacle, unknown_target
+from train.export import speculators
+from train.export.engines import VERSIONS, check_engine, obstacle, unknown_target
 from train.export.gguf import check_gguf_package, read_tokenizer, write_gguf
 from train.export.model_card import model_card
 from train.runs.checkpoint import FROZEN
@@ -43,7 +44,7 @@ from train.runtime.console import warn
 CARD = "README.md"
 CONFIG = "config.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-To = Literal["hf", "vllm", "sglang", "llama.cpp"]
+To = Literal["hf", "vllm", "sglang", "llama.cpp", "tensorrt-llm", "speculators"]
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,14 @@ def export(
     cast = {name: _cast(weight, name, dtype) for name, weight in weights.items()}
     calibration = _calibration(draft)
     values = export_config(draft, dtype)
+    if to == speculators.FORM:
+        values = speculators.speculators_config(draft, dtype)
+        cast = draft.kind.speculators.weights(cast)
     card = _card(
         draft,
-        values,
-        rules,
-        doubled,
+        dtype,
+        to,
+        {e: obstacle(rules, draft.shape, e, dtype, embeddings=doubled) for e in VERSIONS},
         calibrated=calibration is not None,
         with_embeddings=cache is not None,
         gguf=gguf and gguf.name,
@@ -153,24 +157,25 @@ def export(
         if gguf is not None:
             path = partial / gguf.name
             write_gguf(path, draft.kind.gguf, values, weights, tokenizer, gguf.file_type, folder.resolve())
-    unknown = unknown_target(draft.target.architecture, to)
+    unknown = unknown_target(draft.kind.targets, draft.target.architecture, to)
     if unknown:
         warn(unknown)
     return draft
 
 
-def _card(draft: TrainedDraft, values: dict[str, Any], rules: Rules, doubled: bool, **parts: Any) -> str:
+def _card(draft: TrainedDraft, dtype: str, to: To, obstacles: dict[str, str], **parts: Any) -> str:
     """Write the model card, with whatever was measured of this checkpoint."""
-    dtype = values["dtype"]
     architecture, measured = draft.target.architecture, draft.page.progress.measured
     evaluation = read_evaluation(draft.folder) or (as_evaluation(measured) if measured else None)
+    if to == speculators.FORM:
+        obstacles |= {engine: speculators.UNREAD for engine in VERSIONS if engine != speculators.READER}
     return model_card(
-        values,
         draft.page,
         kind=draft.kind,
         shape=draft.shape,
-        obstacles={e: obstacle(rules, draft.shape, e, dtype, embeddings=doubled) for e in TARGETS},
-        unknown={engine: unknown_target(architecture, engine) for engine in TARGETS},
+        dtype=dtype,
+        obstacles=obstacles,
+        unknown={engine: unknown_target(draft.kind.targets, architecture, engine) for engine in VERSIONS},
         evaluation=evaluation,
         speculation=read_speculation(draft.folder),
         **parts,

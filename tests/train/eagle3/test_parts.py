@@ -81,6 +81,11 @@ def test_engines_read_these_fields() -> None:
     assert EAGLE3.served(qwen3_4b(ttt_steps=5)) == {
         "vllm": {"method": "eagle3", "num_speculative_tokens": 5, "draft_sample_method": "probabilistic"},
         "sglang": "EAGLE3",
+        "tensorrt-llm": {
+            "decoding_type": "Eagle3",
+            "max_draft_len": 5,
+            "eagle3_layers_to_capture": [1, 17, 32],
+        },
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from transformers import AutoConfig
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.train.exports import change_identity, changed, front_matter, trained
 from tests.train.runs import weights_of
+from train.draft import DRAFTS
 from train.draft.dspark.model import Qwen3DSparkModel
+from train.export.engines import unknown_target
 
 EMBEDDINGS = {"embed_tokens.weight", "lm_head.weight"}
 
@@ -150,7 +153,7 @@ def test_a_head_that_only_one_engine_has(tmp_path: Path, rnn_dir: Path, cache_di
     for run, head, own in ((rnn_dir, "rnn", "joint_proj"), (gated, "gated", "gate_proj")):
         refused = run_cli("export", run, tmp_path / f"v-{head}", "--to", "vllm")
         assert_refused(refused, 2, "vllm can't serve", f"markov_head_type is {head}", "only the vanilla head")
-        assert_refused(refused, 2, "export --to sglang or hf", "or train with draft.markov_head = vanilla")
+        assert_refused(refused, 2, "or sglang or hf, ", "or train with draft.markov_head = vanilla")
         assert not (tmp_path / f"v-{head}").exists()
         run_ok("export", run, tmp_path / head, "--to", "sglang")
         names = set(load_file(tmp_path / head / "model.safetensors"))
@@ -164,7 +167,7 @@ def test_a_head_that_only_one_engine_has(tmp_path: Path, rnn_dir: Path, cache_di
 
 def test_a_draft_without_heads_is_only_hugging_faces(tmp_path: Path, bare_dir: Path) -> None:
     vllm = run_cli("export", bare_dir, tmp_path / "out", "--to", "vllm")
-    assert_refused(vllm, 2, "vllm can't serve this draft: markov_rank is 0", "export --to hf, or train with")
+    assert_refused(vllm, 2, "vllm can't serve this draft: markov_rank is 0", " or hf, or train with")
     sglang = run_cli("export", bare_dir, tmp_path / "out", "--to", "sglang")
     assert_refused(
         sglang, 2, "markov_rank is 0", "enable_confidence_head is False", "draft.confidence_head = true"
@@ -172,6 +175,9 @@ def test_a_draft_without_heads_is_only_hugging_faces(tmp_path: Path, bare_dir: P
     run_ok("export", bare_dir, tmp_path / "out", "--to", "hf")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["markov_rank"] == 0
+    assert (
+        config["confidence_head_with_markov"] is False
+    )  # readers differ in what they take a missing one for
     assert not any("head" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
@@ -261,23 +267,64 @@ def test_a_target_that_an_engine_does_not_know(
         assert (f"warning: {said}\n" in result.stderr) == (engine not in serving)
         card = (tmp_path / engine / "README.md").read_text(encoding="utf-8")
         assert (said in card) == (engine not in serving)
-        assert (f"{version.removesuffix('.0')} or later:" in card.replace(",", ":")) == (engine in serving)
+        assert (f"As read in the source of {version}" in card) == (engine in serving)
         assert front_matter(card)["tags"][3:] == serving
     assert "warning" not in run_cli("export", run, tmp_path / "hf", "--to", "hf").output
 
 
-def test_sglang_would_round_float32(tmp_path: Path, run_dir: Path) -> None:
-    refused = run_cli("export", run_dir, tmp_path / "out", "--to", "sglang", "--dtype", "float32")
-    assert_refused(refused, 2, "sglang can't serve this draft in float32", "export --dtype bfloat16")
-    assert not (tmp_path / "out").exists()
-    run_ok("export", run_dir, tmp_path / "out", "--to", "vllm", "--dtype", "float32")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_sglang_is_told_not_to_round_float32(tmp_path: Path, run_dir: Path, dtype: str) -> None:
+    """By default it rounds float32 weights; its own option says otherwise, in each of its commands."""
+    run = changed(run_dir, tmp_path / "run")
+    (run / "latest" / "calibration.json").write_text(json.dumps({"temperatures": [1.5, 0.8, 2.0]}))
+    run_ok("export", run, tmp_path / "out", "--to", "sglang", "--dtype", dtype)
+    assert {w.dtype for w in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        getattr(torch, dtype)
+    }
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "SGLang can't serve it: dtype is float32" in card
-    assert "vllm serve" in card
-    run_ok("export", run_dir, tmp_path / "half", "--to", "sglang", "--dtype", "float16")
+    lines = card.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if "sglang.launch_server" in line]
+    assert len(commands) == 2
+    for command in commands:
+        assert ("--dtype" in command) == (dtype == "float32")
+        if dtype == "float32":
+            assert command[command.index("--dtype") + 1] == "float32"
+    assert ("Without `--dtype float32` it would round" in card) == (dtype == "float32")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "serving"),
+    [
+        ("Qwen3ForCausalLM", {"dspark", "dflash", "eagle3"}),
+        ("LlamaForCausalLM", {"dspark", "dflash", "eagle3"}),
+        ("Qwen2ForCausalLM", {"eagle3"}),
+        ("Qwen2MoeForCausalLM", {"eagle3"}),
+        ("Glm4MoeForCausalLM", {"eagle3"}),
+        ("Gemma3ForConditionalGeneration", {"eagle3"}),
+        ("Lfm2ForCausalLM", {"dspark", "dflash"}),
+        ("NemotronHForCausalLM", {"dspark", "dflash"}),
+        ("KimiLinearForCausalLM", {"dspark"}),
+        ("DeepseekV4ForCausalLM", {"dspark"}),
+        ("Gemma2ForCausalLM", set()),
+        ("Gemma4AssistantForCausalLM", set()),
+    ],
+)
+def test_sglang_serves_other_targets_by_kind_of_draft(architecture: str, serving: set[str]) -> None:
+    """Each kind asks the target's class for another method."""
+    found = {name: unknown_target(kind.targets, architecture, "sglang") for name, kind in DRAFTS.items()}
+    assert {name for name, said in found.items() if said is None} == serving
+    assert all(said is None or f"no draft for a {architecture} target" in said for said in found.values())
+
+
+def test_what_was_seen_of_an_engine_is_in_the_card(tmp_path: Path, run_dir: Path) -> None:
+    run_ok("export", run_dir, tmp_path / "out", "--to", "vllm")
+    card = " ".join((tmp_path / "out" / "README.md").read_text(encoding="utf-8").split())
+    for version in ("vLLM 0.32.0 on a CPU", "SGLang 0.5.23, patched by hand to run on a CPU,"):
+        assert f"{version} has served a draft of this kind in fp32. Every token" in card
+    assert "or later" not in card
 
 
 def test_help_says_what_engines_are_there() -> None:
     text = run_ok("export", "--help")
-    assert "hf|vllm|sglang|llama.cpp" in text
+    assert "hf|vllm|sglang|llama.cpp|tensorrt-llm|speculators" in text
     assert "--with-embeddings" in text

@@ -55,9 +55,10 @@ def exported(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def served(config: PretrainedConfig) -> dict[str, Any]:
-    """Return how vLLM and SGLang are told to serve a draft."""
+    """Return how engines are told to serve a draft."""
     own = {"method": "dflash", "num_speculative_tokens": config.block_size - 1}
-    return {"vllm": own, "sglang": "DFLASH"}
+    trt = {"decoding_type": "DFlash", "max_draft_len": config.block_size - 1}
+    return {"vllm": own, "sglang": "DFLASH", "tensorrt-llm": trt}
 
 
 def describe(config: PretrainedConfig) -> list[str]:

@@ -28,8 +28,9 @@ from train.draft.dflash.config import (
 from train.draft.dflash.model import Qwen3DFlashModel
 from train.draft.dflash.module import DFlashTrainerModule
 from train.draft.dflash.released import check_released, released_settings
-from train.draft.dflash.serving import GGUF, RULES
+from train.draft.dflash.serving import GGUF, RULES, TARGETS
 from train.draft.dflash.settings import DFLASH_TABLES, DFlashLoss
+from train.draft.dflash.speculators import SPECULATORS
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
 
@@ -79,4 +80,6 @@ DFLASH = DraftKind(
     matrices=BLOCK_MATRICES,
     rules=RULES,
     gguf=GGUF,
+    targets=TARGETS,
+    speculators=SPECULATORS,
 )

@@ -1,23 +1,26 @@
 """Rules of each inference engine that a DFlash draft of this project may break.
 
-From the engines' sources, vLLM 0.33.0, SGLang 0.5.23 and llama.cpp as in llama-cpp-python 0.3.36.
+From the sources of vLLM 0.33.0, SGLang 0.5.23, TensorRT-LLM 1.4.0rc4, speculators 0.9.0, and llama.cpp as in
+llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
 
 from train.draft.blocks.serving import BLOCK_TENSORS, block_keys
 from train.draft.serving import (
+    FULL_ATTENTION,
     LAYERS_OF_LLAMA_CPP,
     LAYERS_OF_SGLANG,
     LAYERS_OF_VLLM,
     MASK_TOKEN,
-    UNSCALED_IN_LLAMA_CPP,
+    UNSCALED,
     WHOLE_VOCABULARY,
     GgufLayout,
     Rule,
     rope_of_llama_cpp,
     scale_of,
 )
+from train.draft.targets import LLAMA_CPP, SGLANG_BLOCKS, VLLM
 
 _PLAIN = (
     Rule(
@@ -49,7 +52,7 @@ def _llama_cpp(*scaled: str) -> tuple[Rule, ...]:
         WHOLE_VOCABULARY,
         MASK_TOKEN,
         rope_of_llama_cpp(*scaled),
-        *UNSCALED_IN_LLAMA_CPP,
+        *UNSCALED,
     )
 
 
@@ -77,4 +80,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *_PLAIN,
     ),
     "llama.cpp": _llama_cpp("linear", "yarn"),
+    "tensorrt-llm": (  # tensorrt_llm/_torch/models/modeling_dflash.py
+        FULL_ATTENTION,
+        LAYERS_OF_SGLANG,
+        WHOLE_VOCABULARY,
+        MASK_TOKEN,
+        *_PLAIN,
+    ),
+    "speculators": (LAYERS_OF_VLLM, MASK_TOKEN, *UNSCALED),  # speculators/models/dflash
 }
+TARGETS = {"vllm": VLLM, "sglang": SGLANG_BLOCKS, "llama.cpp": LLAMA_CPP}

@@ -72,11 +72,12 @@ def exported(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def served(config: PretrainedConfig) -> dict[str, Any]:
-    """Return how vLLM and SGLang are told to serve a draft."""
+    """Return how engines are told to serve a draft."""
     slots = config.block_size
     # Without draft_sample_method vLLM drafts greedily for requests that sample, and accepts less of them.
     own = {"method": "dspark", "num_speculative_tokens": slots, "draft_sample_method": "probabilistic"}
-    return {"vllm": own, "sglang": "DSPARK"}
+    trt = {"decoding_type": "DSpark", "max_draft_len": slots}
+    return {"vllm": own, "sglang": "DSPARK", "tensorrt-llm": trt}
 
 
 def describe(config: PretrainedConfig) -> list[str]:

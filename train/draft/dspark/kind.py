@@ -22,8 +22,9 @@ from train.draft.dspark.flops import training_flops
 from train.draft.dspark.model import Qwen3DSparkModel
 from train.draft.dspark.module import DSparkTrainerModule
 from train.draft.dspark.released import ARCHITECTURES, check_released, released_settings
-from train.draft.dspark.serving import GGUF, RULES
+from train.draft.dspark.serving import GGUF, NOTES, RULES, TARGETS
 from train.draft.dspark.settings import DSPARK_TABLES, DSparkLoss
+from train.draft.dspark.speculators import SPECULATORS
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
 
@@ -72,4 +73,7 @@ DSPARK = DraftKind(
     matrices=BLOCK_MATRICES,
     rules=RULES,
     gguf=GGUF,
+    targets=TARGETS,
+    notes=NOTES,
+    speculators=SPECULATORS,
 )

@@ -1,6 +1,10 @@
-"""Rules of each inference engine that a DSpark draft of this project may break.
+"""Rules of each engine that a DSpark draft of this project may break, and what is known of serving it.
 
-From the engines' sources, vLLM 0.33.0, SGLang 0.5.23 and llama.cpp as in llama-cpp-python 0.3.36.
+From the sources of vLLM 0.33.0, SGLang 0.5.23, TensorRT-LLM 1.4.0rc4, speculators 0.9.0, and llama.cpp as in
+llama-cpp-python 0.3.36. vLLM also has a Gemma4DSparkModel, which scales embeddings and caps logits. Its
+layers are Gemma 4's: values are the keys without a weight of their own, attention is not scaled, and outputs
+are normed before they are added. A run's draft has Qwen 3's layers, so its weights can't be written for that
+class.
 """
 
 from __future__ import annotations
@@ -10,17 +14,19 @@ from typing import Any
 
 from train.draft.blocks.serving import BLOCK_TENSORS, block_keys
 from train.draft.serving import (
+    FULL_ATTENTION,
     LAYERS_OF_LLAMA_CPP,
     LAYERS_OF_SGLANG,
     LAYERS_OF_VLLM,
     MASK_TOKEN,
-    UNSCALED_IN_LLAMA_CPP,
+    UNSCALED,
     WHOLE_VOCABULARY,
     GgufLayout,
     Rule,
     rope_of_llama_cpp,
     scale_of,
 )
+from train.draft.targets import LLAMA_CPP, SGLANG_BLOCKS, VLLM
 
 _HEAD = Rule(
     "markov_rank",
@@ -60,7 +66,7 @@ def _llama_cpp(*scaled: str) -> tuple[Rule, ...]:
         LAYERS_OF_LLAMA_CPP,
         MASK_TOKEN,
         rope_of_llama_cpp(*scaled),
-        *UNSCALED_IN_LLAMA_CPP,
+        *UNSCALED,
     )
 
 
@@ -97,7 +103,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "embedding_scale",
             # vLLM would load a scaled copy, but targets that scale embeddings also cap or scale logits.
             lambda c: scale_of(c, "embedding_scale") == 1,
-            "it embeds the draft's tokens unscaled",
+            "of its classes Gemma4DSparkModel has other layers, and Qwen3DSparkModel embeds tokens unscaled",
         ),
         Rule(
             "logit_scale",
@@ -136,4 +142,38 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _SOFTCAP,
     ),
     "llama.cpp": _llama_cpp("linear", "yarn"),
+    "tensorrt-llm": (  # tensorrt_llm/_torch/models/modeling_dspark_qwen3.py
+        Rule(
+            "rope_parameters",
+            lambda c: c.rope_parameters.get("rope_type", "default") == "default",
+            "it rotates positions by rope_theta alone",
+        ),
+        FULL_ATTENTION,
+        LAYERS_OF_SGLANG,
+        WHOLE_VOCABULARY,
+        MASK_TOKEN,
+        *UNSCALED,
+    ),
+    "speculators": (LAYERS_OF_VLLM, MASK_TOKEN, *UNSCALED),  # speculators/models/dspark
+}
+# SGLang falls back on the other method where a target lacks set_dspark_layers_to_capture.
+TARGETS = {
+    "vllm": VLLM,
+    "sglang": SGLANG_BLOCKS | {"DeepseekV4ForCausalLM", "KimiLinearForCausalLM"},
+    "llama.cpp": LLAMA_CPP,
+}
+# Seen by hand, with a draft of the example in fp32: see docs/serving.md.
+NOTES = {
+    "vllm": (
+        "vLLM 0.32.0 on a CPU has served a draft of this kind in fp32. Every token that it drafted was "
+        "the one that this project's decoder drafts.",
+    ),
+    "sglang": (
+        "SGLang 0.5.23, patched by hand to run on a CPU, has served a draft of this kind in fp32. Every "
+        "token that it drafted was the one that this project's decoder drafts.",
+    ),
+    "tensorrt-llm": (
+        "It keeps the last 2,048 positions of the context for the draft, or as many as the variable "
+        "`TRTLLM_DSPARK_QWEN3_CTX_WINDOW` says. The draft was trained to see all of them.",
+    ),
 }

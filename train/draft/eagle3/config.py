@@ -3,6 +3,7 @@
 vLLM and SGLang count layers differently. Layer id i here is the output of layer i. SGLang's list
 `eagle_config.eagle_aux_hidden_state_layer_ids` has these ids. vLLM's list of that name, at the top level, has
 the layer that reads the states: i + 1. An exported config has both, and each engine reads its own.
+TensorRT-LLM is told the layers where it is started, counted as here.
 """
 
 from __future__ import annotations
@@ -87,11 +88,13 @@ def exported(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def served(config: PretrainedConfig) -> dict[str, Any]:
-    """Return how vLLM and SGLang are told to serve a draft."""
+    """Return how engines are told to serve a draft."""
     slots = config.ttt_steps
     # Without draft_sample_method vLLM drafts greedily for requests that sample, and accepts less of them.
     own = {"method": "eagle3", "num_speculative_tokens": slots, "draft_sample_method": "probabilistic"}
-    return {"vllm": own, "sglang": "EAGLE3"}
+    trt = {"decoding_type": "Eagle3", "max_draft_len": slots}
+    trt |= {"eagle3_layers_to_capture": list(config.target_layer_ids)}
+    return {"vllm": own, "sglang": "EAGLE3", "tensorrt-llm": trt}
 
 
 def layer_ids_of(values: Mapping[str, Any]) -> list[int] | None:

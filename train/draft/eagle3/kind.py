@@ -17,8 +17,9 @@ from train.draft.eagle3.flops import training_flops
 from train.draft.eagle3.model import Eagle3Model
 from train.draft.eagle3.module import Eagle3TrainerModule
 from train.draft.eagle3.released import ARCHITECTURES, check_released, released_settings, released_weights
-from train.draft.eagle3.serving import GGUF, RULES
+from train.draft.eagle3.serving import GGUF, RULES, TARGETS
 from train.draft.eagle3.settings import EAGLE3_TABLES, Eagle3Config, Eagle3Loss
+from train.draft.eagle3.speculators import SPECULATORS
 from train.draft.kind import DraftKind
 from train.losses.slots import Objective
 
@@ -79,4 +80,6 @@ EAGLE3 = DraftKind(
     matrices=("fc.", "midlayer."),
     rules=RULES,
     gguf=GGUF,
+    targets=TARGETS,
+    speculators=SPECULATORS,
 )

@@ -1,7 +1,8 @@
 """Rules of each inference engine that an EAGLE-3 draft of this project may break.
 
-From the engines' sources, vLLM 0.33.0, SGLang 0.5.23 and llama.cpp as in llama-cpp-python 0.3.36. vLLM and
-SGLang take any number of captured layers. Earlier versions took three.
+From the sources of vLLM 0.33.0, SGLang 0.5.23, TensorRT-LLM 1.4.0rc4, speculators 0.9.0, and llama.cpp as in
+llama-cpp-python 0.3.36. All but llama.cpp take any number of captured layers. Earlier versions of vLLM and
+SGLang took three.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from train.draft.serving import (
     LAYERS_OF_SGLANG,
     LAYERS_OF_VLLM,
     LLAMA_TENSORS,
-    UNSCALED_IN_LLAMA_CPP,
+    UNSCALED,
     GgufLayout,
     Rule,
     rope_of_llama_cpp,
     scale_of,
 )
+from train.draft.targets import LLAMA_CPP, SGLANG_LAYERS, VLLM
 
 _EMBEDDING = Rule(
     "embedding_scale",
@@ -45,7 +47,7 @@ _LLAMA_CPP = (  # conversion/llama.py, src/models/eagle3.cpp
         "draft.norm_output = false",
     ),
     rope_of_llama_cpp("linear", "yarn", "llama3"),
-    *UNSCALED_IN_LLAMA_CPP,
+    *UNSCALED,
 )
 GGUF = GgufLayout(
     architecture="eagle3",
@@ -86,4 +88,19 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
     ),
     "llama.cpp": _LLAMA_CPP,
+    "tensorrt-llm": (  # tensorrt_llm/_torch/models/modeling_speculative.py
+        LAYERS_OF_SGLANG,
+        *(
+            Rule(
+                name,
+                lambda c, name=name: not getattr(c, name),
+                "only its later sources are known to have EAGLE 3.1's norms",
+                f"draft.{name} = false",
+            )
+            for name in ("fc_norm", "norm_output")
+        ),
+        *UNSCALED,
+    ),
+    "speculators": (LAYERS_OF_VLLM, *UNSCALED),  # speculators/models/eagle3
 }
+TARGETS = {"vllm": VLLM, "sglang": SGLANG_LAYERS, "llama.cpp": LLAMA_CPP}
