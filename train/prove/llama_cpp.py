@@ -20,6 +20,8 @@ from pipeline.errors import RunError, UsageError
 from train.prove.engine import Answer, failed, run, started
 
 SERVER, CONVERTER = Path("build/bin/llama-server"), Path("convert_hf_to_gguf.py")
+# Names of dtypes in llama.cpp.
+TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # Seconds in which the server has loaded its models.
 LOADING = 600
 # Lines of the log: a request begins; the best candidate of a slot, whose numbers rise in a round.
@@ -58,7 +60,7 @@ class LlamaCpp:
 
     def serve(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, draft: Path | None) -> Answer:
         """As in `Engine`."""
-        kept = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
+        kept = TYPES[self.dtype]
         name, port = "plain" if draft is None else "draft", _free_port()
         command = [
             *(self.folder / SERVER, "--model", self._converted(self.target, "target")),
@@ -98,10 +100,12 @@ class LlamaCpp:
         return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
     def _converted(self, model: Path, name: str, *options: str | Path) -> Path:
-        """Return a GGUF file of a model, made by llama.cpp's own converter where it is not one."""
+        """Return a GGUF file of a model, made by llama.cpp's own converter where there is none."""
         if model.suffix == ".gguf":
             return model
-        kind = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
+        kind = TYPES[self.dtype]
+        if (model / f"{name}-{kind}.gguf").is_file():  # by `dspark export --gguf`
+            return model / f"{name}-{kind}.gguf"
         found = self.work / f"{name}-{kind}.gguf"
         if not found.exists():
             command = [sys.executable, self.folder / CONVERTER, model, *options]
