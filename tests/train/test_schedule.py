@@ -64,8 +64,8 @@ def looks_ahead(confidences, steps_per_second: Callable[[int], float]) -> list[i
     return list(max(choices, key=lambda lengths: throughput(confidences, lengths, steps_per_second)))
 
 
-# The paper's appendix A. A batch of one, two and three tokens; the target says A and B with 0.7 and 0.3, the draft
-# with 0.5 each. It is 0.8 sure of its first token, and of the one behind it 0.9 if that is A, and 0 if it is B.
+# The paper's appendix A. A batch of one, two and three tokens; the target says A and B with 0.7 and 0.3, the
+# draft with 0.5 each. It is 0.8 sure of its first token, and of the next one 0.9 after A, and 0 after B.
 SPEEDS = {1: 1.0, 2: 0.5, 3: 0.45}
 TARGET = {"A": Fraction(7, 10), "B": Fraction(3, 10)}
 DRAFT = {"A": Fraction(1, 2), "B": Fraction(1, 2)}
@@ -91,7 +91,7 @@ def first_token(scheduler) -> dict[str, Fraction]:
 
 
 def test_appendix_a() -> None:
-    """Its numbers: looking ahead verifies where A was drafted only, so A comes out with 0.85 instead of 0.7."""
+    """Its numbers: looking ahead verifies only where A was drafted, so A has 0.85 instead of 0.7."""
     none, one, two = ([0], [1], [2])
     for token, best in (("A", 1.134), ("B", 0.81)):
         drafted = [[0.8, SECOND[token]]]
@@ -131,7 +131,7 @@ def test_the_global_search_finds_the_best_there_is(confidences, speeds, least: i
 
 
 def test_the_global_search_by_hand() -> None:
-    """Beyond a step down it goes on, where Algorithm 1 stops; a small gain is not worth cutting blocks for."""
+    """Beyond a step down it goes on, where Algorithm 1 stops; a small gain does not cut blocks."""
     speeds = {2: 1.0, 3: 0.5, 4: 0.9, 5: 0.3, 6: 0.3}.__getitem__
     confidences = [[0.9, 0.5], [0.8, 0.5]]  # products 0.9, 0.8, 0.45, 0.4
     assert schedule(confidences, speeds) == [0, 0]
