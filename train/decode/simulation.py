@@ -229,8 +229,8 @@ def format_schedule(result: Schedule) -> str:
     length = result.num_speculative_tokens
     state = {True: "calibrated confidences", False: "confidences as trained", None: "no confidences"}
     lines = [
-        f"step {result.step}: {result.requests:,} requests at a time over {result.samples:,} held-out samples "
-        f"({result.blocks:,} positions), {result.steps:,} steps of an engine; {state[result.calibrated]}; "
+        f"step {result.step}: {result.requests:,} requests at a time over {result.samples:,} held-out "
+        f"samples ({result.blocks:,} positions), {result.steps:,} steps of an engine; {state[result.calibrated]}; "
         f"step times from a table of {result.table}{drafting}",
         *(f"  {line}" for line in table(rows)),
     ]
