@@ -230,8 +230,8 @@ def format_schedule(result: Schedule) -> str:
     state = {True: "calibrated confidences", False: "confidences as trained", None: "no confidences"}
     lines = [
         f"step {result.step}: {result.requests:,} requests at a time over {result.samples:,} held-out "
-        f"samples ({result.blocks:,} positions), {result.steps:,} steps of an engine; {state[result.calibrated]}; "
-        f"step times from a table of {result.table}{drafting}",
+        f"samples ({result.blocks:,} positions), {result.steps:,} steps of an engine; "
+        f"{state[result.calibrated]}; step times from a table of {result.table}{drafting}",
         *(f"  {line}" for line in table(rows)),
     ]
     if result.calibrated is None:

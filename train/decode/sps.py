@@ -103,7 +103,7 @@ def _by_tokens(values: Mapping[str, Any]) -> StepTable:
 
 
 def _in_seconds(values: Mapping[str, Any]) -> StepTable:
-    """Read SGLang's sum of a constant and of fitted parts by requests and by tokens, which may be negative."""
+    """Read SGLang's sum of a constant and fitted parts by requests and by tokens. These may be negative."""
     constant = _number(values["bias_seconds"], "bias_seconds", 0)
     by_requests = _curve(values, "bs_probes", "alpha_seconds", lowest=-_LARGEST)
     by_tokens = _curve(values, "m_probes", "theta_seconds", lowest=-_LARGEST)
