@@ -148,9 +148,6 @@ def test_certain_acceptances_by_hand() -> None:
     # Algorithm 1: (1 + .9) / 3 < 1 / 2 is false, 2.71 / 4 is more still; then nothing, nothing, and one.
     found = simulate(drafts, algorithm_1(speed), speed, requests=1, steps=9)
     assert found == pytest.approx((6 / 9, 6 / 3, 3 / 3))  # 4 + 3 + 2 seconds
-    # Drafting takes a second a step.
-    found = simulate(drafts, fixed(2), speed, requests=1, steps=3, draft_seconds=1.0)
-    assert found[0] == pytest.approx(6 / 14)
 
 
 def test_tensorrt_llms_confidences_are_two_steps_old() -> None:
@@ -234,6 +231,26 @@ def test_the_recommended_length_is_the_fastest_fixed_one(tmp_path: Path) -> None
         policy="fixed", length=1, tokens_per_second=2, tokens_per_round=1, verified_per_round=1
     )
     assert best_length([even, fewer]) == 1
+
+
+def test_drafting_is_paid_by_those_who_draft_and_reckoned_with(tmp_path: Path) -> None:
+    """A step takes a quarter of a millisecond a token. Four requests, each sure by 0.9 of its one token.
+
+    Without drafting 4 / 1 ms is better than 4.9 / 1.25 ms, so Algorithm 1 verifies nothing. With 5 ms of it
+    4.9 / 6.25 ms is better than 4 / 6 ms, and so on up to 7.6 / 7 ms.
+    """
+    drafts = walk([[0.9]] * 400, [400], [[0.9]] * 400)
+    table = read_sps(written(tmp_path, {"token_counts": [4, 8], "step_time_ms": [1, 2]}))
+    free, paid = (
+        {row.policy: row for row in simulate_all(drafts, table, requests=4, num_steps=50, draft_seconds=each)}
+        for each in (0.0, 0.005)
+    )
+    assert free["none"] == paid["none"]
+    assert free["none"].tokens_per_second == pytest.approx(4000)
+    for found, milliseconds in ((free, 2), (paid, 7)):
+        per_second = 1000 * 4 * found["fixed"].tokens_per_round / milliseconds
+        assert found["fixed"].tokens_per_second == pytest.approx(per_second)
+    assert (free["algorithm 1"].verified_per_round, paid["algorithm 1"].verified_per_round) == (0, 1)
 
 
 def test_blocks_are_laid_out_by_answer() -> None:

@@ -138,7 +138,6 @@ def simulate(
     *,
     requests: int,
     steps: int,
-    draft_seconds: float = 0.0,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """Run steps of an engine. Every policy meets the same draws.
@@ -146,7 +145,6 @@ def simulate(
     Args:
         steps_per_second: of a step with so many tokens.
         requests: R.
-        draft_seconds: added to each step.
 
     Returns:
         Tokens per second, and per request and step tokens and verified tokens.
@@ -171,7 +169,7 @@ def simulate(
             past[:, ended] = 1.0
         count = int(lengths.sum())
         tokens, verified = tokens + int(emitted.sum()), verified + count
-        seconds += 1 / steps_per_second(requests + count) + draft_seconds
+        seconds += 1 / steps_per_second(requests + count)
     rounds = requests * steps
     return tokens / seconds, tokens / rounds, verified / rounds
 
@@ -185,18 +183,23 @@ def simulate_all(
     draft_seconds: float = 0.0,
     seed: int = 0,
 ) -> tuple[PolicyFigures, ...]:
-    """Simulate no speculation, each fixed length, and the schedulers if there are confidences."""
+    """Simulate no speculation, each fixed length, and the schedulers if there are confidences.
+
+    Args:
+        draft_seconds: added to each step of those that draft, for the schedulers to reckon with too.
+    """
     k = drafts.accept.shape[1]
-    rates = [0.0] + [steps.rate(requests, batch) for batch in range(1, requests * (k + 1) + 1)]
-    rate = rates.__getitem__
+    times = [1 / steps.rate(requests, batch) for batch in range(requests * (k + 1) + 1)]
+    plain, drafting = ([1 / (time + extra) for time in times] for extra in (0.0, draft_seconds))
+    rate = drafting.__getitem__
     policies: list[tuple[str, int | None, Policy]] = [("none", None, fixed(0))]
     policies += [("fixed", length, fixed(length)) for length in range(1, k + 1)]
     if drafts.confidence is not None:
         policies += [("algorithm 1", None, algorithm_1(rate)), ("global", None, tensorrt_llm(rate))]
-    run = partial(simulate, drafts, steps_per_second=rate, requests=requests, steps=num_steps, seed=seed)
+    run = partial(simulate, drafts, requests=requests, steps=num_steps, seed=seed)
     rows = []
     for name, length, policy in policies:
-        found = run(policy=policy, draft_seconds=0.0 if name == "none" else draft_seconds)
+        found = run(policy, plain.__getitem__ if name == "none" else rate)
         names = ("tokens_per_second", "tokens_per_round", "verified_per_round")
         rows.append(PolicyFigures(policy=name, length=length, **dict(zip(names, found, strict=True))))
     return tuple(rows)
