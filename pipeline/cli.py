@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Fit a draft's confidences to observed acceptance.",
     ),
     "speculate": ("train.cli.evaluate:speculate_command", "Decode with a draft and its live target."),
+    "schedule": ("train.cli.schedule:schedule_command", "Simulate an engine with many requests."),
     "report": ("train.cli.report:report_command", "Write a page about runs: curves, acceptance, cost."),
     "export": ("train.cli.export:export_command", "Write a draft for vLLM, SGLang or Hugging Face."),
     "import": ("train.cli.export:import_command", "Make a run from a released draft."),

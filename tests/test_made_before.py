@@ -313,9 +313,10 @@ def test_old_runs_are_reported() -> None:
     for command in (
         "evaluate",
         "calibrate",
-        "speculate",
+        "speculate --target",
     ):  # what is missing is named with the one that makes it
         assert f"dspark {command}" not in page
+    assert "dspark speculate --measure --target" in page  # which no version before this one measured
     page = _text("all.html")
     for run in ("run-finished", "run-killed", "lr=1e-3", "lr=2e-3"):
         assert run in page

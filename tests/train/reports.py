@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 
 from tests.conftest import run_ok
 from tests.train.runs import lines_of, train_arguments
-from train.experiments.report import kinds, page, plots
+from train.experiments.report import kinds, lengths, page, plots
 from train.experiments.report.data import gather
 
 if TYPE_CHECKING:
@@ -81,6 +81,16 @@ def add_calibration(run: Path) -> None:
 
 def add_speculation(run: Path, temperatures: tuple[float, ...] = (0.0, 1.0)) -> None:
     """What live decoding would write, by hand; another at each temperature."""
+    lengths = [
+        {
+            "length": length,
+            "draft_ms": length / 2,
+            "verify_ms": 4.0 + length / 4,
+            "tokens_per_round": None if length == 3 else 1 + length / 4,
+            "speedup": None if length == 3 else 1.5 - length / 8,
+        }
+        for length in (1, 2, 3)
+    ]
     rows = [
         {
             "temperature": temperature,
@@ -99,6 +109,12 @@ def add_speculation(run: Path, temperatures: tuple[float, ...] = (0.0, 1.0)) -> 
             "offline": {
                 "tokens_per_round": 1.6875 - temperature / 4,
                 "accept_given_prefix": [0.5 - temperature / 8, 0.25, 0.125 + temperature / 16],
+            },
+            "lengths": {
+                "plain_ms": 4.125,
+                "acceptance": "held out",
+                "rows": lengths,
+                "num_speculative_tokens": 1,
             },
         }
         for temperature in temperatures
@@ -140,7 +156,11 @@ def drawn(*runs: Path) -> dict[str, Axes]:
 
         return real(key, title, caption, alt, both, **more)
 
-    with patch.object(plots, "panel", kept), patch.object(kinds, "panel", kept):
+    with (
+        patch.object(plots, "panel", kept),
+        patch.object(kinds, "panel", kept),
+        patch.object(lengths, "panel", kept),
+    ):
         page.render(gather(runs))
     return found
 

@@ -69,6 +69,37 @@ def test_a_run_is_measured_and_decodes_the_targets_own_text(
     assert len(sampling.accept_given_prefix) == slots
 
 
+def test_a_decoder_with_fewer_slots_drafts_the_first_tokens(run: Path, cache_dir: Path) -> None:
+    """What `dspark speculate --measure` times."""
+    draft, reader = open_draft(run), CacheReader(cache_dir)
+    model = draft.model(reader).eval()
+    decoder = draft.kind.decoder(model)
+    generator = torch.Generator().manual_seed(0)
+    width = len(draft.shape.target_layer_ids) * draft.target.hidden_size
+    features, tokens = torch.randn(6, width, generator=generator), torch.arange(20, 26)
+    decoder.extend(features, tokens)
+    whole, slots = decoder.draft(30).tokens, decoder.slots
+    assert len(whole) == slots == draft.kind.slots(draft.shape)
+    for few in range(1, slots):
+        decoder.slots = few
+        assert decoder.draft(30).tokens.tolist() == whole[:few].tolist()
+        sampled = decoder.draft(30, 1.0, generator=generator)
+        assert (len(sampled.tokens), len(sampled.probs)) == (few, few)
+
+
+def test_it_is_scheduled(run: Path, cache_dir: Path, tmp_path: Path) -> None:
+    table = tmp_path / "sps.json"
+    table.write_text('{"token_counts": [1, 64], "step_time_ms": [5, 9]}')
+    command = ("schedule", "--cache", cache_dir, "--run", run, "--device", "cpu", "--sps", table)
+    result = json.loads(run_ok(*command, "--requests", "2", "--steps", "20", "--json"))
+    draft = open_draft(run)
+    fixed = [row["length"] for row in result["policies"] if row["policy"] == "fixed"]
+    assert fixed == list(range(1, draft.kind.slots(draft.shape) + 1))
+    others = {row["policy"] for row in result["policies"]} - {"none", "fixed"}
+    assert others == ({"algorithm 1", "global"} if result["calibrated"] is not None else set())
+    assert (result["calibrated"] is not None) == draft.kind.decoder(draft.model()).has_confidence
+
+
 def test_an_export_comes_back_with_the_same_weights(run: Path, cache_dir: Path, tmp_path: Path) -> None:
     draft = open_draft(run)
     arguments = ("export", run, tmp_path / "export", "--to", "hf", "--dtype", "float32")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ from train.decode.target import CachedTarget
 from train.runs.figures import Parting
 from train.runs.names import EVALUATION, SPECULATION
 from train.runs.open import find_checkpoint
-from train.runs.results import read_evaluation, read_speculation
+from train.runs.results import json_values, read_evaluation, read_speculation
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def test_live_beside_offline(target_dir: Path, run_dir: Path, cache_dir: Path) -
     assert json.loads((folder / SPECULATION).read_text()) == result
     read = read_speculation(folder)
     assert read is not None
-    assert json.loads(json.dumps(asdict(read))) == result
+    assert json.loads(json.dumps(json_values(read))) == result
     evaluation = json.loads((folder / EVALUATION).read_text())
     greedy, sampled, other = result["runs"]
     assert greedy["offline"] == evaluation["decoding"]["greedy"]

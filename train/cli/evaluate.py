@@ -186,6 +186,11 @@ def _check_threshold(_ctx: click.Context, _param: click.Parameter, value: float)
     "the confidence head (calibrated, if `dspark calibrate` was run). 0 verifies all.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**53), default=0, show_default=True, help="Seed of sampling.")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Also time steps over 1 to K drafted tokens on this device, and recommend num_speculative_tokens.",
+)
 @click.option("--show", is_flag=True, help="Print the texts.")
 @json_option
 def speculate_command(
@@ -199,6 +204,7 @@ def speculate_command(
     temperatures: tuple[float, ...],
     threshold: float,
     seed: int,
+    measure: bool,
     show: bool,
     as_json: bool,
 ) -> None:
@@ -236,6 +242,7 @@ def speculate_command(
         max_new_tokens=max_new_tokens,
         threshold=threshold,
         seed=seed,
+        measure=measure,
         show=partial(click.echo, err=as_json) if show else None,
     )
     click.echo(json.dumps(json_values(result)) if as_json else format_speculation(result))

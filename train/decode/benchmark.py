@@ -18,6 +18,7 @@ from pipeline.errors import RunError, UsageError
 from pipeline.hooks import input_device, learned_positions
 from pipeline.target_model.load import Target
 from pipeline.text import figure_table
+from train.decode.lengths import format_lengths, measure_steps, recommend
 from train.decode.speculative import Decoded, decode_plain, decode_speculative
 from train.decode.target import CachedTarget
 from train.draft.kind import Decoder
@@ -111,20 +112,24 @@ def speculate_all(
     max_new_tokens: int,
     threshold: float = 0.0,
     seed: int = 0,
+    measure: bool = False,
     show: Callable[[str], None] | None = None,
 ) -> Speculation:
     """Speculate at each temperature; confidences are calibrated if the checkpoint has temperatures for them.
 
     Args:
         folder: of the draft's checkpoint, with what was measured offline and fitted.
+        measure: also time steps over 1 to K drafted tokens, and recommend a number.
         show: called with every prompt and text.
 
     Raises:
-        UsageError: a threshold for a draft without a confidence head.
+        UsageError: a threshold for a draft without a confidence head, or beside `measure`.
         RunError: figures beside the draft can't be read; or see `speculate`.
     """
     if threshold > 0 and not pair.decoder.has_confidence:
         raise UsageError("--threshold needs a confidence head, and this draft has none: leave it out")
+    if threshold > 0 and measure:
+        raise UsageError("--measure recommends one length for every block: leave --threshold out")
 
     # Read before any work. What an evaluation expects is of whole blocks only.
     scales = read_temperatures(folder, pair.decoder.slots) if threshold > 0 else None
@@ -147,7 +152,14 @@ def speculate_all(
             seen=seen,
         )
         offline = offline_figures(evaluation, temperature, pair.decoder.slots)
-        runs.append(replace(found, offline=offline))
+        lengths = None
+        if measure:
+            alone, watched = (
+                CachedTarget(pair.model, ids) for ids in ((), pair.draft.config.target_layer_ids)
+            )
+            times = measure_steps(alone, watched, pair.decoder, prompts, max_new_tokens, temperature)
+            lengths = recommend(times, found, offline)
+        runs.append(replace(found, offline=offline, lengths=lengths))
     return Speculation(
         step=pair.step,
         target=pair.name,
@@ -314,6 +326,8 @@ def format_speculation(result: Speculation) -> str:
                 f"  {run.speculative_ms:.1f} ms per token; plain decoding {run.plain_ms:.1f} ms: "
                 f"{run.speedup:.2f} times as fast",
             )
+        if run.lengths is not None:
+            lines += format_lengths(run.lengths, result.device)
         if run.identical is not None:
             lines.append(
                 f"  the text is the target's own greedy text, token by token, for {run.identical} of "

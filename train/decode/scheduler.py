@@ -1,13 +1,16 @@
-"""Hardware-aware prefix scheduler: choose the number of drafted tokens to verify per request.
+"""Hardware-aware prefix schedulers: choose the number of drafted tokens to verify per request.
 
-DSpark paper, Algorithm 1. It is for engines that verify many requests at once. `dspark speculate` has one
-request and uses a threshold instead.
+They are for engines that verify many requests at once: the DSpark paper's Algorithm 1, and the search that
+TensorRT-LLM 1.4 does instead. `dspark schedule` simulates both. `dspark speculate` has one request and uses a
+threshold.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from operator import mul
 
 
 def schedule(confidences: Sequence[Sequence[float]], steps_per_second: Callable[[int], float]) -> list[int]:
@@ -21,7 +24,7 @@ def schedule(confidences: Sequence[Sequence[float]], steps_per_second: Callable[
 
     It ends at the first token that does not, even if further ones together would. A token's admission must
     not depend on confidences after it, because they depend on the token itself: the output would no longer
-    have the target's distribution (the paper's appendix A; `tests/train/test_schedule.py` has such a case).
+    have the target's distribution (the paper's appendix A, which `tests/train/test_schedule.py` works out).
 
     Args:
         confidences: per request, the probability that each drafted token is accepted if all before it are.
@@ -46,4 +49,46 @@ def schedule(confidences: Sequence[Sequence[float]], steps_per_second: Callable[
         following = position + 1
         if following < len(confidences[request]):
             heapq.heappush(waiting, (product * confidences[request][following], following, request))
+    return lengths
+
+
+def schedule_globally(
+    confidences: Sequence[Sequence[float]],
+    steps_per_second: Callable[[int], float],
+    *,
+    least: int = 1,
+    least_gain: float = 0.0,
+) -> list[int]:
+    """Return the lengths of the highest expected throughput of all, as TensorRT-LLM 1.4 chooses them.
+
+    Tokens are admitted in the order of `schedule`, but none ends the search: where the speed falls in stairs,
+    the best number of tokens may lie beyond a step down. That is lossless only if the confidences do not
+    depend on the tokens that are decided about, so pass those of an earlier step.
+
+    Args:
+        confidences: as in `schedule`.
+        steps_per_second: as in `schedule`.
+        least: drafted tokens that each request verifies in any case, as far as it has so many.
+        least_gain: verify everything unless the best promises more than this share above that.
+
+    Returns:
+        One number per request, from `least` to the number of its drafted tokens.
+    """
+    if not confidences:
+        return []
+    lengths = [min(least, len(own)) for own in confidences]
+    batch, expected = len(confidences) + sum(lengths), float(len(confidences))
+    waiting = []
+    for request, own in enumerate(confidences):
+        products = list(accumulate(own, mul))
+        expected += sum(products[: lengths[request]])
+        waiting += [(-products[k], k, request) for k in range(lengths[request], len(own))]
+    waiting.sort()  # a request's products never rise, so its positions stay in order
+    totals = list(accumulate((-product for product, _, _ in waiting), initial=expected))
+    found = [total * steps_per_second(batch + n) for n, total in enumerate(totals)]
+    chosen = max(range(len(found)), key=found.__getitem__)  # the fewest of equals
+    if found[chosen] < found[-1] * (1 + least_gain):
+        chosen = len(waiting)
+    for _, position, request in waiting[:chosen]:
+        lengths[request] = position + 1
     return lengths

@@ -80,7 +80,7 @@ class Decoder(Protocol):
     """A draft that drafts for one sequence."""
 
     slots: int
-    """K, the most tokens of a round."""
+    """K, the most tokens of a round. With a lower number it drafts fewer, the first ones of a block."""
     has_confidence: bool
     """True if the draft has a confidence head, which a threshold needs."""
 

@@ -113,14 +113,23 @@ def _rounds_begun(blocks: Blocks, reached: np.ndarray) -> np.ndarray:
     edges = np.concatenate([np.ones((n, 1)), reached, np.zeros((n, 1))], axis=1)
     ends = edges[:, :-1] - edges[:, 1:]  # [n, K + 1], the probability of accepting just 0, 1, ... K
     begun = np.zeros(n + slots + 1)
-    follows = (np.diff(blocks.sample) == 0) & (np.diff(blocks.position) == 1)
-    firsts = np.flatnonzero(np.concatenate([[True], ~follows]))
-    for first, last in zip(firsts, np.append(firsts[1:], n), strict=True):
+    for first, last in answers(blocks):
         begun[first : first + slots + 1] = 0  # what the answer before reached beyond its end
         begun[first] = 1
         for i in range(first, last):
             begun[i + 1 : i + slots + 2] += begun[i] * ends[i]
     return begun[:n]
+
+
+def answers(blocks: Blocks) -> list[tuple[int, int]]:
+    """Return the first block of each stretch of neighbouring anchors, and the one after its last.
+
+    Args:
+        blocks: of every candidate position, by sample and position.
+    """
+    follows = (np.diff(blocks.sample) == 0) & (np.diff(blocks.position) == 1)
+    firsts = np.flatnonzero(np.concatenate([[True], ~follows])).tolist()
+    return list(zip(firsts, [*firsts[1:], len(blocks)], strict=True))
 
 
 def _ratios(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, ...]:

@@ -120,6 +120,7 @@ def model_card(
         counts=f", {evaluation.blocks:,} blocks of {evaluation.samples:,}" if evaluation else "",
         other_data=_other_data(cache) if cache and cache.data_sha256 and not same else "",
         live=list(map(_live, speculation.runs)) if speculation else [],
+        measured_lengths=[run for run in speculation.runs if run.lengths] if speculation else [],
         live_where=_where(speculation) if speculation else "",
         calibrated=calibrated,
         with_embeddings=with_embeddings,

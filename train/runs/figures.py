@@ -297,6 +297,36 @@ class Parting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LengthRow:
+    """A number of drafted tokens a round."""
+
+    length: int
+    """Drafted tokens."""
+    draft_ms: float
+    """Milliseconds of drafting them, in a round."""
+    verify_ms: float
+    """Milliseconds of a target step over them and the token before them."""
+    tokens_per_round: float | None
+    """Expected, the target's own included; None where no acceptance was measured so far into the block."""
+    speedup: float | None
+    """Expected, over plain decoding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Expected speed-up of one request, by the number of drafted tokens a round."""
+
+    plain_ms: float
+    """Milliseconds of a target step over one token, without a draft."""
+    acceptance: Literal["held out", "live"]
+    """Where the acceptance was measured."""
+    rows: tuple[LengthRow, ...]
+    """From 1 drafted token to K."""
+    num_speculative_tokens: int
+    """Length of the highest speed-up; 0 if none is above 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpeculationRun:
     """Live decoding of all prompts at one temperature; means per round are None where there was none."""
 
@@ -328,6 +358,8 @@ class SpeculationRun:
     """One per other prompt."""
     offline: Rounds | None = None
     """Expectation of `dspark evaluate`; None where it has none, or where a threshold cuts blocks."""
+    lengths: Lengths | None = None
+    """None without `--measure`, and then left out of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)

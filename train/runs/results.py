@@ -20,6 +20,8 @@ from train.runs.names import CALIBRATION, EVALUATION, SPECULATION
 
 LARGEST = 1e100
 """Of figures: what is larger is a mistake, and can't be drawn."""
+_LEFT_OUT = ("further_losses", "lengths")
+"""Keys that are left out of a file where there is nothing, as files of earlier versions lack them."""
 _LIMIT = 16 * 2**20
 _Figures = TypeVar("_Figures", Evaluation, Calibration, Speculation)
 _FILES = {Evaluation: EVALUATION, Calibration: CALIBRATION, Speculation: SPECULATION}
@@ -38,7 +40,7 @@ def json_values(figures: Evaluation | Calibration | Speculation) -> dict[str, An
 
 def _without_empty(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_empty(v) for k, v in value.items() if v or k != "further_losses"}
+        return {k: _without_empty(v) for k, v in value.items() if v or k not in _LEFT_OUT}
     return [_without_empty(item) for item in value] if isinstance(value, list | tuple) else value
 
 

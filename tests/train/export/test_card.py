@@ -194,3 +194,26 @@ def test_paths_of_the_machine_stay_at_home(tmp_path: Path, run_dir: Path, cache_
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "draft.init_from = vanilla\n" in card
     assert str(run_dir.parent) not in card
+
+
+def test_the_card_recommends_what_was_measured(tmp_path: Path, run_dir: Path) -> None:
+    """A table per temperature, by hand; a length that was not measured has a dash."""
+    run = changed(run_dir, tmp_path / "run")
+    rows = [
+        {"length": length, "draft_ms": 1.0, "verify_ms": 2.0, "tokens_per_round": 2.0, "speedup": speedup}
+        for length, speedup in ((1, 1.25), (2, 1.5), (3, None))
+    ]
+    lengths = {"plain_ms": 4.0, "acceptance": "held out", "rows": rows, "num_speculative_tokens": 2}
+    none = {**lengths, "acceptance": "live", "num_speculative_tokens": 0}
+    runs = [{**DECODED, **GREEDY, "lengths": lengths}, {**DECODED, **SAMPLED, "lengths": none}]
+    (run / "latest" / "speculation.json").write_text(json.dumps({**LIVE, "runs": runs}))
+    run_ok("export", run, tmp_path / "out", "--to", "hf")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    table = "| drafted tokens a round | 1 | 2 | 3 |\n|---|---|---|---|\n| speed-up | 1.250 | 1.500 | - |\n\n"
+    before, greedy, sampled = card.split(table)
+    assert "At temperature 0.000, by the times of target steps there (held out acceptance)" in before
+    assert greedy.startswith("Recommended for a device like it: `num_speculative_tokens` 2.\n\nAt temp")
+    assert sampled.startswith("No number of drafted tokens is expected to be faster there.\n\n## Serve it")
+    (run / "latest" / "speculation.json").write_text(json.dumps(LIVE))
+    run_ok("export", run, tmp_path / "older", "--to", "hf")
+    assert "drafted tokens a round" not in (tmp_path / "older" / "README.md").read_text(encoding="utf-8")

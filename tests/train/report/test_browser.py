@@ -84,7 +84,7 @@ def test_it_renders_alone_and_silently(
     assert browser.problems == []
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     figures = browser.evaluate(FIGURES)
-    assert len(figures) == {"one": 15, "both": 18}[name]
+    assert len(figures) == {"one": 17, "both": 20}[name]
     for figure in figures:
         left, top, right, bottom = figure["svg"]
         assert right - left >= 240
@@ -154,7 +154,7 @@ def test_settings_are_folded_on_a_screen_and_printed(browser: Browser, pages: di
         browser.call("Emulation.setEmulatedMedia", media="")
 
 
-@pytest.mark.parametrize(("name", "most"), [("one", 8), ("both", 10)])
+@pytest.mark.parametrize(("name", "most"), [("one", 9), ("both", 11)])
 def test_it_prints_on_a4(browser: Browser, pages: dict[str, str], name: str, most: int) -> None:
     browser.open(pages[name])
     pdf = browser.pdf()

@@ -284,3 +284,38 @@ def test_drawing_leaves_the_library_as_it_was(runs: list[Path], tmp_path: Path) 
     before = dict(matplotlib.rcParams)
     report(runs[1], out=tmp_path / "report.html")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_speed_up_by_drafted_tokens(axes: dict[str, Axes], runs: list[Path], tmp_path: Path) -> None:
+    """A curve per temperature with a gap where nothing was measured; the recommended length has a mark."""
+    for temperature, key in ((0, "lengths-0"), (1, "lengths-1")):
+        curve, mark, plain = axes[key].get_lines()
+        written = figures_of(runs[0], "speculation.json")["runs"][temperature]["lengths"]
+        assert points(curve) == [(row["length"], row["speedup"]) for row in written["rows"]] != []
+        assert points(mark) == [(1, written["rows"][0]["speedup"])]
+        assert set(plain.get_ydata()) == {1}
+        assert axes[key].get_ylim()[0] == 0
+    other = copy_run(runs[0], tmp_path / "other")
+
+    def slower(figures: dict[str, Any]) -> None:
+        for run in figures["runs"]:
+            run["lengths"]["num_speculative_tokens"] = 0
+            for row in run["lengths"]["rows"]:
+                row["speedup"] = 0.25
+
+    change_figures(other, "speculation.json", slower)
+    _, _, second, _ = drawn(runs[0], other)["lengths-0"].get_lines()
+    assert [y for _, y in points(second)] == [0.25] * 3
+    text = report(runs[0], other, out=tmp_path / "two.html").text
+    assert "Recommended num_speculative_tokens" in text
+    assert "Not here yet: Speed-up by drafted tokens" not in text
+
+
+def test_a_missing_speed_up_is_named_with_its_command(runs: list[Path], tmp_path: Path) -> None:
+    other = copy_run(runs[0], tmp_path / "other")
+    change_figures(other, "speculation.json", lambda figures: [run.pop("lengths") for run in figures["runs"]])
+    assert not [key for key in drawn(other) if key.startswith("lengths")]
+    page = report(other, out=tmp_path / "one.html")
+    check_whole(page)
+    assert "Not here yet: Speed-up by drafted tokens of other" in page.text
+    assert f"dspark speculate --measure --target TARGET --cache CACHE --run {other}" in page.text

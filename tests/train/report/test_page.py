@@ -68,6 +68,8 @@ def test_figures_of_a_run(one: Page, runs: list[Path]) -> None:
         "reliability-prefix-0",
         "reliability-slot-0",
         "thresholds-0",
+        "lengths-0",
+        "lengths-1",
         "cost-tokens_per_s",
         "cost-data_wait_percent",
         "cost-peak_memory_bytes",

@@ -66,7 +66,7 @@ class BlockDecoder:
 
     @torch.no_grad()
     def block_states(self, anchor: int | Tensor) -> Tensor:
-        """Return the slots' states `[K, H]` of a block whose anchor token follows the context directly."""
+        """Return the states `[slots, H]` of a block whose anchor token follows the context directly."""
         model = self.model
         self._make_room(self.length + model.block_size)
         self._ids[0, 0] = anchor
@@ -74,7 +74,7 @@ class BlockDecoder:
         rotary = self._rotary(block)
         for layer, keys, values in zip(model.layers, *self._cache, strict=True):
             block = layer.decode(block, keys, values, self.length, rotary)
-        return model.norm(block)[0, model.first_slot :]
+        return model.norm(block)[0, model.first_slot :][: self.slots]
 
     @torch.no_grad()
     def draft(

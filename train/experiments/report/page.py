@@ -12,6 +12,7 @@ from markupsafe import Markup
 from train.experiments.report import plots, tables
 from train.experiments.report.data import RunData, dig, measured_elsewhere, reliability, temperatures_of
 from train.experiments.report.kinds import COSTS, described, several_kinds, tau_curve
+from train.experiments.report.lengths import length_table, measured_temperatures, speedup_curve
 from train.experiments.report.svg import Panel, swatch
 from train.experiments.report.tables import Table
 
@@ -46,6 +47,7 @@ def render(runs: Sequence[RunData], title: str | None = None) -> str:
         _training(runs),
         _acceptance(runs),
         _confidence(runs),
+        _lengths(runs),
         _costs(runs),
         _settings(runs),
     ]
@@ -321,6 +323,22 @@ def _confidence(runs: Sequence[RunData]) -> Section:
     return Section(
         "confidence", "Confidence and thresholds", lead, rows, _present([[table]]), missing=missing
     )
+
+
+def _lengths(runs: Sequence[RunData]) -> Section:
+    panels = _panels(*(speedup_curve(runs, each) for each in measured_temperatures(runs)))
+    lead = (
+        "What drafting more or fewer tokens a round is expected to gain one request on the device that "
+        "it was measured on. An engine with many requests is another matter: dspark schedule simulates one."
+    )
+    missing = _missing(
+        [run for run in runs if run.training],
+        lambda run: not measured_temperatures([run]),
+        "Speed-up by drafted tokens",
+        "dspark speculate --measure --target TARGET --cache CACHE --run RUN",
+    )
+    found = _present([[length_table(runs)]])
+    return Section("lengths", "Drafted tokens a round", lead, panels, found, missing=missing)
 
 
 def _costs(runs: Sequence[RunData]) -> Section:

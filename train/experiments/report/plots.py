@@ -159,7 +159,7 @@ def acceptance(
                     axes.annotate(f"{value:.2f}", (k + 1, top), fontsize=8.5, color=INK, **place)
         elif untrained:
             _legend(axes, [("untrained", series[-1][3])])
-        _positions(axes, max(len(values) for _, _, values, _ in series))
+        position_axis(axes, max(len(values) for _, _, values, _ in series))
         _from_zero(axes, [v for _, _, values, _ in series for v in values])
 
     alt = f"{title}, from position 1. " + ". ".join(f"{who}: {listed(v)}" for _, who, v, _ in series) + "."
@@ -177,7 +177,7 @@ def live(runs: Sequence[RunData], temperatures: Sequence[float]) -> Panel | None
     for run in runs:
         for row in run.live:
             if row.temperature in temperatures:
-                kind = _kind(row.temperature)
+                kind = temperature_name(row.temperature)
                 own = look(looks[row.temperature] if len(runs) == 1 else run.index, linewidth=1.8)
                 there = row.offline.accept_given_prefix if row.offline else ()
                 rows.append((kind if len(runs) == 1 else run.name, row.accept_given_prefix, there, own))
@@ -199,10 +199,10 @@ def live(runs: Sequence[RunData], temperatures: Sequence[float]) -> Panel | None
         else:
             own = look(0, color=MUTED)
             _legend(axes, [("live", own), ("held out", hollow(own))])
-        _positions(axes, max(len(values) for row in rows for values in row[1:3]))
+        position_axis(axes, max(len(values) for row in rows for values in row[1:3]))
         _from_zero(axes, [value for row in rows for values in row[1:3] for value in values])
 
-    title = "Live acceptance" + (f", {_kind(temperatures[0])}" if len(temperatures) == 1 else "")
+    title = "Live acceptance" + (f", {temperature_name(temperatures[0])}" if len(temperatures) == 1 else "")
     caption = (
         "Lines are live decoding, hollow marks what held-out samples had promised for it. Live rounds begin "
         "where the last one ended, and so yield a bit less than tau."
@@ -219,7 +219,8 @@ def _temperature_looks(temperatures: Sequence[float]) -> dict[float, int]:
     return {t: 1 if t == 0 else next(free) for t in temperatures}
 
 
-def _kind(temperature: float) -> str:
+def temperature_name(temperature: float) -> str:
+    """Name a temperature of decoding."""
     return "greedy" if temperature == 0 else f"temperature {temperature:g}"
 
 
@@ -382,7 +383,8 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
-def _positions(axes: Axes, count: int) -> None:
+def position_axis(axes: Axes, count: int) -> None:
+    """Number an axis from 1 to `count`."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(0.6, count + 0.4)
