@@ -148,7 +148,7 @@ prove: train
 		echo "== $$run, $$engine"; \
 		$(BIN)/dspark export $$run $$folder --to $$engine --dtype float32 || { [ $$? = 2 ] && continue || exit 1; }; \
 		$(OFFLINE) $(BIN)/dspark prove $$folder --run $$run --engine $$engine --cache $(CACHE) \
-			--target $(or $(TARGET),"$$($(BIN)/python -m capture.example)") || exit 1; \
+			--num-prompts 8 --target $(or $(TARGET),"$$($(BIN)/python -m capture.example)") || exit 1; \
 	done; done
 
 # A process for each core, each with whole files: what the tests of a file share is made once.
