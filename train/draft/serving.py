@@ -159,3 +159,16 @@ UNSCALED = (
         "it leaves a draft's logits uncapped",
     ),
 )
+
+_SEEN = (
+    "{} has served a draft of this kind in fp32. Every token that it drafted was the one that this project's "
+    "decoder drafts"
+)
+# Engines that served drafts of every kind, as `make prove` shows.
+PROVED = {
+    "vllm": (_SEEN.format("vLLM 0.32.0 on a CPU") + ", as `dspark prove` found.",),
+    "llama.cpp": (
+        _SEEN.format("llama.cpp of llama-cpp-python 0.3.36 on a CPU") + ", as `dspark prove` found.",
+    ),
+}
+"""Notes for model cards."""

@@ -319,7 +319,8 @@ def test_sglang_serves_other_targets_by_kind_of_draft(architecture: str, serving
 def test_what_was_seen_of_an_engine_is_in_the_card(tmp_path: Path, run_dir: Path) -> None:
     run_ok("export", run_dir, tmp_path / "out", "--to", "vllm")
     card = " ".join((tmp_path / "out" / "README.md").read_text(encoding="utf-8").split())
-    for version in ("vLLM 0.32.0 on a CPU", "SGLang 0.5.23, patched by hand to run on a CPU,"):
+    llama_cpp = "llama.cpp of llama-cpp-python 0.3.36 on a CPU"
+    for version in ("vLLM 0.32.0 on a CPU", "SGLang 0.5.23, patched by hand to run on a CPU,", llama_cpp):
         assert f"{version} has served a draft of this kind in fp32. Every token" in card
     assert "or later" not in card
 

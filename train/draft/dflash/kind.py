@@ -32,6 +32,7 @@ from train.draft.dflash.serving import GGUF, RULES, TARGETS
 from train.draft.dflash.settings import DFLASH_TABLES, DFlashLoss
 from train.draft.dflash.speculators import SPECULATORS
 from train.draft.kind import DraftKind
+from train.draft.serving import PROVED
 from train.losses.slots import Objective
 
 
@@ -79,6 +80,7 @@ DFLASH = DraftKind(
     lr_scales=lambda _train: {},
     matrices=BLOCK_MATRICES,
     rules=RULES,
+    notes=PROVED,
     gguf=GGUF,
     targets=TARGETS,
     speculators=SPECULATORS,

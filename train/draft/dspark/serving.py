@@ -19,6 +19,7 @@ from train.draft.serving import (
     LAYERS_OF_SGLANG,
     LAYERS_OF_VLLM,
     MASK_TOKEN,
+    PROVED,
     UNSCALED,
     WHOLE_VOCABULARY,
     GgufLayout,
@@ -162,13 +163,9 @@ TARGETS = {
     "sglang": SGLANG_BLOCKS | {"DeepseekV4ForCausalLM", "KimiLinearForCausalLM"},
     "llama.cpp": LLAMA_CPP,
 }
-# Seen by hand, with a draft of the example in fp32: see docs/serving.md.
 NOTES = {
-    "vllm": (
-        "vLLM 0.32.0 on a CPU has served a draft of this kind in fp32. Every token that it drafted was "
-        "the one that this project's decoder drafts.",
-    ),
-    "sglang": (
+    **PROVED,
+    "sglang": (  # seen by hand: see docs/serving.md
         "SGLang 0.5.23, patched by hand to run on a CPU, has served a draft of this kind in fp32. Every "
         "token that it drafted was the one that this project's decoder drafts.",
     ),

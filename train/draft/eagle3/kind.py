@@ -21,6 +21,7 @@ from train.draft.eagle3.serving import GGUF, RULES, TARGETS
 from train.draft.eagle3.settings import EAGLE3_TABLES, Eagle3Config, Eagle3Loss
 from train.draft.eagle3.speculators import SPECULATORS
 from train.draft.kind import DraftKind
+from train.draft.serving import PROVED
 from train.losses.slots import Objective
 
 
@@ -79,6 +80,7 @@ EAGLE3 = DraftKind(
     lr_scales=lambda _train: {},
     matrices=("fc.", "midlayer."),
     rules=RULES,
+    notes=PROVED,
     gguf=GGUF,
     targets=TARGETS,
     speculators=SPECULATORS,
