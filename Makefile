@@ -107,7 +107,7 @@ DRAFT = --cache $(CACHE) --run $(RUN) --device $(DEVICE)
 evaluate: $(STAMP)
 	$(BIN)/dspark evaluate $(DRAFT)
 	$(BIN)/dspark calibrate $(DRAFT)
-	$(OFFLINE) $(BIN)/dspark speculate $(DRAFT) --num-prompts $(PROMPTS) --max-new-tokens 64 \
+	$(OFFLINE) $(BIN)/dspark speculate $(DRAFT) --num-prompts $(PROMPTS) --max-new-tokens 64 --measure \
 		--target $(or $(TARGET),"$$($(BIN)/python -m capture.example)")
 	$(BIN)/dspark report $(RUN) --out $(RUN)/report.html
 
