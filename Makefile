@@ -152,8 +152,10 @@ prove: train
 	done; done
 
 # A process for each core, each with whole files: what the tests of a file share is made once.
+# In the order of names: by the number of tests, the longest files would come last, to one process.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+		--no-loadscope-reorder
 
 # `auto` is bf16 on some processors and fp32 on others: neither kind may hide a failure from the other.
 test-flipped: $(STAMP)
