@@ -135,21 +135,24 @@ LLAMA_CPP := $(ENGINES)/llama.cpp/.ready
 engines: $(VLLM) $(LLAMA_CPP)
 
 $(VLLM): tests/engines/vllm.sh
-	sh $< $(PYTHON) $(@D)
+	sh $< $(PYTHON) "$(@D)"
 
 $(LLAMA_CPP): tests/engines/llama_cpp.sh $(STAMP)
-	sh $< $(abspath $(BIN))/python $(@D)
+	sh $< "$(abspath $(BIN))/python" "$(@D)"
 
 # Exports are made anew, in float32: in it an engine's tokens are ours to the last one. A draft that an engine
 # does not serve is refused by export, with exit code 2, and the next one is proved.
+PROVED = $(sort $(RUN) $(wildcard $(COMPARED)))
+
 prove: train
-	@for run in $(wildcard $(COMPARED)); do for engine in vllm llama.cpp; do \
+	@for run in $(PROVED); do for engine in vllm llama.cpp; do \
 		folder=.cache/proved/$$engine/$$(basename $$run); rm -rf $$folder; \
 		echo "== $$run, $$engine"; \
 		$(BIN)/dspark export $$run $$folder --to $$engine --dtype float32 || { [ $$? = 2 ] && continue || exit 1; }; \
 		$(OFFLINE) $(BIN)/dspark prove $$folder --run $$run --engine $$engine --cache $(CACHE) \
 			--num-prompts 8 --target $(or $(TARGET),"$$($(BIN)/python -m capture.example)") || exit 1; \
-	done; done
+		proved=1; \
+	done; done; [ -n "$$proved" ] || { echo 'error: no engine serves $(PROVED)'; exit 1; }
 
 # A process for each core, each with whole files: what the tests of a file share is made once.
 # In the order of names: by the number of tests, the longest files would come last, to one process.

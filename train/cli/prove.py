@@ -55,7 +55,7 @@ def prove_command(
     from pipeline.target_model.load import open_target
     from train.decode.prompts import choose_prompts
     from train.prove.compare import check, format_proof
-    from train.prove.run import ended_whole, open_engine, prove, work_folder
+    from train.prove.run import as_exported, ended_whole, open_engine, prove, work_folder
     from train.runs.open import open_draft
     from train.runtime.console import say
 
@@ -66,6 +66,7 @@ def prove_command(
     asked = choose_prompts(
         prompts, cache, num_prompts, run=named.path, draft=draft, tokenizer=found.tokenizer()
     )
+    draft = as_exported(folder, draft)
     with ended_whole(), work_folder() as work:
         served = open_engine(engine, engine_path, found, draft, work)
         proof = prove(served, folder, draft, found, asked, max_new_tokens, say)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,8 @@ from pipeline.text import one_line
 
 # Seconds in which a process that was asked to end does so, before it is killed.
 GRACE = 10
+# Seconds without a line or an answer after which a process hangs.
+SILENCE = 1800
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ def started(
     Raises:
         RunError: it can't be started.
     """
-    with log.open("wb") as output:
-        try:
+    process = None
+    try:
+        with log.open("wb") as output:
             process = subprocess.Popen(
                 [str(part) for part in command],
                 stdin=subprocess.DEVNULL,
@@ -77,37 +81,48 @@ def started(
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,  # Ctrl-C is ours to pass on, and a group can be ended whole
             )
-        except OSError as error:
-            raise RunError(f"{command[0]} can't be started ({error.strerror}): is it the engine's?") from None
-    try:
         yield process
+    except OSError as error:
+        if process is not None:
+            raise
+        raise RunError(f"{command[0]} can't be started ({error.strerror}): is it the engine's?") from None
     finally:
-        _end(process)
+        if process is not None:
+            _end(process)
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a process's whole group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
+    """End a process's whole group. A second Ctrl-C ends the patience, not the ending."""
+    try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run(command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None) -> None:
     """Run a process to its end.
 
     Raises:
-        RunError: it can't be started, or fails.
+        RunError: it can't be started, fails, or says nothing for too long.
     """
     with started(command, log, environment) as process:
-        if process.wait() != 0:
+        while (code := _ended(process)) is None:
+            if time.time() - log.stat().st_mtime > SILENCE:
+                raise RunError(f"{Path(command[0]).name} has said nothing for {SILENCE} s; see {log}")
+        if code != 0:
             raise failed(Path(command[0]).name, log)
+
+
+def _ended(process: subprocess.Popen) -> int | None:
+    """Return a process's exit code, None if it is at work after a second."""
+    try:
+        return process.wait(1)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def failed(name: str, log: Path) -> RunError:

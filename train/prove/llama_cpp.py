@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError, UsageError
-from train.prove.engine import Answer, failed, run, started
+from pipeline.text import one_line
+from train.prove.engine import SILENCE, Answer, failed, run, started
 
 SERVER, CONVERTER = Path("build/bin/llama-server"), Path("convert_hf_to_gguf.py")
 # Names of dtypes in llama.cpp.
@@ -101,9 +103,14 @@ class LlamaCpp:
 
     def _converted(self, model: Path, name: str, *options: str | Path) -> Path:
         """Return a GGUF file of a model, made by llama.cpp's own converter where there is none."""
-        if model.suffix == ".gguf":
+        if model.is_file():
             return model
         kind = TYPES[self.dtype]
+        if self.target.is_file() and not (model / f"{name}-{kind}.gguf").is_file():
+            raise UsageError(
+                f"beside a target's GGUF file, llama.cpp needs the draft's: export it with --gguf {kind} "
+                f"--target-gguf {self.target}"
+            )
         if (model / f"{name}-{kind}.gguf").is_file():  # by `dspark export --gguf`
             return model / f"{name}-{kind}.gguf"
         found = self.work / f"{name}-{kind}.gguf"
@@ -131,7 +138,7 @@ class _Server:
                 raise failed("llama-server", self.log)
             try:
                 self._ask("/health", None)
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
+            except RunError:
                 time.sleep(0.5)
             else:
                 return
@@ -152,19 +159,25 @@ class _Server:
             "cache_prompt": False,
             "return_tokens": True,
         }
-        try:
-            return self._ask("/completion", request)["tokens"]
-        except (urllib.error.URLError, ConnectionError, KeyError):
-            raise failed("llama-server", self.log) from None
+        tokens = self._ask("/completion", request).get("tokens")
+        if not isinstance(tokens, list):
+            raise failed("llama-server", self.log)
+        return tokens
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the reply to a request. Raise RunError if there is none."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by a proxy
-        with opener.open(request, timeout=None if data else 5) as answer:
-            return json.load(answer)
+        try:
+            with opener.open(request, timeout=SILENCE if data else 5) as answer:
+                return dict(json.load(answer))
+        except urllib.error.HTTPError as error:
+            raise RunError(f"llama-server refused a request: {one_line(error.read().decode())}") from None
+        except (OSError, http.client.HTTPException, ValueError, TypeError):
+            raise failed("llama-server", self.log) from None
 
 
 def _free_port() -> str:

@@ -99,7 +99,7 @@ def prove(
     """Serve prompts with an export, and draft after the same texts ourselves.
 
     Args:
-        folder: the export of `draft`.
+        folder: the export of `draft`, which has its weights: see `as_exported`.
         target: opened in the engine's dtype.
         say: called with what is being done.
 
@@ -107,7 +107,6 @@ def prove(
         RunError: the export is of another draft, or the engine fails.
         TargetError: the target can't be loaded.
     """
-    draft = as_exported(folder, draft)
     evaluation, speculation = read_evaluation(draft.folder), read_speculation(draft.folder)
     expected = offline_figures(evaluation, 0.0, draft.kind.slots(draft.shape))
     measured = [run for run in speculation.runs if run.temperature == 0] if speculation else []
@@ -133,14 +132,15 @@ def prove(
 
 @contextmanager
 def work_folder() -> Iterator[Path]:
-    """Yield a folder for an engine's files. After an error its logs stay, which the error names."""
+    """Yield a folder for an engine's files. It stays, without models, after an error that names it."""
     folder = Path(tempfile.mkdtemp(prefix="dspark-prove-"))
     try:
         yield folder
-    except RunError:
-        for path in folder.iterdir():
-            if path.suffix != ".log":
-                path.unlink()
+    except RunError as error:
+        if str(folder) not in str(error):
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.glob("*.gguf"):
+            path.unlink()
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -150,9 +150,13 @@ def work_folder() -> Iterator[Path]:
 
 @contextmanager
 def ended_whole() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C inside the block, so that an engine ends with this process."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Take SIGTERM, and a closed terminal, for Ctrl-C, so that an engine ends with this process."""
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

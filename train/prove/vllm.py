@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.prove.engine import Answer, run
+from train.prove.engine import Answer, failed, run
 
 WORKER = Path(__file__).parent / "worker" / "run_vllm.py"
 
@@ -45,5 +45,9 @@ class Vllm:
             "max_new_tokens": max_new_tokens,
         }
         asked.write_text(json.dumps(request), encoding="utf-8")
-        run([self.python, WORKER, asked, answered], self.work / f"{name}.log")
-        return Answer(**json.loads(answered.read_text(encoding="utf-8")))
+        log = self.work / f"{name}.log"
+        run([self.python, WORKER, asked, answered], log)
+        try:
+            return Answer(**json.loads(answered.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            raise failed(f"{self.python}, which wrote no answer,", log) from None

@@ -92,6 +92,11 @@ def llama_server(*arguments: str) -> None:
                     for k in range(3):
                         line = f" - seq_id 0, draft candidate {k:3}, pos {slot:3}: {token + k:6}"
                         print(f"{line} (   0.250) 'x'", flush=True)
+            if os.environ.get(FAULT) == "dies":
+                os._exit(1)
+            if os.environ.get(FAULT) == "lies":
+                self.reply(["no object"])  # type: ignore[arg-type]
+                return
             self.reply({"tokens": texts[Handler.number]})
             Handler.number += 1
 

@@ -96,9 +96,21 @@ def test_one_other_drafted_token_is_found(served) -> None:
     assert found is not None
     assert (found.prompt, found.engine, found.ours) == (1, drafts[1][2], answer.drafts[1][2])
     assert proof.accepted == compare(pair, prompts, plain, answer, **FACTS).accepted
-    with pytest.raises(RunError, match=r"other tokens than we do \(1 of [\d,]+\), first in prompt 2 after"):
+    with pytest.raises(RunError, match=r"or fewer \([\d,]+ of [\d,]+ are ours\), first in prompt 2 after"):
         check(proof)
     check(replace(proof, dtype="bfloat16"))
+
+
+def test_fewer_drafted_tokens_are_found(served) -> None:
+    """Each of them is ours, but an engine that drafts one of K has misread K."""
+    pair, prompts, plain, answer = served
+    drafts = [[one[:1] for one in own] for own in answer.drafts]
+    # The rounds are those of the whole drafts only where no second token was accepted: the first.
+    proof = compare(pair, prompts, plain, replace(answer, drafts=[own[:1] for own in drafts]), **FACTS)
+    assert proof.same == proof.drafted == 3
+    assert not proof.holds
+    with pytest.raises(RunError, match="or fewer"):
+        check(proof)
 
 
 def test_another_text_is_found(served) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from train.decode.benchmark import load_pair
 from train.decode.prompts import choose_prompts
 from train.decode.speculative import decode_plain, decode_speculative
 from train.decode.target import CachedTarget
+from train.prove.engine import started
 from train.prove.llama_cpp import read_drafts
 from train.runs.open import open_draft
 
@@ -116,7 +118,7 @@ def test_one_other_drafted_token(asked, told, tmp_path: Path, engine) -> None:
     told["drafts"][1][0][-1] += 1
     (tmp_path / "draft.json").write_text(json.dumps(told))
     result = run_cli(*asked, *engine(tmp_path))
-    assert_refused(result, 1, "drafts other tokens than we do (1 of", "first in prompt 2 after token 1: [")
+    assert_refused(result, 1, "other tokens than we do, or fewer (", "first in prompt 2 after token 1: [")
     assert "drafted tokens: " in result.stdout, "the figures come first"
 
 
@@ -139,7 +141,50 @@ def test_an_engine_that_fails(
     assert_refused(result, 1, "failed: ", says, "all of its output is in")
     log = Path(result.stderr.rpartition(" is in ")[2].strip())
     assert says in log.read_text()
-    assert {path.suffix for path in log.parent.iterdir()} == {".log"}
+    assert ".gguf" not in {path.suffix for path in log.parent.iterdir()}
+
+
+def test_an_engine_without_an_answer(asked, tmp_path: Path) -> None:
+    refused = run_cli(*asked, "--engine", "vllm", "--engine-path", "/usr/bin/true")
+    assert_refused(refused, 1, "/usr/bin/true, which wrote no answer, failed")
+
+
+@pytest.mark.parametrize("fault", ["dies", "lies"])
+def test_a_server_that_ends_within_a_request(
+    asked, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(engines.FAULT, fault)
+    assert_refused(run_cli(*asked, *on_llama_cpp(tmp_path)), 1, "llama-server failed")
+
+
+def test_a_second_ctrl_c_leaves_nothing_alive(tmp_path: Path) -> None:
+    """Of a process that takes no SIGTERM."""
+    script, pids = tmp_path / "engine.sh", tmp_path / "pids"
+    script.write_text(f"trap '' TERM\necho $$ > {pids}\nwhile true; do sleep 0.1; done\n")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        with started(["/bin/sh", script], tmp_path / "log"):
+            while not (pids.exists() and pids.read_text().strip()):
+                time.sleep(0.01)
+            signal.setitimer(signal.ITIMER_REAL, 0.2)  # the second one, while the first waits
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not at_work(int(pids.read_text()))
+
+
+def test_what_is_refused_leaves_no_folder(asked, tmp_path: Path) -> None:
+    asked[1] = tmp_path
+    assert_refused(run_cli(*asked, *on_vllm(tmp_path)), 1, "can't be read")
+    assert not list(tmp_path.glob("dspark-prove-*"))
 
 
 def test_engines_that_are_not_there(asked, tmp_path: Path) -> None:
