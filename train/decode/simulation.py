@@ -33,7 +33,7 @@ class Drafts:
     """The block at each position of some answers, n blocks of K slots."""
 
     accept: np.ndarray
-    """How likely each slot is accepted if all before it are, `[n, K]`; 0 beyond the answer's end."""
+    """Probability that each slot is accepted if all before it are, `[n, K]`; 0 beyond the answer's end."""
     slots: np.ndarray
     """Slots up to the answer's end, `[n]`."""
     left: np.ndarray

@@ -48,7 +48,7 @@ class GgufLayout:
     rules: tuple[Rule, ...]
     """llama.cpp's rules where the file is written here, not by its converter, which leaves things out."""
     neighbours: bool = False
-    """Whether the rotated pairs of queries and keys are neighbours in the file; if not, they are halves."""
+    """True if rotated pairs of queries and keys are neighbours in the file; False if they are halves."""
 
 
 LLAMA_TENSORS = {

@@ -23,7 +23,7 @@ SILENCE = 1800
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine made of the prompts, greedily."""
+    """Greedy answers of an engine to the prompts."""
 
     version: str
     """Name and version of the engine."""
