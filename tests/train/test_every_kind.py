@@ -70,7 +70,7 @@ def test_a_run_is_measured_and_decodes_the_targets_own_text(
 
 
 def test_a_decoder_with_fewer_slots_drafts_the_first_tokens(run: Path, cache_dir: Path) -> None:
-    """What `dspark speculate --measure` times."""
+    """Lengths that `dspark speculate --measure` times."""
     draft, reader = open_draft(run), CacheReader(cache_dir)
     model = draft.model(reader).eval()
     decoder = draft.kind.decoder(model)

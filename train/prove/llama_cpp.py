@@ -22,6 +22,8 @@ from pipeline.text import one_line
 from train.prove.engine import SILENCE, Answer, failed, run, started
 
 SERVER, CONVERTER = Path("build/bin/llama-server"), Path("convert_hf_to_gguf.py")
+# Errors of a request without a reply, or with one that is no JSON object.
+_NO_REPLY = (OSError, http.client.HTTPException, ValueError, TypeError)
 # Names of dtypes in llama.cpp.
 TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # Seconds in which the server has loaded its models.
@@ -74,18 +76,11 @@ class LlamaCpp:
         if draft is not None:
             command += [
                 *("--model-draft", self._converted(draft, "draft", "--target-model-dir", self.target)),
-                *(
-                    "--spec-type",
-                    self.draft_type,
-                    "--spec-draft-n-max",
-                    self.slots,
-                    "--spec-draft-p-min",
-                    "0",
-                ),
-                *("--cache-type-k-draft", kept, "--cache-type-v-draft", kept),
+                *("--spec-type", self.draft_type, "--spec-draft-n-max", self.slots),
+                *("--spec-draft-p-min", "0", "--cache-type-k-draft", kept, "--cache-type-v-draft", kept),
             ]
         log = self.work / f"{name}.log"
-        with started([str(part) for part in command], log) as process:
+        with started(list(map(str, command)), log) as process:
             server = _Server(process, port, log)
             server.wait()
             server.complete(prompts[0], max_new_tokens)  # not timed: the first is slow
@@ -106,13 +101,14 @@ class LlamaCpp:
         if model.is_file():
             return model
         kind = TYPES[self.dtype]
-        if self.target.is_file() and not (model / f"{name}-{kind}.gguf").is_file():
+        exported = model / f"{name}-{kind}.gguf"  # by `dspark export --gguf`
+        if exported.is_file():
+            return exported
+        if self.target.is_file():
             raise UsageError(
                 f"beside a target's GGUF file, llama.cpp needs the draft's: export it with --gguf {kind} "
                 f"--target-gguf {self.target}"
             )
-        if (model / f"{name}-{kind}.gguf").is_file():  # by `dspark export --gguf`
-            return model / f"{name}-{kind}.gguf"
         found = self.work / f"{name}-{kind}.gguf"
         if not found.exists():
             command = [sys.executable, self.folder / CONVERTER, model, *options]
@@ -137,8 +133,8 @@ class _Server:
             if self.process.poll() is not None:
                 raise failed("llama-server", self.log)
             try:
-                self._ask("/health", None)
-            except RunError:
+                self._open("/health", None)
+            except _NO_REPLY:
                 time.sleep(0.5)
             else:
                 return
@@ -166,18 +162,22 @@ class _Server:
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """Return the reply to a request. Raise RunError if there is none."""
+        try:
+            return self._open(path, body)
+        except urllib.error.HTTPError as error:
+            raise RunError(f"llama-server refused a request: {one_line(error.read().decode())}") from None
+        except _NO_REPLY:
+            raise failed("llama-server", self.log) from None
+
+    def _open(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the reply to a request. Raises one of `_NO_REPLY` if there is none."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by a proxy
-        try:
-            with opener.open(request, timeout=SILENCE if data else 5) as answer:
-                return dict(json.load(answer))
-        except urllib.error.HTTPError as error:
-            raise RunError(f"llama-server refused a request: {one_line(error.read().decode())}") from None
-        except (OSError, http.client.HTTPException, ValueError, TypeError):
-            raise failed("llama-server", self.log) from None
+        with opener.open(request, timeout=SILENCE if data else 5) as answer:
+            return dict(json.load(answer))
 
 
 def _free_port() -> str:

@@ -319,7 +319,7 @@ class Lengths:
     plain_ms: float
     """Milliseconds of a target step over one token, without a draft."""
     acceptance: Literal["held out", "live"]
-    """Where the acceptance was measured."""
+    """Source of the acceptance."""
     rows: tuple[LengthRow, ...]
     """From 1 drafted token to K."""
     num_speculative_tokens: int

@@ -372,7 +372,7 @@ def test_what_the_library_has_no_field_for_is_refused(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_librarys_own_classes_read_the_config(exports: dict[str, Path], kind: str) -> None:
-    """Where the library is installed."""
+    """Asked of the library, if it is installed."""
     speculators = pytest.importorskip("speculators")
     config = speculators.SpeculatorModelConfig.from_pretrained(exports[kind])
     assert config.speculators_model_type == kind

@@ -1,4 +1,4 @@
-"""What llama.cpp's files of block drafters have in common."""
+"""Keys and tensors that llama.cpp's files of all block drafters have."""
 
 from __future__ import annotations
 
