@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import record
 from capture.data.conversations import TokenizedSample
+from capture.engines.huggingface import HuggingFaceEngine
 from capture.options import CaptureOptions, DataOptions
 from capture.prepare import prepare
 from capture.shards.evidence import predicted_rows
 from capture.shards.prediction import judge, measure_prediction
-from capture.target import HFDSparkTargetModel
 from pipeline.cache import TargetIdentity
 from pipeline.quiet import quiet_transformers
 from pipeline.target_model.options import TargetOptions
@@ -127,7 +127,7 @@ def main() -> None:
     figures = []
 
     def show(case: str, model: nn.Module, facts: TargetIdentity, samples: list[TokenizedSample]) -> None:
-        found = measure_prediction(HFDSparkTargetModel(model, (0,)), facts, samples)
+        found = measure_prediction(HuggingFaceEngine(model, (0,)), facts, samples)
         if found is None:
             print(f"{case:36} states are not finite, which is refused", flush=True)
             return

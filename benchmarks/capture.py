@@ -23,18 +23,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import record
+from capture.engines.huggingface import HuggingFaceEngine, pad
 from capture.options import CaptureOptions, DataOptions
 from capture.prepare import PreparedCapture, prepare
 from capture.run import capture, capture_shards
 from capture.shards.clock import Clock
-from capture.shards.fill import ShardFiller, pad
+from capture.shards.fill import ShardFiller
 from capture.shards.statistics import measure_statistics
-from capture.target import HFDSparkTargetModel
 from pipeline.cache import CacheWriter
 from pipeline.cache.progress.claims import Worker
 from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
-from pipeline.hooks import find_decoder, input_device, rows_taken_as_given
+from pipeline.hooks import find_decoder, rows_taken_as_given
 from pipeline.process import WorkerPlace
 from pipeline.quiet import quiet_transformers
 from pipeline.signals import StopRequest
@@ -97,9 +97,9 @@ def synchronise(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def bare_seconds(target: HFDSparkTargetModel, prepared: PreparedCapture) -> float:
+def bare_seconds(engine: HuggingFaceEngine, prepared: PreparedCapture) -> float:
     """Return the seconds of the backbone's forward over all batches of the plan."""
-    device, decoder = input_device(target.model), find_decoder(target.model)
+    device, decoder = engine.device, find_decoder(engine.target.model)
     order = prepared.batching.order
     batches = [
         pad([prepared.data[int(order[i])] for i in batch], device) for batch in prepared.batching.batches
@@ -114,16 +114,16 @@ def bare_seconds(target: HFDSparkTargetModel, prepared: PreparedCapture) -> floa
 
 
 def capture_seconds(
-    target: HFDSparkTargetModel, prepared: PreparedCapture, cache: Path
+    engine: HuggingFaceEngine, prepared: PreparedCapture, cache: Path
 ) -> tuple[float, dict[str, float]]:
     """Every shard from tokens to disk, and the complete manifest; and where the time went."""
     identity, clock = prepared.full_identity(), Clock()
     writer = CacheWriter(cache, identity, prepared.plan, prepared.index, dict(prepared.data.rows))
-    writer.write_target({}, {"embed_tokens.weight": target.get_input_embeddings().weight.cpu()})
+    writer.write_target({}, {"embed_tokens.weight": engine.embedding.cpu()})
     statistics = writer.statistics(
-        lambda: measure_statistics(target, identity, prepared.data, prepared.batching.order)
+        lambda: measure_statistics(engine, identity, prepared.data, prepared.batching.order)
     )
-    filler = ShardFiller(target, identity, state_codecs(identity, statistics), clock)
+    filler = ShardFiller(engine, identity, state_codecs(identity, statistics), clock)
     place = WorkerPlace()
     with Worker(writer.progress) as worker:
         synchronise(filler.device)
@@ -165,12 +165,12 @@ def capture_rows(
     )
     prepared = prepare(options)
     case = f"{name}, {options.context_codec}+{options.last_codec}"
-    target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
-    bare_seconds(target, prepared)  # warm-up
+    engine = HuggingFaceEngine(prepared.target.model(), prepared.layer_ids)
+    bare_seconds(engine, prepared)  # warm-up
     bare, whole, steps = [], [], {}
     for i in range(rounds):
-        bare.append(bare_seconds(target, prepared))
-        seconds, steps = capture_seconds(target, prepared, folder / f"cache-{i}")
+        bare.append(bare_seconds(engine, prepared))
+        seconds, steps = capture_seconds(engine, prepared, folder / f"cache-{i}")
         whole.append(seconds)
     began = time.perf_counter()
     capture(options)

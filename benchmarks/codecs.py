@@ -56,10 +56,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import record
+from capture.engines.huggingface import HuggingFaceEngine
 from capture.options import CaptureOptions, DataOptions
 from capture.prepare import PreparedCapture, prepare
-from capture.shards.fill import pad
-from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity
 from pipeline.cache.codecs import CODECS, Codec, Statistics, bits_per_value
 from pipeline.cache.fidelity import teacher_variation
@@ -106,17 +105,17 @@ class Rows:
 
 
 @torch.no_grad()
-def activations(target: HFDSparkTargetModel, prepared: PreparedCapture, picks: np.ndarray) -> Rows:
+def activations(engine: HuggingFaceEngine, prepared: PreparedCapture, picks: np.ndarray) -> Rows:
     """Return the target's states of some samples, run one by one."""
     context: list[list[Tensor]] = [[] for _ in prepared.layer_ids]
     last, embedding, follows = [], [], []
-    embed = target.get_input_embeddings().weight
+    embed = engine.embedding
     for i in tqdm(picks.tolist(), desc="target", unit="sample", leave=False):
         sample = prepared.data[i]
-        states = target.states(pad([sample], embed.device))
+        states = engine.states([sample])
         for store, layer_id in zip(context, prepared.layer_ids, strict=True):
-            store.append(states[layer_id][0, 1:].float().cpu())
-        last.append(states[LAST_HIDDEN][0, 1:].float().cpu())
+            store.append(states.take(layer_id)[1:].float().cpu())
+        last.append(states.take(LAST_HIDDEN)[1:].float().cpu())
         embedding.append(embed[torch.from_numpy(sample.input_ids[1:]).long()].float().cpu())
         follows.append(torch.arange(len(last[-1])) > 0)
     return Rows(
@@ -249,19 +248,19 @@ def lossless_rows(states: list[Tensor], case: str) -> list[tuple[str, str, float
 
 
 def quality_rows(prepared: PreparedCapture) -> list[tuple[str, str, float, str]]:
-    target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
+    engine = HuggingFaceEngine(prepared.target.model(), prepared.layer_ids)
     lengths = prepared.data.facts.lengths
     order = np.random.default_rng(0).permutation(len(lengths))
     sets = []
     for tokens in (STATISTICS_TOKENS, TRAIN_TOKENS, TEST_TOKENS):
         picks, order = pick(lengths, tokens, order)
-        sets.append(activations(target, prepared, picks))
+        sets.append(activations(engine, prepared, picks))
     first, train, test = sets
     scale = [statistics_of(rows) for rows in first.context]
     last_scale = statistics_of(first.last_hidden)
     # Every codec is compared with bf16.
     raw, raw_test = ([rows.bfloat16() for rows in each.context] for each in (train, test))
-    head = target.get_output_embeddings().weight.float().cpu()
+    head = engine.head.float().cpu()
     vary = partial(variation, head, prepared.identity)
     learning, judging = Probe(train, scale), Probe(test, scale)
     some = slice(None, None, -(-TEST_TOKENS * len(head) // MAX_LOGITS))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from capture.data.summary import data_lines
+from capture.engines.open import open_engine
 from capture.prepare import PreparedCapture
-from capture.shards.fill import pad
-from capture.target import HFDSparkTargetModel
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.features import NO_LAST_HIDDEN
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes, written_bytes
 from pipeline.cache.split import training_lines
-from pipeline.hooks import input_device
 from pipeline.options import DEFAULT_LAST_CODEC
 from pipeline.target_model.load import Target
 from pipeline.text import duration, size
@@ -92,19 +91,19 @@ def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
 @torch.no_grad()
 def probe(prepared: PreparedCapture) -> str:
     """Load the target and time a few batches. Return a line with the time that one process will need."""
-    target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
-    device = input_device(target.model)
     batching, data = prepared.batching, prepared.data
     chosen = np.linspace(0, len(batching.batches) - 1, PROBE_BATCHES).astype(int)
     tokens, seconds = 0, 0.0
-    for n, batch in enumerate([chosen[0], *dict.fromkeys(chosen.tolist())]):
-        samples = [data[int(i)] for i in batching.order[list(batching.batches[batch])]]
-        began = time.perf_counter()
-        states = target.states(pad(samples, device))
-        float(next(iter(states.values())).view(-1)[0])  # waits for the device
-        if n:  # the first one warms up
-            seconds += time.perf_counter() - began
-            tokens += sum(len(sample.input_ids) for sample in samples)
+    with closing(open_engine(prepared)) as engine:
+        device = engine.device
+        for n, batch in enumerate([chosen[0], *dict.fromkeys(chosen.tolist())]):
+            samples = [data[int(i)] for i in batching.order[list(batching.batches[batch])]]
+            began = time.perf_counter()
+            states = engine.states(samples)
+            float(states.take(prepared.layer_ids[0]).view(-1)[0])  # waits for the device
+            if n:  # the first one warms up
+                seconds += time.perf_counter() - began
+                tokens += sum(len(sample.input_ids) for sample in samples)
     rate = tokens / seconds
     return (
         f"probe: {rate:,.0f} tokens/s on {device}, so {duration(batching.tokens / rate)} for all "

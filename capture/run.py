@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from capture.console import note, say
 from capture.data.summary import position_lines
+from capture.engines.engine import CaptureEngine
+from capture.engines.open import open_engine
 from capture.options import CaptureOptions
 from capture.plan import check_room, plan_lines
 from capture.prepare import PreparedCapture, prepare
@@ -22,7 +25,6 @@ from capture.shards.disk import ShardDisk
 from capture.shards.evidence import prove_target
 from capture.shards.fill import FilledShard, ShardFiller
 from capture.shards.statistics import measure_statistics
-from capture.target import HFDSparkTargetModel
 from capture.workers import worker_place
 from pipeline.cache import CacheWriter, Manifest
 from pipeline.cache.layout import LAST_HIDDEN
@@ -89,26 +91,33 @@ def _on_device_of(place: WorkerPlace, options: CaptureOptions) -> CaptureOptions
 
 
 def _capture_pending(writer: CacheWriter, prepared: PreparedCapture, place: WorkerPlace) -> int:
-    """Load the target and capture until nothing is missing but what live processes hold.
+    """Start the engine and capture until nothing is missing but what live processes hold.
 
     Returns:
         Shards written by this process.
     """
     if prepared.target.device.type == "cpu":
         reuse_freed_memory()
+    with closing(open_engine(prepared)) as engine:
+        return _capture_with(engine, writer, prepared, place)
+
+
+def _capture_with(
+    engine: CaptureEngine, writer: CacheWriter, prepared: PreparedCapture, place: WorkerPlace
+) -> int:
+    """Prove an engine, and capture as `_capture_pending` does."""
     identity, data, order = writer.manifest.identity, prepared.data, prepared.batching.order
     bad = bad_samples(prepared, writer.skipped())
-    target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
-    statistics = writer.statistics(lambda: measure_statistics(target, identity, data, order, bad))
+    statistics = writer.statistics(lambda: measure_statistics(engine, identity, data, order, bad))
     codecs = state_codecs(identity, statistics)
-    proof = prove_target(target, identity, prepared, codecs.get(LAST_HIDDEN), place.rank == 0)
+    proof = prove_target(engine, identity, prepared, codecs.get(LAST_HIDDEN), place.rank == 0)
     written = 0
     try:
         with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:
-            filler = ShardFiller(target, identity, codecs, Clock())
+            filler = ShardFiller(engine, identity, codecs, Clock())
             while True:
                 if not writer.target_written() and worker.claim(_TARGET):
-                    _write_target(writer, prepared, target.model, proof)
+                    _write_target(writer, prepared, engine, proof)
                 written += capture_shards(writer, worker, place, filler, prepared, stop, bad)
                 done = writer.target_written() and not writer.pending()
                 if done or not worker.others_died(_waiting(writer, stop)):
@@ -142,13 +151,12 @@ def _waiting(writer: CacheWriter, stop: StopRequest) -> Callable[[int], None]:
 
 
 def _write_target(
-    writer: CacheWriter, prepared: PreparedCapture, model: nn.Module, proof: dict[str, float]
+    writer: CacheWriter, prepared: PreparedCapture, engine: CaptureEngine, proof: dict[str, float]
 ) -> None:
     """Write the parts of the target that training needs: config, tokenizer, embedding and head."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    frozen = {"embed_tokens.weight": _compact(embedding)}
+    frozen = {"embed_tokens.weight": _compact(engine.embedding)}
     if not prepared.identity.target.tied_embeddings:
-        frozen["lm_head.weight"] = _compact(head)
+        frozen["lm_head.weight"] = _compact(engine.head)
     writer.write_target(prepared.target.files(), frozen, proof)
 
 

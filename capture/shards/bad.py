@@ -6,51 +6,15 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pyarrow as pa
 
 from capture.console import note
-from pipeline.cache.layout import LAST_HIDDEN
-from pipeline.cache.skipped import ALL_ZERO, NOT_FINITE, REASONS, TOO_LARGE
+from capture.engines.checks import problem
+from pipeline.cache.skipped import REASONS
 from pipeline.errors import TargetError
 
 # Samples of one reason that are named one by one: while the capture runs, and where there are too many.
 MAX_NAMED = 5
-_PROBLEMS = {NOT_FINITE: "holds NaN or infinity", ALL_ZERO: "is all zero"}
-_REMEDIES = {
-    NOT_FINITE: "check the target's weights, or try --dtype float32",
-    ALL_ZERO: "check the target's weights, or try --dtype float32",
-    TOO_LARGE: "lower --max-length, or spread the target over more GPUs with --device-map auto",
-}
-
-
-def peaks_reason(peaks: np.ndarray) -> str | None:
-    """Return the reason to skip a sample, None for a good one, given the largest absolute value per row."""
-    if not np.isfinite(peaks).all():
-        return NOT_FINITE
-    return None if peaks.any() else ALL_ZERO
-
-
-def state_name(key: int | str) -> str:
-    """Return the name of a state in messages."""
-    return "the last hidden state" if key == LAST_HIDDEN else f"layer {key}"
-
-
-def problem(place: str, reason: str, key: int | str | None, tokens: int, remedy: str = "") -> str:
-    """Return a sentence about a bad sample.
-
-    Args:
-        place: the sample's, for people.
-        key: the state that shows it, a layer id or `last_hidden`.
-        remedy: what else to do.
-    """
-    if reason == TOO_LARGE:
-        what = f"the sample at {place}, {tokens:,} tokens, does not fit the device's memory by itself"
-    else:
-        what = (
-            f"{state_name(LAST_HIDDEN if key is None else key)} of the sample at {place} {_PROBLEMS[reason]}"
-        )
-    return f"{what}: {_REMEDIES[reason]}{remedy}"
 
 
 class BadSamples:

@@ -14,18 +14,16 @@ import numpy as np
 from capture.batching import CapturePlan
 from capture.console import note
 from capture.data.conversations import TokenizedSample
+from capture.engines.checks import check_peaks, problem, row_peaks
+from capture.engines.engine import CaptureEngine
+from capture.engines.proof import prove_batch
 from capture.prepare import PreparedCapture
-from capture.shards.bad import problem
-from capture.shards.fill import check_peaks, pad, row_peaks
 from capture.shards.prediction import Judgement, judge, measure_prediction
-from capture.shards.proof import prove_batch, prove_states
-from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity
 from pipeline.cache.skipped import TOO_LARGE
 from pipeline.cache.statistics import StateCodec
 from pipeline.device import if_it_fits
 from pipeline.errors import TargetError
-from pipeline.hooks import input_device
 
 # Candidates tried before the target is refused, and rows whose predictions are measured.
 CANDIDATES = 8
@@ -34,7 +32,7 @@ ROW_TOKENS, ALL_TOKENS = 1024, 2048
 
 
 def prove_target(
-    target: HFDSparkTargetModel,
+    engine: CaptureEngine,
     identity: Identity,
     prepared: PreparedCapture,
     last_codec: StateCodec | None,
@@ -53,20 +51,20 @@ def prove_target(
         TargetError: states are not the target's own or can't be used, or, without `--no-proof`, the
             predictions are impossible for the right model.
     """
-    pairs = _Pairs(target, prepared)
+    pairs = _Pairs(engine, prepared)
     pair, rope = pairs.first(), prepared.rope
-    proof = if_it_fits(lambda: prove_states(target, identity, pair, last_codec, rope))
+    proof = if_it_fits(lambda: engine.prove(identity, pair, last_codec, rope))
     if proof is None:  # both at once: each of them fits
-        proof = prove_states(target, identity, pair[-1:], last_codec, rope)
+        proof = engine.prove(identity, pair[-1:], last_codec, rope)
     for batch in proof_batches(prepared):
         several = pairs.usable(batch) or []
         if len(several) > 1:  # one that does not fit is split by the capture, too
-            error = if_it_fits(functools.partial(prove_batch, target, several)) or 0.0
+            error = if_it_fits(functools.partial(prove_batch, engine, several)) or 0.0
             proof["proof.padding_error"] = max(proof["proof.padding_error"], error)
-    prediction = measure_prediction(target, identity.target, predicted_rows(prepared))
+    prediction = measure_prediction(engine, identity.target, predicted_rows(prepared))
     if prediction is None:
         return proof
-    judgement = judge(prediction, target.get_output_embeddings().weight.shape[0])
+    judgement = judge(prediction, engine.head.shape[0])
     if judgement.verdict == "impossible" and not prepared.options.no_proof:
         raise TargetError(f"{judgement.line}; --no-proof captures it anyway")
     if speaks:
@@ -81,8 +79,8 @@ def _say(judgement: Judgement) -> None:
 class _Pairs:
     """First and last sample of batches, as far as their states can be used."""
 
-    def __init__(self, target: HFDSparkTargetModel, prepared: PreparedCapture):
-        self._target, self._prepared = target, prepared
+    def __init__(self, engine: CaptureEngine, prepared: PreparedCapture):
+        self._engine, self._prepared = engine, prepared
         self._problems: dict[int, str] = {}
         """Problem of each tried sample, empty for a usable one, by its number in the cache's order."""
 
@@ -114,18 +112,20 @@ class _Pairs:
 
     def _problem(self, i: int) -> str:
         if i not in self._problems:
-            self._problems[i] = state_problem(self._target, _sample(self._prepared, i))
+            self._problems[i] = state_problem(self._engine, _sample(self._prepared, i))
         return self._problems[i]
 
 
-def state_problem(target: HFDSparkTargetModel, sample: TokenizedSample) -> str:
+def state_problem(engine: CaptureEngine, sample: TokenizedSample) -> str:
     """Return what is wrong with a sample's states when it runs alone, or nothing."""
-    states = if_it_fits(lambda: target.states(pad([sample], input_device(target.model))))
-    if states is None:
-        return problem(f"row {sample.source_row + 1} of the data", TOO_LARGE, None, len(sample.input_ids))
+    place = f"row {sample.source_row + 1} of the data"
+    states = if_it_fits(lambda: engine.states([sample]))
+    if states is None or states.failed:
+        reason = TOO_LARGE if states is None else states.failed[0]
+        return problem(place, reason, None, len(sample.input_ids))
     try:
-        for key, rows in states.items():
-            check_peaks(row_peaks(rows[0]).cpu().numpy(), key, sample)
+        for key, rows in states.take_all().items():
+            check_peaks(row_peaks(rows).cpu().numpy(), key, sample)
     except TargetError as error:
         return str(error)
     return ""

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from capture.console import note
 from capture.data.conversations import TokenizedSample
-from capture.shards.bad import peaks_reason, problem
+from capture.engines.checks import peaks_reason, problem, row_peaks
+from capture.engines.engine import CaptureEngine, on_device
 from capture.shards.clock import Clock
-from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity, last_hidden_rows
 from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, spread
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name
@@ -28,12 +28,9 @@ from pipeline.cache.skipped import REASONS, TOO_LARGE, state_rows
 from pipeline.cache.statistics import StateCodec
 from pipeline.device import out_of_memory
 from pipeline.errors import TargetError
-from pipeline.hooks import input_device
 
-# Maximum mean total variation between the stored teacher and the target. bf16 rounding of the logits alone
-# costs about 0.01; a teacher from before the final norm costs 0.3 or more.
-MAX_TEACHER_TV = 0.05
-# The same over the few rows that are checked per shard, which allows for an outlier among them.
+# Maximum mean total variation between the stored teacher and the target over the few rows that are checked
+# per shard: that of the proof (see `capture.engines.proof`), and room for an outlier among them.
 MAX_SHARD_TEACHER_TV = 0.25
 # Batches in flight on a GPU while the next one is prepared.
 BATCHES_AHEAD = 2
@@ -180,35 +177,18 @@ class FilledShard:
                 rows.view(torch.uint8).zero_()
 
 
-def check_peaks(peaks: np.ndarray, key: int | str, sample: TokenizedSample) -> None:
-    """Refuse a sample's states, given the largest absolute value of each row.
-
-    Raises:
-        TargetError: they hold NaN or infinity, or only zeros.
-    """
-    reason = peaks_reason(peaks)
-    if reason is not None:
-        place = f"row {sample.source_row + 1} of the data"
-        raise TargetError(problem(place, reason, key, len(sample.input_ids)))
-
-
-def row_peaks(rows: Tensor) -> Tensor:
-    """Return the largest absolute value of each row `[n, H]`: `[n]` fp32, NaN for a row that holds one."""
-    return rows.abs().amax(dim=1).float()
-
-
 class ShardFiller:
     """Run the target over the batches of a shard and write the encoded rows into its buffer."""
 
     def __init__(
         self,
-        target: HFDSparkTargetModel,
+        engine: CaptureEngine,
         identity: Identity,
         codecs: Mapping[str, StateCodec],
         clock: Clock,
     ):
-        self.target, self._identity, self.clock = target, identity, clock
-        self.device = input_device(target.model)
+        self.engine, self._identity, self.clock = engine, identity, clock
+        self.device = engine.device
         self._codecs = codecs
         self._copier = Copier(clock)
         self._limit = sys.maxsize
@@ -239,6 +219,7 @@ class ShardFiller:
         tensors["input_ids"].copy_(torch.from_numpy(np.concatenate([s.input_ids for s in shard.samples])))
         tensors["loss_mask"].copy_(torch.from_numpy(np.concatenate([s.loss_mask for s in shard.samples])))
         ahead: deque[Callable[[], None]] = deque()
+        self.engine.expect(batches)
         for batch in batches:
             for part in self._fitting(list(batch)):
                 limit, bad = self._limit, len(shard.bad)
@@ -298,35 +279,32 @@ class ShardFiller:
     def _run_whole(self, shard: FilledShard, batch: list[TokenizedSample]) -> None:
         """Forward, encode and copy the next batch. It counts as filled only when all of it succeeded."""
         with self.clock.step("forward", self.device):
-            states = self.target.states(pad(batch, self.device))
+            states = self.engine.states(batch)
         first, token, last = shard._filled
-        lengths = [len(sample.input_ids) for sample in batch]
-        width = max(lengths)
-        token_rows = np.concatenate([row * width + np.arange(n) for row, n in enumerate(lengths)])
-        labels = [last_hidden_rows(sample.loss_mask) for sample in batch]
-        label_rows = np.concatenate([row * width + rows for row, rows in enumerate(labels)])
-        # Positions of the shard's checked label rows among this batch's label rows and token rows.
+        starts = np.cumsum([0, *(len(sample.input_ids) for sample in batch)])
+        labels = [start + last_hidden_rows(s.loss_mask) for start, s in zip(starts, batch, strict=False)]
+        label_rows = np.concatenate(labels)  # numbers of tokens of the batch
+        # Positions of the shard's checked label rows among this batch's label rows.
         checked = np.array([i - last for i in shard.checked if last <= i < last + len(label_rows)], np.int64)
-        checked_tokens = np.searchsorted(token_rows, label_rows[checked])
-        token_index, label_index = self._index(token_rows), self._index(label_rows)
+        checked_tokens = label_rows[checked]
         peaks, measured = [], []
         for layer_id in self._identity.features.layer_ids:
-            rows = states.pop(layer_id).flatten(0, 1)
-            rows = rows[token_index.to(rows.device)] if len(token_rows) < len(rows) else rows
+            rows = states.take(layer_id)
             name = context_name(layer_id)
             parts = self._encode(name, rows)
             peaks.append((layer_id, first, self._peaks(rows)))
             measured.append(self._compare(name, rows, parts, checked_tokens))
             self._store(shard, name, parts, token)
         if LAST_HIDDEN in self._codecs:
-            rows = states.pop(LAST_HIDDEN).flatten(0, 1)
-            rows = rows[label_index.to(rows.device)]
+            rows = states.take(LAST_HIDDEN, label_rows)
             parts = self._encode(LAST_HIDDEN, rows)
             peaks.append((LAST_HIDDEN, first, self._peaks(rows)))
             measured.append(self._compare(LAST_HIDDEN, rows, parts, checked))
             self._store(shard, LAST_HIDDEN, parts, last)
         shard.add(peaks, measured)
-        shard._filled = (first + len(batch), token + len(token_rows), last + len(label_rows))
+        shard._filled = (first + len(batch), token + int(starts[-1]), last + len(label_rows))
+        for sample, reason in sorted(states.failed.items()):
+            shard.mark(first + sample, reason)
 
     def _encode(self, state: str, rows: Tensor) -> dict[str, Tensor]:
         with self.clock.step("encode", rows.device):
@@ -349,26 +327,13 @@ class ShardFiller:
         if not len(checked):
             return {}
         with self.clock.step("check", rows.device):
-            index = self._index(checked).to(rows.device)
+            index = on_device(checked, rows.device)
             chosen = {suffix: encoded[index] for suffix, encoded in parts.items()}
-            head = self.target.get_output_embeddings().weight
-            values = measure_rows(name, self._codecs[name], rows[index], chosen, head, self._identity)
+            own = rows[index]
+            values = measure_rows(name, self._codecs[name], own, chosen, self.engine.head, self._identity)
             return {what: self._copier.to_cpu(value) for what, value in values.items()}
-
-    def _index(self, rows: np.ndarray) -> Tensor:
-        """Return row numbers as a tensor on the device."""
-        index = torch.from_numpy(rows.astype(np.int64))
-        return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
 
 
 def longest(samples: Sequence[TokenizedSample]) -> int:
     """Return the tokens of the longest sample."""
     return max(len(sample.input_ids) for sample in samples)
-
-
-def pad(samples: Sequence[TokenizedSample], device: torch.device) -> Tensor:
-    """Right-pad samples to `input_ids` `[B, S]` on `device`."""
-    ids = torch.zeros(len(samples), longest(samples), dtype=torch.long, pin_memory=device.type == "cuda")
-    for row, sample in enumerate(samples):
-        ids[row, : len(sample.input_ids)] = torch.from_numpy(sample.input_ids)
-    return ids.to(device, non_blocking=True)

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from capture.data.conversations import TokenizedSample
-from capture.shards.fill import pad
-from capture.target import HFDSparkTargetModel
+from capture.engines.engine import CaptureEngine
 from pipeline.cache import TargetIdentity
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.device import if_it_fits
 from pipeline.features import head_logits
-from pipeline.hooks import input_device
 
 # Logits computed at once: 67 MB of them in fp32 for a vocabulary of 262,144 tokens.
 _ROWS_AT_ONCE = 64
@@ -70,7 +68,7 @@ class Prediction:
 
 @torch.no_grad()
 def measure_prediction(
-    target: HFDSparkTargetModel, facts: TargetIdentity, samples: Sequence[TokenizedSample]
+    engine: CaptureEngine, facts: TargetIdentity, samples: Sequence[TokenizedSample]
 ) -> Prediction | None:
     """Measure the predictions of the supervised tokens, one row at a time; None if there are none.
 
@@ -80,11 +78,11 @@ def measure_prediction(
     own, shuffled = [], []
     for sample in samples:
         mixed = generator.permutation(sample.input_ids)
-        found = _losses(target, facts, sample)
+        found = _losses(engine, facts, sample)
         if found is not None:
             own.append(found)
             mixed_sample = TokenizedSample(sample.source_row, mixed, sample.loss_mask)
-            shuffled.append(_losses(target, facts, mixed_sample) or found)
+            shuffled.append(_losses(engine, facts, mixed_sample) or found)
     if not own or not sum(len(losses) for losses, _ in own):
         return None
     losses, first = (torch.cat(parts) for parts in zip(*own, strict=True))
@@ -128,18 +126,20 @@ def judge(prediction: Prediction, vocabulary: int) -> Judgement:
 
 
 def _losses(
-    target: HFDSparkTargetModel, facts: TargetIdentity, sample: TokenizedSample
+    engine: CaptureEngine, facts: TargetIdentity, sample: TokenizedSample
 ) -> tuple[Tensor, Tensor] | None:
     """Return the loss of each supervised token `[n]`, in fp64, and whether the target ranks it first.
 
     None if a state is not finite, or the row does not fit the memory.
     """
     positions = torch.from_numpy(np.flatnonzero(sample.loss_mask[1:]))  # of the state before the token
-    head = target.get_output_embeddings().weight
-    states = if_it_fits(lambda: target.states(pad([sample], input_device(target.model))))
-    if states is None or not states[LAST_HIDDEN].isfinite().all():
+    head = engine.head
+    states = if_it_fits(lambda: engine.states([sample]))
+    if states is None or states.failed:
         return None
-    hidden = states[LAST_HIDDEN][0]
+    hidden = states.take(LAST_HIDDEN)
+    if not hidden.isfinite().all():
+        return None
     hidden = hidden[positions.to(hidden.device)].to(head.device)
     tokens = torch.from_numpy(sample.input_ids.astype(np.int64))[positions + 1].to(head.device)
     losses, first = [], []

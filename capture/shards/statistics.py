@@ -10,9 +10,9 @@ from torch import Tensor
 
 from capture.data.conversations import TokenizedSample
 from capture.data.tokens import TokenizedData
-from capture.shards.bad import BadSamples, peaks_reason, problem
-from capture.shards.fill import pad, row_peaks
-from capture.target import HFDSparkTargetModel
+from capture.engines.checks import peaks_reason, problem, row_peaks
+from capture.engines.engine import CaptureEngine
+from capture.shards.bad import BadSamples
 from pipeline.cache import Identity, last_hidden_rows
 from pipeline.cache.codecs import Statistics
 from pipeline.cache.layout import LAST_HIDDEN, context_name
@@ -20,12 +20,11 @@ from pipeline.cache.skipped import TOO_LARGE
 from pipeline.cache.statistics import TOKENS, StateStatistics, chosen_samples, standardised_states
 from pipeline.device import if_it_fits
 from pipeline.errors import TargetError
-from pipeline.hooks import input_device
 
 
 @torch.no_grad()
 def measure_statistics(
-    target: HFDSparkTargetModel,
+    engine: CaptureEngine,
     identity: Identity,
     data: TokenizedData,
     order: np.ndarray,
@@ -51,17 +50,17 @@ def measure_statistics(
     for i in chosen:  # one at a time: it fits the memory if --batch-tokens fits
         sample = data[int(order[i])]
         sample = TokenizedSample(sample.source_row, sample.input_ids[:TOKENS], sample.loss_mask[:TOKENS])
-        states = _states(target, sample)
-        if states is not None and not identity.features.has_last_hidden:
+        states = _states(engine, sample)
+        if not isinstance(states, str) and not identity.features.has_last_hidden:
             del states[LAST_HIDDEN]  # a row that is not stored is not bad
-        reason, key = (TOO_LARGE, None) if states is None else _verdict(states, sample, sums)
+        reason, key = (states, None) if isinstance(states, str) else _verdict(states, sample, sums)
         if reason is not None:
             if bad is None:
                 place = f"row {sample.source_row + 1} of the data"
                 raise TargetError(problem(place, reason, key, len(sample.input_ids)))
             bad.found(i, reason, key)
             continue
-        assert states is not None
+        assert not isinstance(states, str)
         measured += 1
         for state, values in states.items():
             if _name(state) in sums:
@@ -78,14 +77,14 @@ def _name(key: int | str) -> str:
     return LAST_HIDDEN if key == LAST_HIDDEN else context_name(int(key))
 
 
-def _states(target: HFDSparkTargetModel, sample: TokenizedSample) -> dict[int | str, Tensor] | None:
-    """Return the states `[S, H]` of one sample; None if it does not fit the memory, tried twice."""
+def _states(engine: CaptureEngine, sample: TokenizedSample) -> dict[int | str, Tensor] | str:
+    """Return the states `[S, H]` of one sample; the reason if the target can't run it, tried twice."""
     for _ in range(2):
-        states = if_it_fits(lambda: target.states(pad([sample], input_device(target.model))))
+        states = if_it_fits(lambda: engine.states([sample]))
         if states is not None:
-            return {key: values[0] for key, values in states.items()}
+            return states.failed[0] if states.failed else states.take_all()
         torch.cuda.empty_cache()
-    return None
+    return TOO_LARGE
 
 
 def _verdict(

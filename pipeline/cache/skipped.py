@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError
 
-NOT_FINITE, ALL_ZERO, TOO_LARGE = "states not finite", "states all zero", "does not fit the device"
-REASONS = (NOT_FINITE, ALL_ZERO, TOO_LARGE)
+NOT_FINITE, ALL_ZERO = "states not finite", "states all zero"
+TOO_LARGE, FAILED = "does not fit the device", "fails in the engine"
+REASONS = (FAILED, NOT_FINITE, ALL_ZERO, TOO_LARGE)
 """Every reason that a sample can be skipped for, the gravest one first."""
 
 # A shard's skipped samples as a record holds them: by reason, their numbers in the shard from 0.

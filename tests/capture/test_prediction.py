@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from capture.data.conversations import TokenizedSample
+from capture.engines.huggingface import HuggingFaceEngine
 from capture.shards import prediction
 from capture.shards.evidence import CANDIDATES, predicted_rows
 from capture.shards.prediction import Prediction, judge, measure_prediction
-from capture.target import HFDSparkTargetModel
 from pipeline.cache import read_manifest
 from pipeline.target_model.load import open_target
 from pipeline.target_model.options import TargetOptions
@@ -52,7 +52,7 @@ def test_the_figures_are_those_of_transformers(tmp_path, family, monkeypatch):
         return real(hidden, *rest)
 
     monkeypatch.setattr(prediction, "head_logits", noted)
-    target = HFDSparkTargetModel(opened.model(), (0, 1))
+    target = HuggingFaceEngine(opened.model(), (0, 1))
     found = measure_prediction(target, opened.identity(hash_weights=False), samples)
     assert max(rows) == 7
 
@@ -81,7 +81,7 @@ def test_shuffling_is_what_spoils_a_model_that_knows_its_text(tmp_path):
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         model.model.embed_tokens.weight.copy_(torch.randn(model.model.embed_tokens.weight.shape) * 3)
-    target = HFDSparkTargetModel(model, (0, 1))
+    target = HuggingFaceEngine(model, (0, 1))
     pairs = np.repeat(np.arange(3, 203, dtype=np.int32), 3)  # a token follows itself twice of three times
     found = measure_prediction(target, facts, [TokenizedSample(0, pairs, np.ones(600, np.uint8))])
     assert found.top1 == pytest.approx(400 / 599, abs=0.01)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import pipeline.hooks
 from capture.data.conversations import TokenizedSample
-from capture.shards.proof import PROOF_TOKENS
-from capture.shards.proof import prove_states as prove_with_codec
-from capture.target import HFDSparkTargetModel
+from capture.engines.huggingface import HuggingFaceEngine
+from capture.engines.proof import PROOF_TOKENS
+from capture.engines.proof import prove_states as prove_with_codec
 from pipeline.cache import Identity, read_manifest
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.statistics import state_codecs
@@ -41,17 +41,17 @@ SAMPLES = [sample(length, seed) for seed, length in enumerate(LENGTHS)]
 
 
 def prove_target(
-    target: HFDSparkTargetModel, identity: Identity, samples: list[TokenizedSample]
+    target: HuggingFaceEngine, identity: Identity, samples: list[TokenizedSample]
 ) -> dict[str, float]:
     """With the last codec of the identity, which needs no statistics here."""
     return prove_with_codec(target, identity, samples, state_codecs(identity, {})[LAST_HIDDEN])
 
 
-def opened(folder: Path, layer_ids: tuple[int, ...] = (0, 1)) -> tuple[HFDSparkTargetModel, Identity]:
+def opened(folder: Path, layer_ids: tuple[int, ...] = (0, 1)) -> tuple[HuggingFaceEngine, Identity]:
     """A target on disk, as a capture has it."""
     target = open_target(TargetOptions(target=str(folder), dtype="float32"))
     identity = dataclasses.replace(make_identity(layer_ids), target=target.identity())
-    return HFDSparkTargetModel(target.model(), layer_ids), identity
+    return HuggingFaceEngine(target.model(), layer_ids), identity
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_target_in_bf16_is_within_its_rounding(tmp_path):
     folder = make_target(tmp_path / "t", "qwen3")
     target = open_target(TargetOptions(target=str(folder), dtype="bfloat16"))
     identity = dataclasses.replace(make_identity((0, 2, 4)), target=target.identity())
-    prove_target(HFDSparkTargetModel(target.model(), (0, 2, 4)), identity, SAMPLES)
+    prove_target(HuggingFaceEngine(target.model(), (0, 2, 4)), identity, SAMPLES)
 
 
 # The teacher
@@ -204,9 +204,9 @@ class Silent(nn.Module):
 
 def test_a_teacher_from_before_the_final_norm_is_refused_even_of_a_silent_model(fp32_target, monkeypatch):
     whole, identity = opened(fp32_target)
-    prove_target(HFDSparkTargetModel(Silent(whole.model), (0, 1)), identity, SAMPLES)
+    prove_target(HuggingFaceEngine(Silent(whole.target.model), (0, 1)), identity, SAMPLES)
     monkeypatch.setattr(pipeline.hooks, "find_final_norm", before_the_norm)
-    target = HFDSparkTargetModel(Silent(whole.model), (0, 1))
+    target = HuggingFaceEngine(Silent(whole.target.model), (0, 1))
     with pytest.raises(TargetError, match="teacher is not the target's"):
         prove_target(target, identity, SAMPLES)
 
@@ -223,8 +223,10 @@ def leaking(module: nn.Module, args: tuple, output: Any) -> Any:
 
 def test_padding_that_leaks_is_refused_by_name(fp32_target):
     target, identity = opened(fp32_target, (0, 2))
-    target.model.model.layers[1].register_forward_hook(leaking)
-    with pytest.raises(TargetError, match=r"layer 2 of a row of 23 tokens changes when .* is padded.*Qwen3"):
+    target.target.model.model.layers[1].register_forward_hook(leaking)
+    with pytest.raises(
+        TargetError, match=r"layer 2 of a row of 23 tokens changes when other rows share its batch.*Qwen3"
+    ):
         prove_target(target, identity, SAMPLES)
     with pytest.raises(TargetError, match="--batch-tokens 2"):
         prove_target(target, identity, SAMPLES)
@@ -232,7 +234,7 @@ def test_padding_that_leaks_is_refused_by_name(fp32_target):
 
 def test_padding_that_leaks_does_not_matter_to_one_row_at_a_time(fp32_target):
     target, identity = opened(fp32_target, (0, 2))
-    target.model.model.layers[1].register_forward_hook(leaking)
+    target.target.model.model.layers[1].register_forward_hook(leaking)
     prove_target(target, identity, SAMPLES[:1])
 
 
@@ -240,13 +242,13 @@ def test_a_target_that_padding_leaks_into_is_captured_one_row_at_a_time(
     tmp_path, fp32_target, few, monkeypatch
 ):
     """What the message says to do helps."""
-    real = HFDSparkTargetModel.__init__
+    real = HuggingFaceEngine.__init__
 
-    def leaky(self: HFDSparkTargetModel, model: nn.Module, layer_ids: Any) -> None:
+    def leaky(self: HuggingFaceEngine, model: nn.Module, layer_ids: Any) -> None:
         real(self, model, layer_ids)
         model.model.layers[1].register_forward_hook(leaking)
 
-    monkeypatch.setattr(HFDSparkTargetModel, "__init__", leaky)
+    monkeypatch.setattr(HuggingFaceEngine, "__init__", leaky)
     result = run_cli(*arguments(fp32_target, few, tmp_path / "cache"))
     assert_refused(result, 1, "lets padding into its states", "layer 2")
     run_ok(*arguments(fp32_target, few, tmp_path / "other", batch_tokens=2))
@@ -258,7 +260,7 @@ def test_a_target_that_padding_leaks_into_is_captured_one_row_at_a_time(
 def test_nan_is_refused_before_the_first_shard(tmp_path, fp32_target):
     target, identity = opened(fp32_target)
     with torch.no_grad():
-        target.model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+        target.target.model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(TargetError, match=r"layer 1 of the sample at row 2 .* NaN"):
         prove_target(target, identity, SAMPLES)
 

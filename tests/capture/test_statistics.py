@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import capture.run
 from capture.data.conversations import TokenizedSample
+from capture.engines.huggingface import HuggingFaceEngine
 from capture.options import CaptureOptions, DataOptions
 from capture.plan import price
 from capture.prepare import prepare
 from capture.shards.statistics import measure_statistics
-from capture.target import HFDSparkTargetModel
 from pipeline.cache import CacheReader, read_manifest
 from pipeline.cache.codecs import CODECS, Statistics
 from pipeline.target_model.options import TargetOptions
@@ -108,7 +108,7 @@ def test_of_many_samples_48_are_measured_and_of_a_long_one_512_tokens(tmp_path, 
     after_each_forward(monkeypatch, lambda ids, states: lengths.append(tuple(ids.shape)))
     data = make_conversations(tmp_path / "many.jsonl", count=120, seed=4)
     prepared = prepared_for(fp32_target, data, tmp_path / "cache", **DEFAULT)
-    target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
+    target = HuggingFaceEngine(prepared.target.model(), prepared.layer_ids)
     identity = prepared.full_identity()
 
     class Long:
@@ -137,7 +137,7 @@ def test_the_first_token_changes_nothing(tmp_path, fp32_target, data, whole, mon
 
     after_each_forward(monkeypatch, poison)
     prepared = prepared_for(fp32_target, data, tmp_path / "cache", **DEFAULT, **SMALL)
-    target = HFDSparkTargetModel(prepared.target.model(), prepared.layer_ids)
+    target = HuggingFaceEngine(prepared.target.model(), prepared.layer_ids)
     identity = prepared.full_identity()
     found = measure_statistics(target, identity, prepared.data, prepared.batching.order)
     expected = load_file(whole / FILE)

@@ -1,0 +1,1 @@
+"""Engines that run the target for a capture, behind one interface."""

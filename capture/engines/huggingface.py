@@ -1,0 +1,85 @@
+"""The target in this process, run by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from capture.data.conversations import TokenizedSample
+from capture.engines.engine import States
+from capture.engines.proof import prove_states
+from capture.target import HFDSparkTargetModel
+from pipeline.cache import Identity
+from pipeline.cache.statistics import StateCodec
+from pipeline.hooks import input_device
+from pipeline.rope import RopeLengths
+
+
+class HuggingFaceEngine:
+    """A `CaptureEngine` on transformers: a batch is one padded forward.
+
+    Args:
+        model: any decoder-only Hugging Face model; put in eval mode.
+        layer_ids: strictly increasing ids in the convention of `pipeline.features`.
+
+    Raises:
+        TargetError: the model's layers or final norm can't be found.
+        LayerIdError: ids out of range or out of order.
+    """
+
+    def __init__(self, model: nn.Module, layer_ids: Sequence[int]):
+        self.target = HFDSparkTargetModel(model, layer_ids)
+        self.layer_ids = self.target.target_layer_ids
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the embedding's device, even if the model is spread over several."""
+        return input_device(self.target.model)
+
+    @property
+    def leak(self) -> str:
+        name = type(self.target.model).__name__
+        return f"{name} lets padding into its states: capture with --batch-tokens 2 (one row at a time)"
+
+    @property
+    def embedding(self) -> Tensor:
+        return self.target.get_input_embeddings().weight
+
+    @property
+    def head(self) -> Tensor:
+        return self.target.get_output_embeddings().weight
+
+    def expect(self, batches: Sequence[Sequence[TokenizedSample]]) -> None:
+        """Do nothing: a forward begins when it is asked for."""
+
+    def states(self, batch: Sequence[TokenizedSample]) -> States:
+        """As in `CaptureEngine`."""
+        states = self.target.states(pad(batch, self.device))
+        lengths = [len(sample.input_ids) for sample in batch]
+        width = max(lengths)
+        return States(states, np.concatenate([row * width + np.arange(n) for row, n in enumerate(lengths)]))
+
+    def prove(
+        self,
+        identity: Identity,
+        samples: Sequence[TokenizedSample],
+        last_codec: StateCodec | None,
+        rope: RopeLengths,
+    ) -> dict[str, float]:
+        """As in `CaptureEngine`: see `prove_states`."""
+        return prove_states(self, identity, samples, last_codec, rope)
+
+    def close(self) -> None:
+        """Do nothing: the model ends with the process."""
+
+
+def pad(samples: Sequence[TokenizedSample], device: torch.device) -> Tensor:
+    """Right-pad samples to `input_ids` `[B, S]` on `device`."""
+    longest = max(len(sample.input_ids) for sample in samples)
+    ids = torch.zeros(len(samples), longest, dtype=torch.long, pin_memory=device.type == "cuda")
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample.input_ids)] = torch.from_numpy(sample.input_ids)
+    return ids.to(device, non_blocking=True)
