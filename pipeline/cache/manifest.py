@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pipeline import config, files
 from pipeline.cache.features import FeatureIdentity
+from pipeline.cache.optional import LEFT_OUT, plain_values
 from pipeline.cache.skipped import Skipped, impossible
 from pipeline.errors import CacheError, ConfigError
 from pipeline.features import validate_target_layer_ids
@@ -174,8 +175,8 @@ class Manifest:
     """The shards; empty until the cache is complete."""
     files: tuple[FileRecord, ...] = ()
     """Every other file of the cache but the manifest; empty until the cache is complete."""
-    skipped: Skipped = dataclasses.field(default_factory=Skipped)
-    """Samples that no reader returns; empty until the cache is complete. An empty one is not written."""
+    skipped: Skipped = dataclasses.field(default_factory=Skipped, metadata=LEFT_OUT)
+    """Samples that no reader returns; empty until the cache is complete."""
 
     @property
     def num_samples(self) -> int:
@@ -208,9 +209,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the file's bytes. Equal manifests give equal bytes."""
-        values = dataclasses.asdict(self) | {"checksum": UNSEALED}
-        if not len(self.skipped):  # a version that does not know the key reads a cache that does not need it
-            del values["skipped"]
+        values = plain_values(self) | {"checksum": UNSEALED}
         unsealed = (_dumps(values) + "\n").encode()
         return unsealed.replace(UNSEALED.encode(), hashlib.sha256(unsealed).hexdigest().encode(), 1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 from pipeline import config as configuration
 from pipeline import files
 from pipeline.cache.manifest import Identity, differing_fields
+from pipeline.cache.optional import plain_values
 from pipeline.errors import ConfigError, RunError, WriteError
 from train.config import RunConfig
 from train.draft.settings import run_config
@@ -200,7 +200,7 @@ def begin(
         _clear(run)
     repair(run, config.train.keep_checkpoints)
     if fresh or not (run / CONFIG).is_file():
-        facts = {"version": code_version(), "cache": dataclasses.asdict(identity)}
+        facts = {"version": code_version(), "cache": plain_values(identity)}
         facts |= {_SKIPPED: list(skipped)} if skipped else {}
         files.publish_bytes(run / RUN, (json.dumps(facts, indent=1) + "\n").encode())
         files.publish_bytes(run / CONFIG, configuration.to_toml(config).encode())

@@ -25,6 +25,7 @@ from pipeline.cache.manifest import (
     is_target_file,
     shard_file,
 )
+from pipeline.cache.optional import LEFT_OUT, plain_values
 from pipeline.cache.skipped import is_possible
 from pipeline.errors import ConfigError
 
@@ -44,7 +45,7 @@ class ShardRecord(FileRecord):
     measured: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     statistics: str = ""
     """SHA-256 of the statistics it was written with, empty without: it can't be read with others."""
-    skipped: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    skipped: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, metadata=LEFT_OUT)
     """Its skipped samples: by reason, their numbers in the shard from 0."""
 
 
@@ -152,10 +153,7 @@ class Records:
 
     def publish(self, name: str, record: ShardRecord | TargetRecord) -> None:
         """Publish a record as `progress/<name>`. Raises WriteError."""
-        values = dataclasses.asdict(record)
-        if not values.get("skipped"):  # a version that does not know the key can't continue with such a shard
-            values.pop("skipped", None)
-        files.publish_bytes(self.folder / name, json.dumps(values).encode())
+        files.publish_bytes(self.folder / name, json.dumps(plain_values(record)).encode())
 
     def publish_kept(self, found: Manifest, damaged: set[str]) -> None:
         """Publish which shards a complete cache keeps when it is reopened: all but the `damaged` ones."""

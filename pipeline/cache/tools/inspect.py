@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipeline.cache.manifest import (
     Manifest,
     read_manifest,
 )
+from pipeline.cache.optional import plain_values
 from pipeline.cache.progress.claims import WorkerState, live_workers
 from pipeline.cache.progress.finished import finished_shards, listed_shards, target_written
 from pipeline.cache.split import held_out
@@ -56,7 +56,7 @@ def cache_facts(cache: Path, *, fraction: float) -> Facts:
         "cache": str(cache),
         "status": manifest.status,
         "created_by": manifest.created_by,
-        "identity": dataclasses.asdict(manifest.identity),
+        "identity": plain_values(manifest.identity),
         "samples": manifest.num_samples,
         "tokens": manifest.num_tokens,
         "labels": manifest.num_last_rows,
