@@ -55,5 +55,9 @@ class StoppedError(DSparkError):
         self.exit_code = 128 + signal_number  # as a shell reports it
 
 
+class EngineError(DSparkError):
+    """An engine, a process of its own, can't be started, or failed."""
+
+
 class RunError(DSparkError):
     """A training run's directory is missing, taken or unusable."""

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RunError, UsageError
+from pipeline.child import SILENCE, failed, started
+from pipeline.errors import EngineError, UsageError
 from pipeline.text import one_line
-from train.prove.engine import SILENCE, Answer, failed, run, started
+from train.prove.engine import Answer, run
 
 SERVER, CONVERTER = Path("build/bin/llama-server"), Path("convert_hf_to_gguf.py")
 # Errors of a request without a reply, or with one that is no JSON object.
@@ -128,7 +129,7 @@ class _Server:
     log: Path
 
     def wait(self) -> None:
-        """Wait until it has loaded its models. Raise RunError if it ends or takes too long."""
+        """Wait until it has loaded its models. Raise EngineError if it ends or takes too long."""
         for _ in range(2 * LOADING):
             if self.process.poll() is not None:
                 raise failed("llama-server", self.log)
@@ -138,7 +139,9 @@ class _Server:
                 time.sleep(0.5)
             else:
                 return
-        raise RunError(f"llama-server has not loaded its models in {LOADING} s; its output is in {self.log}")
+        raise EngineError(
+            f"llama-server has not loaded its models in {LOADING} s; its output is in {self.log}"
+        )
 
     def build(self) -> str:
         """Return what it says of its build."""
@@ -161,11 +164,11 @@ class _Server:
         return tokens
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the reply to a request. Raise RunError if there is none."""
+        """Return the reply to a request. Raise EngineError if there is none."""
         try:
             return self._open(path, body)
         except urllib.error.HTTPError as error:
-            raise RunError(f"llama-server refused a request: {one_line(error.read().decode())}") from None
+            raise EngineError(f"llama-server refused a request: {one_line(error.read().decode())}") from None
         except _NO_REPLY:
             raise failed("llama-server", self.log) from None
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import EngineError, RunError, UsageError
 from pipeline.target_model.load import Target
 from pipeline.text import reason
 from train.decode.benchmark import load_pair, offline_figures
@@ -136,7 +136,7 @@ def work_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="dspark-prove-"))
     try:
         yield folder
-    except RunError as error:
+    except (EngineError, RunError) as error:
         if str(folder) not in str(error):
             shutil.rmtree(folder, ignore_errors=True)
         for path in folder.glob("*.gguf"):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.prove.engine import Answer, failed, run
+from pipeline.child import failed
+from train.prove.engine import Answer, run
 
 WORKER = Path(__file__).parent / "worker" / "run_vllm.py"
 

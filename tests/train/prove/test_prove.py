@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.child import started
 from pipeline.target_model.load import open_target
 from pipeline.target_model.options import TargetOptions
 from tests.conftest import assert_refused, run_cli, run_ok
@@ -20,7 +21,6 @@ from train.decode.benchmark import load_pair
 from train.decode.prompts import choose_prompts
 from train.decode.speculative import decode_plain, decode_speculative
 from train.decode.target import CachedTarget
-from train.prove.engine import started
 from train.prove.llama_cpp import read_drafts
 from train.runs.open import open_draft
 
