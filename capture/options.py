@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from capture.engines.options import EngineOptions, engine_options
 from pipeline.chat.rows import FORMS
 from pipeline.errors import UsageError
 from pipeline.options import (
@@ -130,6 +131,7 @@ class CaptureOptions:
     """Maximum share of skipped samples; one is always allowed. Not part of the identity."""
     force: bool = False
     """Start even if the disk can't hold the cache."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
     no_proof: bool = False
     """Warn, where the proof would refuse a target whose predictions are impossible for the right model."""
 
@@ -321,6 +323,7 @@ def capture_options(command: Command) -> Command:
         source = click.get_current_context().get_parameter_source("last_codec")
         given = source not in (None, ParameterSource.DEFAULT)
         check_last_codec(options.last_hidden, options.last_codec if given else None)
+        options.engine.check()
         return command(*args, options=options, **others)
 
-    return target_or_example_options(data_options(_own_options(checked)))
+    return target_or_example_options(data_options(engine_options(_own_options(checked))))

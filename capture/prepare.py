@@ -9,6 +9,8 @@ import pyarrow as pa
 from capture.batching import CapturePlan, plan_capture
 from capture.data.preparation import prepare_data
 from capture.data.tokens import TokenizedData
+from capture.engines.identity import check_engine, engine_identity
+from capture.engines.options import HUGGING_FACE
 from capture.example import with_example
 from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, build_index, read_manifest
@@ -19,6 +21,7 @@ from pipeline.features import default_layer_ids, validate_target_layer_ids
 from pipeline.rope import RopeLengths, rope_lengths
 from pipeline.target_model.load import DTYPES, Target, open_target
 from pipeline.target_model.options import TargetOptions
+from pipeline.target_model.quantisation import quantisation
 
 # Name, among the recorded settings, of the lengths at which the target's RoPE changes within the data.
 ROPE = "rope"
@@ -85,14 +88,19 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
     found = read_manifest(options.cache).identity if (options.cache / MANIFEST).is_file() else None
     target = open_target(_with_dtype_of(found, with_example(options.target)))
     shape = target.identity(hash_weights=False)
-    target.check_weights()
+    own_rope = rope_lengths(target.config, target.shell)
+    check_engine(options.engine, target, own_rope)
+    # Another engine reads quantised weights by its own rules, and has one set of frequencies for all lengths.
+    in_process = options.engine.engine == HUGGING_FACE
+    rope = own_rope if in_process else RopeLengths()
+    if in_process or quantisation(target.config) is None:
+        target.check_weights()
     layer_ids = options.layer_ids or default_layer_ids(shape.num_layers)
     layer_ids = tuple(validate_target_layer_ids(layer_ids, shape.num_layers))
     # A template that prints the date prints the day on which the capture began.
     prepared = prepare_data(options.data, target, found.data.settings.get("today") if found else None)
     data, template = prepared.samples, prepared.template
     target.check_length(int(data.facts.lengths.max()))
-    rope = rope_lengths(target.config, target.shell)
     batching = plan_capture(data.facts.lengths, options.batch_tokens, options.shard_tokens, rope)
     facts = data.facts.take(batching.order)
     index, plan = build_index(facts, batching.shards)
@@ -110,6 +118,7 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
         features=_features(options, layer_ids),
         shard_tokens=options.shard_tokens,
         batch_tokens=options.batch_tokens,
+        engine=engine_identity(options.engine, target),
     )
     return PreparedCapture(options, target, identity, found, data, batching, index, plan, rope)
 

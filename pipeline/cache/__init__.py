@@ -9,6 +9,7 @@ __getattr__, __all__ = lazy_exports(
         "CacheWriter": "pipeline.cache.writer",
         "CachedSample": "pipeline.cache.reader",
         "DataIdentity": "pipeline.cache.manifest",
+        "EngineIdentity": "pipeline.cache.engine",
         "FeatureIdentity": "pipeline.cache.features",
         "Identity": "pipeline.cache.manifest",
         "Manifest": "pipeline.cache.manifest",

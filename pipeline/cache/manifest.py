@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import config, files
+from pipeline.cache.engine import EngineIdentity, engine_words
 from pipeline.cache.features import FeatureIdentity
 from pipeline.cache.optional import LEFT_OUT, plain_values
 from pipeline.cache.skipped import Skipped, impossible
@@ -101,6 +102,8 @@ class Identity:
     features: FeatureIdentity
     shard_tokens: int
     batch_tokens: int
+    engine: EngineIdentity | None = dataclasses.field(default=None, metadata=LEFT_OUT)
+    """None for transformers in one process. Two engines sum in other orders: their caches differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +348,7 @@ def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
             k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".strip(".")).items()
         }
 
-    a, b = flat(dataclasses.asdict(ours)), flat(dataclasses.asdict(theirs))
+    a, b = (flat(dataclasses.asdict(i) | {"engine": engine_words(i.engine)}) for i in (ours, theirs))
     keys = [key for key in {**a, **b} if a.get(key) != b.get(key) and key not in _LABELS]
     if ours.data.sha256 == theirs.data.sha256:  # the same samples, by any options
         keys = [key for key in keys if not key.startswith("data.")]

@@ -54,7 +54,9 @@ def later(identity: Identity, **values: object) -> Later:
 
 def test_a_manifest_without_new_values_keeps_its_bytes(tmp_path) -> None:
     old = old_manifest(tmp_path)
-    assert plain_values(old.identity) == dataclasses.asdict(old.identity)
+    left_out = {"engine"}
+    every = dataclasses.asdict(old.identity).items()
+    assert plain_values(old.identity) == {name: value for name, value in every if name not in left_out}
     new = dataclasses.replace(old, identity=later(old.identity))
     assert new.to_json() == old.to_json()
     wider = dataclasses.replace(old, identity=later(old.identity, engine=Engine(name="x"), words=("y",)))

@@ -104,7 +104,8 @@ def prove(
         say: called with what is being done.
 
     Raises:
-        RunError: the export is of another draft, or the engine fails.
+        EngineError: the engine fails.
+        RunError: the export is of another draft.
         TargetError: the target can't be loaded.
     """
     evaluation, speculation = read_evaluation(draft.folder), read_speculation(draft.folder)
