@@ -17,7 +17,10 @@ from pipeline.target_model.quantisation import quantisation
 from pipeline.text import one_line
 
 # Prints the version of the package that holds the module, under whichever name it is installed.
-_VERSION = "from importlib.metadata import packages_distributions as found, version; print(version(found()['vllm'][0]))"
+_VERSION = (
+    "from importlib.metadata import packages_distributions as packages, version\n"
+    "print(version(packages()['vllm'][0]))"
+)
 # Options of --target that only transformers understands.
 _HUGGING_FACES = {
     "gguf_file": "save the target as safetensors first",
@@ -58,8 +61,8 @@ def vllm_version(python: Path) -> str:
         raise TargetError(f"--engine-python {python} can't be run: {one_line(error)}") from None
     if found.returncode != 0:
         raise TargetError(
-            f"{python} has no vLLM: install vllm there, or give the Python of an environment that has it with "
-            "--engine-python"
+            f"{python} has no vLLM: install vllm there, or name the Python of an environment that has it "
+            "with --engine-python"
         )
     return found.stdout.strip()
 

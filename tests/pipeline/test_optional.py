@@ -49,7 +49,7 @@ def old_manifest(tmp_path: Path) -> Manifest:
 
 
 def later(identity: Identity, **values: object) -> Later:
-    return Later(**{f.name: getattr(identity, f.name) for f in dataclasses.fields(identity)}, **values)
+    return Later(**({f.name: getattr(identity, f.name) for f in dataclasses.fields(identity)} | values))
 
 
 def test_a_manifest_without_new_values_keeps_its_bytes(tmp_path) -> None:
