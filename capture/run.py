@@ -114,6 +114,7 @@ def _capture_with(
     written = 0
     try:
         with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:
+            engine.while_waiting = functools.partial(_check_stop, writer, stop)
             filler = ShardFiller(engine, identity, codecs, Clock())
             while True:
                 if not writer.target_written() and worker.claim(_TARGET):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -72,6 +72,8 @@ class CaptureEngine(Protocol):
     """The target's `lm_head.weight` `[V, H]`, on the device where states are compared with it."""
     device: torch.device
     """Where rows of states are, unless the target is spread over several devices."""
+    while_waiting: Callable[[], None]
+    """Called often while it waits for another process, and raises to stop. May be replaced."""
     leak: str
     """For a row whose states change with the batch: the likely reason, and what to do."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class HuggingFaceEngine:
     def __init__(self, model: nn.Module, layer_ids: Sequence[int]):
         self.target = HFDSparkTargetModel(model, layer_ids)
         self.layer_ids = self.target.target_layer_ids
+        self.while_waiting: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> torch.device:

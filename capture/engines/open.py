@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from capture.engines.engine import CaptureEngine
 from capture.engines.huggingface import HuggingFaceEngine
+from capture.engines.options import VLLM
 
 if TYPE_CHECKING:
     from capture.prepare import PreparedCapture
@@ -17,4 +18,9 @@ def open_engine(prepared: PreparedCapture) -> CaptureEngine:
     Raises:
         TargetError: the target can't be loaded.
     """
-    return HuggingFaceEngine(prepared.target.model(), prepared.layer_ids)
+    target, options = prepared.target, prepared.options.engine
+    if options.engine == VLLM:
+        from capture.engines.vllm import VllmEngine
+
+        return VllmEngine(target, prepared.layer_ids, int(prepared.data.facts.lengths.max()), options)
+    return HuggingFaceEngine(target.model(), prepared.layer_ids)

@@ -17,6 +17,7 @@ from capture.data.conversations import TokenizedSample
 from capture.engines.checks import check_peaks, row_peaks, state_name
 from capture.target import HFDSparkTargetModel
 from pipeline.cache import Identity
+from pipeline.cache.fidelity import teacher_variation
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.statistics import StateCodec
 from pipeline.errors import TargetError
@@ -164,6 +165,48 @@ def _prove_teacher(
         "proof.teacher_tv_max": stored.max().item(),
         "proof.teacher_tv_rows": float(len(stored)),
     }
+
+
+def stored_teacher(
+    identity: Identity, head: Tensor, codec: StateCodec, last_hidden: Tensor
+) -> dict[str, float]:
+    """Prove that last hidden states `[n, H]` as stored give the same next-token distribution as they do.
+
+    Returns:
+        The total variation between the two, mean and maximum over rows, and the number of rows.
+
+    Raises:
+        TargetError: the mean is above `MAX_TEACHER_TV`.
+    """
+    decoded = torch.empty(last_hidden.shape, dtype=torch.bfloat16, device=last_hidden.device)
+    codec.decode(codec.encode(last_hidden), decoded)
+    stored = teacher_variation(head, identity, decoded, last_hidden)
+    mean = stored.mean().item()
+    if not mean <= MAX_TEACHER_TV:
+        raise TargetError(
+            f"the stored teacher is not the target's: mean total variation {mean:.3f}, expected at most "
+            f"{MAX_TEACHER_TV}: choose another --last-codec"
+        )
+    return {
+        "proof.teacher_tv_mean": mean,
+        "proof.teacher_tv_max": stored.max().item(),
+        "proof.teacher_tv_rows": float(len(stored)),
+    }
+
+
+def prove_same(got: Tensor, want: Tensor, key: int | str) -> float:
+    """Prove that an engine's states `[n, H]` are transformers'. Return the relative error.
+
+    Raises:
+        TargetError: they differ more than the order of sums explains.
+    """
+    return _require_same(
+        got,
+        want,
+        OTHER_BATCH.get(want.dtype, 1e-1),
+        f"{state_name(key)} of the engine is not transformers'",
+        "use --engine huggingface, or another version of the engine",
+    )
 
 
 def _prove_padding(

@@ -1,0 +1,244 @@
+"""The target in vLLM, in a process of its own, which hands its states over through files in memory.
+
+vLLM's layer id i is the stream before layer i, so it is one higher than ours, and its last one comes from
+before the final norm. That norm is applied here, by the target's own module and weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capture.console import note
+from capture.data.conversations import TokenizedSample
+from capture.engines.engine import States
+from capture.engines.folder import states_folder
+from capture.engines.frozen import FrozenWeights, frozen_weights
+from capture.engines.huggingface import HuggingFaceEngine
+from capture.engines.identity import engine_python
+from capture.engines.options import EngineOptions
+from capture.engines.proof import PROOF_TOKENS, prove_same, stored_teacher
+from capture.engines.stream import Answer, Request, Stream
+from capture.engines.worker_process import WorkerProcess
+from pipeline.cache import Identity
+from pipeline.cache.layout import LAST_HIDDEN
+from pipeline.cache.skipped import FAILED
+from pipeline.cache.statistics import StateCodec
+from pipeline.errors import TargetError
+from pipeline.features import head_logits
+from pipeline.rope import RopeLengths
+from pipeline.target_model.load import Target
+from pipeline.target_model.quantisation import quantisation
+from pipeline.text import size
+
+# Maximum mean difference between log-probabilities from the states and the engine's own, by dtype. Half
+# precision rounds logits near 30 by up to 0.1; states from before the final norm differ by hundreds.
+OWN_LOGPROBS = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.2}
+# Bytes of an unquantised target up to which its states are also compared with transformers'.
+COMPARED_BYTES = 2 * 2**30
+# Rows of the head's logits computed at once.
+_ROWS_AT_ONCE = 256
+
+
+class VllmEngine:
+    """A `CaptureEngine` on vLLM.
+
+    Args:
+        target: with a directory of safetensors.
+        layer_ids: strictly increasing ids in the convention of `pipeline.features`.
+        max_length: tokens of the longest sample.
+        options: as the user gave them.
+
+    Raises:
+        TargetError: vLLM can't run the target, or a weight that is needed here is not in the checkpoint.
+    """
+
+    leak = "vLLM lets other rows into its states: capture with --engine-arg max_num_seqs=1"
+
+    def __init__(self, target: Target, layer_ids: Sequence[int], max_length: int, options: EngineOptions):
+        self.layer_ids, self._target = tuple(layer_ids), target
+        self._facts = target.identity(hash_weights=False)
+        weights: FrozenWeights = frozen_weights(target)
+        self.embedding, self.head, self._norm = weights.embedding, weights.head, weights.norm
+        self.device = target.device
+        width = self._facts.hidden_size
+        self._asked = sorted({i + 1 for i in layer_ids} | {self._facts.num_layers})
+        largest = max_length * len(self._asked) * width * target.dtype.itemsize
+        self._folder, bound = states_folder(largest)
+        arguments = options.arguments()
+        config = {
+            "target": str(target.directory.absolute()),
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "layers": self._asked,
+            "folder": str(self._folder),
+            "max_model_len": arguments.pop("max_model_len", max_length + 1),
+            "tensor_parallel": options.tensor_parallel,
+            "arguments": {"trust_remote_code": target.options.trust_remote_code, **arguments},
+        }
+        log, python = self._folder.with_name(f"{self._folder.name}.log"), engine_python(options)
+        self._log = log
+        try:
+            self._stream = Stream(
+                lambda: WorkerProcess(python, config, log),
+                self._folder,
+                (len(self._asked), width),
+                target.dtype,
+                bound,
+            )
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        facts = self._stream.facts
+        quantised = f", weights {facts['quantization']}" if facts["quantization"] else ""
+        backend = "" if facts["implementation"] == "vllm" else " through transformers' model code"
+        note(f"vLLM {facts['version']} runs the target{backend}{quantised}; its output is in {log}")
+
+    @property
+    def while_waiting(self) -> Callable[[], None]:
+        return self._stream.while_waiting
+
+    @while_waiting.setter
+    def while_waiting(self, check: Callable[[], None]) -> None:
+        self._stream.while_waiting = check
+
+    def expect(self, batches: Sequence[Sequence[TokenizedSample]]) -> None:
+        """As in `CaptureEngine`. The middle sample is also compared with vLLM's own log-probabilities."""
+        self._stream.drop()
+        self._stream.check_folder()
+        samples = [sample for batch in batches for sample in batch]
+        middle = len(samples) // 2
+        self._stream.expect(_request(s, logprobs=i == middle) for i, s in enumerate(samples))
+
+    @torch.no_grad()
+    def states(self, batch: Sequence[TokenizedSample]) -> States:
+        """As in `CaptureEngine`."""
+        following = self._stream.next
+        if following is None or following.tokens is not batch[0].input_ids:
+            self._stream.drop()
+            self._stream.expect(map(_request, batch))
+        parts: dict[int | str, list[Tensor]] = {key: [] for key in (*self.layer_ids, LAST_HIDDEN)}
+        failed = {}
+        for number, sample in enumerate(batch):
+            answer = self._stream.take()
+            if answer.failure:
+                note(f"warning: row {sample.source_row + 1} of the data: {answer.failure}")
+                failed[number] = FAILED
+            for key, rows in self._rows(answer, len(sample.input_ids)).items():
+                parts[key].append(rows)
+            if answer.logprobs is not None:
+                self.logprob_error(sample, parts[LAST_HIDDEN][-1], answer.logprobs)
+        return States({key: torch.cat(rows) for key, rows in parts.items()}, failed=failed)
+
+    def _rows(self, answer: Answer, tokens: int) -> dict[int | str, Tensor]:
+        """Return the states `[S, H]` of an answer by key, zeros if it failed."""
+        states = answer.states
+        if states is None:
+            states = torch.zeros(
+                tokens, len(self._asked), self.embedding.shape[1], dtype=self.embedding.dtype
+            )
+        states = states.to(self.device)
+        last = self._norm(states[:, -1])
+        number = {layer - 1: column for column, layer in enumerate(self._asked)}
+        final = self._asked[-1] - 1  # our last id is the state after the final norm
+        rows = {i: last if i == final else states[:, number[i]] for i in self.layer_ids}
+        return rows | {LAST_HIDDEN: last}
+
+    def logprob_error(self, sample: TokenizedSample, last_hidden: Tensor, own: Tensor) -> float:
+        """Compare log-probabilities of a sample's tokens from its states `[S, H]` with vLLM's own `[S - 1]`.
+
+        Returns:
+            The mean difference.
+
+        Raises:
+            TargetError: it is larger than rounding explains.
+        """
+        facts = self._facts
+        tokens = torch.from_numpy(sample.input_ids.astype(np.int64))[1:].to(self.device)
+        found = []
+        for rows, wanted in zip(
+            last_hidden[:-1].split(_ROWS_AT_ONCE), tokens.split(_ROWS_AT_ONCE), strict=True
+        ):
+            logits = head_logits(rows, self.head, facts.final_logit_softcapping, facts.logit_scale)
+            found.append(-torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+        error = (torch.cat(found).cpu() - own).abs().mean().item() if found else 0.0
+        limit = OWN_LOGPROBS.get(last_hidden.dtype, 0.1)
+        if not error <= limit:
+            raise TargetError(
+                f"the last hidden states of row {sample.source_row + 1} of the data are not vLLM's own: with "
+                f"the target's head they give log-probabilities that differ by {error:.3g} on average from "
+                f"those that vLLM computes, expected at most {limit:g}; report it, with the versions"
+            )
+        return error
+
+    @torch.no_grad()
+    def prove(
+        self,
+        identity: Identity,
+        samples: Sequence[TokenizedSample],
+        last_codec: StateCodec | None,
+        rope: RopeLengths,
+    ) -> dict[str, float]:
+        """Prove the states of samples by vLLM's log-probabilities and, of a small target, by transformers.
+
+        Returns:
+            As `prove_states`, with `proof.logprob_error` and, if compared, `proof.huggingface_error`.
+        """
+        errors, figures = [], {}
+        for sample in samples:
+            self._stream.drop()
+            self._stream.expect([_request(sample, logprobs=True)])
+            answer = self._stream.take()
+            if answer.failure:
+                raise TargetError(f"row {sample.source_row + 1} of the data: {answer.failure}")
+            last = self._rows(answer, len(sample.input_ids))[LAST_HIDDEN]
+            assert answer.logprobs is not None
+            errors.append(self.logprob_error(sample, last, answer.logprobs))
+        figures["proof.logprob_error"] = max(errors)
+        figures["proof.padding_error"] = 0.0  # measured by batches, see capture.shards.evidence
+        if last_codec is not None:
+            figures |= stored_teacher(identity, self.head, last_codec, last[:PROOF_TOKENS])
+        if self._is_small():
+            figures["proof.huggingface_error"] = self._compare_with_huggingface(samples)
+        return figures
+
+    def _is_small(self) -> bool:
+        count = sum(parameter.numel() for parameter in self._target.shell.parameters())
+        return (
+            count * self._target.dtype.itemsize <= COMPARED_BYTES
+            and quantisation(self._target.config) is None
+        )
+
+    def _compare_with_huggingface(self, samples: Sequence[TokenizedSample]) -> float:
+        """Return the largest relative error of a state against transformers' on the CPU, see `prove_same`."""
+        target = replace(self._target, device=torch.device("cpu"))
+        own, worst = HuggingFaceEngine(target.model(), self.layer_ids), 0.0
+        for sample in samples:
+            cut = PROOF_TOKENS
+            sample = TokenizedSample(sample.source_row, sample.input_ids[:cut], sample.loss_mask[:cut])
+            ours, theirs = self.states([sample]), own.states([sample])
+            for key, rows in theirs.take_all().items():
+                worst = max(worst, prove_same(ours.take(key).cpu(), rows, key))
+        return worst
+
+    def close(self) -> None:
+        """End vLLM and remove its files, but its output only if it never died."""
+        self._stream.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if not self._stream.died:
+            self._log.unlink(missing_ok=True)
+        note(
+            f"states on their way from vLLM: at most {size(self._stream.peak)} of {size(self._stream.bound)}"
+        )
+
+
+def _request(sample: TokenizedSample, logprobs: bool = False) -> Request:
+    return Request(
+        sample.input_ids,
+        f"row {sample.source_row + 1} of the data",
+        logprobs=logprobs and len(sample.input_ids) > 1,
+    )
