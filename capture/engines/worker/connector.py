@@ -110,7 +110,9 @@ def _move(cache: torch.Tensor, slots: torch.Tensor, states: torch.Tensor) -> Non
     size = cache.shape[2]
     for start in range(0, len(slots), PIECE):
         piece = slots[start : start + PIECE].to(cache.device, non_blocking=True)
-        states[start : start + PIECE].copy_(extract_from_kv_cache(cache, piece, len(piece)), non_blocking=True)
+        states[start : start + PIECE].copy_(
+            extract_from_kv_cache(cache, piece, len(piece)), non_blocking=True
+        )
         cache[piece // size, :, piece % size] = 0
 
 
