@@ -81,8 +81,8 @@ class Driver:
 
     def ready(self) -> dict[str, Any]:
         """Return what the engine says of itself when it has started."""
-        reply = self.read()
-        assert reply and "ready" in reply, (reply, self.log.read_text()[-5000:])
+        reply = self.read() or {}
+        assert "ready" in reply, (reply, self.log.read_text()[-5000:])
         return reply["ready"]
 
     def read_all(self, count: int) -> dict[int, dict[str, Any]]:
