@@ -157,7 +157,7 @@ prove: train
 # A process for each core, each with whole files: what the tests of a file share is made once.
 # In the order of names: by the number of tests, the longest files would come last, to one process.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+	$(BIN)/python -m pytest -m 'not vllm' --numprocesses auto --maxprocesses 8 --dist loadfile \
 		--no-loadscope-reorder
 
 # `auto` is bf16 on some processors and fp32 on others: neither kind may hide a failure from the other.

@@ -26,6 +26,7 @@ os.environ |= {
 }
 on_cpu = not torch.cuda.is_available()
 if on_cpu:
+    sys.path.insert(0, str(Path(__file__).parents[3] / "pipeline" / "vllm_worker"))
     import cpu_triton
 
     cpu_triton.install()
