@@ -16,6 +16,7 @@ from torch import Tensor
 
 from capture.console import note
 from capture.data.conversations import TokenizedSample
+from capture.engines.checks import row_peaks
 from capture.engines.engine import States
 from capture.engines.folder import states_folder
 from capture.engines.frozen import FrozenWeights, frozen_weights
@@ -27,10 +28,10 @@ from capture.engines.stream import Answer, Request, Stream
 from capture.engines.worker_process import WorkerProcess
 from pipeline.cache import Identity
 from pipeline.cache.layout import LAST_HIDDEN
-from pipeline.cache.skipped import FAILED
+from pipeline.cache.skipped import ALL_ZERO, FAILED
 from pipeline.cache.statistics import StateCodec
 from pipeline.errors import TargetError
-from pipeline.features import head_logits
+from pipeline.features import EMBEDDING_LAYER_ID, head_logits
 from pipeline.rope import RopeLengths
 from pipeline.target_model.load import Target
 from pipeline.target_model.quantisation import quantisation
@@ -122,17 +123,23 @@ class VllmEngine:
             self._stream.drop()
             self._stream.expect(map(_request, batch))
         parts: dict[int | str, list[Tensor]] = {key: [] for key in (*self.layer_ids, LAST_HIDDEN)}
-        failed = {}
+        failed, own = {}, {}
         for number, sample in enumerate(batch):
             answer = self._stream.take()
             if answer.failure:
                 note(f"warning: row {sample.source_row + 1} of the data: {answer.failure}")
                 failed[number] = FAILED
+            elif answer.logprobs is not None:
+                own[number] = answer.logprobs
             for key, rows in self._rows(answer, len(sample.input_ids)).items():
                 parts[key].append(rows)
-            if answer.logprobs is not None:
-                self.logprob_error(sample, parts[LAST_HIDDEN][-1], answer.logprobs)
-        return States({key: torch.cat(rows) for key, rows in parts.items()}, failed=failed)
+        states = {key: torch.cat(rows) for key, rows in parts.items()}
+        failed = {**_with_zero_rows(states, batch), **failed}
+        for number, logprobs in own.items():
+            last = parts[LAST_HIDDEN][number]
+            if number not in failed and last.isfinite().all():  # a bad sample is reported as such
+                self.logprob_error(batch[number], last, logprobs)
+        return States(states, failed=failed)
 
     def _rows(self, answer: Answer, tokens: int) -> dict[int | str, Tensor]:
         """Return the states `[S, H]` of an answer by key, zeros if it failed."""
@@ -234,6 +241,14 @@ class VllmEngine:
         note(
             f"states on their way from vLLM: at most {size(self._stream.peak)} of {size(self._stream.bound)}"
         )
+
+
+def _with_zero_rows(states: dict[int | str, Tensor], batch: Sequence[TokenizedSample]) -> dict[int, str]:
+    """Return the samples with a row of zeros, which the engine did not compute. Embeddings may be zero."""
+    rows = [row_peaks(rows) == 0 for key, rows in states.items() if key != EMBEDDING_LAYER_ID]
+    ends = np.cumsum([len(sample.input_ids) for sample in batch])
+    owners = np.searchsorted(ends, torch.stack(rows).any(0).cpu().numpy().nonzero()[0], side="right")
+    return dict.fromkeys(owners.tolist(), ALL_ZERO)
 
 
 def _request(sample: TokenizedSample, logprobs: bool = False) -> Request:

@@ -284,8 +284,10 @@ class ShardFiller:
         starts = np.cumsum([0, *(len(sample.input_ids) for sample in batch)])
         labels = [start + last_hidden_rows(s.loss_mask) for start, s in zip(starts, batch, strict=False)]
         label_rows = np.concatenate(labels)  # numbers of tokens of the batch
-        # Positions of the shard's checked label rows among this batch's label rows.
-        checked = np.array([i - last for i in shard.checked if last <= i < last + len(label_rows)], np.int64)
+        # Positions of the shard's checked label rows among this batch's label rows; none of a failed sample.
+        ran = ~np.isin(np.searchsorted(starts, label_rows, side="right") - 1, list(states.failed))
+        among = [i - last for i in shard.checked if last <= i < last + len(label_rows)]
+        checked = np.array([i for i in among if ran[i]], np.int64)
         checked_tokens = label_rows[checked]
         peaks, measured = [], []
         for layer_id in self._identity.features.layer_ids:

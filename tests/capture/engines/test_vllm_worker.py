@@ -190,8 +190,7 @@ def test_the_end_of_the_context(driver: Driver, reference: Reference) -> None:
 
 
 def test_stops_errors_and_the_end(tmp_path: Path, target: Path, reference: Reference) -> None:
-    """An answer ends with the generation config's stop token; rows that can't be written are said to be so; and
-    everything ends with stdin."""
+    """Check the stop token of the generation config, rows that can't be written, and the end with stdin."""
     tokens = made_up(9, 9)
     answer = reference.greedy(tokens, 12)
     copy = shutil.copytree(target, tmp_path / "target")
