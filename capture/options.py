@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from capture.engines.options import EngineOptions, engine_options
+from capture.one_pass.options import AnswerOptions, answer_options
 from pipeline.chat.rows import FORMS
 from pipeline.errors import UsageError
 from pipeline.options import (
@@ -132,6 +133,7 @@ class CaptureOptions:
     force: bool = False
     """Start even if the disk can't hold the cache."""
     engine: EngineOptions = field(default_factory=EngineOptions)
+    answers: AnswerOptions = field(default_factory=AnswerOptions)
     no_proof: bool = False
     """Warn, where the proof would refuse a target whose predictions are impossible for the right model."""
 
@@ -308,6 +310,12 @@ _own_options = gathered(
 )
 
 
+def _given() -> set[str]:
+    """Return the names of the parameters on the command line."""
+    context = click.get_current_context()
+    return {n for n in context.params if context.get_parameter_source(n) == ParameterSource.COMMANDLINE}
+
+
 def capture_options(command: Command) -> Command:
     """Add the options of `CaptureOptions` to a click command, which receives them as `options`.
 
@@ -324,6 +332,7 @@ def capture_options(command: Command) -> Command:
         given = source not in (None, ParameterSource.DEFAULT)
         check_last_codec(options.last_hidden, options.last_codec if given else None)
         options.engine.check()
+        options.answers.check(options.data.mask_reasoning, _given())
         return command(*args, options=options, **others)
 
-    return target_or_example_options(data_options(engine_options(_own_options(checked))))
+    return target_or_example_options(data_options(engine_options(answer_options(_own_options(checked)))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -10,10 +11,11 @@ from capture.batching import CapturePlan, plan_capture
 from capture.data.preparation import prepare_data
 from capture.data.tokens import TokenizedData
 from capture.engines.identity import check_engine, engine_identity
-from capture.engines.options import HUGGING_FACE
+from capture.engines.options import HUGGING_FACE, VLLM
 from capture.example import with_example
+from capture.one_pass.turns import longest_lengths
 from capture.options import CaptureOptions
-from pipeline.cache import DataIdentity, FeatureIdentity, Identity, build_index, read_manifest
+from pipeline.cache import DataIdentity, FeatureIdentity, Identity, SampleFacts, build_index, read_manifest
 from pipeline.cache.features import NO_LAST_HIDDEN
 from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
 from pipeline.errors import CacheError
@@ -23,6 +25,9 @@ from pipeline.target_model.load import DTYPES, Target, open_target
 from pipeline.target_model.options import TargetOptions
 from pipeline.target_model.quantisation import quantisation
 
+# Names, among the recorded settings, of how answers are sampled, and of the hash of the prompts with that.
+# While a capture samples answers, this hash stands in place of the samples'.
+ANSWERS, PROMPTS = "regenerate", "prompts"
 # Name, among the recorded settings, of the lengths at which the target's RoPE changes within the data.
 ROPE = "rope"
 
@@ -43,6 +48,16 @@ class PreparedCapture:
     plan: Plan
     rope: RopeLengths
     """Lengths between which the target's RoPE changes."""
+    longest: int
+    """The most tokens that a sample has, or can have once it is answered."""
+
+    answered: bool
+    """True if the directory holds these prompts with their answers, all of them."""
+
+    @property
+    def answers_first(self) -> bool:
+        """True if the plan is one of prompts, which the capture answers."""
+        return _answers_first(self.options)
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
@@ -101,26 +116,47 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
     prepared = prepare_data(options.data, target, found.data.settings.get("today") if found else None)
     data, template = prepared.samples, prepared.template
     target.check_length(int(data.facts.lengths.max()))
-    batching = plan_capture(data.facts.lengths, options.batch_tokens, options.shard_tokens, rope)
-    facts = data.facts.take(batching.order)
+    facts = prompt_facts(data, options) if _answers_first(options) else data.facts
+    batching = plan_capture(facts.lengths, options.batch_tokens, options.shard_tokens, rope)
+    longest, facts = int(facts.lengths.max()), facts.take(batching.order)
     index, plan = build_index(facts, batching.shards)
     date = {"today": template.today} if template.prints_the_date else {}
     # Earlier versions batched across such lengths: `_check_rope` refuses their caches.
     split = {ROPE: rope.describe()} if rope.matter(data.facts.lengths) else {}
+    content, asked = facts.content_hash(), {}
+    if _answers_first(options):
+        asked = {ANSWERS: options.answers.settings()}
+        content = hashlib.sha256(f"{content} {asked[ANSWERS]}".encode()).hexdigest()
+        asked[PROMPTS] = content
+    answered = found is not None and bool(asked) and found.data.settings.get(PROMPTS) == content
+    answered = answered and found.data.sha256 != content
     identity = Identity(
         target=shape,
         tokenizer=prepared.tokenizer,
         data=DataIdentity(
             sources=tuple(source.name for source in prepared.sources),
-            sha256=facts.content_hash(),
-            settings=options.data.settings() | date | split,
+            sha256=found.data.sha256 if found is not None and answered else content,
+            settings=options.data.settings() | date | split | asked,
         ),
         features=_features(options, layer_ids),
         shard_tokens=options.shard_tokens,
         batch_tokens=options.batch_tokens,
         engine=engine_identity(options.engine, target),
     )
-    return PreparedCapture(options, target, identity, found, data, batching, index, plan, rope)
+    return PreparedCapture(
+        options, target, identity, found, data, batching, index, plan, rope, longest, answered
+    )
+
+
+def _answers_first(options: CaptureOptions) -> bool:
+    return options.answers.regenerate and options.engine.engine == VLLM
+
+
+def prompt_facts(data: TokenizedData, options: CaptureOptions) -> SampleFacts:
+    """Return the facts of the data's samples, with the most tokens and rows that they have once answered."""
+    samples = (data[i] for i in range(len(data)))
+    lengths = longest_lengths(samples, options.data.max_length, options.answers.max_new_tokens)
+    return replace(data.facts, lengths=lengths, last_rows=lengths)
 
 
 def _features(options: CaptureOptions, layer_ids: tuple[int, ...]) -> FeatureIdentity:

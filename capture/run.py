@@ -16,6 +16,10 @@ from capture.console import note, say
 from capture.data.summary import position_lines
 from capture.engines.engine import CaptureEngine
 from capture.engines.open import open_engine
+from capture.engines.options import HUGGING_FACE
+from capture.one_pass.engine import OnePassEngine
+from capture.one_pass.settle import one_pass_engine, settle, shard_plan
+from capture.one_pass.two_steps import answer_first
 from capture.options import CaptureOptions
 from capture.plan import check_room, plan_lines
 from capture.prepare import PreparedCapture, prepare
@@ -26,7 +30,8 @@ from capture.shards.evidence import prove_target
 from capture.shards.fill import FilledShard, ShardFiller
 from capture.shards.statistics import measure_statistics
 from capture.workers import worker_place
-from pipeline.cache import CacheWriter, Manifest
+from pipeline.cache import CacheReader, CacheWriter, Manifest, read_manifest
+from pipeline.cache.fidelity import Measured
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.progress.claims import DEAD_AFTER_SECONDS, Worker, claim_name, take_shards
 from pipeline.cache.statistics import state_codecs
@@ -61,6 +66,8 @@ def capture(options: CaptureOptions, place: WorkerPlace | None = None) -> Captur
         DSparkError: see `pipeline.errors`; finished shards are kept.
     """
     place = worker_place(None) if place is None else place
+    if options.answers.regenerate and options.engine.engine == HUGGING_FACE:
+        options = answer_first(options, place)
     prepared = prepare(_on_device_of(place, options))
     if place.rank == 0:
         for line in plan_lines(prepared):
@@ -69,6 +76,9 @@ def capture(options: CaptureOptions, place: WorkerPlace | None = None) -> Captur
             note(line)
     prepared.check_directory()
     check_room(prepared)
+    if prepared.answered:
+        CacheReader(options.cache).check_shards()
+        return Captured(read_manifest(options.cache), complete=True, reused=True, shards=0)
     identity = prepared.full_identity()
     writer = CacheWriter(options.cache, identity, prepared.plan, prepared.index, dict(prepared.data.rows))
     if writer.complete:
@@ -76,6 +86,8 @@ def capture(options: CaptureOptions, place: WorkerPlace | None = None) -> Captur
     shards = 0
     if writer.pending() or not writer.target_written() or not writer.statistics_written():
         shards = _capture_pending(writer, prepared, place)
+    if prepared.answers_first and not writer.complete and not writer.pending():
+        settle(writer, prepared)
     manifest = writer.finalise(bad_samples(prepared).check)
     return Captured(manifest or writer.manifest, complete=manifest is not None, reused=False, shards=shards)
 
@@ -115,11 +127,12 @@ def _capture_with(
     try:
         with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:
             engine.while_waiting = functools.partial(_check_stop, writer, stop)
-            filler = ShardFiller(engine, identity, codecs, Clock())
+            one_pass = one_pass_engine(engine, prepared)
+            filler = ShardFiller(one_pass or engine, identity, codecs, Clock())
             while True:
                 if not writer.target_written() and worker.claim(_TARGET):
                     _write_target(writer, prepared, engine, proof)
-                written += capture_shards(writer, worker, place, filler, prepared, stop, bad)
+                written += capture_shards(writer, worker, place, filler, prepared, stop, bad, one_pass)
                 done = writer.target_written() and not writer.pending()
                 if done or not worker.others_died(_waiting(writer, stop)):
                     break
@@ -176,6 +189,7 @@ def capture_shards(
     prepared: PreparedCapture,
     stop: StopRequest,
     bad: BadSamples | None = None,
+    one_pass: OnePassEngine | None = None,
 ) -> int:
     """Capture every shard that no other process holds. Return their number.
 
@@ -183,6 +197,7 @@ def capture_shards(
 
     Args:
         bad: decides about bad samples; None makes it of the options.
+        one_pass: answers the samples first; None captures them as they are.
     """
     bad = bad or bad_samples(prepared, writer.skipped())
     batching, data = prepared.batching, prepared.data
@@ -210,8 +225,12 @@ def capture_shards(
             members = list(batching.batches_of(shard))
             batches = [[data[int(batching.order[i])] for i in batch] for batch in members]
             found_bad = functools.partial(_found_in_shard, bad, members[0].start)
-            filled = filler.fill(writer.new_shard(shard, memory), batches, between, found_bad)
-            disk.put(memory, _finish(writer, worker, shard, filled, clock, bad))
+            shape, more = None, {}
+            if one_pass is not None:
+                batches = one_pass.answer(shard, batches)
+                shape, more = shard_plan(batches, prepared.identity.features), one_pass.measured
+            filled = filler.fill(writer.new_shard(shard, memory, shape), batches, between, found_bad)
+            disk.put(memory, _finish(writer, worker, shard, filled, clock, bad, more))
             written += 1
     return written
 
@@ -233,12 +252,22 @@ def _found_in_shard(bad: BadSamples, first: int, sample: int, reason: str, key: 
 
 
 def _finish(
-    writer: CacheWriter, worker: Worker, shard: int, filled: FilledShard, clock: Clock, bad: BadSamples
+    writer: CacheWriter,
+    worker: Worker,
+    shard: int,
+    filled: FilledShard,
+    clock: Clock,
+    bad: BadSamples,
+    more: Measured,
 ) -> Callable[[], None]:
-    """Return a shard's last step, for a thread: wait for its copies, check it, hash it, write it."""
+    """Return a shard's last step, for a thread: wait for its copies, check it, hash it, write it.
+
+    Args:
+        more: figures of it besides those that the check measures.
+    """
 
     def finish() -> None:
-        measured = filled.finish()
+        measured = filled.finish() | more
         skipped = filled.skipped()
         writer.write_shard(shard, filled.buffer, measured, step=clock.step, skipped=skipped)
         worker.release(claim_name(shard))

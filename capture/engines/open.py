@@ -8,6 +8,9 @@ from capture.engines.engine import CaptureEngine
 from capture.engines.huggingface import HuggingFaceEngine
 from capture.engines.options import VLLM
 
+# Tokens of the engine's context that an answer leaves free, see `capture/engines/worker/arguments.py`.
+ROOM = 4
+
 if TYPE_CHECKING:
     from capture.prepare import PreparedCapture
 
@@ -22,5 +25,10 @@ def open_engine(prepared: PreparedCapture) -> CaptureEngine:
     if options.engine == VLLM:
         from capture.engines.vllm import VllmEngine
 
-        return VllmEngine(target, prepared.layer_ids, int(prepared.data.facts.lengths.max()), options)
+        return VllmEngine(target, prepared.layer_ids, _longest(prepared), options)
     return HuggingFaceEngine(target.model(), prepared.layer_ids)
+
+
+def _longest(prepared: PreparedCapture) -> int:
+    """Return the most tokens that the engine must take: of a sample as it is, or once it is answered."""
+    return max(prepared.longest + ROOM, int(prepared.data.facts.lengths.max()))

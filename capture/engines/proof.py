@@ -194,8 +194,13 @@ def stored_teacher(
     }
 
 
-def prove_same(got: Tensor, want: Tensor, key: int | str) -> float:
-    """Prove that an engine's states `[n, H]` are transformers'. Return the relative error.
+def prove_same(
+    got: Tensor, want: Tensor, key: int | str, other: str = "of a second pass over the same tokens"
+) -> float:
+    """Prove that an engine's states `[n, H]` are also those of another run. Return the relative error.
+
+    Args:
+        other: the other run, for messages.
 
     Raises:
         TargetError: they differ more than the order of sums explains.
@@ -204,7 +209,7 @@ def prove_same(got: Tensor, want: Tensor, key: int | str) -> float:
         got,
         want,
         OTHER_BATCH.get(want.dtype, 1e-1),
-        f"{state_name(key)} of the engine is not transformers'",
+        f"{state_name(key)} of the engine is not that {other}",
         "use --engine huggingface, or another version of the engine",
     )
 

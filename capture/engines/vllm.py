@@ -7,7 +7,7 @@ before the final norm. That norm is applied here, by the target's own module and
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -113,7 +113,7 @@ class VllmEngine:
         self._stream.check_folder()
         samples = [sample for batch in batches for sample in batch]
         middle = len(samples) // 2
-        self._stream.expect(_request(s, logprobs=i == middle) for i, s in enumerate(samples))
+        self._stream.expect(request(s, logprobs=i == middle) for i, s in enumerate(samples))
 
     @torch.no_grad()
     def states(self, batch: Sequence[TokenizedSample]) -> States:
@@ -121,11 +121,21 @@ class VllmEngine:
         following = self._stream.next
         if following is None or following.tokens is not batch[0].input_ids:
             self._stream.drop()
-            self._stream.expect(map(_request, batch))
+            self._stream.expect(map(request, batch))
+        return self.pack(batch, [self._stream.take() for _ in batch])
+
+    @torch.no_grad()
+    def pack(self, batch: Sequence[TokenizedSample], answers: Sequence[Answer]) -> States:
+        """Return the states of a batch from the engine's answers, one per sample.
+
+        The states of a sample's last token may be missing. They are zeros then.
+
+        Raises:
+            TargetError: states are not vLLM's own.
+        """
         parts: dict[int | str, list[Tensor]] = {key: [] for key in (*self.layer_ids, LAST_HIDDEN)}
         failed, own = {}, {}
-        for number, sample in enumerate(batch):
-            answer = self._stream.take()
+        for number, (sample, answer) in enumerate(zip(batch, answers, strict=True)):
             if answer.failure:
                 note(f"warning: row {sample.source_row + 1} of the data: {answer.failure}")
                 failed[number] = FAILED
@@ -134,21 +144,53 @@ class VllmEngine:
             for key, rows in self._rows(answer, len(sample.input_ids)).items():
                 parts[key].append(rows)
         states = {key: torch.cat(rows) for key, rows in parts.items()}
-        failed = {**_with_zero_rows(states, batch), **failed}
+        unread = [
+            a.states is not None and len(a.states) < len(s.input_ids)
+            for s, a in zip(batch, answers, strict=True)
+        ]
+        failed = {**_with_zero_rows(states, batch, unread), **failed}
         for number, logprobs in own.items():
             last = parts[LAST_HIDDEN][number]
             if number not in failed and last.isfinite().all():  # a bad sample is reported as such
                 self.logprob_error(batch[number], last, logprobs)
         return States(states, failed=failed)
 
+    def ask(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Send requests, after forgetting any others, and yield their answers in order.
+
+        Raises:
+            TargetError: as in `Stream.take`.
+        """
+        self._stream.drop()
+        self._stream.expect(requests)
+        for _ in requests:
+            yield self._stream.take()
+
+    def compare(self, sample: TokenizedSample, kept: Answer) -> float:
+        """Compare kept states of a sample's tokens, all but the last, with those of a second pass.
+
+        Returns:
+            The largest relative error of a layer's states, mean over the tokens.
+
+        Raises:
+            TargetError: they differ more than the order of sums explains, or are not vLLM's own.
+        """
+        read = TokenizedSample(sample.source_row, sample.input_ids[:-1], sample.loss_mask[:-1])
+        (again,) = self.ask([request(read, logprobs=True)])
+        if again.failure:
+            raise TargetError(f"row {sample.source_row + 1} of the data: {again.failure}")
+        one, two = self.pack([read], [kept]), self.pack([read], [again])
+        return max(prove_same(one.take(key), two.take(key), key) for key in (*self.layer_ids, LAST_HIDDEN))
+
     def _rows(self, answer: Answer, tokens: int) -> dict[int | str, Tensor]:
-        """Return the states `[S, H]` of an answer by key, zeros if it failed."""
+        """Return the states `[S, H]` of an answer by key, zeros if it failed or has no more."""
         states = answer.states
         if states is None:
             states = torch.zeros(
                 tokens, len(self._asked), self.embedding.shape[1], dtype=self.embedding.dtype
             )
-        states = states.to(self.device)
+        missing = torch.zeros(tokens - len(states), *states.shape[1:], dtype=states.dtype)
+        states = torch.cat([states, missing]).to(self.device) if len(missing) else states.to(self.device)
         last = self._norm(states[:, -1])
         number = {layer - 1: column for column, layer in enumerate(self._asked)}
         final = self._asked[-1] - 1  # our last id is the state after the final norm
@@ -197,9 +239,7 @@ class VllmEngine:
         """
         errors, figures = [], {}
         for sample in samples:
-            self._stream.drop()
-            self._stream.expect([_request(sample, logprobs=True)])
-            answer = self._stream.take()
+            (answer,) = self.ask([request(sample, logprobs=True)])
             if answer.failure:
                 raise TargetError(f"row {sample.source_row + 1} of the data: {answer.failure}")
             last = self._rows(answer, len(sample.input_ids))[LAST_HIDDEN]
@@ -229,7 +269,7 @@ class VllmEngine:
             sample = TokenizedSample(sample.source_row, sample.input_ids[:cut], sample.loss_mask[:cut])
             ours, theirs = self.states([sample]), own.states([sample])
             for key, rows in theirs.take_all().items():
-                worst = max(worst, prove_same(ours.take(key).cpu(), rows, key))
+                worst = max(worst, prove_same(ours.take(key).cpu(), rows, key, "of transformers"))
         return worst
 
     def close(self) -> None:
@@ -243,15 +283,23 @@ class VllmEngine:
         )
 
 
-def _with_zero_rows(states: dict[int | str, Tensor], batch: Sequence[TokenizedSample]) -> dict[int, str]:
-    """Return the samples with a row of zeros, which the engine did not compute. Embeddings may be zero."""
+def _with_zero_rows(
+    states: dict[int | str, Tensor], batch: Sequence[TokenizedSample], unread: Sequence[bool]
+) -> dict[int, str]:
+    """Return the samples with a row of zeros, which the engine did not compute. Embeddings may be zero.
+
+    Args:
+        unread: samples whose last token was not read.
+    """
     rows = [row_peaks(rows) == 0 for key, rows in states.items() if key != EMBEDDING_LAYER_ID]
+    zero = torch.stack(rows).any(0).cpu().numpy()
     ends = np.cumsum([len(sample.input_ids) for sample in batch])
-    owners = np.searchsorted(ends, torch.stack(rows).any(0).cpu().numpy().nonzero()[0], side="right")
-    return dict.fromkeys(owners.tolist(), ALL_ZERO)
+    zero[(ends - 1)[np.array(unread, bool)]] = False
+    return dict.fromkeys(np.searchsorted(ends, zero.nonzero()[0], side="right").tolist(), ALL_ZERO)
 
 
-def _request(sample: TokenizedSample, logprobs: bool = False) -> Request:
+def request(sample: TokenizedSample, logprobs: bool = False) -> Request:
+    """Return the request for the states of a sample."""
     return Request(
         sample.input_ids,
         f"row {sample.source_row + 1} of the data",

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from capture.console import note
 from capture.engines.checks import problem
-from pipeline.cache.skipped import REASONS
+from pipeline.cache.skipped import REASONS, TOO_SHORT
 from pipeline.errors import TargetError
 
 # Samples of one reason that are named one by one: while the capture runs, and where there are too many.
@@ -62,6 +62,8 @@ class BadSamples:
             TargetError: samples are not to be skipped; the message says how to go on.
         """
         tokens = int(self._length[number])
+        if reason == TOO_SHORT:  # nobody's fault
+            return
         if not self.skip:
             on = "; or run the same command with --bad-states skip, which goes on without such samples"
             raise TargetError(problem(self.place(number), reason, key, tokens, on))
@@ -83,7 +85,8 @@ class BadSamples:
             TargetError: with counts and places.
         """
         with self._lock:
-            reasons = dict(self._reasons if reasons is None else reasons)
+            known = self._reasons if reasons is None else reasons
+            reasons = {number: why for number, why in known.items() if why != TOO_SHORT}
         if len(reasons) <= self._limit:
             return
         parts = []

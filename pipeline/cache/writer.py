@@ -32,6 +32,7 @@ from pipeline.cache.manifest import (
     Manifest,
     Plan,
     ShardFiles,
+    ShardPlan,
     origin,
     read_manifest,
     refuse_another,
@@ -198,9 +199,30 @@ class CacheWriter:
         """Return whether a shard is finished, by any process."""
         return self._records.shard(shard) is not None
 
-    def new_shard(self, shard: int, memory: Tensor | None = None) -> ShardBuffer:
-        """Return a shard to be filled; `memory` as in `pipeline.cache.shard.shard_buffer`."""
-        return shard_buffer(shard_specs(self.manifest.identity, self.manifest.plan[shard]), memory)
+    def new_shard(
+        self, shard: int, memory: Tensor | None = None, plan: ShardPlan | None = None
+    ) -> ShardBuffer:
+        """Return a shard to be filled.
+
+        Args:
+            memory: as in `pipeline.cache.shard.shard_buffer`.
+            plan: what it holds, where that is less than was planned, see `settle`.
+        """
+        return shard_buffer(shard_specs(self.manifest.identity, plan or self.manifest.plan[shard]), memory)
+
+    def settle(self, content: str, plan: Plan, index: pa.Table) -> None:
+        """Replace a plan of prompts by that of the samples which they became. `finalise` must follow.
+
+        Args:
+            content: hash of the samples.
+            plan: with as many samples in every shard as before.
+            index: of the samples.
+        """
+        identity = self.manifest.identity
+        identity = dataclasses.replace(identity, data=dataclasses.replace(identity.data, sha256=content))
+        self.manifest = dataclasses.replace(self.manifest, identity=identity, plan=plan)
+        self._table = index
+        self._write_index(index_bytes(index))
 
     def shard_bytes(self, shard: int) -> int:
         """Return the size of a shard's file."""

@@ -117,7 +117,7 @@ def test_rows_that_are_wrong_or_missing_are_an_error_that_names_the_sample(
     ("fault", "parts"),
     [
         ("swapped", ["are not vLLM's own"]),
-        ("one layer", ["layer 0 of the engine is not transformers'"]),
+        ("one layer", ["layer 0 of the engine is not that of transformers"]),
         ("unknown", ["sent a line that nobody expects"]),
         ("does not start", ["can't run the target", "no kernel for this target"]),
         ("silent", ["has not loaded the target in 1 s"]),

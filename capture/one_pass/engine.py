@@ -1,0 +1,148 @@
+"""The engine of a one-pass capture: it answers a shard's prompts, and returns the states that it kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from capture.data.conversations import TokenizedSample
+from capture.engines.engine import States
+from capture.engines.stream import Answer, Request
+from capture.engines.vllm import VllmEngine, request
+from capture.one_pass.journal import Journal, answers_file
+from capture.one_pass.options import AnswerOptions
+from capture.one_pass.turns import Conversation, Turn
+from pipeline.cache import Identity, count_candidates
+from pipeline.cache.fidelity import Measured
+from pipeline.cache.skipped import TOO_SHORT
+from pipeline.cache.statistics import StateCodec
+from pipeline.rope import RopeLengths
+
+# Figure of a shard: relative errors of kept states against those of a second pass.
+SECOND_PASS = "second_pass_error"
+
+
+class OnePassEngine:
+    """A `CaptureEngine` whose states are those of the run that sampled the answers.
+
+    No forward reads the last token of an answer: its states are zeros, and no label follows it.
+
+    Args:
+        engine: runs the target.
+        options: of the sampling.
+        max_length: maximum tokens of a sample.
+        cache: the directory that keeps the answers.
+    """
+
+    def __init__(self, engine: VllmEngine, options: AnswerOptions, max_length: int, cache: Path):
+        self._engine, self._options, self._max_length, self._cache = engine, options, max_length, cache
+        self._kept: dict[int, Answer] = {}
+        """What is known of each sample of the shard, by the identity of its token ids."""
+        self.layer_ids, self.embedding, self.head = engine.layer_ids, engine.embedding, engine.head
+        self.device, self.leak = engine.device, engine.leak
+        self.measured: Measured = {}
+        """Figures of the shard that was answered last."""
+
+    @property
+    def while_waiting(self) -> Callable[[], None]:
+        return self._engine.while_waiting
+
+    @while_waiting.setter
+    def while_waiting(self, check: Callable[[], None]) -> None:
+        self._engine.while_waiting = check
+
+    def answer(self, shard: int, batches: Sequence[Sequence[TokenizedSample]]) -> list[list[TokenizedSample]]:
+        """Answer every turn of a shard's samples, and keep the states of each sample's last run.
+
+        Answers that the cache's journal has are not sampled again.
+
+        Args:
+            batches: the samples as the data has them.
+
+        Returns:
+            The answered samples in the same batches.
+
+        Raises:
+            TargetError: as in `VllmEngine.states`.
+        """
+        conversations = [self._conversation(sample) for batch in batches for sample in batch]
+        journal = Journal(answers_file(self._cache, shard))
+        journal.read(conversations)
+        kept: dict[int, Answer] = {}
+        asked = list(range(len(conversations)))
+        while asked := [i for i in asked if conversations[i].prompt() is not None]:
+            wanted = [self._request(conversations[i]) for i in asked]
+            for i, answer in zip(tuple(asked), self._engine.ask(wanted), strict=True):
+                if answer.failure:
+                    asked.remove(i)
+                    if not conversations[i].answers:  # else it ends with its last answer
+                        kept[i] = answer
+                    continue
+                kept[i] = answer
+                turn = Turn(tuple(answer.tokens), answer.finished == "stop")
+                journal.add([(i, len(conversations[i].answers), turn)])
+                conversations[i].answers.append(turn)
+        samples = [conversation.answered() for conversation in conversations]
+        self._keep(samples, kept)
+        numbers = iter(samples)
+        return [[next(numbers) for _ in batch] for batch in batches]
+
+    def _conversation(self, sample: TokenizedSample) -> Conversation:
+        return Conversation(sample, self._max_length, self._options.max_new_tokens)
+
+    def _request(self, conversation: Conversation) -> Request:
+        prompt = conversation.prompt()
+        assert prompt is not None
+        sampling = self._options.sampling(
+            conversation.room(prompt), conversation.seed(self._options.answer_seed)
+        )
+        place = f"row {conversation.sample.source_row + 1} of the data"
+        return Request(prompt, place, sampling={**sampling, "keep": conversation.at_last_turn})
+
+    def _keep(self, samples: Sequence[TokenizedSample], kept: dict[int, Answer]) -> None:
+        """Keep the states that belong to the samples as they are now, and compare one with a second pass."""
+        self._kept = {}
+        for i, answer in kept.items():
+            states = answer.states
+            if answer.failure or (states is not None and len(states) == len(samples[i].input_ids) - 1):
+                self._kept[id(samples[i].input_ids)] = answer
+        whole = [s for s in samples if self._kept.get(id(s.input_ids), Answer()).states is not None]
+        self.measured = {}
+        if whole:
+            sample = whole[len(whole) // 2]
+            error = self._engine.compare(sample, self._kept[id(sample.input_ids)])
+            self.measured = {SECOND_PASS: (error,)}
+
+    def expect(self, batches: Sequence[Sequence[TokenizedSample]]) -> None:
+        """Do nothing: the states are there, or belong to the few samples of an interrupted run."""
+
+    def states(self, batch: Sequence[TokenizedSample]) -> States:
+        """As in `CaptureEngine`. Samples that were answered before an interruption are read once more."""
+        wanted = [sample for sample in batch if id(sample.input_ids) not in self._kept]
+        found = self._engine.ask([_without_last(sample) for sample in wanted])
+        again = {id(sample.input_ids): answer for sample, answer in zip(wanted, found, strict=True)}
+        answers = [{**self._kept, **again}[id(sample.input_ids)] for sample in batch]
+        states = self._engine.pack(batch, answers)
+        for number, sample in enumerate(batch):
+            if number not in states.failed and not count_candidates(sample.loss_mask):
+                states.failed[number] = TOO_SHORT
+        return states
+
+    def prove(
+        self,
+        identity: Identity,
+        samples: Sequence[TokenizedSample],
+        last_codec: StateCodec | None,
+        rope: RopeLengths,
+    ) -> dict[str, float]:
+        """As in `CaptureEngine`."""
+        return self._engine.prove(identity, samples, last_codec, rope)
+
+    def close(self) -> None:
+        """As in `CaptureEngine`."""
+        self._engine.close()
+
+
+def _without_last(sample: TokenizedSample) -> Request:
+    read = TokenizedSample(sample.source_row, sample.input_ids[:-1], sample.loss_mask[:-1])
+    return request(read)

@@ -1,0 +1,63 @@
+"""The plan and the index of a cache whose prompts have all been answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from capture.data.conversations import TokenizedSample
+from capture.one_pass.engine import OnePassEngine
+from capture.one_pass.journal import Journal, answers_file
+from capture.one_pass.turns import Conversation
+from capture.prepare import PreparedCapture
+from pipeline.cache import CacheWriter, FeatureIdentity, SampleFacts, build_index
+from pipeline.cache.index import count_candidates, last_hidden_rows
+from pipeline.cache.manifest import ShardPlan
+
+
+def one_pass_engine(engine: object, prepared: PreparedCapture) -> OnePassEngine | None:
+    """Return the engine that answers; None for a capture of samples as they are."""
+    if not prepared.answers_first:
+        return None
+    options = prepared.options
+    return OnePassEngine(engine, options.answers, options.data.max_length, options.cache)
+
+
+def shard_plan(batches: Sequence[Sequence[TokenizedSample]], features: FeatureIdentity) -> ShardPlan:
+    """Return what a shard of these batches holds."""
+    samples = [sample for batch in batches for sample in batch]
+    return ShardPlan(
+        samples=len(samples),
+        tokens=sum(len(sample.input_ids) for sample in samples),
+        last_rows=sum(len(last_hidden_rows(sample.loss_mask)) for sample in samples),
+    )
+
+
+def settle(writer: CacheWriter, prepared: PreparedCapture) -> None:
+    """Give a writer whose shards are all written the plan of the answered samples."""
+    shards = prepared.batching.shards
+    samples = [sample for shard in range(len(shards)) for sample in answered_samples(prepared, shard)]
+    ids = np.frombuffer(b"".join(sample.sample_id for sample in samples), np.uint8).reshape(-1, 16)
+    planned = prepared.data.facts.take(prepared.batching.order)
+    facts = SampleFacts(
+        sample_ids=ids,
+        sources=planned.sources,
+        source_rows=planned.source_rows,
+        lengths=np.array([len(sample.input_ids) for sample in samples]),
+        last_rows=np.array([len(last_hidden_rows(sample.loss_mask)) for sample in samples]),
+        candidates=np.array([count_candidates(sample.loss_mask) for sample in samples]),
+    )
+    index, plan = build_index(facts, shards)
+    writer.settle(facts.content_hash(), plan, index)
+
+
+def answered_samples(prepared: PreparedCapture, shard: int) -> list[TokenizedSample]:
+    """Return a shard's samples with their answers, from the journal."""
+    order, options = prepared.batching.order, prepared.options
+    conversations = [
+        Conversation(prepared.data[int(order[i])], options.data.max_length, options.answers.max_new_tokens)
+        for i in prepared.batching.shards[shard]
+    ]
+    Journal(answers_file(options.cache, shard)).read(conversations)
+    return [conversation.answered() for conversation in conversations]

@@ -1,0 +1,85 @@
+"""Answers first, then states, for an engine that can't do both in one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from capture.console import note
+from capture.example import EXAMPLE_DATA
+from capture.options import CaptureOptions, DataOptions, ReadingOptions
+from capture.regenerate.dialogue import rows_hash
+from capture.regenerate.engine import Sampling
+from capture.regenerate.huggingface import load_engine
+from capture.regenerate.progress import progress_path
+from capture.regenerate.reading import read_dialogues
+from capture.regenerate.run import regenerate_file
+from pipeline.errors import DataError, UsageError
+from pipeline.process import WorkerPlace
+
+_BATCH_SIZE = 64
+
+
+def answers_path(cache: Path) -> Path:
+    """Return the file of the answers: beside the cache, because the cache does not exist yet."""
+    return cache.with_name(f"{cache.name}.answers.jsonl")
+
+
+def answer_first(options: CaptureOptions, place: WorkerPlace) -> CaptureOptions:
+    """Let the target answer the data into a file, and return the options of a capture of that file.
+
+    An existing file is used as it is; an interrupted one is continued.
+
+    Raises:
+        UsageError: several processes, which would answer the same rows.
+        DataError: rows that can't be answered.
+    """
+    out = answers_path(options.cache)
+    if not out.exists() or progress_path(out).exists():
+        if place.world > 1:
+            raise UsageError(
+                "--regenerate with --engine huggingface answers in one process: run `dspark regenerate` first, "
+                "and capture its file with all of them"
+            )
+        note(f"--engine huggingface answers first, into {out}, and captures that file afterwards")
+        _answer(options, out)
+    data = dataclasses.replace(options.data, data=(str(out),), split=None, subset=None, format="auto")
+    answers = dataclasses.replace(options.answers, regenerate=False)
+    return dataclasses.replace(options, data=data, answers=answers)
+
+
+def _answer(options: CaptureOptions, out: Path) -> None:
+    reading = _reading(options.data)
+    dialogues = read_dialogues(reading)
+    answers = options.answers
+    sampling = Sampling(
+        max_new_tokens=answers.max_new_tokens,
+        temperature=answers.temperature,
+        top_k=answers.top_k,
+        top_p=answers.top_p,
+        seed=answers.answer_seed,
+    )
+    arguments = reading.template_arguments()
+    engine, identity = load_engine(
+        options.target,
+        sampling,
+        batch_size=_BATCH_SIZE,
+        template=reading.template_text(),
+        template_arguments=arguments,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run = {**identity, "data": rows_hash(dialogues), "template arguments": arguments}
+    failures = regenerate_file(dialogues, engine, out, {**run, **dataclasses.asdict(sampling)})
+    if failures:
+        first = failures[0]
+        raise DataError(
+            f"{len(failures):,} of {len(dialogues):,} rows can't be answered, the first at "
+            f"{first.dialogue.where}: {first.failure}"
+        )
+
+
+def _reading(options: DataOptions) -> ReadingOptions:
+    """Return the part of the options that says what to read; the example's conversations by default."""
+    names = [field.name for field in dataclasses.fields(ReadingOptions)]
+    reading = ReadingOptions(**{name: getattr(options, name) for name in names})
+    return dataclasses.replace(reading, data=reading.data or (str(EXAMPLE_DATA),))
