@@ -19,9 +19,11 @@ from pipeline.options import (
     CONTEXT_CODECS,
     DEFAULT_CONTEXT_CODEC,
     DEFAULT_LAST_CODEC,
+    HIDDEN_CHOICES,
     LAST_CODECS,
     LAST_HIDDEN_CHOICES,
     Command,
+    check_hidden,
     check_last_codec,
     gathered,
     parse_layer_ids,
@@ -126,6 +128,8 @@ class CaptureOptions:
     """Codec of last hidden states, a name in `pipeline.cache.codecs.CODECS`."""
     last_hidden: str = "post_norm"
     """none: last hidden states are not stored, and `last_codec` does not count."""
+    hidden: str = "labels"
+    """Tokens whose last hidden states are stored: label rows, or all-tokens."""
     bad_states: str = "fail"
     """fail: a sample with bad states stops the capture; skip: it is recorded. Not part of the identity."""
     max_bad_states: float = 0.001
@@ -285,6 +289,14 @@ _own_options = gathered(
             "data's tokens alone.",
         ),
         click.option(
+            "--hidden",
+            type=click.Choice(HIDDEN_CHOICES),
+            default="labels",
+            show_default=True,
+            help="Tokens whose last hidden states are stored: those before supervised tokens, which training "
+            "needs, or all, for drafts that read every one.",
+        ),
+        click.option(
             "--bad-states",
             type=click.Choice(["fail", "skip"]),
             default="fail",
@@ -331,6 +343,7 @@ def capture_options(command: Command) -> Command:
         source = click.get_current_context().get_parameter_source("last_codec")
         given = source not in (None, ParameterSource.DEFAULT)
         check_last_codec(options.last_hidden, options.last_codec if given else None)
+        check_hidden(options.last_hidden, options.hidden)
         options.engine.check()
         options.answers.check(options.data.mask_reasoning, _given())
         return command(*args, options=options, **others)

@@ -14,7 +14,7 @@ from capture.data.summary import data_lines
 from capture.engines.open import open_engine
 from capture.prepare import PreparedCapture
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.features import NO_LAST_HIDDEN
+from pipeline.cache.features import LABELS, NO_LAST_HIDDEN, FeatureIdentity
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes, written_bytes
 from pipeline.cache.split import training_lines
 from pipeline.options import DEFAULT_LAST_CODEC
@@ -28,10 +28,12 @@ PRICED = [(name, name if codec.for_last else DEFAULT_LAST_CODEC) for name, codec
 
 def price(prepared: PreparedCapture, context_codec: str, last_codec: str) -> Price:
     """Return the size of the cache with these codecs; `last_codec` "none" stores no last hidden states."""
-    identity = prepared.identity
-    features = identity.features.stored_as(context_codec, last_codec)
+    return _price(prepared, prepared.identity.features.stored_as(context_codec, last_codec))
+
+
+def _price(prepared: PreparedCapture, features: FeatureIdentity) -> Price:
     return cache_price(
-        replace(identity, features=features),
+        replace(prepared.identity, features=features),
         prepared.plan,
         dict(prepared.data.rows),
         prepared.index,
@@ -83,6 +85,13 @@ def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
         name = pair[0] if pair[0] == pair[1] else "+".join(pair)
         mark = "  (this capture's)" if pair == chosen else ""
         yield f"{name:<12}{cost.per_token:>16,.0f}{size(cost.total):>12}{mark}"
+    if features.hidden != LABELS:
+        labels = replace(features, hidden=LABELS)
+        yield (
+            f"last hidden states of all {sum(prepared.plan.tokens):,} tokens; --hidden labels stores the "
+            f"{sum(prepared.plan.last_rows):,} that training needs: "
+            f"{_price(prepared, labels).per_token:,.0f} bytes per token"
+        )
     written = written_bytes(options.cache) if options.cache.is_dir() else 0
     there = f", {size(written)} of the cache already written" if written else ""
     yield f"disk: {size(free_bytes(options.cache))} free at {options.cache}{there}"

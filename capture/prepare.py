@@ -166,6 +166,7 @@ def _features(options: CaptureOptions, layer_ids: tuple[int, ...]) -> FeatureIde
         context_codec=options.context_codec,
         last_codec=NO_LAST_HIDDEN if options.last_hidden == NO_LAST_HIDDEN else options.last_codec,
         last_hidden=options.last_hidden,
+        hidden=options.hidden,
     )
 
 

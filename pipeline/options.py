@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pipeline.cache.codecs import CODECS
+from pipeline.cache.features import ALL_TOKENS, LABELS, NO_LAST_HIDDEN
 from pipeline.errors import UsageError
 
 Command = Callable[..., Any]
@@ -19,7 +20,9 @@ LAST_CODECS = tuple(name for name, codec in CODECS.items() if codec.for_last)
 # A third of the bytes of bf16. Its effect on drafts is measured in benchmarks/quality.py.
 DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC = "nf4", "int8"
 # Last hidden states as the manifest names them: those after the final norm, or none.
-LAST_HIDDEN_CHOICES = ("post_norm", "none")
+LAST_HIDDEN_CHOICES = ("post_norm", NO_LAST_HIDDEN)
+# Tokens whose last hidden states are stored, as the manifest names them.
+HIDDEN_CHOICES = (LABELS, ALL_TOKENS)
 
 
 def check_last_codec(last_hidden: str | None, last_codec: str | None) -> None:
@@ -28,9 +31,22 @@ def check_last_codec(last_hidden: str | None, last_codec: str | None) -> None:
     Args:
         last_hidden, last_codec: the options' values as given; None for an option that was not.
     """
-    if last_hidden == "none" and last_codec is not None:
+    if last_hidden == NO_LAST_HIDDEN and last_codec is not None:
         raise UsageError(
             f"--last-hidden none stores no last hidden states, --last-codec {last_codec} says how: give "
+            "one of them"
+        )
+
+
+def check_hidden(last_hidden: str | None, hidden: str | None) -> None:
+    """Refuse more rows of states that are left out. Raises UsageError.
+
+    Args:
+        last_hidden, hidden: the options' values; None for one that was not given.
+    """
+    if last_hidden == NO_LAST_HIDDEN and hidden == ALL_TOKENS:
+        raise UsageError(
+            "--last-hidden none stores no last hidden states, --hidden all-tokens those of every token: give "
             "one of them"
         )
 

@@ -33,7 +33,8 @@ from capture.data.conversations import DroppedRowError, RowTokenizer, TokenizedS
 from capture.data.sources import RawRow, Source, form_of
 from capture.data.token_cache import make_writable, token_cache
 from pipeline import files
-from pipeline.cache.index import SampleFacts, count_candidates, last_hidden_rows, sample_id
+from pipeline.cache.index import SampleFacts, count_candidates, sample_id
+from pipeline.cache.rows import last_hidden_rows
 from pipeline.chat import messages, rows, template
 from pipeline.chat.rows import BadRowError, Conversation
 from pipeline.errors import DataError

@@ -20,9 +20,10 @@ from capture.data.conversations import TokenizedSample
 from capture.engines.checks import peaks_reason, problem, row_peaks
 from capture.engines.engine import CaptureEngine, on_device
 from capture.shards.clock import Clock
-from pipeline.cache import Identity, last_hidden_rows
+from pipeline.cache import Identity
 from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, spread
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name
+from pipeline.cache.rows import stored_rows
 from pipeline.cache.shard import ShardBuffer
 from pipeline.cache.skipped import REASONS, TOO_LARGE, state_rows
 from pipeline.cache.statistics import StateCodec
@@ -94,7 +95,9 @@ class FilledShard:
     buffer: ShardBuffer
     samples: list[TokenizedSample]
     checked: list[int]
-    """Label rows to compare with the target's."""
+    """Rows of `last_hidden` to compare with the target's."""
+    last_rows: list[int]
+    """Each sample's number of rows of `last_hidden`."""
     found_bad: BadSample
     bad: dict[int, str] = field(default_factory=dict)
     """Reason of each bad sample, by its number in the shard. `finish` completes it."""
@@ -138,8 +141,7 @@ class FilledShard:
         """Check the row peaks of consecutive samples, the first of which is the shard's sample `first`."""
         start, i = 0, first
         while start < len(peaks):
-            sample = self.samples[i]
-            rows = len(last_hidden_rows(sample.loss_mask)) if key == LAST_HIDDEN else len(sample.input_ids)
+            rows = self.last_rows[i] if key == LAST_HIDDEN else len(self.samples[i].input_ids)
             reason = peaks_reason(peaks[start : start + rows])
             if reason is not None:
                 self.mark(i, reason, key)
@@ -160,15 +162,15 @@ class FilledShard:
         return found
 
     def _good_rows(self) -> np.ndarray:
-        """Return which of the checked label rows belong to samples that are not known as bad, as bools."""
-        ends = np.cumsum([len(last_hidden_rows(sample.loss_mask)) for sample in self.samples])
+        """Return which of the checked rows belong to samples that are not known as bad, as bools."""
+        ends = np.cumsum(self.last_rows)
         owners = np.searchsorted(ends, self.checked, side="right")
         return ~np.isin(owners, list(self.bad))
 
     def _blank(self) -> None:
         """Write zero bytes over the states of bad samples."""
         lengths = np.array([len(sample.input_ids) for sample in self.samples])
-        labels = np.array([len(last_hidden_rows(sample.loss_mask)) for sample in self.samples])
+        labels = np.array(self.last_rows)
         ends, last_ends = np.cumsum(lengths), np.cumsum(labels)
         for i in self.bad:
             tokens = slice(int(ends[i] - lengths[i]), int(ends[i]))
@@ -214,8 +216,8 @@ class ShardFiller:
         """
         tensors = buffer.tensors
         samples = [sample for batch in batches for sample in batch]
-        label_rows = sum(len(last_hidden_rows(sample.loss_mask)) for sample in samples)
-        shard = FilledShard(buffer, samples, spread(label_rows), found_bad)
+        last_rows = [len(stored_rows(s.loss_mask, self._identity.features)) for s in samples]
+        shard = FilledShard(buffer, samples, spread(sum(last_rows)), last_rows, found_bad)
         tensors["input_ids"].copy_(torch.from_numpy(np.concatenate([s.input_ids for s in shard.samples])))
         tensors["loss_mask"].copy_(torch.from_numpy(np.concatenate([s.loss_mask for s in shard.samples])))
         ahead: deque[Callable[[], None]] = deque()
@@ -252,7 +254,7 @@ class ShardFiller:
                 torch.cuda.empty_cache()
                 first, token, last = shard._filled
                 shard.mark(first, TOO_LARGE)
-                labels = len(last_hidden_rows(batch[0].loss_mask))
+                labels = shard.last_rows[first]
                 shard._filled = (first + 1, token + len(batch[0].input_ids), last + labels)
             return
         torch.cuda.empty_cache()
@@ -282,7 +284,8 @@ class ShardFiller:
             states = self.engine.states(batch)
         first, token, last = shard._filled
         starts = np.cumsum([0, *(len(sample.input_ids) for sample in batch)])
-        labels = [start + last_hidden_rows(s.loss_mask) for start, s in zip(starts, batch, strict=False)]
+        features = self._identity.features
+        labels = [start + stored_rows(s.loss_mask, features) for start, s in zip(starts, batch, strict=False)]
         label_rows = np.concatenate(labels)  # numbers of tokens of the batch
         # Positions of the shard's checked label rows among this batch's label rows; none of a failed sample.
         ran = ~np.isin(np.searchsorted(starts, label_rows, side="right") - 1, list(states.failed))

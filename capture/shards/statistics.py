@@ -13,9 +13,10 @@ from capture.data.tokens import TokenizedData
 from capture.engines.checks import peaks_reason, problem, row_peaks
 from capture.engines.engine import CaptureEngine
 from capture.shards.bad import BadSamples
-from pipeline.cache import Identity, last_hidden_rows
+from pipeline.cache import FeatureIdentity, Identity
 from pipeline.cache.codecs import Statistics
 from pipeline.cache.layout import LAST_HIDDEN, context_name
+from pipeline.cache.rows import stored_rows
 from pipeline.cache.skipped import TOO_LARGE
 from pipeline.cache.statistics import TOKENS, StateStatistics, chosen_samples, standardised_states
 from pipeline.device import if_it_fits
@@ -42,7 +43,7 @@ def measure_statistics(
     Raises:
         TargetError: a bad sample that is not to be skipped, or nothing else.
     """
-    wanted = standardised_states(identity)
+    wanted, features = standardised_states(identity), identity.features
     if not wanted:
         return {}
     sums = {name: StateStatistics() for name in wanted}
@@ -51,9 +52,9 @@ def measure_statistics(
         sample = data[int(order[i])]
         sample = TokenizedSample(sample.source_row, sample.input_ids[:TOKENS], sample.loss_mask[:TOKENS])
         states = _states(engine, sample)
-        if not isinstance(states, str) and not identity.features.has_last_hidden:
+        if not isinstance(states, str) and not features.has_last_hidden:
             del states[LAST_HIDDEN]  # a row that is not stored is not bad
-        reason, key = (states, None) if isinstance(states, str) else _verdict(states, sample, sums)
+        reason, key = (states, None) if isinstance(states, str) else _verdict(states, sample, sums, features)
         if reason is not None:
             if bad is None:
                 place = f"row {sample.source_row + 1} of the data"
@@ -88,7 +89,10 @@ def _states(engine: CaptureEngine, sample: TokenizedSample) -> dict[int | str, T
 
 
 def _verdict(
-    states: Mapping[int | str, Tensor], sample: TokenizedSample, measured: Container[str]
+    states: Mapping[int | str, Tensor],
+    sample: TokenizedSample,
+    measured: Container[str],
+    features: FeatureIdentity,
 ) -> tuple[str | None, int | str | None]:
     """Return the reason why a sample is bad, and the state that shows it; None twice for a good one.
 
@@ -96,7 +100,7 @@ def _verdict(
     """
     for key, rows in states.items():
         if key == LAST_HIDDEN and LAST_HIDDEN not in measured:
-            labels = torch.from_numpy(last_hidden_rows(sample.loss_mask)).to(rows.device)
+            labels = torch.from_numpy(stored_rows(sample.loss_mask, features)).to(rows.device)
             if not len(labels):  # the sample is cut before its first label
                 continue
             rows = rows[labels]

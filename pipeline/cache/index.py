@@ -28,8 +28,8 @@ SCHEMA = pa.schema(
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("token_start", pa.int64(), nullable=False),  # first row of the shard's token tensors
         pa.field("length", pa.int32(), nullable=False),  # tokens
-        pa.field("last_start", pa.int64(), nullable=False),  # first row of the shard's last_hidden
-        pa.field("last_rows", pa.int32(), nullable=False),  # rows of last_hidden
+        pa.field("last_start", pa.int64(), nullable=False),  # first of the shard's label rows
+        pa.field("last_rows", pa.int32(), nullable=False),  # label rows
         pa.field("candidates", pa.int32(), nullable=False),  # positions an anchor can take
     ]
 )
@@ -62,11 +62,6 @@ def sample_id(input_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:
     """Return a sample's id: the first 16 bytes of the SHA-256 over its token ids as int32, then its mask."""
     content = input_ids.astype("<i4").tobytes() + loss_mask.astype("u1").tobytes()
     return hashlib.sha256(content).digest()[:16]
-
-
-def last_hidden_rows(loss_mask: np.ndarray) -> np.ndarray:
-    """Return the positions whose last hidden state a loss can use: t-1 per supervised label t >= 1."""
-    return np.flatnonzero(loss_mask[1:])
 
 
 def count_candidates(loss_mask: np.ndarray) -> int:

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.cache.codecs import TensorSpec, get_codec
 from pipeline.cache.manifest import Identity, ShardPlan
+from pipeline.cache.rows import last_hidden_columns
 
 LAST_HIDDEN = "last_hidden"
 
@@ -32,6 +33,7 @@ def shard_specs(identity: Identity, plan: ShardPlan) -> dict[str, TensorSpec]:
         for suffix, spec in context.specs(plan.tokens, width).items():
             specs[part_name(context_name(layer_id), suffix)] = spec
     if features.has_last_hidden:
-        for suffix, spec in get_codec(features.last_codec).specs(plan.last_rows, width).items():
+        rows = getattr(plan, last_hidden_columns(features).total)
+        for suffix, spec in get_codec(features.last_codec).specs(rows, width).items():
             specs[part_name(LAST_HIDDEN, suffix)] = spec
     return specs

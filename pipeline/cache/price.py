@@ -13,6 +13,7 @@ from pipeline.cache.codecs import Statistics, get_codec
 from pipeline.cache.index import index_bytes
 from pipeline.cache.layout import shard_specs
 from pipeline.cache.manifest import INDEX, MANIFEST, STATISTICS, Identity, Manifest, Plan, read_manifest
+from pipeline.cache.rows import last_hidden_columns
 from pipeline.cache.shard import file_layout
 from pipeline.cache.statistics import standardised_states, statistics_bytes
 from pipeline.errors import CacheError
@@ -54,7 +55,7 @@ def cache_price(
     features, width = identity.features, identity.target.hidden_size
     context = get_codec(features.context_codec)
     row_bytes = get_codec(features.last_codec).row_bytes(width) if features.has_last_hidden else 0
-    tokens, last_rows = sum(plan.tokens), sum(plan.last_rows)
+    tokens, last_rows = sum(plan.tokens), sum(getattr(plan, last_hidden_columns(features).total))
     header = len(file_layout(shard_specs(identity, plan[0])).header)
     token_bytes = 4 + 1 + len(features.layer_ids) * context.row_bytes(width)
     shards = tokens * token_bytes + last_rows * row_bytes + len(plan) * header

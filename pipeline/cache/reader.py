@@ -5,17 +5,18 @@ from __future__ import annotations
 import mmap
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.cache.codecs import get_codec
+from pipeline.cache.features import LABELS
+from pipeline.cache.frozen import read_frozen
 from pipeline.cache.index import check_skipped, count_candidates, open_index, sample_ids
 from pipeline.cache.index import sample_id as content_id
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
@@ -28,11 +29,11 @@ from pipeline.cache.manifest import (
     read_manifest,
     shard_file,
 )
+from pipeline.cache.rows import last_hidden_columns, slices_of, stored_rows
 from pipeline.cache.shard import MappedShard, advise, map_shard
 from pipeline.cache.statistics import StateCodec, check_statistics_listed, read_statistics, state_codecs
 from pipeline.cache.verify import FileChecks
 from pipeline.errors import CacheError
-from pipeline.text import one_line
 
 # Scales beyond it could decode to infinity (FORMAT.md, rule 9).
 MAX_SCALE = 2.0**60
@@ -42,10 +43,10 @@ MAX_OPEN_SHARDS = 256
 
 @dataclass(frozen=True)
 class CachedSample:
-    """One conversation, decoded for training: S tokens, M label rows.
+    """One conversation, decoded for training: S tokens, M rows of last hidden states.
 
-    `last_hidden[m]` is the post-norm state at position `last_positions[m]`, which predicts the
-    supervised label one position later.
+    `last_hidden[m]` is the post-norm state at position `last_positions[m]`, which predicts the token one
+    position later: the supervised label, unless the reader reads every token's.
     """
 
     sample_id: str
@@ -65,12 +66,14 @@ class CacheReader:
 
     Args:
         path: the cache directory.
+        hidden: rows that reads of last hidden states give: `labels` for the label rows, which training needs;
+            `all-tokens` for every token's, of a cache that has them.
 
     Raises:
-        CacheError: missing, incomplete, of another version, or damaged.
+        CacheError: missing, incomplete, of another version, damaged, or without the rows of `hidden`.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, hidden: str = LABELS):
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path)
         if self.manifest.status != "complete":
@@ -84,6 +87,13 @@ class CacheReader:
         self.layer_ids: tuple[int, ...] = features.layer_ids
         self.has_last_hidden: bool = features.has_last_hidden
         """True if the cache has last hidden states, from which the teacher's logits are computed."""
+        if hidden not in (LABELS, features.hidden):
+            kind = "those of label rows" if self.has_last_hidden else "none"
+            raise CacheError(
+                f"{self.path}: last hidden states of {hidden} are asked for, the cache has {kind}: capture "
+                "it again with --hidden all-tokens"
+            )
+        self._stored, self._wanted = features, replace(features, hidden=hidden)
         self.hidden_size: int = self.manifest.identity.target.hidden_size
         for codec in features.codecs:
             get_codec(codec)  # an unknown one is refused before anything else is read
@@ -106,9 +116,13 @@ class CacheReader:
         ids = sample_ids(table)
         self.sample_ids, self.skipped_ids = ids[kept], ids[list(skipped.sample)]
         self.sources, self.source_rows = (table[n].to_numpy()[kept] for n in ("source", "source_row"))
-        self._shard, self._start, self.lengths, self._last_start, self._last_rows, self.candidates = (
+        self._shard, self._start, self.lengths, self._labels, self.candidates = (
             table[name].to_numpy()[kept]
-            for name in ("shard", "token_start", "length", "last_start", "last_rows", "candidates")
+            for name in ("shard", "token_start", "length", "last_rows", "candidates")
+        )
+        last, given = last_hidden_columns(self._stored), last_hidden_columns(self._wanted).number
+        self._last_start, self._stored_rows, self._last_rows = (
+            table[name].to_numpy()[kept] for name in (last.start, last.number, given)
         )
 
     def _check_files(self) -> None:
@@ -191,7 +205,7 @@ class CacheReader:
             raise IndexError(f"expected a sample from 0 to {len(self) - 1}, got {i}")
         start, last = int(self._start[i]), int(self._last_start[i])
         tokens = slice(start, start + int(self.lengths[i]))
-        return self._map(int(self._shard[i])).tensors, tokens, slice(last, last + int(self._last_rows[i]))
+        return self._map(int(self._shard[i])).tensors, tokens, slice(last, last + int(self._stored_rows[i]))
 
     def tokens(self, i: int) -> tuple[Tensor, Tensor]:
         """Return views of a sample's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8.
@@ -206,7 +220,7 @@ class CacheReader:
             raise self._damaged_sample(i, "has token ids outside the vocabulary")
         ids, mask = input_ids.numpy(), loss_mask.numpy()
         counts = (int(mask[1:].sum()), count_candidates(mask))
-        if mask.max() > 1 or not mask[-1] or counts != (self._last_rows[i], self.candidates[i]):
+        if mask.max() > 1 or not mask[-1] or counts != (self._labels[i], self.candidates[i]):
             raise self._damaged_sample(i, "has a loss mask that contradicts the index")
         if content_id(ids, mask) != self.sample_ids[i].tobytes():
             raise self._damaged_sample(i, "has other tokens than its id says")
@@ -231,12 +245,17 @@ class CacheReader:
         """Return views of one state's stored tensors of sample `i`, by suffix, for its codec to decode.
 
         Args:
-            state: `context.<layer id>`, which has S rows, or `last_hidden`, which has M.
+            state: `context.<layer id>`, which has S rows, or `last_hidden`, which has M; these are a copy
+                where the cache has others between them.
 
         Raises:
-            CacheError: a scale that is not finite, or beyond `MAX_SCALE`.
+            CacheError: a scale that is not finite, or beyond `MAX_SCALE`; for `last_hidden`, a damaged mask.
         """
-        return self._parts(i, state, self._shard_of(i))
+        shard = self._shard_of(i)
+        parts, places = self._parts(i, state, shard), self._places(i, state, shard)
+        if len(places) == 1:
+            return {suffix: part[places[0]] for suffix, part in parts.items()}
+        return {suffix: torch.cat([part[rows] for rows in places]) for suffix, part in parts.items()}
 
     def _shard_of(self, i: int) -> MappedShard:
         return self._map(int(self._shard[i]))
@@ -247,8 +266,17 @@ class CacheReader:
         suffixes = self._codecs[state].codec.specs(1, self.hidden_size)
         return {suffix: shard.tensors[part_name(state, suffix)][rows] for suffix in suffixes}
 
+    def _places(self, i: int, state: str, shard: MappedShard, rows: slice = slice(None)) -> list[slice]:
+        """Return where rows of a state lie among all that are stored, as slices in order."""
+        if state != LAST_HIDDEN or self._wanted.hidden == self._stored.hidden:
+            return [rows]
+        mask = shard.tensors["loss_mask"][self._rows(i)[1]].numpy()
+        if np.count_nonzero(mask[1:]) != self._labels[i]:
+            raise self._damaged_sample(i, "has a loss mask that contradicts the index")
+        return slices_of(mask, self._wanted, self._stored, rows)
+
     def _parts(self, i: int, state: str, shard: MappedShard) -> dict[str, Tensor]:
-        """Return the views in the given map of the shard, because another thread may map it again."""
+        """Return all stored rows in the given map of the shard, because another thread may map it again."""
         parts = self._views(i, state, shard)
         scales = parts.get("scale")
         if scales is not None and not bool((scales.abs() <= MAX_SCALE).all()):
@@ -259,8 +287,10 @@ class CacheReader:
         """Ask the kernel to read these states of sample `i`, and nothing around them, from the disk."""
         shard = self._shard_of(i)
         for state in states:
-            for view in self._views(i, state, shard).values():
-                shard.read_ahead(view)
+            views = self._views(i, state, shard).values()
+            for rows in self._places(i, state, shard):
+                for view in views:
+                    shard.read_ahead(view[rows])
 
     def release(self, shards: Iterable[int]) -> None:
         """Drop these shards' pages from this process's memory; they stay in the page cache.
@@ -274,11 +304,15 @@ class CacheReader:
         """Copy one state's stored tensors of sample `i` into contiguous CPU tensors, by suffix.
 
         Raises:
-            CacheError: a scale that is not finite, or beyond `MAX_SCALE`; a file that ends too early.
+            CacheError: see `parts`; a file that ends too early.
         """
-        shard = self._shard_of(i)
-        for suffix, view in self._parts(i, state, shard).items():
-            shard.read(view, out[suffix])
+        shard, start = self._shard_of(i), 0
+        parts = self._parts(i, state, shard)
+        for rows in self._places(i, state, shard):
+            stop = start + len(parts[""][rows])
+            for suffix, part in parts.items():
+                shard.read(part[rows], out[suffix][start:stop])
+            start = stop
 
     def read_rows(self, i: int, state: str, rows: slice, out: Tensor) -> None:
         """Decode some rows of one state of sample `i` into `out` `[n, H]` bfloat16 on the CPU.
@@ -286,12 +320,16 @@ class CacheReader:
         Raises:
             CacheError: see `fetch`.
         """
-        bound, shard = self._codecs[state], self._shard_of(i)
+        bound, shard, start = self._codecs[state], self._shard_of(i), 0
         parts = self._parts(i, state, shard)
-        if bound.codec.name == "bf16" and out.is_contiguous():
-            shard.read(parts[""][rows], out)
-        else:
-            bound.decode({suffix: part[rows] for suffix, part in parts.items()}, out)
+        for place in self._places(i, state, shard, rows):
+            stored = {suffix: part[place] for suffix, part in parts.items()}
+            some = out[start : start + len(stored[""])]
+            start += len(some)
+            if bound.codec.name == "bf16" and some.is_contiguous():
+                shard.read(stored[""], some)
+            else:
+                bound.decode(stored, some)
 
     def read_context(self, i: int, layer_ids: Sequence[int], out: Tensor) -> None:
         """Decode a sample's context features into `out` `[S, L*H]`, layers in the order given."""
@@ -305,8 +343,12 @@ class CacheReader:
         self.require_last_hidden("this read")
         self._codecs[LAST_HIDDEN].decode(self.parts(i, LAST_HIDDEN), out)
 
+    def last_positions(self, loss_mask: Tensor) -> Tensor:
+        """Return the positions `[M]` of the last hidden states that reads of a sample give."""
+        return torch.from_numpy(stored_rows(loss_mask.numpy(), self._wanted))
+
     def num_last_rows(self, i: int) -> int:
-        """Return M, the number of label rows of sample `i`, those of its last hidden states if it has any."""
+        """Return M, the number of rows of last hidden states that reads of sample `i` give if it has any."""
         return int(self._last_rows[i])
 
     def read(self, i: int, layer_ids: Sequence[int] | None = None) -> CachedSample:
@@ -331,27 +373,12 @@ class CacheReader:
             loss_mask=loss_mask.clone(),
             context=context,
             last_hidden=last_hidden,
-            last_positions=last_positions(loss_mask),
+            last_positions=self.last_positions(loss_mask),
         )
 
     def frozen(self) -> dict[str, Tensor]:
         """Read the target's `embed_tokens.weight` and `lm_head.weight` `[V, H]`; one tensor if tied."""
-        try:
-            weights = load_file(self.path / FROZEN)
-        except Exception as error:  # the library's error type is not public
-            raise CacheError(f"{self.path / FROZEN} is damaged ({one_line(error)}): capture again") from None
-        target = self.manifest.identity.target
-        names = {"embed_tokens.weight"} | (set() if target.tied_embeddings else {"lm_head.weight"})
-        shape = (target.vocab_size, target.hidden_size)
-        if weights.keys() != names or any(
-            tuple(w.shape) != shape or not w.is_floating_point() for w in weights.values()
-        ):
-            raise CacheError(
-                f"{self.path / FROZEN} is damaged (expected {sorted(names)} of shape {list(shape)}): "
-                "capture again"
-            )
-        weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
-        return weights
+        return read_frozen(self.path, self.manifest.identity.target)
 
     def shard_of(self, i: int) -> int:
         """Return the number of sample `i`'s shard."""
@@ -365,8 +392,3 @@ class CacheReader:
         """
         with FileChecks(self.path, self.manifest, progress=progress) as checks:
             return [bad.file for bad in checks.problems(self.manifest.all_files())]
-
-
-def last_positions(loss_mask: Tensor) -> Tensor:
-    """Return the positions `[M]` of a sample's stored last hidden states: t-1 per supervised label t >= 1."""
-    return loss_mask[1:].nonzero().squeeze(1)

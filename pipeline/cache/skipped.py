@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
+from pipeline.cache.features import FeatureIdentity
+from pipeline.cache.rows import last_hidden_columns
 from pipeline.errors import ConfigError
 
 NOT_FINITE, ALL_ZERO = "states not finite", "states all zero"
@@ -134,17 +136,24 @@ class SkippedRows:
         skipped: of each shard that has any.
         samples: the plan's column.
         table: the index.
+        features: the states in the shards.
     """
 
-    def __init__(self, skipped: Mapping[int, ByReason], samples: Sequence[int], table: pa.Table):
+    def __init__(
+        self,
+        skipped: Mapping[int, ByReason],
+        samples: Sequence[int],
+        table: pa.Table,
+        features: FeatureIdentity,
+    ):
         self._skipped = skipped
         self._first = np.cumsum(samples, dtype=np.int64) - samples
-        self._columns = [
-            table[name].to_numpy() for name in ("token_start", "length", "last_start", "last_rows")
-        ]
+        last = last_hidden_columns(features)
+        names = ("token_start", "length", last.start, last.number)
+        self._columns = [table[name].to_numpy() for name in names]
 
     def of(self, shard: int) -> Iterator[tuple[int, slice, slice]]:
-        """Yield each skipped sample of a shard: its row of the index, its tokens, its label rows."""
+        """Yield each skipped sample of a shard: its row of the index, of its tokens, of its last hidden."""
         numbers = sorted(n for column in self._skipped.get(shard, {}).values() for n in column)
         for i in (int(self._first[shard]) + n for n in numbers):
             start, length, last, rows = (int(column[i]) for column in self._columns)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline import files, text
 from pipeline.cache.codecs import get_codec
+from pipeline.cache.frozen import frozen_names
 from pipeline.cache.index import count_candidates, open_index, sample_id, sample_ids
 from pipeline.cache.layout import shard_specs
 from pipeline.cache.manifest import (
@@ -68,6 +69,8 @@ class Verified:
     """Number of shards checked."""
     pending: int
     """Number of shards still to be captured."""
+    hidden: str
+    """Tokens whose last hidden states the cache holds, as its identity names them."""
 
 
 def default_threads() -> int:
@@ -128,6 +131,7 @@ def verify_cache(
         bytes=sum(record.bytes for record in records),
         shards=shards,
         pending=len(manifest.plan) - shards,
+        hidden=manifest.identity.features.hidden,
     )
 
 
@@ -256,7 +260,7 @@ class FileChecks:
         from safetensors import safe_open
 
         target = self.manifest.identity.target
-        names = {"embed_tokens.weight"} | (set() if target.tied_embeddings else {"lm_head.weight"})
+        names = frozen_names(target)
         shape = [target.vocab_size, target.hidden_size]
         _read_start(path)
         try:
@@ -275,7 +279,8 @@ class SampleChecks:
     """Compares the tokens in shards with the index, and the states of skipped samples with zeros."""
 
     def __init__(self, manifest: Manifest, table: pa.Table, skipped: Mapping[int, ByReason]):
-        self._skipped = SkippedRows(skipped, manifest.plan.samples, table)
+        features = manifest.identity.features
+        self._skipped = SkippedRows(skipped, manifest.plan.samples, table, features)
         samples = np.array(manifest.plan.samples, dtype=np.int64)
         self._ends = np.cumsum(samples)
         self._first = self._ends - samples

@@ -129,10 +129,11 @@ class Writing:
 
     def tensors(self, shard: int) -> dict[str, Tensor]:
         members = [self.samples[i] for i in self.shards[shard]]
+        every = self.identity.features.hidden == "all-tokens"
         out = {
             "input_ids": torch.tensor([t for s in members for t in s.ids], dtype=torch.int32),
             "loss_mask": torch.tensor([m for s in members for m in s.mask], dtype=torch.uint8),
-            "last_hidden": torch.cat([s.last[s.rows] for s in members]),
+            "last_hidden": torch.cat([s.last if every else s.last[s.rows] for s in members]),
         }
         for layer in self.identity.features.layer_ids:
             out[f"context.{layer}"] = torch.cat([s.context[layer] for s in members])

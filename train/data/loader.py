@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache import CacheReader, last_positions
+from pipeline.cache import CacheReader
 from pipeline.cache.layout import LAST_HIDDEN, context_name
+from pipeline.cache.rows import runs
 from pipeline.device import use_device
 
 Loaded = TypeVar("Loaded")
@@ -99,7 +100,7 @@ class EncodedBatch(Pack):
     last_hidden: dict[str, Tensor] | None
     """The stored tensors of the last hidden states, by suffix, `[M, ..]`; None if the cache has none."""
     last_positions: Tensor
-    """Positions of the M label rows in the pack, `[M]`."""
+    """Positions of those rows in the pack, `[M]`."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device and decode there, on the device's current stream."""
@@ -185,7 +186,7 @@ def load_batch(
         if last_hidden is None:
             continue
         begin = 0
-        for run in _runs(last_positions(pack.loss_mask[0, rows])):
+        for run in runs(reader.last_positions(pack.loss_mask[0, rows]).numpy()):
             end = begin + run.stop - run.start
             reader.read_rows(i, LAST_HIDDEN, slice(begin, end), last_hidden[rows][run])
             begin = end
@@ -231,7 +232,7 @@ def load_encoded_batch(
         last_rows = slice(begin, begin + reader.num_last_rows(i))
         if last_hidden is not None:
             reader.fetch(i, LAST_HIDDEN, {name: part[last_rows] for name, part in last_hidden.items()})
-        positions[last_rows] = last_positions(pack.loss_mask[0, rows]) + rows.start
+        positions[last_rows] = reader.last_positions(pack.loss_mask[0, rows]) + rows.start
         begin = last_rows.stop
     values = dict(vars(pack))
     if pin:
@@ -259,13 +260,6 @@ def _places(
             begun, released = set(), stop
         start = stop
     reader.release(begun)
-
-
-def _runs(positions: Tensor) -> list[slice]:
-    """Return ascending positions `[M]` as slices of consecutive ones."""
-    places = positions.numpy()
-    breaks = np.flatnonzero(np.diff(places) != 1) + 1
-    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(places, breaks) if len(run)]
 
 
 def prefetch(

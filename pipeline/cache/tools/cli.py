@@ -8,9 +8,16 @@ from pathlib import Path
 
 import click
 
+from pipeline.cache.features import LABELS, hidden_words
 from pipeline.cache.split import HELD_OUT
 from pipeline.errors import CacheError
-from pipeline.options import CONTEXT_CODECS, LAST_CODECS, LAST_HIDDEN_CHOICES, parse_layer_ids
+from pipeline.options import (
+    CONTEXT_CODECS,
+    HIDDEN_CHOICES,
+    LAST_CODECS,
+    LAST_HIDDEN_CHOICES,
+    parse_layer_ids,
+)
 
 _CACHE = click.argument("cache", type=click.Path(path_type=Path))
 
@@ -42,7 +49,8 @@ def verify_command(cache: Path, fast: bool, repair: bool, threads: int | None) -
         state += f"incomplete, {found.shards:,} shards finished, {found.pending:,} still to be captured; "
     if not found.problems:
         how = "sizes and structure" if fast else "all"
-        click.echo(f"{state}{found.files:,} files, {found.bytes:,} bytes, {how} good")
+        rows = f"; last hidden states{hidden_words(found.hidden)}" * (found.hidden != LABELS)
+        click.echo(f"{state}{found.files:,} files, {found.bytes:,} bytes, {how} good{rows}")
         return
     if not found.complete:
         click.echo(state.removesuffix("; "))
@@ -83,10 +91,11 @@ def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: b
         facts = cache_facts(cache, fraction=held_out)
         lines = fact_lines(facts)
     else:
+        from pipeline.cache.manifest import read_manifest
         from pipeline.cache.reader import CacheReader
         from pipeline.cache.tools.sample import cached_decoder, find_sample, sample_facts, sample_lines
 
-        reader = CacheReader(cache)
+        reader = CacheReader(cache, hidden=read_manifest(cache).identity.features.hidden)
         shown = sample_facts(reader, find_sample(reader, sample))
         decode = cached_decoder(cache)
         lines = sample_lines(shown, decode)
@@ -119,6 +128,11 @@ def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: b
     help="none: leave the last hidden states out. Default: as in SRC.",
 )
 @click.option(
+    "--hidden",
+    type=click.Choice(HIDDEN_CHOICES),
+    help="labels: keep the last hidden states of label rows only. Default: as in SRC.",
+)
+@click.option(
     "--layers", callback=parse_layer_ids, help="Layer ids to keep, as 1,9,17. Default: all of SRC's."
 )
 @click.option("--force", is_flag=True, help="Start even if the disk can't hold the cache.")
@@ -128,6 +142,7 @@ def convert_command(
     context_codec: str | None,
     last_codec: str | None,
     last_hidden: str | None,
+    hidden: str | None,
     layers: tuple[int, ...] | None,
     force: bool,
 ) -> None:
@@ -145,6 +160,7 @@ def convert_command(
         context_codec=context_codec,
         last_codec=last_codec,
         last_hidden=last_hidden,
+        hidden=hidden,
         layer_ids=layers,
         force=force,
     )

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.cache.codecs import Statistics, get_codec
 from pipeline.cache.codecs.base import peaks
-from pipeline.cache.features import NO_LAST_HIDDEN, codec_words
+from pipeline.cache.features import LABELS, NO_LAST_HIDDEN, FeatureIdentity, codec_words
 from pipeline.cache.layout import LAST_HIDDEN, part_name, shard_specs
 from pipeline.cache.manifest import (
     FROZEN,
@@ -31,7 +32,8 @@ from pipeline.cache.manifest import (
 )
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes
 from pipeline.cache.progress.claims import Worker, claim_name, take_shards
-from pipeline.cache.reader import MAX_SCALE, CacheReader, last_positions
+from pipeline.cache.reader import MAX_SCALE, CacheReader
+from pipeline.cache.rows import last_hidden_columns, stored_rows
 from pipeline.cache.shard import map_shard
 from pipeline.cache.skipped import SkippedRows, uncounted
 from pipeline.cache.statistics import (
@@ -47,7 +49,7 @@ from pipeline.cache.verify import FileChecks, Problem
 from pipeline.cache.writer import CacheWriter
 from pipeline.errors import CacheError, UsageError
 from pipeline.features import validate_target_layer_ids
-from pipeline.options import check_last_codec
+from pipeline.options import check_hidden, check_last_codec
 from pipeline.signals import StopRequest, stop_on_signals
 from pipeline.text import size
 
@@ -75,6 +77,7 @@ def convert(
     context_codec: str | None = None,
     last_codec: str | None = None,
     last_hidden: str | None = None,
+    hidden: str | None = None,
     layer_ids: tuple[int, ...] | None = None,
     force: bool = False,
 ) -> Converted:
@@ -83,6 +86,7 @@ def convert(
     Args:
         context_codec, last_codec: None keeps the source's.
         last_hidden: `none` leaves last hidden states out; None keeps what the source has.
+        hidden: `labels` keeps those of label rows only; None keeps what the source has.
         layer_ids: the source's layers to keep; None keeps all.
         force: start even if the disk can't hold the result.
 
@@ -93,8 +97,9 @@ def convert(
     """
     _check_places(source, destination)
     check_last_codec(last_hidden, last_codec)
+    check_hidden(last_hidden, hidden)
     old = Source(source)
-    identity = _identity(old, context_codec, last_codec, last_hidden, layer_ids)
+    identity = _identity(old, context_codec, last_codec, last_hidden, hidden, layer_ids)
     history = (*old.manifest.history, _step(old.manifest))
     cost = old.price(identity)
     for line in _plan_lines(old, identity, cost, destination):
@@ -132,6 +137,7 @@ def _identity(
     context_codec: str | None,
     last_codec: str | None,
     last_hidden: str | None,
+    hidden: str | None,
     layer_ids: tuple[int, ...] | None,
 ) -> Identity:
     found = old.manifest.identity
@@ -144,16 +150,25 @@ def _identity(
             f"{old.path} holds layers {list(features.layer_ids)}, --layers asks for {missing[0]}: name "
             "some of those, or capture again"
         )
-    if not features.has_last_hidden and (last_codec is not None or last_hidden not in (None, NO_LAST_HIDDEN)):
+    asked = {"--last-codec": last_codec, "--hidden": hidden}
+    asked["--last-hidden"] = None if last_hidden == NO_LAST_HIDDEN else last_hidden
+    option = next((name for name, value in asked.items() if value is not None), None)
+    if option is not None and not features.has_last_hidden:
         raise CacheError(
-            f"{old.path} has no last hidden states, and only a capture can make them: leave out "
-            f"{'--last-hidden' if last_codec is None else '--last-codec'}, or capture again"
+            f"{old.path} has no last hidden states, and only a capture can make them: leave out {option}, or "
+            "capture again"
+        )
+    if hidden not in (None, LABELS, features.hidden):
+        raise CacheError(
+            f"{old.path} has the last hidden states of label rows, and only a capture can make those of "
+            f"every token: leave out --hidden {hidden}, or capture again"
         )
     kept = features.stored_as(
         context_codec or features.context_codec,
         NO_LAST_HIDDEN if last_hidden == NO_LAST_HIDDEN else last_codec or features.last_codec,
     )
-    return dataclasses.replace(found, features=dataclasses.replace(kept, layer_ids=layers))
+    kept = dataclasses.replace(kept, layer_ids=layers, hidden=hidden or kept.hidden)
+    return dataclasses.replace(found, features=kept)
 
 
 def _step(manifest: Manifest) -> dict[str, str]:
@@ -164,6 +179,7 @@ def _step(manifest: Manifest) -> dict[str, str]:
         "layers": ",".join(map(str, features.layer_ids)),
         "context_codec": features.context_codec,
         "last_codec": features.last_codec,
+        **({} if features.hidden == LABELS else {"hidden": features.hidden}),
     }
 
 
@@ -172,7 +188,8 @@ def _plan_lines(old: Source, identity: Identity, cost: Price, destination: Path)
     per_token = sum(manifest.shards.bytes) / manifest.num_tokens
     yield (
         f"from {old.path}: {size(manifest.num_bytes)}, {per_token:,.0f} bytes per token; to {destination}: "
-        f"layers {list(features.layer_ids)}, {codec_words(features.context_codec, features.last_codec)}"
+        f"layers {list(features.layer_ids)}, "
+        f"{codec_words(features.context_codec, features.last_codec, features.hidden)}"
     )
     yield (
         f"{cost.per_token:,.0f} bytes per token, {size(cost.total)} in {len(manifest.plan):,} shards; "
@@ -217,11 +234,11 @@ class Source:
         self._refuse(problems)
         assert table is not None
         self.index = table
+        last = last_hidden_columns(self.identity.features)
         self.starts, self.lengths, self.shards, self.last_starts, self.last_rows = (
-            table[name].to_numpy() for name in ("token_start", "length", "shard", "last_start", "last_rows")
+            table[name].to_numpy() for name in ("token_start", "length", "shard", last.start, last.number)
         )
         self.skipped = self.manifest.skipped.by_shard(self.manifest.plan.samples)
-        self.skipped_rows = SkippedRows(self.skipped, self.manifest.plan.samples, table)
         self.statistics = read_statistics(path, self.identity)
         self.codecs = state_codecs(self.identity, self.statistics)
         self._shard: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -271,11 +288,15 @@ class Source:
             )
         return out
 
-    def label_rows(self, shard: int) -> Tensor:
-        """Return the token row of each row of `last_hidden`, `[M]`."""
-        mask = self.shard(shard)["loss_mask"].clone()
-        mask[torch.from_numpy(self.starts[self.shards == shard])] = 0  # the row before it is another sample's
-        return mask.nonzero().squeeze(1) - 1
+    def last_rows_of(self, shard: int, features: FeatureIdentity) -> np.ndarray:
+        """Return the token row of each row of `last_hidden` that a cache of `features` has, `[M]`."""
+        mask, samples = self.shard(shard)["loss_mask"].numpy(), np.flatnonzero(self.shards == shard)
+        places = zip(self.starts[samples], self.lengths[samples], strict=True)
+        return np.concatenate([start + stored_rows(mask[start : start + n], features) for start, n in places])
+
+    def skipped_rows(self, features: FeatureIdentity) -> SkippedRows:
+        """Return the rows of skipped samples in the shards of a cache of `features`."""
+        return SkippedRows(self.skipped, self.manifest.plan.samples, self.index, features)
 
     def head(self) -> Tensor:
         """Read the target's `lm_head.weight` `[V, H]`."""
@@ -318,15 +339,15 @@ class Source:
             between()
             shard, start = int(self.shards[i]), int(self.starts[i])
             tokens = slice(start + 1, start + min(int(self.lengths[i]), TOKENS))
-            mask = self.shard(shard)["loss_mask"][start : start + int(self.lengths[i])]
+            mask = self.shard(shard)["loss_mask"][start : start + int(self.lengths[i])].numpy()
             first = int(self.last_starts[i])
             end = first + int(self.last_rows[i])
-            begin = first + int(last_positions(mask)[0] == 0)
+            begin = first + int(stored_rows(mask, self.identity.features)[0] == 0)
             last[i] = slice(begin, min(end, begin + TOKENS))
             for state, each in sums.items():
                 each.add(self.decode(shard, state, last[i] if state == LAST_HIDDEN else tokens))
         if LAST_HIDDEN in sums and not any(part.start < part.stop for part in last.values()):
-            for i in samples:  # of two tokens each, whose only label row is position 0
+            for i in samples:  # of two tokens each, whose only row is position 0
                 row = int(self.last_starts[i])
                 sums[LAST_HIDDEN].add(self.decode(int(self.shards[i]), LAST_HIDDEN, slice(row, row + 1)))
         return known | {state: each.result() for state, each in sums.items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.cache.codecs import Statistics
 from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, relative_error, spread
@@ -26,6 +28,7 @@ class Filler:
 
     def __init__(self, old: Source, identity: Identity, statistics: Mapping[str, Statistics]):
         self._old, self._identity = old, identity
+        self._skipped_rows = old.skipped_rows(identity.features)
         self._codecs = state_codecs(identity, statistics)
         self._kept = {
             state
@@ -37,7 +40,7 @@ class Filler:
 
     @torch.no_grad()
     def fill(self, buffer: ShardBuffer, shard: int) -> Measured:
-        """Fill `buffer` and return the errors of a few label rows, measured as in a capture.
+        """Fill `buffer` and return the errors of a few rows of `last_hidden`, measured as in a capture.
 
         Raises:
             CacheError: the source's shard is damaged, or a value does not fit the codec.
@@ -45,40 +48,72 @@ class Filler:
         stored, new = self._old.shard(shard), buffer.tensors
         for name in ("input_ids", "loss_mask"):
             new[name].copy_(stored[name])
-        labels = self._old.label_rows(shard)
-        skipped = [rows for _, *rows in self._old.skipped_rows.of(shard)]
-        checked = [row for row in spread(len(labels)) if not any(s.start <= row < s.stop for _, s in skipped)]
-        checked = torch.tensor(checked, dtype=torch.long)
+        last_rows = self._old.last_rows_of(shard, self._identity.features)
+        among = np.searchsorted(self._old.last_rows_of(shard, self._old.identity.features), last_rows)
+        skipped = [rows for _, *rows in self._skipped_rows.of(shard)]
+        checked = [
+            row for row in spread(len(last_rows)) if not any(s.start <= row < s.stop for _, s in skipped)
+        ]
         measured: Measured = {}
-        for state, bound in self._codecs.items():
-            suffixes = bound.codec.specs(1, self._identity.target.hidden_size)
-            names = {suffix: part_name(state, suffix) for suffix in suffixes}
+        for state in self._codecs:
+            of_last = state == LAST_HIDDEN
+            # Rows of the source's tensor, by the rows of this one.
+            rows = torch.from_numpy(among) if of_last else torch.arange(len(new["input_ids"]))
+            self._fill_state(
+                state, new, shard, rows, [last if of_last else tokens for tokens, last in skipped]
+            )
+            compared = torch.tensor(checked if of_last else last_rows[checked], dtype=torch.long)
+            measured |= self._measure(state, new, shard, rows, compared)
+        return measured
+
+    def _names(self, state: str) -> dict[str, str]:
+        """Return the names of a state's tensors by suffix."""
+        suffixes = self._codecs[state].codec.specs(1, self._identity.target.hidden_size)
+        return {suffix: part_name(state, suffix) for suffix in suffixes}
+
+    def _fill_state(
+        self, state: str, new: Mapping[str, Tensor], shard: int, rows: Tensor, skipped: list[slice]
+    ) -> None:
+        """Fill the tensors of one state.
+
+        Args:
+            rows: row of the source's tensor for each row, `[n]`.
+            skipped: rows of skipped samples, which stay zero bytes.
+        """
+        names, stored = self._names(state), self._old.shard(shard)
+        good = torch.ones(len(rows), dtype=torch.bool)
+        for blank in skipped:
+            good[blank] = False
+        for part in (slice(start, start + ROWS) for start in range(0, len(rows), ROWS)):
             if state in self._kept:
                 for name in names.values():
-                    new[name].copy_(stored[name])
-                figures = [relative_error(state)] + [TEACHER_TV] * (state == LAST_HIDDEN)
-                measured |= dict.fromkeys(figures, (0.0,) * len(checked))
+                    new[name][part] = stored[name][rows[part]]
                 continue
-            good = torch.ones(len(new[names[""]]), dtype=torch.bool)
-            for tokens, last in skipped:
-                good[last if state == LAST_HIDDEN else tokens] = False
-            for start in range(0, len(good), ROWS):
-                part = slice(start, start + ROWS)
-                own = self._old.decode(shard, state, part)
-                own[~good[part]] = 0  # no codec refuses a zero
-                for suffix, encoded in bound.encode(own).items():
-                    new[names[suffix]][part] = encoded
-            for tokens, last in skipped:
-                for name in names.values():
-                    new[name][last if state == LAST_HIDDEN else tokens].view(torch.uint8).zero_()
-            if not len(checked):
-                continue
-            rows = checked if state == LAST_HIDDEN else labels[checked]
-            own = self._old.decode(shard, state, rows)
-            parts = {suffix: new[name][rows] for suffix, name in names.items()}
-            values = measure_rows(state, bound, own, parts, self._head, self._identity)
-            measured |= {what: tuple(value.tolist()) for what, value in values.items()}
-        return measured
+            own = self._old.decode(shard, state, rows[part])
+            own[~good[part]] = 0  # no codec refuses a zero
+            for suffix, encoded in self._codecs[state].encode(own).items():
+                new[names[suffix]][part] = encoded
+        for blank in skipped:
+            for name in names.values():
+                new[name][blank].view(torch.uint8).zero_()
+
+    def _measure(
+        self, state: str, new: Mapping[str, Tensor], shard: int, rows: Tensor, checked: Tensor
+    ) -> Measured:
+        """Return the errors of the rows `checked` of a state, none for one that was copied.
+
+        Args:
+            rows: as for `_fill_state`.
+        """
+        if state in self._kept:
+            figures = [relative_error(state)] + [TEACHER_TV] * (state == LAST_HIDDEN)
+            return dict.fromkeys(figures, (0.0,) * len(checked))
+        if not len(checked):
+            return {}
+        own = self._old.decode(shard, state, rows[checked])
+        parts = {suffix: new[name][checked] for suffix, name in self._names(state).items()}
+        values = measure_rows(state, self._codecs[state], own, parts, self._head, self._identity)
+        return {what: tuple(value.tolist()) for what, value in values.items()}
 
 
 def _same(one: Statistics | None, other: Statistics | None) -> bool:

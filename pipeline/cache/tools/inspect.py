@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from pipeline.cache.codecs import bits_per_value, get_codec
-from pipeline.cache.features import NO_LAST_HIDDEN, codec_words
+from pipeline.cache.features import LABELS, NO_LAST_HIDDEN, codec_words, hidden_words
 from pipeline.cache.fidelity import TEACHER_TV
 from pipeline.cache.index import check_skipped, open_index, sample_ids
 from pipeline.cache.manifest import (
@@ -189,9 +189,10 @@ def fact_lines(facts: Facts) -> Iterator[str]:
     )
     yield f"            weights {target['weights'][:16]}, tokenizer {_tokenizer(facts)}"
     width = target["hidden_size"]
+    last = f"last hidden{hidden_words(features.get('hidden', LABELS))}"
     stored = [
         f"{features[key]} {what} ({bits_per_value(get_codec(features[key]), width):.4g} bits per value)"
-        for key, what in (("context_codec", "context"), ("last_codec", "last hidden"))
+        for key, what in (("context_codec", "context"), ("last_codec", last))
         if features[key] != NO_LAST_HIDDEN
     ]
     if features["last_codec"] == NO_LAST_HIDDEN:
@@ -280,7 +281,7 @@ def summary_lines(manifest: Manifest) -> Iterator[str]:
     target, features = manifest.identity.target, manifest.identity.features
     yield (
         f"  {target.name} ({target.architecture}, {target.dtype}), layers {list(features.layer_ids)}, "
-        f"{codec_words(features.context_codec, features.last_codec)}"
+        f"{codec_words(features.context_codec, features.last_codec, features.hidden)}"
     )
     yield (
         f"  {manifest.num_samples:,} samples, {manifest.num_tokens:,} tokens, "
@@ -299,7 +300,7 @@ def _history_lines(history: list[dict[str, str]]) -> Iterator[str]:
         )
         yield (
             f"{head}converted from {words.get('from', '?')[:16]}: layers [{layers}], "
-            f"{codec_words(context, last)}"
+            f"{codec_words(context, last, words.get('hidden', LABELS))}"
         )
         head = " " * len(head)
 

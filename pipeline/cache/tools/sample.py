@@ -86,7 +86,7 @@ def sample_facts(reader: CacheReader, number: int) -> dict[str, Any]:
         "source_row": int(reader.source_rows[number]),
         "shard": reader.shard_of(number),
         "tokens": len(input_ids),
-        "supervised": reader.num_last_rows(number),
+        "supervised": int(loss_mask[1:].sum()),
         "input_ids": input_ids.tolist(),
         "loss_mask": loss_mask.tolist(),
     }
