@@ -12,8 +12,9 @@ from capture.one_pass.journal import Journal, answers_file
 from capture.one_pass.turns import Conversation
 from capture.prepare import PreparedCapture
 from pipeline.cache import CacheWriter, FeatureIdentity, SampleFacts, build_index
-from pipeline.cache.index import count_candidates, last_hidden_rows
+from pipeline.cache.index import count_candidates
 from pipeline.cache.manifest import ShardPlan
+from pipeline.cache.rows import last_hidden_rows
 
 
 def one_pass_engine(engine: object, prepared: PreparedCapture) -> OnePassEngine | None:

@@ -38,8 +38,8 @@ def answer_first(options: CaptureOptions, place: WorkerPlace) -> CaptureOptions:
     if not out.exists() or progress_path(out).exists():
         if place.world > 1:
             raise UsageError(
-                "--regenerate with --engine huggingface answers in one process: run `dspark regenerate` first, "
-                "and capture its file with all of them"
+                "--regenerate with --engine huggingface answers in one process: run `dspark regenerate` "
+                "first, and capture its file with all of them"
             )
         note(f"--engine huggingface answers first, into {out}, and captures that file afterwards")
         _answer(options, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -102,6 +102,21 @@ def skipped_samples(reasons: Mapping[int, str], table: pa.Table) -> Skipped:
         last_rows=last,
         reason=tuple(reasons[n] for n in numbers),
     )
+
+
+def reasons_by_row(shards: Iterable[ByReason], samples: Sequence[int]) -> dict[int, str]:
+    """Return the reason of each sample that shards skip, by its row of the index.
+
+    Args:
+        shards: the skipped samples of every shard, in order.
+        samples: the plan's column.
+    """
+    found, first = {}, 0
+    for skipped, count in zip(shards, samples, strict=True):
+        for reason, numbers in skipped.items():
+            found |= {first + number: reason for number in numbers}
+        first += count
+    return found
 
 
 def impossible(skipped: Skipped, number: int) -> str | None:

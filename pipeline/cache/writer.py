@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,6 @@ from pipeline.cache.manifest import (
     INDEX,
     MANIFEST,
     PROGRESS,
-    STATISTICS,
     FileRecord,
     Identity,
     Manifest,
@@ -40,9 +39,17 @@ from pipeline.cache.manifest import (
     write_manifest,
 )
 from pipeline.cache.progress.records import TARGET, Records, ShardRecord, TargetRecord
+from pipeline.cache.progress.shared_statistics import SharedStatistics
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
-from pipeline.cache.skipped import ByReason, Skipped, counted, skipped_samples, uncounted
-from pipeline.cache.statistics import read_statistics, standardised_states, statistics_bytes
+from pipeline.cache.skipped import (
+    ByReason,
+    Skipped,
+    counted,
+    reasons_by_row,
+    skipped_samples,
+    uncounted,
+)
+from pipeline.cache.statistics import standardised_states
 from pipeline.errors import CacheError, WriteError
 
 _FOLDERS = ("shards", PROGRESS, "target")
@@ -75,10 +82,9 @@ class CacheWriter:
     ):
         self.path = path
         self.progress = path / PROGRESS
-        self._standardised = bool(standardised_states(identity))
-        self._records = Records(path, self._standardised, plan.samples)
+        self._records = Records(path, bool(standardised_states(identity)), plan.samples)
+        self._statistics = SharedStatistics(path, identity, self._records, len(plan))
         self._table = index
-        self._statistics = ""  # SHA-256 of their file, once this process has read it
         self.manifest = Manifest(
             created_by=f"dspark-pipeline {__version__}",
             identity=identity,
@@ -258,7 +264,7 @@ class CacheWriter:
                 bytes=size,
                 sha256=digest,
                 measured=measured or {},
-                statistics=self._statistics,
+                statistics=self._statistics.sha256,
                 skipped={reason: tuple(numbers) for reason, numbers in skipped.items()},
             )
             self._records.publish(f"{shard:05d}.json", record)
@@ -282,51 +288,11 @@ class CacheWriter:
         Raises:
             CacheError: shards were written with other statistics, which are lost or damaged.
         """
-        identity, path = self.manifest.identity, self.path / STATISTICS
-        if not self._standardised:
-            return {}
-        if files.plain_size(path) < 0:
-            data = b"".join(statistics_bytes(measure()))
-            # In this order: another process that wrote shards meanwhile published its file before them.
-            if self._others_than(hashlib.sha256(data).hexdigest()) and files.plain_size(path) < 0:
-                raise CacheError(
-                    f"{path} is lost and a new measurement differs from it, so existing shards can't be "
-                    "read: remove the cache, then run the same command again"
-                )
-            with self._unless_completed():
-                files.publish_bytes(path, data, replace=False)
-        found = read_statistics(self.path, identity)
-        self._statistics = files.sha256_file(path)
-        if self._others_than(self._statistics):
-            raise self._damaged_statistics()
-        return found
-
-    def _others_than(self, digest: str) -> bool:
-        """Return whether the first finished shard was written with statistics of another SHA-256.
-
-        Every process asks this, so the other shards are left to `finalise`, which reads all records anyway.
-        """
-        first = next(filter(None, map(self._records.shard, range(len(self.manifest.plan)))), None)
-        return first is not None and first.statistics != digest
-
-    def _damaged_statistics(self) -> CacheError:
-        return CacheError(
-            f"{self.path / STATISTICS} is damaged (its hash is not the one that shards were written with): "
-            "remove it, then run the same command again"
-        )
+        return self._statistics.read(measure, self._unless_completed)
 
     def statistics_written(self) -> bool:
         """Return whether the statistics are published, by any process, or none are needed."""
-        return not self._standardised or files.plain_size(self.path / STATISTICS) >= 0
-
-    def _statistics_record(self) -> list[FileRecord]:
-        if not self._standardised:
-            return []
-        path = self.path / STATISTICS
-        size = files.plain_size(path)
-        if size < 0:
-            raise CacheError(f"{path} is lost: run the same command again")
-        return [FileRecord(file=STATISTICS, bytes=size, sha256=files.sha256_file(path))]
+        return self._statistics.written()
 
     def target_written(self) -> bool:
         """Return whether `target/` is finished, by any process."""
@@ -362,16 +328,7 @@ class CacheWriter:
         Reads every record: call it rarely.
         """
         records = map(self._records.shard, range(len(self.manifest.plan)))
-        return self._reasons(records)
-
-    def _reasons(self, records: Iterable[ShardRecord | None]) -> dict[int, str]:
-        """Return the reason of each sample that all shards skip, in order; None is a shard not written."""
-        found, first = {}, 0
-        for record, samples in zip(records, self.manifest.plan.samples, strict=True):
-            for reason, numbers in (record.skipped if record else {}).items():
-                found |= {first + number: reason for number in numbers}
-            first += samples
-        return found
+        return reasons_by_row((r.skipped if r else {} for r in records), self.manifest.plan.samples)
 
     def finalise(self, check: Callable[[dict[int, str]], None] = lambda skipped: None) -> Manifest | None:
         """Publish the complete manifest and return it; None while a shard or `target/` is not written.
@@ -391,10 +348,8 @@ class CacheWriter:
         target = self._records.target()
         if target is None:
             return self.manifest if self.completed_by_another() else None
-        statistics = self._statistics_record()
-        if any(each.sha256 != r.statistics for each in statistics for r in shards):
-            raise self._damaged_statistics()
-        reasons = self._reasons(shards)
+        statistics = self._statistics.finished(shards)
+        reasons = reasons_by_row((r.skipped for r in shards), self.manifest.plan.samples)
         check(reasons)
         if len(reasons) == sum(self.manifest.plan.samples):
             raise CacheError(
