@@ -77,7 +77,8 @@ class Qwen3:
 
 def answer(model: Qwen3, tokens: list[int], sampling: dict) -> list[int]:
     """Sample an answer that ends at the end of a turn."""
-    random, found = np.random.default_rng(sampling["seed"]), []
+    salt = int(os.environ.get("SALT", 0))  # an engine that is not the same twice
+    random, found = np.random.default_rng(sampling["seed"] + salt), []
     while len(found) < sampling["max_new_tokens"] and (
         not found or found[-1] != model.config["eos_token_id"]
     ):
@@ -120,7 +121,10 @@ def serve(config: dict, replies: object) -> None:
         scores = model.logprobs(streams[-1])
         logprobs = [float(scores[i, token]) for i, token in enumerate(tokens[1:])]
         if keep and fault != "no file":
-            write(folder, name, whole, np.stack([streams[i] for i in config["layers"]], 1), fault)
+            states = np.stack([streams[i] for i in config["layers"]], 1)
+            if fault == "answers differ" and sampling:
+                states[len(tokens) :] = states[len(tokens) :, :, ::-1]
+            write(folder, name, whole, states, fault)
         finished = "stop" if new and new[-1] == model.config["eos_token_id"] else "length"
         message = {"answer": new, "reason": finished, "rows": keep}
         message["logprobs"] = logprobs if request["logprobs"] else None
