@@ -330,12 +330,17 @@ class Stream:
         self._process, begun = self._start(), time.monotonic()
         try:
             while time.monotonic() - begun < SILENCE:
+                self.while_waiting()
                 message = self._process.receive(_POLL)
                 if message is not None and "ready" in message:
                     return message["ready"]
+            raise TargetError(f"vLLM has not loaded the target in {SILENCE} s")
         except EngineEndedError as ended:
+            self.close()
             raise TargetError(f"vLLM can't run the target: {ended}") from None
-        raise TargetError(f"vLLM has not loaded the target in {SILENCE} s")
+        except BaseException:
+            self.close()
+            raise
 
 
 def _wrong(request: Request, got: str, expected: object) -> TargetError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from capture.console import note
 from capture.data.conversations import TokenizedSample
 from capture.engines.engine import States
 from capture.engines.stream import Answer, Request
@@ -12,9 +13,8 @@ from capture.engines.vllm import VllmEngine, request
 from capture.one_pass.journal import Journal, answers_file
 from capture.one_pass.options import AnswerOptions
 from capture.one_pass.turns import Conversation, Turn
-from pipeline.cache import Identity, count_candidates
+from pipeline.cache import Identity
 from pipeline.cache.fidelity import Measured
-from pipeline.cache.skipped import TOO_SHORT
 from pipeline.cache.statistics import StateCodec
 from pipeline.rope import RopeLengths
 
@@ -37,7 +37,9 @@ class OnePassEngine:
     def __init__(self, engine: VllmEngine, options: AnswerOptions, max_length: int, cache: Path):
         self._engine, self._options, self._max_length, self._cache = engine, options, max_length, cache
         self._kept: dict[int, Answer] = {}
-        """What is known of each sample of the shard, by the identity of its token ids."""
+        """The states of samples of the shard, by the identity of their token ids."""
+        self._skipped: dict[int, str] = {}
+        """Reasons to skip samples of the shard, likewise."""
         self.layer_ids, self.embedding, self.head = engine.layer_ids, engine.embedding, engine.head
         self.device, self.leak = engine.device, engine.leak
         self.measured: Measured = {}
@@ -73,16 +75,19 @@ class OnePassEngine:
         while asked := [i for i in asked if conversations[i].prompt() is not None]:
             wanted = [self._request(conversations[i]) for i in asked]
             for i, answer in zip(tuple(asked), self._engine.ask(wanted), strict=True):
-                if answer.failure:
+                if answer.failure:  # it ends with the answer before, if there is one
+                    note(
+                        f"warning: row {conversations[i].sample.source_row + 1} of the data: {answer.failure}"
+                    )
                     asked.remove(i)
-                    if not conversations[i].answers:  # else it ends with its last answer
-                        kept[i] = answer
                     continue
                 kept[i] = answer
                 turn = Turn(tuple(answer.tokens), answer.finished == "stop")
                 journal.add([(i, len(conversations[i].answers), turn)])
                 conversations[i].answers.append(turn)
-        samples = [conversation.answered() for conversation in conversations]
+        answered = [conversation.answered() for conversation in conversations]
+        samples = [sample for sample, _ in answered]
+        self._skipped = {id(sample.input_ids): reason for sample, reason in answered if reason}
         self._keep(samples, kept)
         numbers = iter(samples)
         return [[next(numbers) for _ in batch] for batch in batches]
@@ -103,13 +108,14 @@ class OnePassEngine:
         """Keep the states that belong to the samples as they are now, and compare one with a second pass."""
         self._kept = {}
         for i, answer in kept.items():
-            states = answer.states
-            if answer.failure or (states is not None and len(states) == len(samples[i].input_ids) - 1):
-                self._kept[id(samples[i].input_ids)] = answer
-        whole = [s for s in samples if self._kept.get(id(s.input_ids), Answer()).states is not None]
+            ids = samples[i].input_ids
+            whole = answer.states is not None and len(answer.states) == len(ids) - 1
+            if whole and id(ids) not in self._skipped:
+                self._kept[id(ids)] = answer
         self.measured = {}
-        if whole:
-            sample = whole[len(whole) // 2]
+        if self._kept:
+            of_this_run = [sample for sample in samples if id(sample.input_ids) in self._kept]
+            sample = of_this_run[len(of_this_run) // 2]
             error = self._engine.compare(sample, self._kept[id(sample.input_ids)])
             self.measured = {SECOND_PASS: (error,)}
 
@@ -118,14 +124,14 @@ class OnePassEngine:
 
     def states(self, batch: Sequence[TokenizedSample]) -> States:
         """As in `CaptureEngine`. Samples that were answered before an interruption are read once more."""
-        wanted = [sample for sample in batch if id(sample.input_ids) not in self._kept]
+        known = self._kept | dict.fromkeys(self._skipped, Answer())
+        wanted = [sample for sample in batch if id(sample.input_ids) not in known]
         found = self._engine.ask([_without_last(sample) for sample in wanted])
-        again = {id(sample.input_ids): answer for sample, answer in zip(wanted, found, strict=True)}
-        answers = [{**self._kept, **again}[id(sample.input_ids)] for sample in batch]
-        states = self._engine.pack(batch, answers)
+        known |= {id(sample.input_ids): answer for sample, answer in zip(wanted, found, strict=True)}
+        states = self._engine.pack(batch, [known[id(sample.input_ids)] for sample in batch])
         for number, sample in enumerate(batch):
-            if number not in states.failed and not count_candidates(sample.loss_mask):
-                states.failed[number] = TOO_SHORT
+            if id(sample.input_ids) in self._skipped:
+                states.failed[number] = self._skipped[id(sample.input_ids)]
         return states
 
     def prove(

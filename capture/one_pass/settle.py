@@ -61,4 +61,4 @@ def answered_samples(prepared: PreparedCapture, shard: int) -> list[TokenizedSam
         for i in prepared.batching.shards[shard]
     ]
     Journal(answers_file(options.cache, shard)).read(conversations)
-    return [conversation.answered() for conversation in conversations]
+    return [conversation.answered()[0] for conversation in conversations]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from capture.data.conversations import TokenizedSample
+from pipeline.cache import count_candidates
+from pipeline.cache.skipped import FAILED, TOO_SHORT
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,26 @@ class Conversation:
         content = self.sample.sample_id + f"{len(self.answers)} {seed}".encode()
         return int.from_bytes(hashlib.sha256(content).digest()[:4], "little") & 0x7FFFFFFF
 
-    def answered(self) -> TokenizedSample:
-        """Return the sample with the target's answers, cut after the last one."""
-        if not self.answers:  # the engine failed on it; its states are never read
-            end = self._spans[0][0] + 1
-            ids, mask = self.sample.input_ids[:end], self.sample.loss_mask[:end]
-            return TokenizedSample(self.sample.source_row, ids, mask)
+    def answered(self) -> tuple[TokenizedSample, str | None]:
+        """Return the sample with its answers, cut after the last one; and a reason to skip it, or None.
+
+        In place of a sample that is skipped stands the shortest part of the data's own from which a draft
+        could learn, because a cache holds no other. Its states are never read.
+        """
+        if not self.answers:
+            return self._shortest(), FAILED
         parts = self._parts(len(self.answers), last=True)
         ids = np.concatenate([tokens for tokens, _ in parts]).astype(np.int32)
         mask = np.concatenate([np.full(len(tokens), own, np.uint8) for tokens, own in parts])
-        return TokenizedSample(self.sample.source_row, ids, mask)
+        if not count_candidates(mask):
+            return self._shortest(), TOO_SHORT
+        return TokenizedSample(self.sample.source_row, ids, mask), None
+
+    def _shortest(self) -> TokenizedSample:
+        end = shortest_length(self.sample.loss_mask)
+        return TokenizedSample(
+            self.sample.source_row, self.sample.input_ids[:end], self.sample.loss_mask[:end]
+        )
 
     def _parts(self, number: int, last: bool = False) -> list[tuple[np.ndarray, bool]]:
         """Return the tokens before turn `number`, and whether each part is the target's own answer."""
@@ -92,6 +104,11 @@ def supervised_spans(mask: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
+def shortest_length(mask: np.ndarray) -> int:
+    """Return the tokens up to the first two supervised ones in a row."""
+    return int(np.flatnonzero(mask[:-1] & mask[1:])[0]) + 2
+
+
 def longest_lengths(samples: Iterable[TokenizedSample], max_length: int, max_new_tokens: int) -> np.ndarray:
     """Return the most tokens that each sample can have once it is answered, `[n]`."""
     found = []
@@ -99,5 +116,5 @@ def longest_lengths(samples: Iterable[TokenizedSample], max_length: int, max_new
         spans = supervised_spans(sample.loss_mask)
         others = len(sample.input_ids) - int(sample.loss_mask.sum())
         most = others + len(spans) * (max_new_tokens + 1)
-        found.append(max(spans[0][0] + 1, min(max_length, most)))
+        found.append(max(spans[0][0] + 1, shortest_length(sample.loss_mask), min(max_length, most)))
     return np.array(found, np.int64)

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 NOT_FINITE, ALL_ZERO = "states not finite", "states all zero"
 TOO_LARGE, FAILED = "does not fit the device", "fails in the engine"
 TOO_SHORT = "answered in fewer than two tokens"
-REASONS = (FAILED, NOT_FINITE, ALL_ZERO, TOO_LARGE, TOO_SHORT)
+REASONS = (FAILED, TOO_SHORT, NOT_FINITE, ALL_ZERO, TOO_LARGE)
 """Every reason that a sample can be skipped for, the gravest one first."""
 
 # A shard's skipped samples as a record holds them: by reason, their numbers in the shard from 0.

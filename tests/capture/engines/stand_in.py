@@ -115,6 +115,8 @@ def serve(config: dict, replies: object) -> None:
             reply(id=name, error="this one is too much")
             continue
         new = answer(model, tokens, sampling) if sampling else []
+        if fault == "ends at once":
+            new = [model.config["eos_token_id"]]
         whole = tokens + new[:-1]
         streams = model.streams(whole)
         keep = sampling is None or sampling["keep"]
@@ -177,6 +179,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "-c":
         print("0.0")
         sys.exit()
+    with Path(os.environ["PIDS"]).open("a") as file:
+        file.write(f"{os.getpid()}\n")
     if "COUNT" in os.environ:
         with Path(os.environ["COUNT"]).open("a") as file:
             file.write(".")

@@ -179,6 +179,39 @@ def test_answers_of_one_token_are_skipped(tmp_path, words):
     assert_refused(run_cli(*words(tmp_path / "cache", max_new_tokens=1)), 1, "would hold no sample")
 
 
+def test_a_prompt_that_the_engine_fails_on_is_a_bad_sample(tmp_path, words, fp32_target, few, monkeypatch):
+    own = prompts(fp32_target, few, tmp_path / "own")
+    starts = {row: supervised_spans(sample.loss_mask)[0][0] for row, sample in own.items()}
+    row = next(row for row, start in starts.items() if list(starts.values()).count(start) == 1)
+    monkeypatch.setenv("FAULT", "refuses")
+    monkeypatch.setenv("FAULT_AT", str(starts[row]))
+    result = run_cli(*words(tmp_path / "cache"))
+    assert_refused(result, 1, f"the engine fails on the sample at row {row + 1} of", "--bad-states skip")
+    run_ok(*words(tmp_path / "cache", "--bad-states", "skip"))
+    skipped = read_manifest(tmp_path / "cache").skipped
+    assert (skipped.source_row, skipped.reason) == ((row,), ("fails in the engine",))
+    assert len(CacheReader(tmp_path / "cache")) == len(own) - 1
+    assert "all good" in run_ok("verify", tmp_path / "cache")
+
+
+def test_a_short_answer_is_passed_over(tmp_path, words, fp32_target, few, monkeypatch):
+    """One that the target ended at once: no label of it has another beside it."""
+    own = prompts(fp32_target, few, tmp_path / "own")
+    spans = {row: supervised_spans(sample.loss_mask) for row, sample in own.items()}
+    row = next(row for row, found in spans.items() if len(found) == 1)
+    monkeypatch.setenv("FAULT", "ends at once")
+    monkeypatch.setenv("FAULT_AT", str(spans[row][0][0]))
+    run_ok(*words(tmp_path / "cache"))
+    manifest = read_manifest(tmp_path / "cache")
+    assert (manifest.skipped.source_row, manifest.skipped.counts()) == (
+        (row,),
+        {"answered in fewer than two tokens": 1},
+    )
+    assert manifest.rows["dropped: answered in fewer than two tokens"] == 1
+    assert len(CacheReader(tmp_path / "cache")) == len(own) - 1
+    assert "all good" in run_ok("verify", tmp_path / "cache")
+
+
 def test_a_run_does_not_read_the_missing_row(tmp_path, words):
     run_ok(*words(tmp_path / "cache"))
     run_ok(*words(tmp_path / "other"))
@@ -232,7 +265,7 @@ def test_turns_by_hand():
     assert (conversation.at_last_turn, conversation.room(conversation.prompt())) == (True, 4)
     conversation.answers.append(Turn((30,), finished=False))
     assert conversation.prompt() is None
-    answered = conversation.answered()
+    answered, _ = conversation.answered()
     assert answered.input_ids.tolist() == [5, 6, 20, 21, 2, 9, 10, 30]
     assert answered.loss_mask.tolist() == [0, 0, 1, 1, 1, 0, 0, 1]
     assert longest_lengths([sample], 100, 4).tolist() == [4 + 2 * 5]
@@ -243,7 +276,7 @@ def test_an_answer_that_was_cut_is_ended_by_the_template():
     conversation = Conversation(sample, max_length=100, max_new_tokens=2)
     conversation.answers.append(Turn((20, 21), finished=False))
     assert conversation.prompt().tolist() == [5, 6, 20, 21, 8, 9]
-    assert conversation.answered().input_ids.tolist() == [5, 6, 20, 21]
+    assert conversation.answered()[0].input_ids.tolist() == [5, 6, 20, 21]
 
 
 def test_a_turn_that_does_not_fit_is_left_out():
@@ -252,7 +285,7 @@ def test_a_turn_that_does_not_fit_is_left_out():
     assert conversation.room(conversation.prompt()) == 4
     conversation.answers.append(Turn((20, 21, 22, 23), finished=True))
     assert conversation.prompt() is None
-    assert conversation.answered().input_ids.tolist() == [5, 6, 20, 21, 22, 23]
+    assert conversation.answered()[0].input_ids.tolist() == [5, 6, 20, 21, 22, 23]
 
 
 def test_a_torn_journal_is_cut(tmp_path):
