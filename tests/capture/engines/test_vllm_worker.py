@@ -190,8 +190,9 @@ def test_the_end_of_the_context(driver: Driver, reference: Reference) -> None:
 
 
 def test_stops_errors_and_the_end(tmp_path: Path, target: Path, reference: Reference) -> None:
-    """An answer ends with the generation config's stop token; rows that can't be written are said to be so; and
-    everything ends with stdin."""
+    """The generation config's stop token ends an answer, a file that can't be written gives an error, and the
+    end of stdin ends everything.
+    """
     tokens = made_up(9, 9)
     answer = reference.greedy(tokens, 12)
     copy = shutil.copytree(target, tmp_path / "target")
