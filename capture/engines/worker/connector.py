@@ -30,10 +30,9 @@ PIECE = 512
 WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 if not torch.cuda.is_available():
-    from vllm.v1.sample.ops import topk_topp_sampler
+    import cpu_sampling
 
-    # Triton's interpreter does not run that kernel.
-    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+    cpu_sampling.install()
 
 
 class StatesConnector(ExampleHiddenStatesConnector):
