@@ -1,12 +1,13 @@
-"""Sampling of vLLM on a CPU, where Triton's kernels are interpreted: one does not run, two are slow."""
+"""Sampling of vLLM on a CPU, where Triton's kernels are interpreted: one does not run, others are slow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from vllm.v1.sample.ops import topk_topp_sampler
-from vllm.v1.worker.gpu.sample import gumbel
+from vllm.v1.worker.gpu.sample import gumbel, logprob, prompt_logprob
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
 
 
@@ -30,8 +31,14 @@ class OneProgram:
         return launch
 
 
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities of tokens `[n, k]` under logits `[n, V]`."""
+    return logits.float().log_softmax(-1).gather(-1, tokens.long())
+
+
 def install() -> None:
     """Replace the kernels."""
     topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
     rejection_sampler_utils._resample_kernel = OneProgram(rejection_sampler_utils._resample_kernel)
     gumbel._gumbel_sample_kernel = OneProgram(gumbel._gumbel_sample_kernel)
+    logprob.compute_token_logprobs = prompt_logprob.compute_token_logprobs = token_logprobs
