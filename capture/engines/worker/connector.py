@@ -29,19 +29,10 @@ from vllm.v1.request import RequestStatus
 PIECE = 512
 WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
-
-def _token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the log-probabilities of tokens `[n, k]` under logits `[n, V]`."""
-    return logits.float().log_softmax(-1).gather(-1, tokens.long())
-
-
 if not torch.cuda.is_available():
-    from vllm.v1.sample.ops import topk_topp_sampler
-    from vllm.v1.worker.gpu.sample import logprob, prompt_logprob
+    import cpu_sampling
 
-    # Triton's interpreter does not run the first kernel, and takes a second for a token of the others.
-    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
-    logprob.compute_token_logprobs = prompt_logprob.compute_token_logprobs = _token_logprobs
+    cpu_sampling.install()
 
 
 class StatesConnector(ExampleHiddenStatesConnector):
