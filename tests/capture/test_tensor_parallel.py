@@ -18,12 +18,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.cache import CacheReader, read_manifest
+from pipeline.cache.skipped import TOO_LARGE
 from tests.capture.conftest import arguments, tree
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import Dspark, finished_shards, leftovers, one_thread, start_ranks
 from tests.tiny import make_conversations, make_target
 
-SMALL = {"shard_tokens": 128, "batch_tokens": 128, "context_codec": "fp32", "last_codec": "fp32"}
+# SGLang can't serve drafts of the first and the last id, which come from the embedding and the final norm.
+pytestmark = pytest.mark.filterwarnings("ignore::pipeline.errors.LayerIdWarning")
+SMALL = {
+    "layers": "-1,0,2",
+    "shard_tokens": 128,
+    "batch_tokens": 128,
+    "context_codec": "fp32",
+    "last_codec": "fp32",
+}
 SPLIT = {**SMALL, "tensor_parallel": 2}
 # Relative error of a state against one process's, in fp32: two halves are summed in another order.
 CLOSE = 1e-5
@@ -36,9 +45,18 @@ def not_under_torchrun(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+def small_target(folder: Path, **overrides) -> Path:
+    return make_target(folder, "qwen3", dtype=torch.float32, num_hidden_layers=3, **overrides)
+
+
+@pytest.fixture(scope="module")
+def fp32_target(tmp_path_factory) -> Path:
+    return small_target(tmp_path_factory.mktemp("target") / "small")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return make_conversations(tmp_path_factory.mktemp("data") / "chats.jsonl", count=24, seed=2)
+    return make_conversations(tmp_path_factory.mktemp("data") / "chats.jsonl", count=16, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +88,7 @@ def whole(tmp_path_factory, fp32_target, data) -> tuple[Path, list[Dspark]]:
 
 
 def assert_close(got: Path, want: Path) -> int:
-    """Compare the samples, states and target of two caches. Return the rows of `got` that are blank."""
+    """Compare the samples, states and target of two caches. Return the rows that only `got` has as zeros."""
     assert (got / "samples.arrow").read_bytes() == (want / "samples.arrow").read_bytes()
     assert tree(got / "target") == tree(want / "target")
     names = sorted(tree(want / "shards"))
@@ -84,10 +102,10 @@ def assert_close(got: Path, want: Path) -> int:
             if key in ("input_ids", "loss_mask"):
                 assert torch.equal(ours[key], tensor), (name, key)
                 continue
-            kept = ours[key].any(dim=-1)
-            blank += int((~kept).sum())
-            error = (ours[key] - tensor).norm(dim=-1) / tensor.norm(dim=-1)
-            assert error[kept].max().item() <= CLOSE, (name, key)
+            blanked = ~ours[key].any(dim=-1) & tensor.any(dim=-1)
+            blank += int(blanked.sum())
+            error = (ours[key] - tensor).norm(dim=-1)
+            assert (error <= CLOSE * tensor.norm(dim=-1))[~blanked].all(), (name, key)
     return blank
 
 
@@ -118,13 +136,6 @@ def test_two_ranks_capture_what_one_process_does(whole, single):
     assert leftovers(cache) == []
     engine = read_manifest(cache).identity.engine
     assert (engine.name, engine.tensor_parallel) == ("huggingface", 2)
-
-
-def test_a_tied_head_is_gathered_once(tmp_path, data):
-    target = make_target(tmp_path / "tied", "llama", dtype=torch.float32, tie_word_embeddings=True)
-    run_ok(*arguments(target, data, tmp_path / "single", **SMALL))
-    finish(start(tmp_path / "ranks", *arguments(target, data, tmp_path / "cache", **SPLIT)))
-    assert assert_close(tmp_path / "cache", tmp_path / "single") == 0
 
 
 def test_a_complete_cache_is_reused_and_no_other_number_of_processes_goes_on(
@@ -159,7 +170,7 @@ def die_in_a_forward() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if os.environ["RANK"] == os.environ["DIES"]:
-        in_layer(3, die)
+        in_layer(1, die)
     one_thread()
 
 
@@ -205,22 +216,24 @@ def little_memory() -> None:
                 file.write(f"{rank} {rows} {tokens}\n")
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    in_layer(2 + 2 * rank, refuse)
+    in_layer(1 + rank, refuse)
 
 
-def test_a_batch_that_does_not_fit_one_rank_is_split_by_all(tmp_path, single, fp32_target, data):
-    command = arguments(fp32_target, data, tmp_path / "cache", **SPLIT, bad_states="skip", max_bad_states=0.5)
+def test_a_batch_that_does_not_fit_one_rank_is_split_by_all(tmp_path, data):
+    target = small_target(tmp_path / "tied", tie_word_embeddings=True)
+    run_ok(*arguments(target, data, tmp_path / "single", **SMALL))
+    command = arguments(target, data, tmp_path / "cache", **SPLIT, bad_states="skip", max_bad_states=0.5)
     ranks = start(tmp_path / "ranks", *command, before=little_memory, REFUSED=str(tmp_path / "refused"))
     finish(ranks)
     refused = [tuple(map(int, line.split())) for line in (tmp_path / "refused").read_text().splitlines()]
     assert [line for line in refused if line[0] == 0], "rank 0 alone"
     assert [line for line in refused if line[0] == 1 and line[1] * line[2] < 100], "rank 1 alone"
     assert "do not fit the memory of cpu" in ranks[0].err
-    lengths = CacheReader(single).lengths
+    lengths = CacheReader(tmp_path / "single").lengths
     skipped = read_manifest(tmp_path / "cache").skipped
     assert len(skipped) == (lengths >= 100).sum() > 0
-    assert {sample.reason for sample in skipped} == {"too_large"}
-    assert assert_close(tmp_path / "cache", single) >= 3 * lengths[lengths >= 100].sum()
+    assert set(skipped.reason) == {TOO_LARGE}
+    assert assert_close(tmp_path / "cache", tmp_path / "single") > 2 * lengths[lengths >= 100].sum()
     assert "good" in run_ok("verify", tmp_path / "cache")
 
 
@@ -229,7 +242,7 @@ def break_rank_1() -> None:
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
     if os.environ["RANK"] == "1":
-        in_layer(3, fail)
+        in_layer(1, fail)
     one_thread()
 
 
