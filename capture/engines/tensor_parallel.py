@@ -115,7 +115,7 @@ def follow(options: EngineOptions, target: TargetOptions) -> None:
         if "dtype" in message:
             own = replace(with_example(target), dtype=message["dtype"])
             try:
-                model, _ = _load(group, lambda: open_target(own))
+                model = _load(group, lambda: open_target(own))[0]
             except EngineError:
                 raise
             except Exception:

@@ -132,7 +132,8 @@ def test_two_ranks_capture_what_one_process_does(whole, single):
     assert assert_close(cache, single) == 0
     assert "good" in run_ok("verify", cache)
     assert f"cache {cache}: complete" in first.out
-    assert (second.out, second.err) == ("", ""), "the first one speaks"
+    said = [line for line in second.err.splitlines() if not line.startswith("[W")]  # torch's, of its store
+    assert (second.out, said) == ("", []), "the first one speaks"
     assert leftovers(cache) == []
     engine = read_manifest(cache).identity.engine
     assert (engine.name, engine.tensor_parallel) == ("huggingface", 2)
@@ -286,7 +287,6 @@ def test_torchrun_has_to_start_as_many_processes(tmp_path, monkeypatch, fp32_tar
         ({"tensor_parallel": 3}, "does not divide the 4 num_attention_heads of Qwen3ForCausalLM"),
         ({"tensor_parallel": 4}, "does not divide the 2 num_key_value_heads"),
         ({"tensor_parallel": 2, "device_map": "auto", "device": "auto"}, "excludes --device-map"),
-        ({"tensor_parallel": 2, "gguf_file": "some.gguf"}, "excludes --gguf-file"),
         ({"tensor_parallel": 2, "adapter": "lora"}, "excludes --adapter"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
