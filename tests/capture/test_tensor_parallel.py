@@ -296,6 +296,11 @@ def test_what_can_not_be_split_is_refused_before_any_weights(tmp_path, fp32_targ
     assert_refused(run_cli("plan", *command[1:]), 2, "--tensor-parallel", said)
 
 
+def test_answers_of_a_split_target_are_refused(tmp_path, fp32_target, data):
+    command = arguments(fp32_target, data, tmp_path / "cache", **SPLIT)
+    assert_refused(run_cli(*command, "--regenerate"), 2, "--tensor-parallel 2 excludes --regenerate")
+
+
 def test_a_family_without_a_plan_is_refused_by_name(tmp_path, data):
     target = make_target(tmp_path / "gpt2", "gpt2", dtype=torch.float32)
     result = run_cli("plan", *arguments(target, data, tmp_path / "cache", **SPLIT)[1:])
