@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from capture.options import (
 from pipeline.target_model.options import TargetOptions
 
 if TYPE_CHECKING:  # so that --help imports no torch
+    from capture.engines.group import Group
     from pipeline.cache import Manifest
 
 _AT_LEAST_1 = click.IntRange(min=1)
@@ -41,17 +43,21 @@ def capture_command(ctx: click.Context, options: CaptureOptions, worker: str | N
     """
     from capture.workers import worker_place
 
-    place = worker_place(worker)  # refuses a wrong --worker even if the cache is complete
+    place = worker_place(worker, options.engine)  # refuses a wrong --worker even if the cache is complete
     given = {name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     complete = _complete_cache(options.cache) if given <= {"cache", "device", "worker"} else None
     if complete is not None:
         if worker or place.rank == 0:  # under torchrun, the first process speaks
             _report(complete, options.cache, reused=True)
         return
+    from capture.engines.tensor_parallel import follow, follows
     from capture.run import capture
     from pipeline.quiet import quiet_transformers
 
     quiet_transformers()
+    if follows(options.engine):  # the first process speaks
+        follow(options.engine, options.target)
+        return
     captured = capture(options, place)
     if captured.complete:
         _report(captured.manifest, options.cache, reused=captured.reused)
@@ -72,13 +78,24 @@ def capture_command(ctx: click.Context, options: CaptureOptions, worker: str | N
 )
 def plan_command(options: CaptureOptions, probing: bool) -> None:
     """Print what `dspark capture` with the same options will do and cost, without loading any weights."""
+    from capture.engines.group import open_group
+    from capture.engines.tensor_parallel import follow, follows
+    from pipeline.quiet import quiet_transformers
+
+    quiet_transformers()
+    if probing and follows(options.engine):
+        follow(options.engine, options.target)
+        return
+    with open_group(options.engine) if probing else nullcontext() as group:
+        _print_plan(options, probing, group)
+
+
+def _print_plan(options: CaptureOptions, probing: bool, group: Group | None) -> None:
     from capture.data.summary import position_lines
     from capture.plan import check_room, plan_lines, probe
     from capture.prepare import prepare
     from pipeline.errors import CacheError
-    from pipeline.quiet import quiet_transformers
 
-    quiet_transformers()
     prepared = prepare(options)
     for line in plan_lines(prepared):
         click.echo(line)
@@ -89,7 +106,7 @@ def plan_command(options: CaptureOptions, probing: bool) -> None:
     except CacheError as error:
         click.echo(f"warning: {error}", err=True)
     if probing:
-        click.echo(probe(prepared))
+        click.echo(probe(prepared, group))
     check_room(prepared)
 
 

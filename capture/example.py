@@ -38,7 +38,7 @@ def example_target() -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pipeline.target_model.load import gguf_options
+    from pipeline.target_model.gguf import gguf_options
 
     spec = importlib.util.find_spec(_PACKAGE)
     assert spec is not None

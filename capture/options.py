@@ -346,6 +346,7 @@ def capture_options(command: Command) -> Command:
         check_hidden(options.last_hidden, options.hidden)
         options.engine.check()
         options.answers.check(options.data.mask_reasoning, _given())
+        options.engine.check_target(options.target, regenerates=options.answers.regenerate)
         return command(*args, options=options, **others)
 
     return target_or_example_options(data_options(engine_options(answer_options(_own_options(checked)))))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from capture.data.summary import data_lines
+from capture.engines.group import Group
 from capture.engines.open import open_engine
 from capture.prepare import PreparedCapture
 from pipeline.cache.codecs import CODECS
@@ -98,12 +99,16 @@ def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
 
 
 @torch.no_grad()
-def probe(prepared: PreparedCapture) -> str:
-    """Load the target and time a few batches. Return a line with the time that one process will need."""
+def probe(prepared: PreparedCapture, group: Group | None = None) -> str:
+    """Load the target and time a few batches. Return a line with the time that one process will need.
+
+    Args:
+        group: the processes over which transformers splits the target, if it does.
+    """
     batching, data = prepared.batching, prepared.data
     chosen = np.linspace(0, len(batching.batches) - 1, PROBE_BATCHES).astype(int)
     tokens, seconds = 0, 0.0
-    with closing(open_engine(prepared)) as engine:
+    with closing(open_engine(prepared, group)) as engine:
         device = engine.device
         for n, batch in enumerate([chosen[0], *dict.fromkeys(chosen.tolist())]):
             samples = [data[int(i)] for i in batching.order[list(batching.batches[batch])]]

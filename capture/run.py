@@ -15,6 +15,7 @@ from tqdm import tqdm
 from capture.console import note, say
 from capture.data.summary import position_lines
 from capture.engines.engine import CaptureEngine
+from capture.engines.group import Group, open_group
 from capture.engines.open import open_engine
 from capture.engines.options import HUGGING_FACE
 from capture.one_pass.engine import OnePassEngine
@@ -65,10 +66,20 @@ def capture(options: CaptureOptions, place: WorkerPlace | None = None) -> Captur
     Raises:
         DSparkError: see `pipeline.errors`; finished shards are kept.
     """
-    place = worker_place(None) if place is None else place
+    place = worker_place(None, options.engine) if place is None else place
+    with open_group(options.engine) as group:
+        return _capture(options, place, group)
+
+
+def _capture(options: CaptureOptions, place: WorkerPlace, group: Group | None) -> Captured:
+    """Capture as `capture` does.
+
+    Args:
+        group: the processes over which transformers splits the target, if it does.
+    """
     if options.answers.regenerate and options.engine.engine == HUGGING_FACE:
         options = answer_first(options, place)
-    prepared = prepare(_on_device_of(place, options))
+    prepared = prepare(options if group else _on_device_of(place, options))
     if place.rank == 0:
         for line in plan_lines(prepared):
             say(line)
@@ -85,7 +96,7 @@ def capture(options: CaptureOptions, place: WorkerPlace | None = None) -> Captur
         return Captured(writer.manifest, complete=True, reused=True, shards=0)
     shards = 0
     if writer.pending() or not writer.target_written() or not writer.statistics_written():
-        shards = _capture_pending(writer, prepared, place)
+        shards = _capture_pending(writer, prepared, place, group)
     if prepared.answers_first and not writer.complete and not writer.pending():
         settle(writer, prepared)
     manifest = writer.finalise(bad_samples(prepared).check)
@@ -102,7 +113,9 @@ def _on_device_of(place: WorkerPlace, options: CaptureOptions) -> CaptureOptions
     )
 
 
-def _capture_pending(writer: CacheWriter, prepared: PreparedCapture, place: WorkerPlace) -> int:
+def _capture_pending(
+    writer: CacheWriter, prepared: PreparedCapture, place: WorkerPlace, group: Group | None
+) -> int:
     """Start the engine and capture until nothing is missing but what live processes hold.
 
     Returns:
@@ -110,7 +123,7 @@ def _capture_pending(writer: CacheWriter, prepared: PreparedCapture, place: Work
     """
     if prepared.target.device.type == "cpu":
         reuse_freed_memory()
-    with closing(open_engine(prepared)) as engine:
+    with closing(open_engine(prepared, group)) as engine:
         return _capture_with(engine, writer, prepared, place)
 
 

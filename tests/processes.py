@@ -116,11 +116,18 @@ class Dspark:
         return int((self.folder / "peak").read_text())
 
 
-def start_ranks(folder: Path, count: int, *arguments: str | Path, **variables: str) -> list[Dspark]:
+def start_ranks(
+    folder: Path,
+    count: int,
+    *arguments: str | Path,
+    before: Callable[[], None] = one_thread,
+    **variables: str,
+) -> list[Dspark]:
     """A command as `count` processes that torchrun would start on one machine.
 
     Args:
         arguments: `{rank}` stands for each one's number.
+        before: as in `Dspark`; it calls `one_thread` too.
     """
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
@@ -131,7 +138,7 @@ def start_ranks(folder: Path, count: int, *arguments: str | Path, **variables: s
         Dspark(
             folder / str(i),
             *(str(argument).replace("{rank}", str(i)) for argument in arguments),
-            before=one_thread,
+            before=before,
             RANK=str(i),
             LOCAL_RANK=str(i),
             **world,

@@ -58,10 +58,14 @@ class HuggingFaceEngine:
 
     def states(self, batch: Sequence[TokenizedSample]) -> States:
         """As in `CaptureEngine`."""
-        states = self.target.states(pad(batch, self.device))
+        states = self._forward(pad(batch, self.device))
         lengths = [len(sample.input_ids) for sample in batch]
         width = max(lengths)
         return States(states, np.concatenate([row * width + np.arange(n) for row, n in enumerate(lengths)]))
+
+    def _forward(self, input_ids: Tensor) -> dict[int | str, Tensor]:
+        """Return the states `[B, S, H]` of right-padded rows."""
+        return self.target.states(input_ids)
 
     def prove(
         self,

@@ -13,6 +13,7 @@ from pipeline.cache import EngineIdentity
 from pipeline.errors import TargetError, UsageError
 from pipeline.rope import RopeLengths
 from pipeline.target_model.load import Target
+from pipeline.target_model.parallel import check_split
 from pipeline.target_model.quantisation import quantisation
 from pipeline.text import one_line
 
@@ -81,6 +82,8 @@ def check_engine(options: EngineOptions, target: Target, rope: RopeLengths) -> N
         UsageError: naming the option, and what to do instead.
     """
     if options.engine == HUGGING_FACE:
+        if options.is_split:
+            check_split(target, options.tensor_parallel)
         return
     for name, remedy in _HUGGING_FACES.items():
         if getattr(target.options, name) is not None:

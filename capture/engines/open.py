@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from capture.engines.engine import CaptureEngine
+from capture.engines.group import Group
 from capture.engines.huggingface import HuggingFaceEngine
 from capture.engines.options import VLLM
+from capture.engines.tensor_parallel import TensorParallelEngine
 
 # Tokens of the engine's context that an answer leaves free, see `capture/engines/worker/arguments.py`.
 ROOM = 4
@@ -15,8 +17,11 @@ if TYPE_CHECKING:
     from capture.prepare import PreparedCapture
 
 
-def open_engine(prepared: PreparedCapture) -> CaptureEngine:
+def open_engine(prepared: PreparedCapture, group: Group | None = None) -> CaptureEngine:
     """Load the target into its engine.
+
+    Args:
+        group: the processes over which transformers splits it, if it does.
 
     Raises:
         TargetError: the target can't be loaded.
@@ -26,6 +31,8 @@ def open_engine(prepared: PreparedCapture) -> CaptureEngine:
         from capture.engines.vllm import VllmEngine
 
         return VllmEngine(target, prepared.layer_ids, _longest(prepared), options)
+    if group is not None:
+        return TensorParallelEngine(group, target, prepared.layer_ids)
     return HuggingFaceEngine(target.model(), prepared.layer_ids)
 
 

@@ -11,6 +11,7 @@ import click
 
 from pipeline.errors import UsageError
 from pipeline.options import gathered
+from pipeline.target_model.options import TargetOptions
 
 HUGGING_FACE, VLLM = "huggingface", "vllm"
 ENGINES = (HUGGING_FACE, VLLM)
@@ -27,6 +28,12 @@ _OURS = {
     "kv_transfer_config": "capture's own reads the states",
     "pipeline_parallel_size": "states are read from one stage",
     "data_parallel_size": "start one capture per engine: they share the shards",
+}
+# Options that a target split by transformers excludes, and what to do instead.
+_WHOLE_ONLY = {
+    "device_map": "drop it, the split places the target",
+    "adapter": "merge it into the target first, and give the result",
+    "regenerate": "let dspark regenerate --endpoint answer first, or give --engine vllm",
 }
 
 
@@ -46,12 +53,26 @@ class EngineOptions:
         """True for transformers in one process, which a cache's identity does not mention."""
         return self.engine == HUGGING_FACE and self.tensor_parallel == 1
 
+    @property
+    def is_split(self) -> bool:
+        """True for transformers in several processes of torchrun, of which the first one captures."""
+        return self.engine == HUGGING_FACE and self.tensor_parallel > 1
+
     def check(self) -> None:
         """Refuse options that contradict each other. Raises UsageError."""
         if self.engine == HUGGING_FACE and (self.engine_python or self.engine_arg):
             name = "--engine-python" if self.engine_python else "--engine-arg"
             raise UsageError(f"{name} is an option of --engine vllm, not of --engine {self.engine}: drop it")
         self.arguments()
+
+    def check_target(self, target: TargetOptions, *, regenerates: bool) -> None:
+        """Refuse options that a target split by transformers does not go through. Raises UsageError."""
+        asked = {name: getattr(target, name) for name in ("device_map", "adapter")}
+        for name, given in (asked | {"regenerate": regenerates}).items() if self.is_split else ():
+            if given:
+                option = f"--{name.replace('_', '-')}"
+                split = f"--engine {self.engine} --tensor-parallel {self.tensor_parallel}"
+                raise UsageError(f"{split} excludes {option}: {_WHOLE_ONLY[name]}")
 
     def arguments(self) -> dict[str, Any]:
         """Return the engine's arguments of `--engine-arg name=value`, sorted by name.

@@ -82,7 +82,7 @@ def prove_states(
     for key, rows in tapped.items():
         check_peaks(row_peaks(rows[0]).cpu().numpy(), key, sample)
     _prove_hooks(target, tapped, output)
-    teacher = _prove_teacher(target, identity, last_codec, tapped[LAST_HIDDEN][0], output.logits[0])
+    teacher = _prove_teacher(engine, identity, last_codec, tapped[LAST_HIDDEN][0], output.logits[0])
     alone = {key: rows[0] for key, rows in tapped.items()}
     return teacher | {"proof.padding_error": _prove_padding(engine, alone, samples, shortest)}
 
@@ -119,7 +119,7 @@ def _prove_hooks(target: HFDSparkTargetModel, tapped: dict[int | str, Tensor], o
 
 
 def _prove_teacher(
-    target: HFDSparkTargetModel,
+    engine: HuggingFaceEngine,
     identity: Identity,
     codec: StateCodec | None,
     last_hidden: Tensor,
@@ -132,7 +132,7 @@ def _prove_teacher(
         last_hidden: as hooked, `[S, H]`.
         logits: the target's own, `[S, V]`.
     """
-    head, facts = target.get_output_embeddings().weight, identity.target
+    head, facts, name = engine.head, identity.target, type(engine.target.model).__name__
 
     def variation(rows: Tensor) -> Tensor:
         """Return the total variation `[S]` between the target's distribution and that of `rows`."""
@@ -148,7 +148,7 @@ def _prove_teacher(
         if not mean <= limit:
             raise TargetError(
                 f"the captured teacher is not the target's: mean total variation {mean:.3f}, expected at "
-                f"most {limit}; {type(target.model).__name__} changes its logits after lm_head in a way that "
+                f"most {limit}; {name} changes its logits after lm_head in a way that "
                 "this version does not record: use another target"
             )
         return mean

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,9 +31,11 @@ from pipeline.target_model.checkpoint import (
     refuse_offload,
 )
 from pipeline.target_model.find import resolve_directory, weights_hash
+from pipeline.target_model.gguf import gguf_options, need
 from pipeline.target_model.identity import target_identity
 from pipeline.target_model.notes import waiting
 from pipeline.target_model.options import TargetOptions
+from pipeline.target_model.parallel import split_arguments
 from pipeline.target_model.quantisation import check_quantisation, quantisation
 from pipeline.text import one_line
 
@@ -116,16 +117,16 @@ class Target:
         if self.options.adapter is not None:
             check_adapter(Path(self.options.adapter), self.shell)
 
-    def model(self) -> nn.Module:
-        """Load the model in eval mode, frozen, on `device` or spread by `--device-map`.
+    def model(self, ranks: int = 1) -> nn.Module:
+        """Load the model in eval mode, frozen, on `device`, spread by `--device-map`, or split over ranks.
 
         Raises:
             TargetError: it can't be loaded, or a weight of it would not be the checkpoint's.
         """
         waiting(f"loading {self.name} ...")
         check_quantisation(self.directory, self.config)
+        model = load_target(self.directory, self.dtype, self.device, self.options, self.config, ranks)
         quantised = quantisation(self.config) is not None
-        model = load_target(self.directory, self.dtype, self.device, self.options, self.config)
         check_loaded(self.directory, model, self.shell, self.dtype, quantised=quantised)
         if self.options.adapter is not None:
             model = merge_adapter(Path(self.options.adapter), model)
@@ -205,36 +206,11 @@ def _config_dtype(config: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype), torch.float32)
 
 
-def gguf_options(gguf_file: str | None) -> dict[str, Any]:
-    """Return the arguments with which transformers' `from_pretrained` reads a GGUF file as plain weights.
-
-    Raises:
-        TargetError: the packages that read it are not installed.
-    """
-    if gguf_file is None:
-        return {}
-    _need("gguf", "accelerate", reason="--gguf-file")
-    import transformers
-
-    if hasattr(transformers, "GgufConfig"):  # newer versions keep weights packed by default
-        return {
-            "gguf_file": gguf_file,
-            "quantization_config": transformers.GgufConfig(dequantize=True),
-        }
-    return {"gguf_file": gguf_file}
-
-
-def _need(*packages: str, reason: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise TargetError(f"{reason} needs {', '.join(missing)}: pip install {' '.join(missing)}")
-
-
 def _source(options: TargetOptions) -> dict[str, Any]:
     """Return the arguments of every `from_pretrained`."""
     source = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     if options.gguf_file is not None:
-        _need("gguf", "accelerate", reason="--gguf-file")
+        need("gguf", "accelerate", reason="--gguf-file")
         source["gguf_file"] = options.gguf_file
     return source
 
@@ -294,24 +270,26 @@ def load_target(
     device: torch.device,
     options: TargetOptions = _PLAIN,
     config: Any = None,
+    ranks: int = 1,
 ) -> nn.Module:
     """Load the target for inference. Its GPU becomes the calling thread's current one.
 
     Args:
         config: the target's config; None reads it.
+        ranks: processes that it is split over.
 
     Raises:
         TargetError: transformers can't load it, not every weight is the checkpoint's, or with
             `--device-map`, it does not fit the GPUs.
     """
-    source = {**_source(options), **gguf_options(options.gguf_file), "dtype": dtype}
+    source = {**_source(options), **gguf_options(options.gguf_file), **split_arguments(ranks), "dtype": dtype}
     if options.attn_implementation is not None:
         source["attn_implementation"] = options.attn_implementation
     if options.device_map is not None:
-        _need("accelerate", reason="--device-map")
+        need("accelerate", reason="--device-map")
         source["device_map"] = options.device_map
     config = config or load_config(directory, options)
-    auto, placed = auto_class(directory, config), options.device_map is not None
+    auto, placed = auto_class(directory, config), options.device_map is not None or ranks > 1
     if not placed and quantisation(config) is not None:  # quantised weights may not move after loading
         source["device_map"] = {"": device}
     try:

@@ -23,7 +23,8 @@ from capture.dflash import HFDFlashTargetModel
 from capture.target import HFDSparkTargetModel
 from pipeline.errors import DSparkError, TargetError, UsageError
 from pipeline.target_model.find import resolve_directory, weights_hash
-from pipeline.target_model.load import Target, gguf_options, open_target, resolve_dtype
+from pipeline.target_model.gguf import gguf_options
+from pipeline.target_model.load import Target, open_target, resolve_dtype
 from pipeline.target_model.options import TargetOptions
 from tests import machine
 from tests.tiny import make_target, make_tokenizer
