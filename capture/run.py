@@ -97,8 +97,12 @@ def _capture(options: CaptureOptions, place: WorkerPlace, group: Group | None) -
     shards = 0
     if writer.pending() or not writer.target_written() or not writer.statistics_written():
         shards = _capture_pending(writer, prepared, place, group)
-    if prepared.answers_first and not writer.complete and not writer.pending():
-        settle(writer, prepared)
+    while prepared.answers_first and not writer.complete and not writer.pending():
+        wrong = settle(writer, prepared)
+        if not wrong:
+            break
+        writer.forget(wrong)
+        shards += _capture_pending(writer, prepared, place, group)
     manifest = writer.finalise(bad_samples(prepared).check)
     return Captured(manifest or writer.manifest, complete=manifest is not None, reused=False, shards=shards)
 

@@ -7,8 +7,10 @@ before the final norm. That norm is applied here, by the target's own module and
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -81,7 +83,8 @@ class VllmEngine:
             "tensor_parallel": options.tensor_parallel,
             "arguments": {"trust_remote_code": target.options.trust_remote_code, **arguments},
         }
-        log, python = self._folder.with_name(f"{self._folder.name}.log"), engine_python(options)
+        log = Path(tempfile.gettempdir()) / f"{self._folder.name}.log"
+        python = engine_python(options)
         self._log = log
         try:
             self._stream = Stream(

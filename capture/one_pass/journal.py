@@ -27,19 +27,20 @@ class Journal:
         self._path = path
 
     def read(self, conversations: Sequence[Conversation]) -> None:
-        """Give conversations their answers so far. What follows a torn line is cut off."""
+        """Give conversations their answers so far. A torn last line is cut off.
+
+        Of two answers to one turn, which two owners of the shard may have written, the first one holds.
+        """
         try:
             lines = self._path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return
-        whole = 0
-        for line in lines:
-            if not _restore(line, conversations):
-                break
-            whole += len(line)
-        if whole < sum(map(len, lines)):
+        if lines and not lines[-1].endswith(b"\n"):
             with self._path.open("r+b") as file:
-                file.truncate(whole)
+                file.truncate(sum(map(len, lines[:-1])))
+            lines.pop()
+        for line in lines:
+            _restore(line, conversations)
 
     def add(self, answers: Sequence[tuple[int, int, Turn]]) -> None:
         """Append answers: a sample's number, a turn's number, and the answer. They are on disk afterwards."""
@@ -53,15 +54,14 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _restore(line: bytes, conversations: Sequence[Conversation]) -> bool:
-    """Add a line's answer to its conversation. Return False if the line is torn, or of other data."""
+def _restore(line: bytes, conversations: Sequence[Conversation]) -> None:
+    """Add a line's answer to its conversation, unless it is another answer to a turn that has one."""
     try:
-        record = json.loads(line) if line.endswith(b"\n") else {}
+        record = json.loads(line)
         conversation = conversations[record["sample"]]
         turn = Turn(tuple(map(int, record["tokens"])), bool(record["finished"]))
+        number = record["turn"]
     except (ValueError, KeyError, IndexError, TypeError):
-        return False
-    if record["turn"] != len(conversation.answers) or not turn.tokens:
-        return False
-    conversation.answers.append(turn)
-    return True
+        return
+    if turn.tokens and number == len(conversation.answers):
+        conversation.answers.append(turn)

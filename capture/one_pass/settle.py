@@ -35,10 +35,18 @@ def shard_plan(batches: Sequence[Sequence[TokenizedSample]], features: FeatureId
     )
 
 
-def settle(writer: CacheWriter, prepared: PreparedCapture) -> None:
-    """Give a writer whose shards are all written the plan of the answered samples."""
-    shards = prepared.batching.shards
-    samples = [sample for shard in range(len(shards)) for sample in answered_samples(prepared, shard)]
+def settle(writer: CacheWriter, prepared: PreparedCapture) -> list[int]:
+    """Give a writer whose shards are all written the plan of the answered samples.
+
+    Returns:
+        Shards that do not hold the journal's answers, because two processes wrote them; nothing is settled
+        then.
+    """
+    shards = [answered_samples(prepared, shard) for shard in range(len(prepared.batching.shards))]
+    wrong = [shard for shard, samples in enumerate(shards) if not writer.holds(shard, _tokens(samples))]
+    if wrong:
+        return wrong
+    samples = [sample for members in shards for sample in members]
     ids = np.frombuffer(b"".join(sample.sample_id for sample in samples), np.uint8).reshape(-1, 16)
     planned = prepared.data.facts.take(prepared.batching.order)
     facts = SampleFacts(
@@ -49,8 +57,13 @@ def settle(writer: CacheWriter, prepared: PreparedCapture) -> None:
         last_rows=np.array([len(last_hidden_rows(sample.loss_mask)) for sample in samples]),
         candidates=np.array([count_candidates(sample.loss_mask) for sample in samples]),
     )
-    index, plan = build_index(facts, shards)
+    index, plan = build_index(facts, prepared.batching.shards)
     writer.settle(facts.content_hash(), plan, index)
+    return []
+
+
+def _tokens(samples: Sequence[TokenizedSample]) -> np.ndarray:
+    return np.concatenate([sample.input_ids for sample in samples])
 
 
 def answered_samples(prepared: PreparedCapture, shard: int) -> list[TokenizedSample]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pyarrow as pa
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline import __version__, files
@@ -215,6 +217,19 @@ class CacheWriter:
             plan: what it holds, where that is less than was planned, see `settle`.
         """
         return shard_buffer(shard_specs(self.manifest.identity, plan or self.manifest.plan[shard]), memory)
+
+    def holds(self, shard: int, input_ids: np.ndarray) -> bool:
+        """Return whether a written shard has these token ids, `[T]`."""
+        try:
+            with safe_open(self.path / shard_file(shard), "np") as tensors:
+                return np.array_equal(tensors.get_tensor("input_ids"), input_ids)
+        except (OSError, SafetensorError):
+            return False
+
+    def forget(self, shards: Iterable[int]) -> None:
+        """Make written shards pending again."""
+        for shard in shards:
+            self._records.remove_shard(shard)
 
     def settle(self, content: str, plan: Plan, index: pa.Table) -> None:
         """Replace a plan of prompts by that of the samples which they became. `finalise` must follow.

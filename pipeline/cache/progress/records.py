@@ -155,6 +155,12 @@ class Records:
         """Publish a record as `progress/<name>`. Raises WriteError."""
         files.publish_bytes(self.folder / name, json.dumps(plain_values(record)).encode())
 
+    def remove_shard(self, shard: int) -> None:
+        """Remove the record of a finished shard, and the claims to it, so that it is written again."""
+        (self.folder / f"{shard:05d}.json").unlink(missing_ok=True)
+        for claim in self.folder.glob(f"{shard:05d}*.claim"):
+            claim.unlink(missing_ok=True)
+
     def publish_kept(self, found: Manifest, damaged: set[str]) -> None:
         """Publish which shards a complete cache keeps when it is reopened: all but the `damaged` ones."""
         self.folder.mkdir(exist_ok=True)

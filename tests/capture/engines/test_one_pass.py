@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from capture.data.conversations import TokenizedSample
-from capture.one_pass.journal import Journal
+from capture.one_pass import settle
+from capture.one_pass.journal import Journal, answers_file
 from capture.one_pass.turns import Conversation, Turn, longest_lengths, supervised_spans
 from pipeline.cache import CacheReader, read_manifest
 from tests.capture.conftest import arguments, places, tree
@@ -198,17 +199,18 @@ def test_a_short_answer_is_passed_over(tmp_path, words, fp32_target, few, monkey
     """One that the target ended at once: no label of it has another beside it."""
     own = prompts(fp32_target, few, tmp_path / "own")
     spans = {row: supervised_spans(sample.loss_mask) for row, sample in own.items()}
-    row = next(row for row, found in spans.items() if len(found) == 1)
+    rows = [row for row, found in spans.items() if len(found) == 1]
+    start = spans[rows[0]][0][0]
+    rows = sorted(row for row in rows if spans[row][0][0] == start)
     monkeypatch.setenv("FAULT", "ends at once")
-    monkeypatch.setenv("FAULT_AT", str(spans[row][0][0]))
+    monkeypatch.setenv("FAULT_AT", str(start))
     run_ok(*words(tmp_path / "cache"))
     manifest = read_manifest(tmp_path / "cache")
-    assert (manifest.skipped.source_row, manifest.skipped.counts()) == (
-        (row,),
-        {"answered in fewer than two tokens": 1},
-    )
-    assert manifest.rows["dropped: answered in fewer than two tokens"] == 1
-    assert len(CacheReader(tmp_path / "cache")) == len(own) - 1
+    reason = "answered in fewer than two tokens"
+    assert sorted(manifest.skipped.source_row) == rows
+    assert manifest.skipped.counts() == {reason: len(rows)}
+    assert manifest.rows[f"dropped: {reason}"] == len(rows)
+    assert len(CacheReader(tmp_path / "cache")) == len(own) - len(rows)
     assert "all good" in run_ok("verify", tmp_path / "cache")
 
 
@@ -298,3 +300,36 @@ def test_a_torn_journal_is_cut(tmp_path):
     Journal(path).read(both)
     assert (both[0].answers, both[1].answers) == ([Turn((20, 2), finished=True)], [])
     assert path.read_bytes() == whole
+
+
+def test_the_first_of_two_answers_holds(tmp_path):
+    sample = made([5, 6, 7, 8], [0, 0, 1, 1])
+    path = tmp_path / "answers.jsonl"
+    for tokens in ((20, 2), (21, 22, 2)):
+        Journal(path).add([(0, 0, Turn(tokens, finished=True))])
+    conversation = Conversation(sample, 100, 4)
+    Journal(path).read([conversation])
+    assert conversation.answers == [Turn((20, 2), finished=True)]
+
+
+def test_a_shard_of_other_answers_is_written_again(tmp_path, words, monkeypatch):
+    """As if two processes had owned it, and the one whose answers came second had published it."""
+    run_ok(*words(tmp_path / "calm"))
+    real, changed = settle.answered_samples, []
+
+    def other(prepared, shard):
+        if not changed:
+            path = answers_file(prepared.options.cache, shard)
+            lines = path.read_text().splitlines()
+            record = json.loads(lines[0])
+            lines[0] = json.dumps({**record, "tokens": [*record["tokens"][:-1], record["tokens"][-1] ^ 1]})
+            path.write_text("".join(f"{line}\n" for line in lines))
+            changed.append(shard)
+        return real(prepared, shard)
+
+    monkeypatch.setattr(settle, "answered_samples", other)
+    run_ok(*words(tmp_path / "cache"))
+    assert "all good" in run_ok("verify", tmp_path / "cache")
+    calm, found = prompts_of(tmp_path / "calm"), prompts_of(tmp_path / "cache")
+    differing = [row for row in calm if calm[row].input_ids.tolist() != found[row].input_ids.tolist()]
+    assert len(differing) == 1
