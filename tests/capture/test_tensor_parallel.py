@@ -165,12 +165,12 @@ def test_the_plan_times_both_ranks(tmp_path, fp32_target, data):
 
 
 def enough() -> bool:
-    """Whether the cache $CACHE, if there is one, has two finished shards."""
-    return not os.environ["CACHE"] or len(finished_shards(Path(os.environ["CACHE"]))) >= 2
+    """Whether the cache $CACHE has $AT finished shards."""
+    return len(finished_shards(Path(os.environ["CACHE"]))) >= int(os.environ["AT"])
 
 
 def wait_in_a_forward() -> None:
-    """Let a rank wait in the middle of a forward, once two shards are finished, for a file to appear."""
+    """Let a rank wait in the middle of a forward, once there are enough shards, for a file to appear."""
 
     def wait(_: Tensor) -> None:
         while enough() and not (Path(os.environ["CACHE"]) / "go").exists():
@@ -180,7 +180,7 @@ def wait_in_a_forward() -> None:
 
 
 def die_in_a_forward() -> None:
-    """Let the rank $DIES be killed in the middle of a forward, once two shards are finished."""
+    """Let the rank $DIES be killed in the middle of a forward, once there are enough shards."""
 
     def die(_: Tensor) -> None:
         if enough():
@@ -198,32 +198,36 @@ def lost(rank: Dspark) -> bool:
     return "of 2 lost " in error and "the same command continues the capture" in error
 
 
-def test_two_groups_share_a_cache_and_a_third_continues_it(tmp_path, whole, fp32_target, data):
+def test_stopped_and_killed_it_is_continued_by_two_groups(tmp_path, whole, fp32_target, data):
     cache = tmp_path / "cache"
     command = arguments(fp32_target, data, cache, **SPLIT)
-    killed, stopped = (
-        start(
-            tmp_path / f"group{i}", *command, "--worker", f"{i}/2", before=before, CACHE=str(cache), DIES="1"
-        )
-        for i, before in enumerate((die_in_a_forward, wait_in_a_forward))
-    )
-    assert killed[1].wait() == -signal.SIGKILL, killed[1].err
-    assert lost(killed[0])
-    for rank in stopped:
+    ranks = start(tmp_path / "stopped", *command, before=wait_in_a_forward, CACHE=str(cache), AT="1")
+    assert ranks[0].wait_until(lambda: finished_shards(cache)), ranks[0].err
+    for rank in ranks:
         rank.send(signal.SIGTERM)
     (cache / "go").touch()
-    assert [rank.wait() for rank in stopped] == [128 + signal.SIGTERM, 0], [rank.err for rank in stopped]
+    assert [rank.wait() for rank in ranks] == [128 + signal.SIGTERM, 0], [rank.err for rank in ranks]
     (cache / "go").unlink()
     assert leftovers(cache) == []
-    assert 2 <= len(finished_shards(cache)) < len(read_manifest(whole[0]).plan)
+    kept = len(finished_shards(cache))
+    assert 1 <= kept < len(read_manifest(whole[0]).plan) - 1
 
-    finish(start(tmp_path / "third", *command))
+    at = {"CACHE": str(cache), "AT": str(kept + 1), "DIES": "1"}
+    ranks = start(tmp_path / "killed", *command, before=die_in_a_forward, **at)
+    assert ranks[1].wait() == -signal.SIGKILL, ranks[1].err
+    assert lost(ranks[0])
+    assert leftovers(cache) == []
+
+    groups = [start(tmp_path / f"group{i}", *command, "--worker", f"{i}/2") for i in range(2)]
+    for group in groups:
+        finish(group)
     assert tree(cache) == tree(whole[0])
 
 
 def test_a_first_rank_that_dies_ends_the_other(tmp_path, fp32_target, data):
     command = arguments(fp32_target, data, tmp_path / "cache", **SPLIT)
-    ranks = start(tmp_path / "ranks", *command, before=die_in_a_forward, DIES="0", CACHE="")
+    at = {"CACHE": str(tmp_path), "AT": "0", "DIES": "0"}
+    ranks = start(tmp_path / "ranks", *command, before=die_in_a_forward, **at)
     assert ranks[0].wait() == -signal.SIGKILL, ranks[0].err
     assert lost(ranks[1])
 
