@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tests.tiny import make_conversations, make_target
 # SGLang can't serve drafts of the first and the last id, which come from the embedding and the final norm.
 pytestmark = pytest.mark.filterwarnings("ignore::pipeline.errors.LayerIdWarning")
 SMALL = {
-    "layers": "-1,0,2",
+    "layers": "-1,0,1",
     "shard_tokens": 128,
     "batch_tokens": 128,
     "context_codec": "fp32",
@@ -46,7 +47,7 @@ def not_under_torchrun(monkeypatch):
 
 
 def small_target(folder: Path, **overrides) -> Path:
-    return make_target(folder, "qwen3", dtype=torch.float32, num_hidden_layers=3, **overrides)
+    return make_target(folder, "qwen3", dtype=torch.float32, num_hidden_layers=2, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def fp32_target(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return make_conversations(tmp_path_factory.mktemp("data") / "chats.jsonl", count=16, seed=2)
+    return make_conversations(tmp_path_factory.mktemp("data") / "chats.jsonl", count=12, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +164,26 @@ def test_the_plan_times_both_ranks(tmp_path, fp32_target, data):
 # Stopped, killed
 
 
+def enough() -> bool:
+    """Whether the cache $CACHE has $AT finished shards."""
+    return len(finished_shards(Path(os.environ["CACHE"]))) >= int(os.environ["AT"])
+
+
+def wait_in_a_forward() -> None:
+    """Let a rank wait in the middle of a forward, once there are enough shards, for a file to appear."""
+
+    def wait(_: Tensor) -> None:
+        while enough() and not (Path(os.environ["CACHE"]) / "go").exists():
+            time.sleep(0.01)
+
+    in_layer(1, wait)
+
+
 def die_in_a_forward() -> None:
-    """Let the rank $DIES be killed in the middle of a forward, once two shards are finished."""
+    """Let the rank $DIES be killed in the middle of a forward, once there are enough shards."""
 
     def die(_: Tensor) -> None:
-        if len(finished_shards(Path(os.environ["CACHE"]))) >= 2:
+        if enough():
             os.kill(os.getpid(), signal.SIGKILL)
 
     if os.environ["RANK"] == os.environ["DIES"]:
@@ -175,32 +191,45 @@ def die_in_a_forward() -> None:
     one_thread()
 
 
-def test_killed_and_stopped_it_is_continued_by_two_groups(tmp_path, whole, fp32_target, data):
+def lost(rank: Dspark) -> bool:
+    """Whether it ended because another one died, and said so in one line."""
+    assert rank.wait() == 1, rank.err
+    (error,) = rank.errors
+    return "of 2 lost " in error and "the same command continues the capture" in error
+
+
+def test_stopped_and_killed_it_is_continued_by_two_groups(tmp_path, whole, fp32_target, data):
     cache = tmp_path / "cache"
     command = arguments(fp32_target, data, cache, **SPLIT)
-    for dies, survives in ((1, 0), (0, 1)):
-        ranks = start(
-            tmp_path / f"dies{dies}", *command, before=die_in_a_forward, DIES=str(dies), CACHE=str(cache)
-        )
-        assert ranks[dies].wait() == -signal.SIGKILL, ranks[dies].err
-        assert ranks[survives].wait() == 1
-        (error,) = ranks[survives].errors
-        assert f"rank {survives} of 2 lost {'rank 0' if survives else 'another rank'}" in error
-        assert "the same command continues the capture" in error
-    kept = finished_shards(cache)
-    assert len(kept) >= 2
-
-    ranks = start(tmp_path / "stopped", *command)
-    assert ranks[0].wait_until(lambda: len(finished_shards(cache)) > len(kept)), ranks[0].err
+    ranks = start(tmp_path / "stopped", *command, before=wait_in_a_forward, CACHE=str(cache), AT="1")
+    assert ranks[0].wait_until(lambda: finished_shards(cache)), ranks[0].err
     for rank in ranks:
         rank.send(signal.SIGTERM)
+    (cache / "go").touch()
     assert [rank.wait() for rank in ranks] == [128 + signal.SIGTERM, 0], [rank.err for rank in ranks]
+    (cache / "go").unlink()
+    assert leftovers(cache) == []
+    kept = len(finished_shards(cache))
+    assert 1 <= kept < len(read_manifest(whole[0]).plan) - 1
+
+    at = {"CACHE": str(cache), "AT": str(kept + 1), "DIES": "1"}
+    ranks = start(tmp_path / "killed", *command, before=die_in_a_forward, **at)
+    assert ranks[1].wait() == -signal.SIGKILL, ranks[1].err
+    assert lost(ranks[0])
     assert leftovers(cache) == []
 
     groups = [start(tmp_path / f"group{i}", *command, "--worker", f"{i}/2") for i in range(2)]
     for group in groups:
         finish(group)
     assert tree(cache) == tree(whole[0])
+
+
+def test_a_first_rank_that_dies_ends_the_other(tmp_path, fp32_target, data):
+    command = arguments(fp32_target, data, tmp_path / "cache", **SPLIT)
+    at = {"CACHE": str(tmp_path), "AT": "0", "DIES": "0"}
+    ranks = start(tmp_path / "ranks", *command, before=die_in_a_forward, **at)
+    assert ranks[0].wait() == -signal.SIGKILL, ranks[0].err
+    assert lost(ranks[1])
 
 
 # Failures of one rank
@@ -217,7 +246,7 @@ def little_memory() -> None:
                 file.write(f"{rank} {rows} {tokens}\n")
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    in_layer(1 + rank, refuse)
+    in_layer(rank, refuse)
 
 
 def test_a_batch_that_does_not_fit_one_rank_is_split_by_all(tmp_path, data):
