@@ -141,7 +141,7 @@ $(LLAMA_CPP): tests/engines/llama_cpp.sh $(STAMP)
 	sh $< "$(abspath $(BIN))/python" "$(@D)"
 
 # Exports are made anew, in float32: in it an engine's tokens are ours to the last one. A draft that an engine
-# does not serve is refused by export, with exit code 2, and the next one is proved.
+# does not serve is refused by export, with exit code 2, and the next one is proved. Last come captures by vLLM.
 PROVED = $(sort $(RUN) $(wildcard $(COMPARED)))
 
 prove: train
@@ -153,6 +153,7 @@ prove: train
 			--num-prompts 8 --target $(or $(TARGET),"$$($(BIN)/python -m capture.example)") || exit 1; \
 		proved=1; \
 	done; done; [ -n "$$proved" ] || { echo 'error: no engine serves $(PROVED)'; exit 1; }
+	$(OFFLINE) $(BIN)/python -m pytest -m vllm tests/capture/engines
 
 # A process for each core, each with whole files: what the tests of a file share is made once.
 # In the order of names: by the number of tests, the longest files would come last, to one process.

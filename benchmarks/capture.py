@@ -1,6 +1,7 @@
 """Compare the time of a whole capture with the bare forward of the target's backbone over the same batches.
 
     python benchmarks/capture.py                    # SmolLM2-135M's shape on the CPU, Qwen3-4B's on a GPU
+    python benchmarks/capture.py --engine vllm --engine-python ~/vllm/bin/python  # vLLM beside transformers
 
 Weights are random, and conversations are random tokens of log-normal lengths: speed depends on neither. Both
 run in turn, several times, in one process; read the ratio. The capture writes to a temporary directory.
@@ -8,12 +9,17 @@ run in turn, several times, in one process; read the ratio. The capture writes t
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +29,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import record
+from capture.engines.engine import CaptureEngine
 from capture.engines.huggingface import HuggingFaceEngine, pad
+from capture.engines.open import open_engine
+from capture.engines.options import EngineOptions
 from capture.options import CaptureOptions, DataOptions
 from capture.prepare import PreparedCapture, prepare
 from capture.run import capture, capture_shards
@@ -114,7 +123,7 @@ def bare_seconds(engine: HuggingFaceEngine, prepared: PreparedCapture) -> float:
 
 
 def capture_seconds(
-    engine: HuggingFaceEngine, prepared: PreparedCapture, cache: Path
+    engine: CaptureEngine, prepared: PreparedCapture, cache: Path
 ) -> tuple[float, dict[str, float]]:
     """Every shard from tokens to disk, and the complete manifest; and where the time went."""
     identity, clock = prepared.full_identity(), Clock()
@@ -155,13 +164,8 @@ def capture_rows(
             of their lengths.
         folder: on the disk that is measured.
     """
-    data = make_data(folder / "data.jsonl", samples, longest, mean_log, min(40000, shape["vocab_size"]))
-    options = CaptureOptions(
-        target=TargetOptions(target=str(make_target(folder / "target", shape, device)), device=str(device)),
-        data=DataOptions(data=(str(data),)),
-        cache=folder / "first",
-        batch_tokens=batch_tokens,
-        shard_tokens=shard_tokens,
+    options = case_options(
+        shape, samples, longest, mean_log, batch_tokens, shard_tokens, device=device, folder=folder
     )
     prepared = prepare(options)
     case = f"{name}, {options.context_codec}+{options.last_codec}"
@@ -185,14 +189,68 @@ def capture_rows(
     return rows
 
 
+def case_options(
+    shape: dict[str, int],
+    samples: int,
+    longest: int,
+    mean_log: float,
+    batch_tokens: int,
+    shard_tokens: int,
+    *,
+    device: torch.device,
+    folder: Path,
+) -> CaptureOptions:
+    """Make a case's target and data in the folder, and return the options of its capture."""
+    data = make_data(folder / "data.jsonl", samples, longest, mean_log, min(40000, shape["vocab_size"]))
+    return CaptureOptions(
+        target=TargetOptions(target=str(make_target(folder / "target", shape, device)), device=str(device)),
+        data=DataOptions(data=(str(data),)),
+        cache=folder / "first",
+        batch_tokens=batch_tokens,
+        shard_tokens=shard_tokens,
+    )
+
+
+def engine_rows(python: Path | None, *case: Any, device: torch.device, folder: Path) -> list[Row]:
+    """Capture a case through vLLM and through transformers, one after the other, and return the rows.
+
+    Args:
+        python: of vLLM's environment; None for this one.
+        case: as the arguments of `capture_rows`.
+    """
+    name, *sizes, rounds = case
+    options = case_options(*sizes, device=device, folder=folder)
+    seconds = {}
+    for engine_options in (EngineOptions(), EngineOptions(engine="vllm", engine_python=python)):
+        prepared = prepare(replace(options, engine=engine_options))
+        with closing(open_engine(prepared)) as engine:
+            caches = [folder / f"{engine_options.engine}-{i}" for i in range(rounds + 1)]
+            times = [capture_seconds(engine, prepared, cache)[0] for cache in caches]
+        seconds[engine_options.engine] = statistics.median(times[1:])  # the first one warms up
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+    tokens = prepared.batching.tokens
+    rows = [(name, f"capture by {engine}", tokens / value, "tokens/s") for engine, value in seconds.items()]
+    return [*rows, (name, "vllm / huggingface", seconds["huggingface"] / seconds["vllm"], "")]
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engine", choices=["huggingface", "vllm"], default="huggingface")
+    parser.add_argument("--engine-python", type=Path, help="Python of vLLM's environment")
+    given = parser.parse_args()
     quiet_transformers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         reuse_freed_memory()
     case = GPU if device.type == "cuda" else CPU
     with tempfile.TemporaryDirectory(prefix="dspark-bench-") as name:
-        record("capture", device, capture_rows(*case, device=device, folder=Path(name)))
+        if given.engine == "vllm":
+            rows = engine_rows(given.engine_python, *case, device=device, folder=Path(name))
+        else:
+            rows = capture_rows(*case, device=device, folder=Path(name))
+        record("capture", device, rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,31 @@ SILENCE = 1800
 
 
 def start(
-    command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None, **popen: Any
+    command: Sequence[str | Path],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    without: Collection[str] = (),
+    **popen: Any,
 ) -> subprocess.Popen:
     """Start a process in a group of its own. `end` must end it.
 
     Args:
         log: file of its output.
         environment: variables besides this process's own.
+        without: variables of this process's that it does not get.
         popen: arguments of `subprocess.Popen`; its standard input is empty by default.
 
     Raises:
         EngineError: it can't be started.
     """
+    kept = {name: value for name, value in os.environ.items() if name not in without}
     with log.open("wb") as output:
         try:
             return subprocess.Popen(
                 [str(part) for part in command],
                 **{"stdin": subprocess.DEVNULL, "stdout": output, **popen},
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
+                env={**kept, **(environment or {})},
                 start_new_session=True,  # Ctrl-C is ours to pass on, and a group can be ended whole
             )
         except OSError as error:

@@ -14,6 +14,16 @@ from typing import Any
 
 from pipeline.child import GRACE, end, last_line, start
 
+# Variables by which torchrun tells a process its place among others, which an engine has no part in.
+_LAUNCHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 WORKER = Path(__file__).parent / "worker" / "run_vllm.py"
 
 
@@ -40,7 +50,9 @@ class WorkerProcess:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         read, write = os.pipe()
         try:
-            self._process = start([python, worker, write], log, stdin=subprocess.PIPE, pass_fds=(write,))
+            self._process = start(
+                [python, worker, write], log, without=_LAUNCHER, stdin=subprocess.PIPE, pass_fds=(write,)
+            )
         except BaseException:
             os.close(read)
             raise
