@@ -15,6 +15,7 @@ from capture.engines.group import Group
 from capture.engines.open import open_engine
 from capture.prepare import PreparedCapture
 from pipeline.cache.codecs import CODECS
+from pipeline.cache.engine import engine_words
 from pipeline.cache.features import LABELS, NO_LAST_HIDDEN, FeatureIdentity
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes, written_bytes
 from pipeline.cache.split import training_lines
@@ -70,6 +71,10 @@ def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
         f"{target.name} ({target.architecture}, {target.dtype}), layers {list(prepared.layer_ids)}, "
         f"width {target.hidden_size:,}"
     )
+    if prepared.identity.engine is not None:
+        yield f"run by {engine_words(prepared.identity.engine)}"
+    if prepared.answers_first:
+        yield f"answers of its own ({prepared.options.answers.settings()}): sizes are upper bounds"
     yield from data_lines(prepared.data)
     yield (
         f"{len(batching.batches):,} batches of at most {options.batch_tokens:,} tokens, "

@@ -11,6 +11,7 @@ import click
 import numpy as np
 
 from pipeline.cache.codecs import bits_per_value, get_codec
+from pipeline.cache.engine import EngineIdentity, engine_words
 from pipeline.cache.features import LABELS, NO_LAST_HIDDEN, codec_words, hidden_words
 from pipeline.cache.fidelity import TEACHER_TV
 from pipeline.cache.index import check_skipped, open_index, sample_ids
@@ -188,6 +189,9 @@ def fact_lines(facts: Facts) -> Iterator[str]:
         f"width {target['hidden_size']:,}, {target['num_layers']} layers, vocabulary {target['vocab_size']:,}"
     )
     yield f"            weights {target['weights'][:16]}, tokenizer {_tokenizer(facts)}"
+    if "engine" in facts["identity"]:
+        engine = EngineIdentity(**facts["identity"]["engine"])
+        yield f"            run by {_printable(engine_words(engine))}"
     width = target["hidden_size"]
     last = f"last hidden{hidden_words(features.get('hidden', LABELS))}"
     stored = [

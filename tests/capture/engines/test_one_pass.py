@@ -93,7 +93,17 @@ def test_answers_are_the_targets_and_states_those_of_a_second_pass(tmp_path, wor
     assert manifest.fidelity["second_pass_error_mean"] < 1e-5
     assert manifest.identity.data.settings["regenerate"].startswith("max_new_tokens=12 temperature=0.0")
     assert "all good" in run_ok("verify", tmp_path / "cache")
+    assert "second_pass_error" in run_ok("inspect", tmp_path / "cache")
     assert not (tmp_path / "cache" / "progress").exists()
+
+
+def test_a_plan_says_that_its_sizes_are_bounds(tmp_path, words):
+    asked = words(tmp_path / "cache")
+    found = run_ok("plan", *asked[1:])
+    assert "run by vllm 0.0\n" in found
+    assert "answers of its own (max_new_tokens=12 " in found
+    assert "upper bounds" in found
+    assert not (tmp_path / "cache").exists()
 
 
 def test_what_is_not_supervised_stays(tmp_path, words, fp32_target, few):

@@ -68,6 +68,7 @@ def test_the_cache_is_that_of_transformers_but_for_rounding(
     assert engine is not None
     assert (engine.name, engine.version, engine.tensor_parallel) == ("vllm", "0.0", 1)
     assert "all good" in run_ok("verify", tmp_path / "cache")
+    assert "run by vllm 0.0\n" in run_ok("inspect", tmp_path / "cache")
     fidelity = read_manifest(tmp_path / "cache").fidelity
     assert fidelity["proof.huggingface_error"] < 1e-4
     assert fidelity["proof.logprob_error"] < 1e-4
