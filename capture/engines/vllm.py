@@ -18,6 +18,7 @@ from torch import Tensor
 
 from capture.console import note
 from capture.data.conversations import TokenizedSample
+from capture.data.preparation import stop_ids
 from capture.engines.checks import row_peaks
 from capture.engines.engine import States
 from capture.engines.folder import states_folder
@@ -32,7 +33,7 @@ from pipeline.cache import Identity
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.skipped import ALL_ZERO, FAILED
 from pipeline.cache.statistics import StateCodec
-from pipeline.errors import TargetError
+from pipeline.errors import TargetError, UsageError
 from pipeline.features import EMBEDDING_LAYER_ID, head_logits
 from pipeline.rope import RopeLengths
 from pipeline.target_model.load import Target
@@ -72,14 +73,21 @@ class VllmEngine:
         width = self._facts.hidden_size
         self._asked = sorted({i + 1 for i in layer_ids} | {self._facts.num_layers})
         largest = max_length * len(self._asked) * width * target.dtype.itemsize
-        self._folder, bound = states_folder(largest)
         arguments = options.arguments()
+        context = arguments.pop("max_model_len", max_length + 1)
+        if not isinstance(context, int) or context <= max_length:
+            raise UsageError(
+                f"--engine-arg max_model_len={context}: a sample can have {max_length:,} tokens, and vLLM "
+                f"needs one more: give {max_length + 1} or more, or lower --max-length"
+            )
+        self._folder, bound = states_folder(largest)
         config = {
             "target": str(target.directory.absolute()),
             "dtype": str(target.dtype).removeprefix("torch."),
             "layers": self._asked,
             "folder": str(self._folder),
-            "max_model_len": arguments.pop("max_model_len", max_length + 1),
+            "max_model_len": context,
+            "stop": list(stop_ids(target)),
             "tensor_parallel": options.tensor_parallel,
             "arguments": {"trust_remote_code": target.options.trust_remote_code, **arguments},
         }

@@ -79,9 +79,7 @@ def answer(model: Qwen3, tokens: list[int], sampling: dict) -> list[int]:
     """Sample an answer that ends at the end of a turn."""
     salt = int(os.environ.get("SALT", 0))  # an engine that is not the same twice
     random, found = np.random.default_rng(sampling["seed"] + salt), []
-    while len(found) < sampling["max_new_tokens"] and (
-        not found or found[-1] != model.config["eos_token_id"]
-    ):
+    while len(found) < sampling["max_new_tokens"] and (not found or found[-1] not in model.stop):
         scores = model.logprobs(model.streams(tokens + found)[-1][-1:])[0]
         temperature = sampling["temperature"]
         noise = random.gumbel(size=len(scores)) if temperature else 0
@@ -100,6 +98,7 @@ def serve(config: dict, replies: object) -> None:
         sys.exit(1)
     if FAULT == "silent":
         time.sleep(3600)
+    model.stop = config["stop"]
     facts = {"quantization": None, "implementation": "vllm", "max_model_len": config["max_model_len"]}
     reply(ready={"version": "0.0", **facts})
     for line in sys.stdin:
@@ -116,7 +115,7 @@ def serve(config: dict, replies: object) -> None:
             continue
         new = answer(model, tokens, sampling) if sampling else []
         if fault == "ends at once":
-            new = [model.config["eos_token_id"]]
+            new = config["stop"][:1]
         whole = tokens + new[:-1]
         streams = model.streams(whole)
         keep = sampling is None or sampling["keep"]
@@ -127,7 +126,7 @@ def serve(config: dict, replies: object) -> None:
             if fault == "answers differ" and sampling:
                 states[len(tokens) :] = states[len(tokens) :, :, ::-1]
             write(folder, name, whole, states, fault)
-        finished = "stop" if new and new[-1] == model.config["eos_token_id"] else "length"
+        finished = "stop" if new and new[-1] in config["stop"] else "length"
         message = {"answer": new, "reason": finished, "rows": keep}
         message["logprobs"] = logprobs if request["logprobs"] else None
         reply(id=name, **message)

@@ -209,6 +209,7 @@ def test_killed_and_continued_the_cache_is_the_same(tmp_path, fp32_target, few, 
         ({"engine_arg": "no value"}, ["expected --engine-arg name=value"]),
         ({"device_map": "auto", "device": "auto"}, ["--device-map is an option of --engine huggingface"]),
         ({"attn_implementation": "eager"}, ["--attn-implementation is an option of --engine huggingface"]),
+        ({"engine_arg": "max_model_len=64"}, ["--engine-arg max_model_len=64", "lower --max-length"]),
         ({"engine": "huggingface"}, ["--engine-python is an option of --engine vllm"]),
     ],
 )
