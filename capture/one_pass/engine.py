@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from capture.console import note
@@ -41,17 +41,9 @@ class OnePassEngine:
         self._skipped: dict[int, str] = {}
         """Reasons to skip samples of the shard, likewise."""
         self.layer_ids, self.embedding, self.head = engine.layer_ids, engine.embedding, engine.head
-        self.device, self.leak = engine.device, engine.leak
+        self.device, self.leak, self.while_waiting = engine.device, engine.leak, engine.while_waiting
         self.measured: Measured = {}
         """Figures of the shard that was answered last."""
-
-    @property
-    def while_waiting(self) -> Callable[[], None]:
-        return self._engine.while_waiting
-
-    @while_waiting.setter
-    def while_waiting(self, check: Callable[[], None]) -> None:
-        self._engine.while_waiting = check
 
     def answer(self, shard: int, batches: Sequence[Sequence[TokenizedSample]]) -> list[list[TokenizedSample]]:
         """Answer every turn of a shard's samples, and keep the states of each sample's last run.
