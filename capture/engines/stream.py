@@ -28,6 +28,8 @@ from pipeline.text import one_line
 
 # Seconds from an answer to its file, after which the file is not awaited any longer.
 FILE_SECONDS = 300
+# Seconds for loading a target: hundreds of gigabytes may come over a network.
+LOADING = 7200
 # Times that an engine may die without finishing a request.
 MAX_DEATHS = 3
 # Seconds between two looks for a file, and for an answer.
@@ -329,12 +331,12 @@ class Stream:
                 path.unlink()
         self._process, begun = self._start(), time.monotonic()
         try:
-            while time.monotonic() - begun < SILENCE:
+            while time.monotonic() - begun < LOADING:
                 self.while_waiting()
                 message = self._process.receive(_POLL)
                 if message is not None and "ready" in message:
                     return message["ready"]
-            raise TargetError(f"vLLM has not loaded the target in {SILENCE} s")
+            raise TargetError(f"vLLM has not loaded the target in {LOADING} s")
         except EngineEndedError as ended:
             self.close()
             raise TargetError(f"vLLM can't run the target: {ended}") from None

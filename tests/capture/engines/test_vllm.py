@@ -129,7 +129,7 @@ def test_an_engine_that_is_wrong_at_all_is_refused(
     tmp_path, fp32_target, few, through_vllm, monkeypatch, fault, parts
 ):
     monkeypatch.setenv("FAULT", fault)
-    monkeypatch.setattr(stream, "SILENCE", 1 if fault == "silent" else 60)
+    monkeypatch.setattr(stream, "LOADING", 1 if fault == "silent" else 60)
     result = run_cli(*through_vllm(fp32_target, few, tmp_path / "cache"))
     assert_refused(result, 1, *parts)
 
