@@ -17,7 +17,7 @@ from capture.one_pass.turns import longest_lengths
 from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, SampleFacts, build_index, read_manifest
 from pipeline.cache.features import NO_LAST_HIDDEN
-from pipeline.cache.manifest import MANIFEST, Plan, refuse_another
+from pipeline.cache.manifest import MANIFEST, PROMPTS, Plan, refuse_another
 from pipeline.errors import CacheError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
 from pipeline.rope import RopeLengths, rope_lengths
@@ -25,9 +25,9 @@ from pipeline.target_model.load import DTYPES, Target, open_target
 from pipeline.target_model.options import TargetOptions
 from pipeline.target_model.quantisation import quantisation
 
-# Names, among the recorded settings, of how answers are sampled, and of the hash of the prompts with that.
-# While a capture samples answers, this hash stands in place of the samples'.
-ANSWERS, PROMPTS = "regenerate", "prompts"
+# Name, among the recorded settings, of how answers are sampled. The hash of the prompts with that is recorded
+# as `PROMPTS`, and stands in place of the samples' while they are sampled.
+ANSWERS = "regenerate"
 # Name, among the recorded settings, of the lengths at which the target's RoPE changes within the data.
 ROPE = "rope"
 

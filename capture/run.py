@@ -19,7 +19,7 @@ from capture.engines.group import Group, open_group
 from capture.engines.open import open_engine
 from capture.engines.options import HUGGING_FACE
 from capture.one_pass.engine import OnePassEngine
-from capture.one_pass.settle import one_pass_engine, settle, shard_plan
+from capture.one_pass.settle import answered_writer, one_pass_engine, settle, shard_plan
 from capture.one_pass.two_steps import answer_first
 from capture.options import CaptureOptions
 from capture.plan import check_room, plan_lines
@@ -31,7 +31,7 @@ from capture.shards.evidence import prove_target
 from capture.shards.fill import FilledShard, ShardFiller
 from capture.shards.statistics import measure_statistics
 from capture.workers import worker_place
-from pipeline.cache import CacheReader, CacheWriter, Manifest, read_manifest
+from pipeline.cache import CacheWriter, Manifest
 from pipeline.cache.fidelity import Measured
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.progress.claims import DEAD_AFTER_SECONDS, Worker, claim_name, take_shards
@@ -87,17 +87,13 @@ def _capture(options: CaptureOptions, place: WorkerPlace, group: Group | None) -
             note(line)
     prepared.check_directory()
     check_room(prepared)
-    if prepared.answered:
-        CacheReader(options.cache).check_shards()
-        return Captured(read_manifest(options.cache), complete=True, reused=True, shards=0)
-    identity = prepared.full_identity()
-    writer = CacheWriter(options.cache, identity, prepared.plan, prepared.index, dict(prepared.data.rows))
+    writer = _writer(prepared)
     if writer.complete:
         return Captured(writer.manifest, complete=True, reused=True, shards=0)
     shards = 0
     if writer.pending() or not writer.target_written() or not writer.statistics_written():
         shards = _capture_pending(writer, prepared, place, group)
-    while prepared.answers_first and not writer.complete and not writer.pending():
+    while prepared.answers_first and not prepared.answered and not writer.pending() and not writer.complete:
         wrong = settle(writer, prepared)
         if not wrong:
             break
@@ -105,6 +101,15 @@ def _capture(options: CaptureOptions, place: WorkerPlace, group: Group | None) -
         shards += _capture_pending(writer, prepared, place, group)
     manifest = writer.finalise(bad_samples(prepared).check)
     return Captured(manifest or writer.manifest, complete=manifest is not None, reused=False, shards=shards)
+
+
+def _writer(prepared: PreparedCapture) -> CacheWriter:
+    """Open the cache, or begin it. Reads all weights of the target, for their hash."""
+    identity = prepared.full_identity()
+    if prepared.answered:
+        return answered_writer(prepared, identity)
+    rows = dict(prepared.data.rows)
+    return CacheWriter(prepared.options.cache, identity, prepared.plan, prepared.index, rows)
 
 
 def _on_device_of(place: WorkerPlace, options: CaptureOptions) -> CaptureOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,10 +12,12 @@ from capture.one_pass.engine import OnePassEngine
 from capture.one_pass.journal import Journal, answers_file
 from capture.one_pass.turns import Conversation
 from capture.prepare import PreparedCapture
-from pipeline.cache import CacheWriter, FeatureIdentity, SampleFacts, build_index
-from pipeline.cache.index import count_candidates
-from pipeline.cache.manifest import ShardPlan
+from pipeline.cache import CacheWriter, FeatureIdentity, Identity, SampleFacts, build_index, read_manifest
+from pipeline.cache.index import count_candidates, open_index
+from pipeline.cache.manifest import INDEX, ShardPlan, shard_file
 from pipeline.cache.rows import last_hidden_rows
+from pipeline.errors import CacheError
+from pipeline.files import plain_size
 
 
 def one_pass_engine(engine: object, prepared: PreparedCapture) -> OnePassEngine | None:
@@ -35,6 +38,33 @@ def shard_plan(batches: Sequence[Sequence[TokenizedSample]], features: FeatureId
     )
 
 
+def answered_writer(prepared: PreparedCapture, identity: Identity) -> CacheWriter:
+    """Return the writer of a cache whose prompts have all been answered, to check it and write what it lacks.
+
+    Raises:
+        CacheError: a shard or the index is damaged. Its answers are lost, because nothing else has them.
+    """
+    cache, manifest = prepared.options.cache, read_manifest(prepared.options.cache)
+    try:
+        index = open_index(cache / INDEX, manifest.plan)
+    except CacheError:
+        raise _lost(cache, INDEX) from None
+    for shard, size in enumerate(manifest.shards.bytes):
+        if plain_size(cache / shard_file(shard)) != size:
+            raise _lost(cache, shard_file(shard))
+    writer = CacheWriter(cache, identity, manifest.plan, index, dict(prepared.data.rows))
+    for shard in writer.pending():
+        raise _lost(cache, shard_file(shard))
+    return writer
+
+
+def _lost(cache: Path, name: str) -> CacheError:
+    return CacheError(
+        f"{cache / name} is missing or damaged, and with it answers that were sampled while the cache was "
+        f"captured: remove {cache}, and run the same command again, which samples all of them anew"
+    )
+
+
 def settle(writer: CacheWriter, prepared: PreparedCapture) -> list[int]:
     """Give a writer whose shards are all written the plan of the answered samples.
 
@@ -44,8 +74,8 @@ def settle(writer: CacheWriter, prepared: PreparedCapture) -> list[int]:
     """
     shards = [answered_samples(prepared, shard) for shard in range(len(prepared.batching.shards))]
     wrong = [shard for shard, samples in enumerate(shards) if not writer.holds(shard, _tokens(samples))]
-    if wrong:
-        return wrong
+    if wrong:  # or the journals are gone, because another process completed the cache
+        return [] if writer.completed_by_another() else wrong
     samples = [sample for members in shards for sample in members]
     ids = np.frombuffer(b"".join(sample.sample_id for sample in samples), np.uint8).reshape(-1, 16)
     planned = prepared.data.facts.take(prepared.batching.order)

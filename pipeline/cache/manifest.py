@@ -32,6 +32,8 @@ INDEX = "samples.arrow"
 PROGRESS = "progress"
 STATISTICS = "statistics.safetensors"
 FROZEN = "target/frozen.safetensors"
+# Name, among the settings of the data, of the hash of prompts that the target answers while it is captured.
+PROMPTS = "prompts"
 # A manifest has about a hundred bytes per shard: five million shards stay below this.
 MAX_MANIFEST_BYTES = 512 * 2**20
 UNSEALED = "0" * 64  # in place of a manifest's checksum while it is computed
@@ -90,6 +92,11 @@ class DataIdentity:
     """SHA-256 over the sample ids in order, and so over all token ids and loss masks."""
     settings: dict[str, str]
     """The options by which rows became samples: form, supervision, lengths, selection."""
+
+    @property
+    def of_prompts(self) -> bool:
+        """True while prompts are answered: the plan has bounds, and no index exists. See rule 22.1."""
+        return self.settings.get(PROMPTS) == self.sha256
 
 
 @dataclass(frozen=True, kw_only=True)

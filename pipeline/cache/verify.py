@@ -34,6 +34,7 @@ from pipeline.cache.manifest import (
     is_weights,
     read_manifest,
 )
+from pipeline.cache.prompts import held_plan
 from pipeline.cache.shard import MAX_HEADER_BYTES, map_shard
 from pipeline.cache.skipped import ByReason, SkippedRows, state_rows
 from pipeline.cache.statistics import check_statistics_listed, read_statistics
@@ -181,7 +182,7 @@ class FileChecks:
     def index(self, records: list[FileRecord]) -> tuple[Problem | None, pa.Table | None]:
         """Check the index, by its record if it has one; return its problem, or the index itself."""
         path = self.cache / INDEX
-        if not records and not os.path.lexists(path):
+        if self.manifest.identity.data.of_prompts or not (records or os.path.lexists(path)):
             return None, None  # of an incomplete cache: its capture will write it
         for record in records:
             if problem := self._problem(record, None):
@@ -239,7 +240,8 @@ class FileChecks:
             return None
         shard = int(Path(record.file).stem)
         _read_start(path)
-        tensors = map_shard(path, shard_specs(self.manifest.identity, self.manifest.plan[shard])).tensors
+        held = held_plan(path, self.manifest.identity, self.manifest.plan[shard])
+        tensors = map_shard(path, shard_specs(self.manifest.identity, held)).tensors
         if contents is None:
             return None
         problem = contents.problem(shard, tensors["input_ids"].numpy(), tensors["loss_mask"].numpy())

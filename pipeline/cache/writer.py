@@ -158,7 +158,8 @@ class CacheWriter:
             return
         files.remove_partials(self.path)
         self._records.read_kept(len(self.manifest.plan))
-        self._write_index(index_bytes(index))
+        if not self.manifest.identity.data.of_prompts:  # it may exist already, settled by another process
+            self._write_index(index_bytes(index))
 
     def _damaged(self, manifest: Manifest) -> set[str]:
         """Return the files of a complete cache that are missing or have the wrong size."""

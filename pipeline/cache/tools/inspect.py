@@ -61,6 +61,7 @@ def cache_facts(cache: Path, *, fraction: float) -> Facts:
         "samples": manifest.num_samples,
         "tokens": manifest.num_tokens,
         "labels": manifest.num_last_rows,
+        "of_prompts": manifest.identity.data.of_prompts,
         "supervised_share": manifest.num_last_rows / max(1, manifest.num_tokens),
         "shards": len(manifest.plan),
         "rows": manifest.rows,
@@ -177,6 +178,15 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)[:80]
 
 
+def _data_words(facts: Facts) -> str:
+    if facts["of_prompts"]:
+        return f"{facts['samples']:,} prompts, at most {facts['tokens']:,} tokens with their answers"
+    return (
+        f"{facts['samples']:,} samples, {facts['tokens']:,} tokens, {facts['labels']:,} of them "
+        f"supervised ({facts['supervised_share']:.0%})"
+    )
+
+
 def fact_lines(facts: Facts) -> Iterator[str]:
     """Format the facts of `cache_facts` for the terminal."""
     target, features = facts["identity"]["target"], facts["identity"]["features"]
@@ -202,10 +212,7 @@ def fact_lines(facts: Facts) -> Iterator[str]:
     if features["last_codec"] == NO_LAST_HIDDEN:
         stored.append("no last hidden")
     yield f"  features  layers {list(features['layer_ids'])}, {', '.join(stored)}"
-    yield (
-        f"  data      {facts['samples']:,} samples, {facts['tokens']:,} tokens, {facts['labels']:,} of them "
-        f"supervised ({facts['supervised_share']:.0%})"
-    )
+    yield f"  data      {_data_words(facts)}"
     for source in facts.get("sources", [{"name": name} for name in data["sources"]]):
         count = f": {source['samples']:,} samples" if "samples" in source else ""
         yield f"            {_printable(source['name'])}{count}"

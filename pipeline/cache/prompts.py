@@ -1,0 +1,33 @@
+"""Shards of a cache whose prompts are being answered: each is smaller than the plan's bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from pipeline.cache.layout import LAST_HIDDEN
+from pipeline.cache.manifest import Identity, ShardPlan
+from pipeline.errors import CacheError
+from pipeline.text import one_line
+
+
+def held_plan(path: Path, identity: Identity, planned: ShardPlan) -> ShardPlan:
+    """Return what a finished shard holds: as planned, or by its header while the plan is one of prompts.
+
+    Raises:
+        CacheError: the header is damaged, or has more than was planned.
+    """
+    if not identity.data.of_prompts:
+        return planned
+    try:
+        with safe_open(path, "np") as file:
+            rows = {name: file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, IndexError) as error:
+        raise CacheError(f"{path} is damaged ({one_line(error)})") from None
+    last = [number for name, number in rows.items() if name.partition(".")[0] == LAST_HIDDEN]
+    held = replace(planned, tokens=rows.get("input_ids", 0), last_rows=last[0] if last else 0)
+    if held.tokens > planned.tokens or held.last_rows > held.tokens:
+        raise CacheError(f"{path} is damaged (it has more rows than its prompts can have)")
+    return held
