@@ -124,7 +124,8 @@ def probe(prepared: PreparedCapture, group: Group | None = None) -> str:
                 seconds += time.perf_counter() - began
                 tokens += sum(len(sample.input_ids) for sample in samples)
     rate = tokens / seconds
+    more = ", and the time in which it answers" if prepared.answers_first else ""
     return (
         f"probe: {rate:,.0f} tokens/s on {device}, so {duration(batching.tokens / rate)} for all "
-        f"{batching.tokens:,} tokens by one process"
+        f"{batching.tokens:,} tokens by one process{more}"
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from capture.batching import CapturePlan, plan_capture
+from capture.data.conversations import TokenizedSample
 from capture.data.preparation import prepare_data
 from capture.data.tokens import TokenizedData
 from capture.engines.identity import check_engine, engine_identity
@@ -18,7 +19,7 @@ from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, SampleFacts, build_index, read_manifest
 from pipeline.cache.features import NO_LAST_HIDDEN
 from pipeline.cache.manifest import MANIFEST, PROMPTS, Plan, refuse_another
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, DataError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
 from pipeline.rope import RopeLengths, rope_lengths
 from pipeline.target_model.load import DTYPES, Target, open_target
@@ -115,8 +116,8 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
     # A template that prints the date prints the day on which the capture began.
     prepared = prepare_data(options.data, target, found.data.settings.get("today") if found else None)
     data, template = prepared.samples, prepared.template
-    target.check_length(int(data.facts.lengths.max()))
     facts = prompt_facts(data, options) if _answers_first(options) else data.facts
+    target.check_length(max(int(data.facts.lengths.max()), int(facts.lengths.max())))
     batching = plan_capture(facts.lengths, options.batch_tokens, options.shard_tokens, rope)
     longest, facts = int(facts.lengths.max()), facts.take(batching.order)
     index, plan = build_index(facts, batching.shards)
@@ -153,10 +154,24 @@ def _answers_first(options: CaptureOptions) -> bool:
 
 
 def prompt_facts(data: TokenizedData, options: CaptureOptions) -> SampleFacts:
-    """Return the facts of the data's samples, with the most tokens and rows that they have once answered."""
-    samples = (data[i] for i in range(len(data)))
+    """Return the facts of the data's samples, with the most tokens and rows that they have once answered.
+
+    Raises:
+        DataError: one has no prompt.
+    """
+    samples = (_with_prompt(data[i]) for i in range(len(data)))
     lengths = longest_lengths(samples, options.data.max_length, options.answers.max_new_tokens)
     return replace(data.facts, lengths=lengths, last_rows=lengths)
+
+
+def _with_prompt(sample: TokenizedSample) -> TokenizedSample:
+    """Return a sample that can be answered. Raises DataError for another."""
+    if sample.loss_mask[0]:
+        raise DataError(
+            f"row {sample.source_row + 1} of the data is supervised from its first token, so it has no prompt "
+            "that --regenerate could answer: give conversations, or prompts with completions"
+        )
+    return sample
 
 
 def _features(options: CaptureOptions, layer_ids: tuple[int, ...]) -> FeatureIdentity:

@@ -21,6 +21,10 @@ from pipeline.target_model.checkpoint import stored_tensors
 from pipeline.target_model.load import Target
 from pipeline.text import one_line
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Dtypes of values that are weights as they are. Narrower ones have scales elsewhere.
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class FrozenWeights:
@@ -43,7 +47,7 @@ def frozen_weights(target: Target) -> FrozenWeights:
     shell, names = target.shell, {}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)
-    stored = stored_tensors(target.directory) or {}
+    stored = (stored_tensors(target.directory) or {}) if _has_safetensors(target.directory) else {}
 
     def read(parameter: Tensor) -> Tensor:
         found = _read(target.directory, _stored_name(target, names[id(parameter)], parameter, stored))
@@ -74,7 +78,7 @@ def _stored_name(target: Target, name: str, parameter: Tensor, stored: dict[str,
             found = [name]
         if len(found) > 1:
             break
-        if found and stored[found[0]].shape == parameter.shape and stored[found[0]].is_floating_point():
+        if found and stored[found[0]].shape == parameter.shape and stored[found[0]].dtype in _PLAIN:
             return found[0]
     raise TargetError(
         f"{target.directory}: no {name} {list(parameter.shape)} in its safetensors files, as plain values: "
@@ -82,9 +86,13 @@ def _stored_name(target: Target, name: str, parameter: Tensor, stored: dict[str,
     )
 
 
+def _has_safetensors(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in (_SINGLE, _INDEX))
+
+
 def _read(directory: Path, name: str) -> Tensor:
     """Read one tensor of a safetensors checkpoint."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    index, single = directory / _INDEX, directory / _SINGLE
     try:
         if single.is_file():
             file = single

@@ -281,7 +281,8 @@ class Stream:
         path, request = self._file(slot), slot.request
         try:
             found = load_file(path)
-            ids, states = found["token_ids"], found["states"]
+            # A copy: the tensors of the file are views of its pages, which stay in the folder's memory.
+            ids, states = found["token_ids"], found["states"].clone()
         except (OSError, SafetensorError, KeyError) as error:
             raise _wrong(request, f"a file that can't be read ({one_line(error)})", "states") from None
         path.unlink()

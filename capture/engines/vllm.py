@@ -209,7 +209,10 @@ class VllmEngine:
         return rows | {LAST_HIDDEN: last}
 
     def logprob_error(self, sample: TokenizedSample, last_hidden: Tensor, own: Tensor) -> float:
-        """Compare log-probabilities of a sample's tokens from its states `[S, H]` with vLLM's own `[S - 1]`.
+        """Compare log-probabilities of a sample's tokens from its states `[S, H]` with vLLM's own, `[n]`.
+
+        Args:
+            own: of the tokens from the second on; of those that vLLM has read.
 
         Returns:
             The mean difference.
@@ -218,10 +221,10 @@ class VllmEngine:
             TargetError: it is larger than rounding explains.
         """
         facts = self._facts
-        tokens = torch.from_numpy(sample.input_ids.astype(np.int64))[1:].to(self.device)
+        tokens = torch.from_numpy(sample.input_ids.astype(np.int64))[1 : len(own) + 1].to(self.device)
         found = []
         for rows, wanted in zip(
-            last_hidden[:-1].split(_ROWS_AT_ONCE), tokens.split(_ROWS_AT_ONCE), strict=True
+            last_hidden[: len(own)].split(_ROWS_AT_ONCE), tokens.split(_ROWS_AT_ONCE), strict=True
         ):
             logits = head_logits(rows, self.head, facts.final_logit_softcapping, facts.logit_scale)
             found.append(-torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))

@@ -75,7 +75,7 @@ class OnePassEngine:
                     continue
                 kept[i] = answer
                 turn = Turn(tuple(answer.tokens), answer.finished == "stop")
-                journal.add([(i, len(conversations[i].answers), turn)])
+                journal.add(i, conversations[i], turn)
                 conversations[i].answers.append(turn)
         answered = [conversation.answered() for conversation in conversations]
         samples = [sample for sample, _ in answered]
@@ -112,13 +112,18 @@ class OnePassEngine:
             self.measured = {SECOND_PASS: (error,)}
 
     def expect(self, batches: Sequence[Sequence[TokenizedSample]]) -> None:
-        """Do nothing: the states are there, or belong to the few samples of an interrupted run."""
+        """Ask for nothing: the states are there, or belong to the few samples of an interrupted run.
+
+        Raises:
+            TargetError: some came twice.
+        """
+        self._engine.expect(())
 
     def states(self, batch: Sequence[TokenizedSample]) -> States:
         """As in `CaptureEngine`. Samples that were answered before an interruption are read once more."""
         known = self._kept | dict.fromkeys(self._skipped, Answer())
         wanted = [sample for sample in batch if id(sample.input_ids) not in known]
-        found = self._engine.ask([_without_last(sample) for sample in wanted])
+        found = self._engine.ask([_without_last(s, logprobs=i == 0) for i, s in enumerate(wanted)])
         known |= {id(sample.input_ids): answer for sample, answer in zip(wanted, found, strict=True)}
         states = self._engine.pack(batch, [known[id(sample.input_ids)] for sample in batch])
         for number, sample in enumerate(batch):
@@ -141,6 +146,6 @@ class OnePassEngine:
         self._engine.close()
 
 
-def _without_last(sample: TokenizedSample) -> Request:
+def _without_last(sample: TokenizedSample, logprobs: bool) -> Request:
     read = TokenizedSample(sample.source_row, sample.input_ids[:-1], sample.loss_mask[:-1])
-    return request(read)
+    return request(read, logprobs)

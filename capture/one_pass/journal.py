@@ -1,7 +1,8 @@
 """Answers on disk, before anything is made of them: a killed capture never answers a turn in two ways.
 
 One file per shard, `progress/answers-00012.jsonl`, written by the process that holds the shard: a line per
-answer, with the sample's number in the shard, the turn's number, the tokens, and whether the target ended it.
+answer, with the sample's number in the shard, the turn's number, a hash of the tokens before it, its tokens,
+and whether the target ended it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from capture.one_pass.turns import Conversation, Turn
 from pipeline.cache.manifest import PROGRESS
+from pipeline.files import write_error
 
 
 def answers_file(cache: Path, shard: int) -> Path:
@@ -29,7 +31,8 @@ class Journal:
     def read(self, conversations: Sequence[Conversation]) -> None:
         """Give conversations their answers so far. A torn last line is cut off.
 
-        Of two answers to one turn, which two owners of the shard may have written, the first one holds.
+        Of two answers to one turn, which two owners of the shard may have written, the first one holds. Answers
+        that follow the other one are passed over.
         """
         try:
             lines = self._path.read_bytes().splitlines(keepends=True)
@@ -42,26 +45,42 @@ class Journal:
         for line in lines:
             _restore(line, conversations)
 
-    def add(self, answers: Sequence[tuple[int, int, Turn]]) -> None:
-        """Append answers: a sample's number, a turn's number, and the answer. They are on disk afterwards."""
-        lines = [
-            json.dumps({"sample": sample, "turn": number, "tokens": turn.tokens, "finished": turn.finished})
-            for sample, number, turn in answers
-        ]
-        with self._path.open("ab") as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+    def add(self, sample: int, conversation: Conversation, turn: Turn) -> None:
+        """Append the answer to a conversation's next turn. It is on disk afterwards.
+
+        Args:
+            sample: the conversation's number in the shard.
+
+        Raises:
+            WriteError: the file can't be written.
+            FileNotFoundError: the folder is gone, because another process completed the cache.
+        """
+        record = {
+            "sample": sample,
+            "turn": len(conversation.answers),
+            "prompt": conversation.prompt_hash(),
+            "tokens": turn.tokens,
+            "finished": turn.finished,
+        }
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                file.write(f"{json.dumps(record)}\n".encode())
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise write_error(self._path, error) from error
 
 
 def _restore(line: bytes, conversations: Sequence[Conversation]) -> None:
-    """Add a line's answer to its conversation, unless it is another answer to a turn that has one."""
+    """Add a line's answer to its conversation, if it is one to the tokens that come before it there."""
     try:
         record = json.loads(line)
-        conversation = conversations[record["sample"]]
-        turn = Turn(tuple(map(int, record["tokens"])), bool(record["finished"]))
-        number = record["turn"]
+        number, turn = record["sample"], Turn(tuple(record["tokens"]), bool(record["finished"]))
+        conversation = conversations[number]
+        follows = record["turn"] == len(conversation.answers)
+        follows = follows and record["prompt"] == conversation.prompt_hash()
     except (ValueError, KeyError, IndexError, TypeError):
         return
-    if turn.tokens and number == len(conversation.answers):
+    if number >= 0 and follows and conversation.fits(turn):
         conversation.answers.append(turn)

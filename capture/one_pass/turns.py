@@ -50,6 +50,18 @@ class Conversation:
         prompt = np.concatenate([tokens for tokens, _ in parts])
         return prompt if len(prompt) < self._max_length or not number else None
 
+    def prompt_hash(self) -> str:
+        """Return the SHA-256 of the tokens before the next answer; empty if no turn is left that fits."""
+        prompt = self.prompt()
+        return "" if prompt is None else hashlib.sha256(prompt.astype("<i4").tobytes()).hexdigest()
+
+    def fits(self, turn: Turn) -> bool:
+        """Return whether this can be the next answer: token ids, not more than there is room for."""
+        prompt = self.prompt()
+        if prompt is None or not 0 < len(turn.tokens) <= self.room(prompt):
+            return False
+        return all(isinstance(token, int) and 0 <= token < 2**31 for token in turn.tokens)
+
     @property
     def at_last_turn(self) -> bool:
         """True if only one turn is left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 from capture.console import note
@@ -15,6 +16,7 @@ from capture.regenerate.progress import progress_path
 from capture.regenerate.reading import read_dialogues
 from capture.regenerate.run import regenerate_file
 from pipeline.errors import DataError, UsageError
+from pipeline.files import publish_bytes
 from pipeline.process import WorkerPlace
 
 _BATCH_SIZE = 64
@@ -28,13 +30,15 @@ def answers_path(cache: Path) -> Path:
 def answer_first(options: CaptureOptions, place: WorkerPlace) -> CaptureOptions:
     """Let the target answer the data into a file, and return the options of a capture of that file.
 
-    An existing file is used as it is; an interrupted one is continued.
+    A finished file is used as it is; an interrupted one is continued.
 
     Raises:
-        UsageError: several processes, which would answer the same rows.
+        UsageError: several processes, which would answer the same rows; or a file of another target's, of
+            other data's, or of otherwise sampled answers.
         DataError: rows that can't be answered.
     """
     out = answers_path(options.cache)
+    _check_origin(options, out)
     if not out.exists() or progress_path(out).exists():
         if place.world > 1:
             raise UsageError(
@@ -46,6 +50,35 @@ def answer_first(options: CaptureOptions, place: WorkerPlace) -> CaptureOptions:
     data = dataclasses.replace(options.data, data=(str(out),), split=None, subset=None, format="auto")
     answers = dataclasses.replace(options.answers, regenerate=False)
     return dataclasses.replace(options, data=data, answers=answers)
+
+
+def _check_origin(options: CaptureOptions, out: Path) -> None:
+    """Record what a file of answers is made of, or refuse one that is made of something else.
+
+    Raises:
+        UsageError: naming what differs.
+    """
+    reading, target = _reading(options.data), options.target
+    asked = {
+        "target": f"{target.target} {target.revision or ''} {target.adapter or ''}".strip(),
+        "answers": options.answers.settings(),
+        "data": json.dumps([dataclasses.asdict(reading), reading.template_arguments()], default=str),
+    }
+    path = out.with_suffix(".json")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish_bytes(path, json.dumps(asked).encode())
+        return
+    try:
+        found = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        found = {}
+    differing = [name for name, value in asked.items() if found.get(name) != value]
+    if differing:
+        raise UsageError(
+            f"{out} has answers that were made otherwise ({', '.join(differing)} differ, see {path}): name "
+            f"another --cache, or remove {out} and {path}"
+        )
 
 
 def _answer(options: CaptureOptions, out: Path) -> None:

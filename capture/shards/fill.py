@@ -21,7 +21,7 @@ from capture.engines.checks import peaks_reason, problem, row_peaks
 from capture.engines.engine import CaptureEngine, on_device
 from capture.shards.clock import Clock
 from pipeline.cache import Identity
-from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, spread
+from pipeline.cache.fidelity import TEACHER_TV, Measured, checked_rows, measure_rows
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name
 from pipeline.cache.rows import stored_rows
 from pipeline.cache.shard import ShardBuffer
@@ -217,7 +217,8 @@ class ShardFiller:
         tensors = buffer.tensors
         samples = [sample for batch in batches for sample in batch]
         last_rows = [len(stored_rows(s.loss_mask, self._identity.features)) for s in samples]
-        shard = FilledShard(buffer, samples, spread(sum(last_rows)), last_rows, found_bad)
+        checked = checked_rows(last_rows, self._identity.features)
+        shard = FilledShard(buffer, samples, checked, last_rows, found_bad)
         tensors["input_ids"].copy_(torch.from_numpy(np.concatenate([s.input_ids for s in shard.samples])))
         tensors["loss_mask"].copy_(torch.from_numpy(np.concatenate([s.loss_mask for s in shard.samples])))
         ahead: deque[Callable[[], None]] = deque()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cache.features import ALL_TOKENS, FeatureIdentity
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.manifest import Identity
 from pipeline.cache.statistics import StateCodec
@@ -32,6 +33,21 @@ def spread(rows: int) -> list[int]:
     """Return up to `CHECKED_ROWS` of a shard's row numbers, evenly spread."""
     count = min(CHECKED_ROWS, rows)
     return sorted({(2 * i + 1) * rows // (2 * count) for i in range(count)})
+
+
+def checked_rows(rows: Sequence[int], features: FeatureIdentity) -> list[int]:
+    """Return up to `CHECKED_ROWS` of a shard's rows of `last_hidden`, evenly spread.
+
+    Where every token has a row, a sample's last one is not chosen: no forward may have read that token.
+
+    Args:
+        rows: those of each sample.
+    """
+    chosen = spread(sum(rows))
+    if features.hidden == ALL_TOKENS:
+        ends = set((np.cumsum(rows) - 1).tolist())
+        chosen = sorted({row - (row in ends) for row in chosen})
+    return chosen
 
 
 def measure_rows(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -44,6 +45,7 @@ from pipeline.cache.progress.records import TARGET, Records, ShardRecord, Target
 from pipeline.cache.progress.shared_statistics import SharedStatistics
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
 from pipeline.cache.skipped import (
+    REASONS,
     ByReason,
     Skipped,
     counted,
@@ -368,9 +370,9 @@ class CacheWriter:
         reasons = reasons_by_row((r.skipped for r in shards), self.manifest.plan.samples)
         check(reasons)
         if len(reasons) == sum(self.manifest.plan.samples):
-            raise CacheError(
-                f"{self.path} would hold no sample: all {len(reasons):,} have bad states; check the target"
-            )
+            counts = Counter(reasons.values())
+            words = ", ".join(f"{counts[reason]:,} {reason}" for reason in REASONS if counts[reason])
+            raise CacheError(f"{self.path} would hold no sample, of all {len(reasons):,}: {words}")
         skipped = skipped_samples(reasons, self._table)
         fidelity = self.manifest.fidelity or target.proof | summarise(r.measured for r in shards)
         self.manifest = dataclasses.replace(

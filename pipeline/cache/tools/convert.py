@@ -294,6 +294,11 @@ class Source:
         places = zip(self.starts[samples], self.lengths[samples], strict=True)
         return np.concatenate([start + stored_rows(mask[start : start + n], features) for start, n in places])
 
+    def last_rows_by_sample(self, shard: int, features: FeatureIdentity) -> list[int]:
+        """Return the rows of `last_hidden` that each sample of a shard has in a cache of `features`."""
+        column = self.index[last_hidden_columns(features).number].to_numpy()
+        return column[self.shards == shard].tolist()
+
     def skipped_rows(self, features: FeatureIdentity) -> SkippedRows:
         """Return the rows of skipped samples in the shards of a cache of `features`."""
         return SkippedRows(self.skipped, self.manifest.plan.samples, self.index, features)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.codecs import Statistics
-from pipeline.cache.fidelity import TEACHER_TV, Measured, measure_rows, relative_error, spread
+from pipeline.cache.fidelity import TEACHER_TV, Measured, checked_rows, measure_rows, relative_error
 from pipeline.cache.layout import LAST_HIDDEN, part_name
 from pipeline.cache.manifest import Identity
 from pipeline.cache.shard import ShardBuffer
@@ -51,9 +51,9 @@ class Filler:
         last_rows = self._old.last_rows_of(shard, self._identity.features)
         among = np.searchsorted(self._old.last_rows_of(shard, self._old.identity.features), last_rows)
         skipped = [rows for _, *rows in self._skipped_rows.of(shard)]
-        checked = [
-            row for row in spread(len(last_rows)) if not any(s.start <= row < s.stop for _, s in skipped)
-        ]
+        features = self._identity.features
+        checked = checked_rows(self._old.last_rows_by_sample(shard, features), features)
+        checked = [row for row in checked if not any(s.start <= row < s.stop for _, s in skipped)]
         measured: Measured = {}
         for state in self._codecs:
             of_last = state == LAST_HIDDEN

@@ -303,7 +303,7 @@ def test_a_turn_that_does_not_fit_is_left_out():
 def test_a_torn_journal_is_cut(tmp_path):
     sample = made([5, 6, 7, 8], [0, 0, 1, 1])
     path = tmp_path / "answers.jsonl"
-    Journal(path).add([(0, 0, Turn((20, 2), finished=True))])
+    Journal(path).add(0, Conversation(sample, 100, 4), Turn((20, 2), finished=True))
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"sample": 1, "turn": 0, "tok')
     both = [Conversation(sample, 100, 4) for _ in range(2)]
@@ -316,7 +316,7 @@ def test_the_first_of_two_answers_holds(tmp_path):
     sample = made([5, 6, 7, 8], [0, 0, 1, 1])
     path = tmp_path / "answers.jsonl"
     for tokens in ((20, 2), (21, 22, 2)):
-        Journal(path).add([(0, 0, Turn(tokens, finished=True))])
+        Journal(path).add(0, Conversation(sample, 100, 4), Turn(tokens, finished=True))
     conversation = Conversation(sample, 100, 4)
     Journal(path).read([conversation])
     assert conversation.answers == [Turn((20, 2), finished=True)]

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from capture import run
+from capture.data.conversations import TokenizedSample
+from capture.engines import stream
+from capture.one_pass import journal
+from capture.one_pass.engine import OnePassEngine
+from capture.one_pass.journal import Journal
+from capture.one_pass.turns import Conversation, Turn
+from pipeline.cache import fidelity
 from pipeline.cache import CacheReader, CacheWriter, read_manifest
 from pipeline.cache.manifest import write_manifest
 from tests.capture.conftest import arguments, tree
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import Dspark, finished_shards
+from tests.tiny import make_conversations
 
 EXACT = {"context_codec": "fp32", "last_codec": "fp32", "layers": "0,3"}
 
@@ -155,3 +168,141 @@ def test_a_complete_cache_of_another_target_is_not_reused(words, copied):
     target = replace(found.identity.target, weights="0" * 64)
     write_manifest(copied, replace(found, identity=replace(found.identity, target=target)))
     assert_refused(run_cli(*words(copied)), 1, "target.weights")
+
+
+def sample(ids: list[int], mask: list[int]) -> TokenizedSample:
+    return TokenizedSample(0, np.array(ids, np.int32), np.array(mask, np.uint8))
+
+
+def conversation(ids: tuple[int, ...] = (5, 6, 7, 8, 9, 10, 11)) -> Conversation:
+    """Two turns, each of at most four tokens."""
+    return Conversation(sample(list(ids), [0, 0, 1, 1, 0, 1, 1]), 100, 4)
+
+
+def test_answers_to_another_answer_are_passed_over(tmp_path):
+    """Two owners of a shard, whose engines answer differently, write by turns."""
+    path, one, two = tmp_path / "answers.jsonl", conversation(), conversation()
+    for owner, tokens in ((one, (20, 2)), (two, (30, 2)), (two, (31, 2)), (one, (21, 2))):
+        turn = Turn(tokens, finished=True)
+        Journal(path).add(0, owner, turn)
+        owner.answers.append(turn)
+    found = conversation()
+    Journal(path).read([found])
+    assert found.answers == one.answers
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": [20, 2**40]},
+        {"tokens": [-1, 2]},
+        {"tokens": [20, 21, 22, 23, 24]},
+        {"tokens": []},
+        {"tokens": "22"},
+        {"tokens": None},
+        {"sample": -1},
+        {"sample": 7},
+        {"sample": "0"},
+        {"turn": 1},
+        {"turn": 5},
+    ],
+)
+def test_a_line_that_no_capture_writes_is_passed_over(tmp_path, change):
+    path = tmp_path / "answers.jsonl"
+    Journal(path).add(0, conversation(), Turn((20, 2), finished=True))
+    record = json.loads(path.read_text())
+    lines = [json.dumps(record | change), "", "[]", "3", "null", "\xff", json.dumps(record)]
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode("latin-1"))
+    found = conversation()
+    Journal(path).read([found])
+    assert found.answers == [Turn((20, 2), finished=True)]
+
+
+def test_more_answers_than_turns_are_passed_over(tmp_path):
+    path, asked = tmp_path / "answers.jsonl", conversation()
+    for _ in range(3):
+        turn = Turn((20, 2), finished=True)
+        Journal(path).add(0, asked, turn)
+        asked.answers = [*asked.answers, turn][:2]
+    found = conversation()
+    Journal(path).read([found])
+    assert len(found.answers) == 2
+
+
+def test_a_full_disk_is_said_so(tmp_path, words, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(journal, "os", SimpleNamespace(fsync=full))
+    result = run_cli(*words(tmp_path / "cache"))
+    assert_refused(result, 1, "answers-00000.jsonl can't be written", "No space left on device")
+
+
+def test_rows_without_a_prompt_are_refused(tmp_path, engine_python, fp32_target):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "the cat sat on the mat"}) + "\n")
+    asked = arguments(fp32_target, data, tmp_path / "cache", engine="vllm", engine_python=engine_python)
+    assert_refused(run_cli(*asked, "--regenerate"), 1, "row 1 of the data", "no prompt", "--regenerate")
+
+
+def test_states_that_are_kept_leave_the_folder_in_memory(tmp_path, words, monkeypatch):
+    maps, seen, states = Path("/proc/self/maps"), [], OnePassEngine.states
+    if not maps.exists():
+        pytest.skip("this system has no /proc")
+
+    def look(engine: OnePassEngine, batch: Any) -> object:
+        seen.append("dspark-states" in maps.read_text())
+        return states(engine, batch)
+
+    monkeypatch.setattr(OnePassEngine, "states", look)
+    run_ok(*words(tmp_path / "cache"))
+    assert seen
+    assert not any(seen)
+
+
+def test_an_unread_token_has_no_share_in_the_figures(tmp_path, words, monkeypatch):
+    """Its states are zeros: a relative error would be infinite."""
+    monkeypatch.setattr(fidelity, "CHECKED_ROWS", 10**6)  # every row
+    cache = tmp_path / "cache"
+    run_ok(*words(cache, context_codec="nf4", last_codec="int8", hidden="all-tokens"))
+    run_ok("convert", cache, tmp_path / "other", "--context-codec", "lm3")
+    for found in (cache, tmp_path / "other"):
+        figures = read_manifest(found).fidelity
+        assert figures["relative_error.context.0_p99"] < 1, figures
+        assert figures["relative_error.last_hidden_p99"] < 1, figures
+
+
+def test_a_shard_that_is_only_read_again_is_compared_with_the_engine(tmp_path, words, monkeypatch):
+    """All of its answers are on disk, and the engine is not the same."""
+    asked = words(tmp_path / "cache", shard_tokens=10**6)
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "new_shard", kill)
+        with pytest.raises(Killed):
+            run_cli(*asked)
+    real = stream.Stream.take
+
+    def another(self: stream.Stream) -> stream.Answer:
+        answer = real(self)
+        if answer.logprobs is not None:
+            answer.logprobs -= 1
+        return answer
+
+    monkeypatch.setattr(run, "prove_target", lambda *_: {})
+    monkeypatch.setattr(stream.Stream, "take", another)
+    assert_refused(run_cli(*asked), 1, "are not vLLM's own")
+
+
+def test_a_file_of_other_answers_is_refused(tmp_path, fp32_target):
+    data = make_conversations(tmp_path / "data.jsonl", count=4, seed=3)
+    cache, options = tmp_path / "cache", {"max_new_tokens": 4}
+    asked = arguments(fp32_target, data, cache, temperature=0, **options)
+    assert run_cli(*asked, "--regenerate").exit_code == 0
+    other = arguments(fp32_target, data, cache, temperature=1.0, **options)
+    assert_refused(run_cli(*other, "--regenerate"), 2, "made otherwise", "answers differ", "--cache")
+    shutil.rmtree(cache)
+    assert_refused(run_cli(*other, "--regenerate"), 2, "made otherwise")
+    assert run_cli(*asked, "--regenerate").exit_code == 0
