@@ -168,8 +168,8 @@ def _with_prompt(sample: TokenizedSample) -> TokenizedSample:
     """Return a sample that can be answered. Raises DataError for another."""
     if sample.loss_mask[0]:
         raise DataError(
-            f"row {sample.source_row + 1} of the data is supervised from its first token, so it has no prompt "
-            "that --regenerate could answer: give conversations, or prompts with completions"
+            f"row {sample.source_row + 1} of the data is supervised from its first token, so it has no "
+            "prompt that --regenerate could answer: give conversations, or prompts with completions"
         )
     return sample
 

@@ -31,8 +31,8 @@ class Journal:
     def read(self, conversations: Sequence[Conversation]) -> None:
         """Give conversations their answers so far. A torn last line is cut off.
 
-        Of two answers to one turn, which two owners of the shard may have written, the first one holds. Answers
-        that follow the other one are passed over.
+        Of two answers to one turn, which two owners of the shard may have written, the first one holds, and
+        answers that follow the other one are passed over.
         """
         try:
             lines = self._path.read_bytes().splitlines(keepends=True)

@@ -22,8 +22,7 @@ from capture.one_pass import journal
 from capture.one_pass.engine import OnePassEngine
 from capture.one_pass.journal import Journal
 from capture.one_pass.turns import Conversation, Turn
-from pipeline.cache import fidelity
-from pipeline.cache import CacheReader, CacheWriter, read_manifest
+from pipeline.cache import CacheReader, CacheWriter, fidelity, read_manifest
 from pipeline.cache.manifest import write_manifest
 from tests.capture.conftest import arguments, tree
 from tests.conftest import assert_refused, run_cli, run_ok
