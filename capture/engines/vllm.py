@@ -159,7 +159,7 @@ class VllmEngine:
             a.states is not None and len(a.states) < len(s.input_ids)
             for s, a in zip(batch, answers, strict=True)
         ]
-        failed = {**_with_zero_rows(states, batch, unread), **failed}
+        failed = {**_with_zero_rows(states, batch, unread, self.embedding), **failed}
         for number, logprobs in own.items():
             last = parts[LAST_HIDDEN][number]
             if number not in failed and last.isfinite().all():  # a bad sample is reported as such
@@ -298,18 +298,27 @@ class VllmEngine:
 
 
 def _with_zero_rows(
-    states: dict[int | str, Tensor], batch: Sequence[TokenizedSample], unread: Sequence[bool]
+    states: dict[int | str, Tensor],
+    batch: Sequence[TokenizedSample],
+    unread: Sequence[bool],
+    embedding: Tensor,
 ) -> dict[int, str]:
-    """Return the samples with a row of zeros, which the engine did not compute. Embeddings may be zero.
+    """Return the samples with a row of zeros, which the engine did not compute.
+
+    A token whose embedding is zero has such rows by right, in every layer if it comes first.
 
     Args:
         unread: samples whose last token was not read.
+        embedding: the target's `[V, H]`.
     """
     rows = [row_peaks(rows) == 0 for key, rows in states.items() if key != EMBEDDING_LAYER_ID]
     zero = torch.stack(rows).any(0).cpu().numpy()
     ends = np.cumsum([len(sample.input_ids) for sample in batch])
     zero[(ends - 1)[np.array(unread, bool)]] = False
-    return dict.fromkeys(np.searchsorted(ends, zero.nonzero()[0], side="right").tolist(), ALL_ZERO)
+    found = zero.nonzero()[0]
+    tokens = np.concatenate([sample.input_ids for sample in batch])[found].astype(np.int64)
+    found = found[embedding[torch.from_numpy(tokens)].any(1).numpy()]
+    return dict.fromkeys(np.searchsorted(ends, found, side="right").tolist(), ALL_ZERO)
 
 
 def request(sample: TokenizedSample, logprobs: bool = False) -> Request:

@@ -46,6 +46,7 @@ from pipeline.cache.progress.shared_statistics import SharedStatistics
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
 from pipeline.cache.skipped import (
     REASONS,
+    TOO_SHORT,
     ByReason,
     Skipped,
     counted,
@@ -372,7 +373,8 @@ class CacheWriter:
         if len(reasons) == sum(self.manifest.plan.samples):
             counts = Counter(reasons.values())
             words = ", ".join(f"{counts[reason]:,} {reason}" for reason in REASONS if counts[reason])
-            raise CacheError(f"{self.path} would hold no sample, of all {len(reasons):,}: {words}")
+            remedy = "raise --max-new-tokens" if TOO_SHORT in counts else "check the target"
+            raise CacheError(f"{self.path} would hold no sample, of all {len(reasons):,}: {words}; {remedy}")
         skipped = skipped_samples(reasons, self._table)
         fidelity = self.manifest.fidelity or target.proof | summarise(r.measured for r in shards)
         self.manifest = dataclasses.replace(

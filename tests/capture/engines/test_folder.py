@@ -71,12 +71,12 @@ def test_no_room_anywhere_is_said_with_the_sizes(tmp_path, rooms):
     with pytest.raises(TargetError) as caught:
         states_folder(501 * MIB)
     message = str(caught.value)
-    for part in ("1.1 GB", f"{tmp_path / 'memory'} has 1.0 GB", f"{tmp_path / 'disk'} has 0.9 GB"):
+    for part in ("1.1 GB", f"{tmp_path / 'memory'} has 1.0 GB", f"{tmp_path / 'disk'} has 900.0 MB"):
         assert part in message, message
     for part in ("TMPDIR", "--max-length"):
         assert part in message
     assert "\n" not in message
-    assert not any(path.iterdir() for path in rooms)
+    assert not any(list(path.iterdir()) for path in rooms)
 
 
 def test_folders_of_dead_processes_alone_are_removed(tmp_path, rooms):

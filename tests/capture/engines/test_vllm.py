@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from capture.engines import folder, stream, vllm
 from pipeline.cache import CacheReader, read_manifest
@@ -223,3 +225,38 @@ def test_an_environment_without_vllm_is_named(tmp_path, fp32_target, few, throug
     python.chmod(0o755)
     result = run_cli(*through_vllm(fp32_target, few, tmp_path / "cache", engine_python=python))
     assert_refused(result, 1, f"{python} has no vLLM", "--engine-python")
+
+
+@pytest.mark.parametrize("more", [[], ["--regenerate"]])
+def test_a_token_whose_embedding_is_zero(tmp_path, fp32_target, few, through_vllm, more):
+    """The first one's states are zeros then, in every layer."""
+    target = shutil.copytree(fp32_target, tmp_path / "target")
+    weights = load_file(target / "model.safetensors")
+    weights["model.embed_tokens.weight"][1] = 0
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    options = {"max_new_tokens": 4} if more else {}
+    run_ok(*through_vllm(target, few, tmp_path / "cache", num_samples=4, **options), *more)
+    reader = CacheReader(tmp_path / "cache")
+    assert [int(reader.read(i).input_ids[0]) for i in range(len(reader))] == [1] * 4
+
+
+@pytest.mark.parametrize("length", [103, 104])
+def test_samples_as_long_as_max_length(tmp_path, fp32_target, through_vllm, length):
+    """A prompt of 101 tokens, and an answer of two or three."""
+    data = tmp_path / "data.jsonl"
+    messages = [{"role": "user", "content": "the cat " * 30}, {"role": "assistant", "content": "dog sat on"}]
+    data.write_text(json.dumps({"messages": messages}) + "\n")
+    for name, more in (("plain", []), ("own", ["--regenerate", "--max-new-tokens", "6"])):
+        cache = tmp_path / name
+        run_ok(*through_vllm(fp32_target, data, cache, max_length=length), *more)
+        (sample,) = [CacheReader(cache).read(i) for i in range(len(CacheReader(cache)))]
+        assert len(sample.input_ids) <= length
+        assert "all good" in run_ok("verify", cache)
+
+
+def test_samples_of_two_tokens(tmp_path, fp32_target, through_vllm):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": word}) + "\n" for word in ("cat", "dog", "the")))
+    run_ok(*through_vllm(fp32_target, data, tmp_path / "cache", max_length=2), "--no-proof")
+    reader = CacheReader(tmp_path / "cache")
+    assert [len(reader.read(i).input_ids) for i in range(len(reader))] == [2] * len(reader)
