@@ -199,11 +199,11 @@ def test_answers_to_another_answer_are_passed_over(tmp_path):
         {"tokens": []},
         {"tokens": "22"},
         {"tokens": None},
-        {"sample": -1},
+        {"sample": -2, "tokens": [21, 2]},
         {"sample": 7},
         {"sample": "0"},
-        {"turn": 1},
-        {"turn": 5},
+        {"turn": 1, "tokens": [21, 2]},
+        {"turn": 5, "tokens": [21, 2]},
     ],
 )
 def test_a_line_that_no_capture_writes_is_passed_over(tmp_path, change):
@@ -212,9 +212,9 @@ def test_a_line_that_no_capture_writes_is_passed_over(tmp_path, change):
     record = json.loads(path.read_text())
     lines = [json.dumps(record | change), "", "[]", "3", "null", "\xff", json.dumps(record)]
     path.write_bytes("".join(f"{line}\n" for line in lines).encode("latin-1"))
-    found = conversation()
-    Journal(path).read([found])
-    assert found.answers == [Turn((20, 2), finished=True)]
+    found, other = conversation(), conversation()
+    Journal(path).read([found, other])
+    assert (found.answers, other.answers) == ([Turn((20, 2), finished=True)], [])
 
 
 def test_more_answers_than_turns_are_passed_over(tmp_path):
