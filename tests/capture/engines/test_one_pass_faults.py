@@ -30,6 +30,7 @@ from tests.processes import Dspark, finished_shards
 from tests.tiny import make_conversations
 
 EXACT = {"context_codec": "fp32", "last_codec": "fp32", "layers": "0,3"}
+FEW = {"num_samples": 6, "shard_tokens": 128}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def words(engine_python, fp32_target, few):
     """The words of a one-pass capture."""
 
     def made(cache: Path, *more: str, **options: Any) -> list[str | Path]:
-        usual = {"engine": "vllm", "engine_python": engine_python, "max_new_tokens": 4, **EXACT}
+        usual = {"engine": "vllm", "engine_python": engine_python, "max_new_tokens": 4, **EXACT, **FEW}
         return [*arguments(fp32_target, few, cache, **{**usual, **options}), "--regenerate", *more]
 
     return made
