@@ -17,6 +17,7 @@ from pipeline.cache import CacheReader, read_manifest
 from tests.capture.conftest import arguments, in_data_order, tree
 from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import Dspark, finished_shards
+from tests.tiny import make_target
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +261,15 @@ def test_samples_of_two_tokens(tmp_path, fp32_target, through_vllm):
     run_ok(*through_vllm(fp32_target, data, tmp_path / "cache", max_length=2), "--no-proof")
     reader = CacheReader(tmp_path / "cache")
     assert [len(reader.read(i).input_ids) for i in range(len(reader))] == [2] * len(reader)
+
+
+def test_answers_longer_than_the_targets_learned_positions(tmp_path, through_vllm):
+    target = make_target(tmp_path / "target", "gpt2", dtype=torch.float32, max_position_embeddings=64)
+    data = tmp_path / "data.jsonl"
+    messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "the cat sat"}]
+    data.write_text(json.dumps({"messages": messages}) + "\n")
+    asked = through_vllm(target, data, tmp_path / "cache", max_new_tokens=100)
+    result = run_cli("plan", *asked[1:], "--regenerate")
+    assert_refused(result, 2, "64 learned positions", "--max-length 64")
+    fits = through_vllm(target, data, tmp_path / "cache", max_new_tokens=100, max_length=64)
+    assert "upper bounds" in run_ok("plan", *fits[1:], "--regenerate")
