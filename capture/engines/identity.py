@@ -22,6 +22,16 @@ _VERSION = (
     "from importlib.metadata import packages_distributions as packages, version\n"
     "print(version(packages()['vllm'][0]))"
 )
+# Arguments that fit vLLM to a machine. A cache goes on with others, such as after memory ran out.
+_OF_THE_MACHINE = (
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "cpu_offload_gb",
+    "swap_space",
+    "download_dir",
+)
 # Options of --target that only transformers understands.
 _HUGGING_FACES = {
     "gguf_file": "save the target as safetensors first",
@@ -39,7 +49,8 @@ def engine_identity(options: EngineOptions, target: Target) -> EngineIdentity | 
     """
     if options.is_plain:
         return None
-    arguments = {name: json.dumps(value, sort_keys=True) for name, value in options.arguments().items()}
+    given = {name: value for name, value in options.arguments().items() if name not in _OF_THE_MACHINE}
+    arguments = {name: json.dumps(value, sort_keys=True) for name, value in given.items()}
     return EngineIdentity(
         name=options.engine,
         version="" if options.engine == HUGGING_FACE else vllm_version(engine_python(options)),

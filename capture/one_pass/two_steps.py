@@ -37,6 +37,11 @@ def answer_first(options: CaptureOptions, place: WorkerPlace) -> CaptureOptions:
             other data's, or of otherwise sampled answers.
         DataError: rows that can't be answered.
     """
+    if options.data.shuffle and options.data.num_samples is not None:
+        raise UsageError(
+            "--regenerate with --engine huggingface answers the first --num-samples rows, and --shuffle asks "
+            "for others: drop one of them, or run `dspark regenerate` first and capture its file"
+        )
     out = answers_path(options.cache)
     _check_origin(options, out)
     if not out.exists() or progress_path(out).exists():

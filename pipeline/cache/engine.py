@@ -18,7 +18,7 @@ class EngineIdentity:
     quantization: str = ""
     """Form of the weights that it computed with; empty for plain ones."""
     arguments: dict[str, str] = field(default_factory=dict)
-    """Its arguments that the user gave: JSON by name."""
+    """Its arguments that the user gave, but for those that fit it to a machine: JSON by name."""
 
 
 def engine_words(engine: EngineIdentity | None) -> str:

@@ -258,6 +258,8 @@ def test_transformers_answers_first_and_captures_then(tmp_path, fp32_target):
 
 
 def test_options_without_effect(tmp_path, words, fp32_target, few):
+    shuffled = arguments(fp32_target, few, tmp_path / "cache", num_samples=3)
+    assert_refused(run_cli(*shuffled, "--regenerate", "--shuffle"), 2, "--shuffle", "dspark regenerate")
     plain = arguments(fp32_target, few, tmp_path / "cache", temperature=0.5)
     assert_refused(run_cli(*plain), 2, "--temperature", "--regenerate")
     assert_refused(run_cli(*words(tmp_path / "cache", "--mask-reasoning")), 2, "--mask-reasoning")

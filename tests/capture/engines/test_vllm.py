@@ -83,6 +83,8 @@ def test_engines_do_not_continue_each_others_caches(tmp_path, fp32_target, few, 
     run_ok(*through_vllm(fp32_target, few, tmp_path / "cache"))
     result = run_cli(*arguments(fp32_target, few, tmp_path / "cache", **FP32))
     assert_refused(result, 1, "engine: vllm 0.0 against huggingface")
+    smaller = through_vllm(fp32_target, few, tmp_path / "cache", engine_arg="gpu_memory_utilization=0.5")
+    assert "already complete" in run_ok(*smaller)
     other = through_vllm(fp32_target, few, tmp_path / "cache", engine_arg="block_size=32")
     assert_refused(run_cli(*other), 1, "engine: vllm 0.0 against vllm 0.0, block_size=32")
 
