@@ -123,7 +123,7 @@ def test_a_plan_across_the_switch_does_not_pass_the_proof(rows, tmp_path, tmp_pa
     target = rope_target(tmp_path_factory.mktemp("rope") / "t", LONGROPE)
     monkeypatch.setattr(capture.prepare, "rope_lengths", lambda *_: RopeLengths())
     result = run_cli(*arguments(target, rows, tmp_path / "cache", **WIDE))
-    assert_refused(result, 1, "changes when the row is padded", "Phi3")
+    assert_refused(result, 1, "changes when other rows share its batch", "Phi3")
 
 
 # Longer than the target's positions
