@@ -178,7 +178,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "-c":
         print("0.0")
         sys.exit()
-    with Path(os.environ["PIDS"]).open("a") as file:
+    with Path(os.environ.get("PIDS", os.devnull)).open("a") as file:
         file.write(f"{os.getpid()}\n")
     if "COUNT" in os.environ:
         with Path(os.environ["COUNT"]).open("a") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ EOS = 2
 EXACT = {"context_codec": "fp32", "last_codec": "fp32", "layers": "0,3"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def words(engine_python, fp32_target, few):
     """The words of a one-pass capture."""
 
@@ -37,6 +38,14 @@ def words(engine_python, fp32_target, few):
         return [*arguments(fp32_target, few, cache, **{**usual, **options}), "--regenerate", *more]
 
     return made
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, words) -> Path:
+    """A cache that nothing disturbed."""
+    path = tmp_path_factory.mktemp("cache") / "calm"
+    run_ok(*words(path))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +115,10 @@ def test_a_plan_says_that_its_sizes_are_bounds(tmp_path, words):
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_is_not_supervised_stays(tmp_path, words, fp32_target, few):
-    run_ok(*words(tmp_path / "cache"))
+def test_what_is_not_supervised_stays(tmp_path, calm, fp32_target, few):
     own = prompts(fp32_target, few, tmp_path / "own")
-    assert len(CacheReader(tmp_path / "cache")) == len(own)
-    for row, sample in prompts_of(tmp_path / "cache").items():
+    assert len(CacheReader(calm)) == len(own)
+    for row, sample in prompts_of(calm).items():
         kept = own[row].input_ids[own[row].loss_mask == 0]
         spans = supervised_spans(sample.loss_mask)
         assert len(spans) == len(supervised_spans(own[row].loss_mask))
@@ -135,19 +143,17 @@ def prompts_of(cache: Path) -> dict[int, TokenizedSample]:
     return found
 
 
-def test_killed_it_goes_on_to_the_same_bytes(tmp_path, words):
-    run_ok(*words(tmp_path / "calm"))
+def test_killed_it_goes_on_to_the_same_bytes(tmp_path, words, calm):
     process = Dspark(tmp_path / "process", *words(tmp_path / "cache"))
     assert process.wait_until(lambda: finished_shards(tmp_path / "cache"))
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     run_ok(*words(tmp_path / "cache"))
-    assert tree(tmp_path / "cache") == tree(tmp_path / "calm")
+    assert tree(tmp_path / "cache") == tree(calm)
 
 
-def test_an_answer_on_disk_is_not_sampled_again(tmp_path, words, monkeypatch):
+def test_an_answer_on_disk_is_not_sampled_again(tmp_path, words, calm, monkeypatch):
     """An engine that answers differently the second time."""
-    run_ok(*words(tmp_path / "calm"))
     process = Dspark(tmp_path / "process", *words(tmp_path / "cache"))
     first = tmp_path / "cache" / "progress" / "answers-00000.jsonl"
     assert process.wait_until(lambda: first.exists() and first.read_bytes().count(b"\n") > 2)
@@ -157,7 +163,7 @@ def test_an_answer_on_disk_is_not_sampled_again(tmp_path, words, monkeypatch):
     kept = [json.loads(line) for line in first.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     monkeypatch.setenv("SALT", "1")
     run_ok(*words(tmp_path / "cache"))
-    calm, found = prompts_of(tmp_path / "calm"), prompts_of(tmp_path / "cache")
+    calm, found = prompts_of(calm), prompts_of(tmp_path / "cache")
     assert any(calm[row].input_ids.tolist() != found[row].input_ids.tolist() for row in calm)
     reader = CacheReader(tmp_path / "cache")
     for record in kept:  # the first shard's samples are the first of the index
@@ -224,9 +230,9 @@ def test_a_short_answer_is_passed_over(tmp_path, words, fp32_target, few, monkey
     assert "all good" in run_ok("verify", tmp_path / "cache")
 
 
-def test_a_run_does_not_read_the_missing_row(tmp_path, words):
-    run_ok(*words(tmp_path / "cache"))
-    run_ok(*words(tmp_path / "other"))
+def test_a_run_does_not_read_the_missing_row(tmp_path, calm):
+    for name in ("cache", "other"):
+        shutil.copytree(calm, tmp_path / name)
     reader = CacheReader(tmp_path / "other")
     ends = np.cumsum([len(reader.read(i).input_ids) for i in range(len(reader))])
     first = 0
@@ -324,9 +330,8 @@ def test_the_first_of_two_answers_holds(tmp_path):
     assert conversation.answers == [Turn((20, 2), finished=True)]
 
 
-def test_a_shard_of_other_answers_is_written_again(tmp_path, words, monkeypatch):
+def test_a_shard_of_other_answers_is_written_again(tmp_path, words, calm, monkeypatch):
     """As if two processes had owned it, and the one whose answers came second had published it."""
-    run_ok(*words(tmp_path / "calm"))
     real, changed = settle.answered_samples, []
 
     def other(prepared, shard):
@@ -342,6 +347,6 @@ def test_a_shard_of_other_answers_is_written_again(tmp_path, words, monkeypatch)
     monkeypatch.setattr(settle, "answered_samples", other)
     run_ok(*words(tmp_path / "cache"))
     assert "all good" in run_ok("verify", tmp_path / "cache")
-    calm, found = prompts_of(tmp_path / "calm"), prompts_of(tmp_path / "cache")
+    calm, found = prompts_of(calm), prompts_of(tmp_path / "cache")
     differing = [row for row in calm if calm[row].input_ids.tolist() != found[row].input_ids.tolist()]
     assert len(differing) == 1

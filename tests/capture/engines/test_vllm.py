@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from capture.engines import folder, stream, vllm
+from capture.engines import folder, stream, vllm, worker_process
 from pipeline.cache import CacheReader, read_manifest
 from tests.capture.conftest import arguments, in_data_order, tree
 from tests.conftest import assert_refused, run_cli, run_ok
@@ -135,6 +135,7 @@ def test_an_engine_that_is_wrong_at_all_is_refused(
 ):
     monkeypatch.setenv("FAULT", fault)
     monkeypatch.setattr(stream, "LOADING", 1 if fault == "silent" else 60)
+    monkeypatch.setattr(worker_process, "GRACE", 0.1)
     result = run_cli(*through_vllm(fp32_target, few, tmp_path / "cache"))
     assert_refused(result, 1, *parts)
 
