@@ -90,11 +90,13 @@ class OnePassEngine:
     def _request(self, conversation: Conversation) -> Request:
         prompt = conversation.prompt()
         assert prompt is not None
-        sampling = self._options.sampling(
-            conversation.room(prompt), conversation.seed(self._options.answer_seed)
-        )
-        place = f"row {conversation.sample.source_row + 1} of the data"
-        return Request(prompt, place, sampling={**sampling, "keep": conversation.at_last_turn})
+        sampling = {
+            **vars(self._options.sampling),
+            "max_new_tokens": conversation.room(prompt),
+            "seed": conversation.seed(self._options.answer_seed),
+            "keep": conversation.at_last_turn,
+        }
+        return Request(prompt, f"row {conversation.sample.source_row + 1} of the data", sampling=sampling)
 
     def _keep(self, samples: Sequence[TokenizedSample], kept: dict[int, Answer]) -> None:
         """Keep the states that belong to the samples as they are now, and compare one with a second pass."""

@@ -10,7 +10,6 @@ from capture.console import note
 from capture.example import EXAMPLE_DATA
 from capture.options import CaptureOptions, DataOptions, ReadingOptions
 from capture.regenerate.dialogue import rows_hash
-from capture.regenerate.engine import Sampling
 from capture.regenerate.huggingface import load_engine
 from capture.regenerate.progress import progress_path
 from capture.regenerate.reading import read_dialogues
@@ -89,14 +88,7 @@ def _check_origin(options: CaptureOptions, out: Path) -> None:
 def _answer(options: CaptureOptions, out: Path) -> None:
     reading = _reading(options.data)
     dialogues = read_dialogues(reading)
-    answers = options.answers
-    sampling = Sampling(
-        max_new_tokens=answers.max_new_tokens,
-        temperature=answers.temperature,
-        top_k=answers.top_k,
-        top_p=answers.top_p,
-        seed=answers.answer_seed,
-    )
+    sampling = options.answers.sampling
     arguments = reading.template_arguments()
     engine, identity = load_engine(
         options.target,

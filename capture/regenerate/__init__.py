@@ -16,7 +16,7 @@ __getattr__, __all__ = lazy_exports(
         "EndpointEngine": "capture.regenerate.endpoint",
         "Engine": "capture.regenerate.engine",
         "HuggingFaceEngine": "capture.regenerate.huggingface",
-        "Sampling": "capture.regenerate.engine",
+        "Sampling": "capture.sampling",
         "regenerate": "capture.regenerate.run",
         "regenerate_file": "capture.regenerate.run",
         "trim_unfinished": "capture.regenerate.engine",

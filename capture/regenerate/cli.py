@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from capture.options import ReadingOptions, reading_options, target_or_example_options
+from capture.sampling import Sampling, sampling_options
 from pipeline.errors import DataError, DSparkError, UsageError
+from pipeline.options import gathered
 from pipeline.target_model.options import TargetOptions
 
 if TYPE_CHECKING:  # so that --help imports no torch
@@ -34,36 +37,15 @@ _IN_PROCESS = (
 _ENDPOINT = ("model", "concurrency", "retries", "timeout")
 
 
+_sampling = gathered(Sampling, "sampling", sampling_options())
+
+
 @click.command("regenerate")
 @target_or_example_options
 @reading_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSONL to write, in input order.")
 @click.option("--fresh", is_flag=True, help="Start over: discard the progress, replace the output.")
-@click.option(
-    "--max-new-tokens", type=_AT_LEAST_1, default=512, show_default=True, help="Maximum tokens per answer."
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.7,
-    show_default=True,
-    help="Sampling temperature; 0 is greedy.",
-)
-@click.option(
-    "--top-k",
-    type=_AT_LEAST_0,
-    default=50,
-    show_default=True,
-    help="Sample from the k likeliest tokens. 0: no limit, and not sent to an endpoint.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Sample from the likeliest tokens whose probabilities sum to p.",
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
+@_sampling
 @click.option(
     "--batch-size", type=_AT_LEAST_1, default=64, show_default=True, help="Conversations per batch."
 )
@@ -71,7 +53,7 @@ _ENDPOINT = ("model", "concurrency", "retries", "timeout")
     "--endpoint",
     metavar="URL",
     help="Send requests to a server with OpenAI's chat completions API (vllm serve, SGLang, ...) instead of "
-    "loading the target. Its key, if needed, is read from OPENAI_API_KEY.",
+    "loading the target. Its key, if needed, is read from OPENAI_API_KEY. It is sent no --top-k 0.",
 )
 @click.option("--model", help="Served name of the target.  [default: --target, or the only model served]")
 @click.option(
@@ -108,7 +90,7 @@ def regenerate_command(
     concurrency: int,
     retries: int,
     timeout: float,
-    **sampling_options: Any,
+    sampling: Sampling,
 ) -> None:
     """Replace every assistant turn by the target's own answer, turn by turn.
 
@@ -125,14 +107,13 @@ def regenerate_command(
     """
     _check_engine_options(ctx, endpoint)
     from capture.regenerate.dialogue import rows_hash
-    from capture.regenerate.engine import Engine, Sampling
+    from capture.regenerate.engine import Engine
     from capture.regenerate.progress import progress_path
     from capture.regenerate.reading import read_dialogues
     from capture.regenerate.run import check_output, regenerate_file
 
     check_output(out, reading.data, fresh=fresh)
     template_arguments, template = reading.template_arguments(), reading.template_text()
-    sampling = Sampling(**sampling_options)
     dialogues = read_dialogues(reading)
     engine: Engine
     if endpoint is None:
@@ -162,7 +143,7 @@ def regenerate_command(
         **identity,
         "data": rows_hash(dialogues),
         "template arguments": template_arguments,
-        **sampling_options,
+        **asdict(sampling),
     }
     try:
         failures = regenerate_file(dialogues, engine, out, run, fresh=fresh)

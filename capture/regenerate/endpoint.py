@@ -12,7 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from capture.regenerate.dialogue import Answer, Dialogue, with_arguments
-from capture.regenerate.engine import Outcome, Report, Sampling, trim_unfinished
+from capture.regenerate.engine import Outcome, Report, trim_unfinished
+from capture.sampling import Sampling
 from pipeline.errors import DataError, TargetError, UsageError
 from pipeline.text import one_line
 

@@ -1,4 +1,4 @@
-"""Interface of the two engines: sampling settings, outcomes, reports.
+"""Interface of the two engines: outcomes and reports.
 
 An engine gets every dialogue, including those that an earlier run has answered, and reports each turn when
 it is answered. It may be stopped after any report.
@@ -12,19 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from capture.regenerate.dialogue import Answer, Dialogue
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Settings of the sampling."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.7
-    """0 is greedy."""
-    top_k: int = 50
-    """0 is off."""
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)

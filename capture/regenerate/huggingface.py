@@ -9,7 +9,8 @@ import torch
 
 from capture.example import with_example
 from capture.regenerate.dialogue import Dialogue
-from capture.regenerate.engine import Outcome, Report, Sampling, trim_unfinished
+from capture.regenerate.engine import Outcome, Report, trim_unfinished
+from capture.sampling import Sampling
 from pipeline.errors import DataError, TargetError
 from pipeline.quiet import quiet_transformers
 from pipeline.target_model.find import weights_hash

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from capture.data.stdin import STDIN
 from capture.regenerate.dialogue import Dialogue, to_json
-from capture.regenerate.engine import Engine, Outcome, Sampling
+from capture.regenerate.engine import Engine, Outcome
 from capture.regenerate.progress import Progress, progress_path
+from capture.sampling import Sampling
 from pipeline import files
 from pipeline.errors import DataError, UsageError
 
