@@ -9,9 +9,7 @@ from capture.engines.group import Group
 from capture.engines.huggingface import HuggingFaceEngine
 from capture.engines.options import VLLM
 from capture.engines.tensor_parallel import TensorParallelEngine
-
-# Tokens of the engine's context that an answer leaves free, see `capture/engines/worker/arguments.py`.
-ROOM = 4
+from capture.engines.worker.arguments import ROOM
 
 if TYPE_CHECKING:
     from capture.prepare import PreparedCapture

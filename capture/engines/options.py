@@ -27,6 +27,9 @@ _OURS = {
     "speculative_config": "capture's own reads the states",
     "kv_transfer_config": "capture's own reads the states",
     "pipeline_parallel_size": "states are read from one stage",
+    "skip_tokenizer_init": "the engine gets token ids",
+    "logprobs_mode": "capture compares log-probabilities",
+    "runner": "the target has to predict tokens",
     "data_parallel_size": "start one capture per engine: they share the shards",
 }
 # Options that a target split by transformers excludes, and what to do instead.

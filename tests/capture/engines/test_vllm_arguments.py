@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from capture.engines.options import _OURS
 from capture.engines.worker.arguments import (
+    OURS,
     EngineError,
     RequestError,
     check,
@@ -122,3 +124,8 @@ def test_an_answer() -> None:
 def test_requests_that_can_not_be_served(asked: dict, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         sampling_arguments(asked, [], 100, 50)
+
+
+def test_the_command_line_refuses_what_the_worker_would() -> None:
+    """At once, and not after the target was loaded. The command passes a context of its own."""
+    assert set(_OURS) >= OURS - {"max_model_len"}
