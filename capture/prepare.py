@@ -51,7 +51,6 @@ class PreparedCapture:
     """Lengths between which the target's RoPE changes."""
     longest: int
     """The most tokens that a sample has, or can have once it is answered."""
-
     answered: bool
     """True if the directory holds these prompts with their answers, all of them."""
 

@@ -250,7 +250,7 @@ def capture_shards(
             shape, more = None, {}
             if one_pass is not None:
                 batches = one_pass.answer(shard, batches)
-                shape, more = shard_plan(batches, prepared.identity.features), one_pass.measured
+                shape, more = shard_plan(batches), one_pass.measured
             filled = filler.fill(writer.new_shard(shard, memory, shape), batches, between, found_bad)
             disk.put(memory, _finish(writer, worker, shard, filled, clock, bad, more))
             written += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from capture.one_pass.engine import OnePassEngine
 from capture.one_pass.journal import Journal, answers_file
 from capture.one_pass.turns import Conversation
 from capture.prepare import PreparedCapture
-from pipeline.cache import CacheWriter, FeatureIdentity, Identity, SampleFacts, build_index, read_manifest
+from pipeline.cache import CacheWriter, Identity, SampleFacts, build_index, read_manifest
 from pipeline.cache.index import count_candidates, open_index
 from pipeline.cache.manifest import INDEX, ShardPlan, shard_file
 from pipeline.cache.rows import last_hidden_rows
@@ -20,7 +21,7 @@ from pipeline.errors import CacheError
 from pipeline.files import plain_size
 
 
-def one_pass_engine(engine: object, prepared: PreparedCapture) -> OnePassEngine | None:
+def one_pass_engine(engine: Any, prepared: PreparedCapture) -> OnePassEngine | None:
     """Return the engine that answers; None for a capture of samples as they are."""
     if not prepared.answers_first:
         return None
@@ -28,7 +29,7 @@ def one_pass_engine(engine: object, prepared: PreparedCapture) -> OnePassEngine 
     return OnePassEngine(engine, options.answers, options.data.max_length, options.cache)
 
 
-def shard_plan(batches: Sequence[Sequence[TokenizedSample]], features: FeatureIdentity) -> ShardPlan:
+def shard_plan(batches: Sequence[Sequence[TokenizedSample]]) -> ShardPlan:
     """Return what a shard of these batches holds."""
     samples = [sample for batch in batches for sample in batch]
     return ShardPlan(
@@ -72,20 +73,27 @@ def settle(writer: CacheWriter, prepared: PreparedCapture) -> list[int]:
         Shards that do not hold the journal's answers, because two processes wrote them; nothing is settled
         then.
     """
-    shards = [answered_samples(prepared, shard) for shard in range(len(prepared.batching.shards))]
-    wrong = [shard for shard, samples in enumerate(shards) if not writer.holds(shard, _tokens(samples))]
+    ids, columns, wrong = [], [], []
+    for shard in range(len(prepared.batching.shards)):  # one at a time: all tokens may not fit the memory
+        samples = answered_samples(prepared, shard)
+        if not writer.holds(shard, _tokens(samples)):
+            wrong.append(shard)
+        ids += [sample.sample_id for sample in samples]
+        columns += [
+            (len(s.input_ids), len(last_hidden_rows(s.loss_mask)), count_candidates(s.loss_mask))
+            for s in samples
+        ]
     if wrong:  # or the journals are gone, because another process completed the cache
         return [] if writer.completed_by_another() else wrong
-    samples = [sample for members in shards for sample in members]
-    ids = np.frombuffer(b"".join(sample.sample_id for sample in samples), np.uint8).reshape(-1, 16)
     planned = prepared.data.facts.take(prepared.batching.order)
+    lengths, last_rows, candidates = np.array(columns).T
     facts = SampleFacts(
-        sample_ids=ids,
+        sample_ids=np.frombuffer(b"".join(ids), np.uint8).reshape(-1, 16),
         sources=planned.sources,
         source_rows=planned.source_rows,
-        lengths=np.array([len(sample.input_ids) for sample in samples]),
-        last_rows=np.array([len(last_hidden_rows(sample.loss_mask)) for sample in samples]),
-        candidates=np.array([count_candidates(sample.loss_mask) for sample in samples]),
+        lengths=lengths,
+        last_rows=last_rows,
+        candidates=candidates,
     )
     index, plan = build_index(facts, prepared.batching.shards)
     writer.settle(facts.content_hash(), plan, index)
