@@ -71,7 +71,7 @@ class CaptureEngine(Protocol):
     head: Tensor
     """The target's `lm_head.weight` `[V, H]`, on the device where states are compared with it."""
     device: torch.device
-    """Where rows of states are, unless the target is spread over several devices."""
+    """The device of rows of states, unless the target is spread over several."""
     while_waiting: Callable[[], None]
     """Called often while it waits for another process, and raises to stop. May be replaced."""
     leak: str

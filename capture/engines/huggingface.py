@@ -37,7 +37,7 @@ class HuggingFaceEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the embedding's device, even if the model is spread over several."""
+        """The device for token ids: the embedding's, even if the model is spread over several."""
         return input_device(self.target.model)
 
     @property

@@ -43,7 +43,7 @@ class Request:
     tokens: np.ndarray
     """`[S]` int32."""
     place: str
-    """Where they come from, for messages."""
+    """Their place in the data, for messages."""
     logprobs: bool = False
     """Ask for the log-probabilities of the tokens, from the second on."""
     sampling: Mapping[str, Any] | None = None

@@ -165,7 +165,7 @@ def test_the_plan_times_both_ranks(tmp_path, fp32_target, data):
 
 
 def enough() -> bool:
-    """Whether the cache $CACHE has $AT finished shards."""
+    """True once the cache $CACHE has $AT finished shards."""
     return len(finished_shards(Path(os.environ["CACHE"]))) >= int(os.environ["AT"])
 
 
@@ -192,7 +192,7 @@ def die_in_a_forward() -> None:
 
 
 def lost(rank: Dspark) -> bool:
-    """Whether it ended because another one died, and said so in one line."""
+    """True if it ended because another one died, and said so in one line."""
     assert rank.wait() == 1, rank.err
     (error,) = rank.errors
     return "of 2 lost " in error and "the same command continues the capture" in error

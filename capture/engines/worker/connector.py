@@ -128,7 +128,7 @@ def write(folder: Path, name: str, tensors: dict[str, torch.Tensor], copied: Any
 
 
 def write_error(folder: Path, name: str, error: Exception) -> None:
-    """Write why there are no rows. Where not even that can be written, the engine ends: nobody may wait."""
+    """Write why there are no rows. If not even that can be written, the engine ends: nobody may wait."""
     try:
         partial = folder / f"{name}.error.partial"
         partial.write_text(" ".join(f"{type(error).__name__}: {error}".split()))

@@ -50,7 +50,7 @@ def renamed(folder: Path, rename: Callable[[str], str], **more: Tensor) -> None:
 
 @torch.no_grad()
 def norm_calls(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes into the final norm and comes out of it, and the logits."""
+    """The final norm's input and output, and the logits."""
     calls: list[tuple[Tensor, Tensor]] = []
     handle = find_final_norm(model).register_forward_hook(lambda _, a, out: calls.append((a[0], out)))
     logits = model(input_ids=IDS, use_cache=False).logits

@@ -166,7 +166,7 @@ def test_a_seed_decides_an_answer_and_not_its_company(driver: Driver) -> None:
 
 
 def test_the_end_of_the_context(driver: Driver, reference: Reference) -> None:
-    """What comes near it is short, or refused; and takes no rows from others of its step."""
+    """A request near it is short, or refused, and takes no rows from others of its step."""
     near, others = made_up(290, 3), {i: made_up(30, i) for i in range(1, 4)}
     driver.send(0, near, max_new_tokens=50)
     for number, tokens in others.items():
