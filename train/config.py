@@ -140,6 +140,8 @@ class TrainConfig:
     """Seed of the initial weights, the data order and the anchors."""
     held_out: float = HELD_OUT
     """Share of the samples kept for evaluation, chosen by a hash of their content."""
+    data_share: float = 1.0
+    """Share of the training samples to use, chosen by a hash of their content: shows what more data is worth."""
     eval_anchors: int = 32
     """Anchors per held-out sample, evenly spread over its candidates."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -193,6 +195,7 @@ class TrainConfig:
             "early_stopping_patience needs evaluations during training: set eval_every and held_out above 0",
         )
         require(len(set(self.report_to)) == len(self.report_to), "report_to names a tracker twice")
+        require(0 < self.data_share <= 1, f"data_share must be above 0 and at most 1, got {self.data_share}")
         for name in ("warmup_ratio", "min_lr_ratio"):
             require(
                 0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1, got {getattr(self, name)}"

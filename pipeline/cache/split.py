@@ -26,6 +26,19 @@ def held_out(sample_ids: np.ndarray, fraction: float) -> np.ndarray:
     return _leading(sample_ids) < fraction * 2**32
 
 
+def kept_share(sample_ids: np.ndarray, fraction: float, share: float) -> np.ndarray:
+    """Choose a share of the samples that are not held out, by their ids `[n, 16]` uint8; return `[n]` bool.
+
+    The samples of a smaller share are among those of a larger one.
+
+    Args:
+        fraction: as in `held_out`.
+        share: above 0 and at most 1; 1 keeps all.
+    """
+    first = fraction + (1 - fraction) * (1 - share)
+    return _leading(sample_ids) >= (fraction if share == 1 else first) * 2**32
+
+
 def _leading(sample_ids: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(sample_ids[:, :4]).view(">u4").squeeze(1)
 

@@ -71,7 +71,7 @@ def set_up(
     resolve_kernel(config.loss.kernel, device, frozen=not getattr(config.draft, "train_head", False))
     if begins and config.draft.init_from is not None:
         check_warm_start(kind, shape, Path(config.draft.init_from))
-    samples, held_out = split(reader, config.train.held_out)
+    samples, held_out = split(reader, config.train.held_out, config.train.data_share)
     check_lengths(reader, config.train.batch_tokens)
     if kind.anchors is not None:
         check_anchors(reader, samples, config.train)
