@@ -1,0 +1,195 @@
+"""A tune from its request to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import config as configuration
+from pipeline import files
+from pipeline.cache.optional import plain_values
+from pipeline.errors import ConfigError, DSparkError, RunError, UsageError
+from pipeline.signals import stop_on_signals
+from pipeline.text import duration
+from train.config import RunConfig
+from train.draft.settings import run_config
+from train.experiments.processes import Processes, visible_gpus
+from train.experiments.tune.budget import Clock
+from train.experiments.tune.result import BEST_CONFIG, collect, describe, write
+from train.experiments.tune.search import Plan, Search, ladder
+from train.experiments.tune.space import Searched, default_space, parse_space, trial_config
+from train.experiments.tune.study import STUDY, Study, require_optuna
+from train.runs.changes import flat_settings
+from train.runs.directory import locked
+from train.trainer.setup import Setup, count_run_steps, set_up
+
+_BASE = "base.toml"
+
+
+def tune(
+    cache: Path,
+    config_file: Path,
+    folder: Path,
+    budget: float,
+    *,
+    settings: Sequence[str] = (),
+    search: Sequence[str] = (),
+    shortest: int | None = None,
+    longest: int | None = None,
+    most_trials: int | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+    jobs: int | None = None,
+    device: str = "auto",
+    say: Callable[[str], object] = print,
+) -> None:
+    """Search the settings of a run by successive halving, and write the best config.
+
+    Writes to `folder`: tune.db, optuna's study; a directory and a log per run; `best.toml`; `tune.json`.
+
+    Args:
+        config_file: the config that trials differ from; it is the first trial.
+        folder: of the runs, new or of the same tune.
+        budget: seconds of all sessions in this folder.
+        settings: `table.key=value`, of every trial.
+        search: `table.key=low..high` or `table.key=value,value,...`; by default those of the kind of draft.
+        shortest: optimiser steps of the shortest runs.
+        longest: optimiser steps of the longest runs, whatever the budget.
+        most_trials: trials of all sessions at most.
+        repeats: runs of the best settings with other seeds, at the end.
+        seed: of the search. All runs have the config's own train.seed.
+        jobs: runs trained at once. The default is one per GPU, and one without a GPU.
+        say: gets lines for the user.
+
+    Raises:
+        DSparkError: as of `sweep`; the request can't be searched; or the folder has another tune.
+        StoppedError: a signal came. What was measured is kept and shown.
+    """
+    require_optuna()
+    values = configuration.apply_overrides(configuration.load_toml(config_file), settings)
+    base = run_config(values, str(config_file))
+    setup = _set_up(cache, base, "the config")
+    _check_comparable(setup)
+    space = _space(cache, base, search, say)
+    steps = count_run_steps(setup)
+    _check_lengths(steps, shortest, longest)
+    rungs = ladder(steps, shortest, longest)
+    request = {
+        "cache": plain_values(setup.reader.manifest.identity),
+        **flat_settings(setup.config),
+        "--search": [f"{each.key}={each.text}" for each in space],
+        "--seed": seed,
+        "--shortest": shortest,
+        "--longest": longest,
+    }
+    with locked(folder, work="tuning in", option="--runs"):
+        study = Study(folder, _plain(request), seed, rungs[0])
+        if study.new:
+            files.publish_bytes(folder / _BASE, configuration.to_toml(base).encode())
+        gpus = visible_gpus() if device in ("auto", "cuda") else []
+        processes = Processes(
+            cache=cache, runs=folder, device=device, gpus=gpus, jobs=jobs or max(1, len(gpus))
+        )
+        plan = Plan(
+            base=base,
+            space=space,
+            file=folder / _BASE,
+            ladder=rungs,
+            whole_ladder=longest is not None,
+            most_trials=most_trials,
+            repeats=repeats,
+        )
+        clock = Clock(study, budget)
+        say("\n".join(_introduction(study, space, clock, folder)))
+        with stop_on_signals() as stop:
+            try:
+                with processes:  # after an error here, or a second signal, no run continues unattended
+                    Search(plan=plan, study=study, clock=clock, processes=processes, say=say).run(stop)
+            finally:
+                result = collect(
+                    study, space, base, steps=steps, slots=setup.kind.slots(setup.shape), budget=budget
+                )
+                if result is not None:
+                    write(result, folder)
+            stop.check(f"{folder} keeps what was measured, the same command continues")
+        if result is None:
+            raise RunError(
+                f"no run of {rungs[0]} steps ended within the budget of {duration(budget)}: raise --budget, "
+                "which continues, or lower --shortest in another --runs"
+            )
+    say("\n" + "\n".join(describe(result)))
+    say(f"written: {folder / BEST_CONFIG}")
+
+
+def _plain(request: dict[str, Any]) -> dict[str, Any]:
+    """Return a request as JSON would hand it back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in request.items()}
+
+
+def _set_up(cache: Path, config: RunConfig, what: str) -> Setup:
+    """Check a config against the cache as `dspark train` does. Raise DSparkError naming `what`."""
+    # sdpa runs everywhere, so no device is needed here: the GPUs are for the runs.
+    anywhere = replace(config, draft=replace(config.draft, attention="sdpa"))
+    try:
+        return set_up(cache, anywhere, torch.device("cpu"))
+    except DSparkError as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
+def _check_comparable(setup: Setup) -> None:
+    """Check that runs can be compared by their held-out tau."""
+    if not len(setup.held_out):
+        raise ConfigError("trials are compared by their held-out tau: set train.held_out above 0")
+    if not setup.reader.has_last_hidden:
+        raise UsageError(
+            "trials are compared by their held-out tau, which a cache without last hidden states can't tell: "
+            "capture one with them"
+        )
+
+
+def _check_lengths(steps: int, shortest: int | None, longest: int | None) -> None:
+    """Check that the lengths of runs fit each other and the config's."""
+    if longest is not None and longest > steps:
+        raise UsageError(f"--longest {longest} is more than the config's {steps} optimiser steps: lower it")
+    if shortest is not None and shortest > (longest or steps):
+        raise UsageError(
+            f"--shortest {shortest} is more than the longest runs' {longest or steps} steps: lower it"
+        )
+
+
+def _space(
+    cache: Path, base: RunConfig, search: Sequence[str], say: Callable[[str], object]
+) -> list[Searched]:
+    """Return what is searched. A default that this cache has no use for is left out with a line.
+
+    Raises:
+        DSparkError: a run can't have an end of a range, or a choice, that the user gave.
+    """
+    space = parse_space(search, base) if search else default_space(base)
+    kept = []
+    for searched in space:
+        try:
+            for setting in searched.ends():
+                _set_up(cache, trial_config(base, [setting])[0], f"--search {searched.key}: {setting}")
+        except DSparkError as error:
+            if search:
+                raise
+            say(f"not searched: {error}")
+        else:
+            kept.append(searched)
+    if not kept:
+        raise UsageError("there is nothing to search: give --search a setting")
+    return kept
+
+
+def _introduction(study: Study, space: Sequence[Searched], clock: Clock, folder: Path) -> list[str]:
+    lines = [f"search: {', '.join(f'{each.key}={each.text}' for each in space)}"]
+    if study.new:
+        return [*lines, f"study: {folder / STUDY} (optuna-dashboard sqlite:///{folder / STUDY})"]
+    trials = study.trials()
+    spent = f"{duration(clock.spent)} of {duration(clock.budget)} are spent"
+    return [*lines, f"continuing: {len(trials)} trials, {spent}"]
