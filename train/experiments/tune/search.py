@@ -315,8 +315,8 @@ class Search:
         self.say(f"rungs, in optimiser steps: {shown}")
         if len(rungs) < len(self.plan.ladder):
             self.say(
-                f"longer runs would take over a {SHARE}th of the budget each: a larger one in another --runs, "
-                "or --longest, measures them"
+                f"longer runs would take over a {SHARE}th of the budget each: a larger budget in another "
+                "--runs, or --longest, measures them"
             )
         if len(rungs) == 1:
             self.say("warning: all trials have runs of one length, so none is pruned")
