@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -26,8 +27,8 @@ B, C = 0.8, 0.5
 
 
 def limit(config: RunConfig) -> float:
-    """Return what a draft reaches in the end: best at a rate of 3e-3, and the better the higher its rank."""
-    return 1.7 - 0.1 * math.log10(config.train.lr / 3e-3) ** 2 + config.draft.markov_rank / 1000
+    """Return what a draft reaches in the end: best at a rate of 1e-2, and the better the higher its rank."""
+    return 1.7 - 0.1 * math.log10(config.train.lr / 1e-2) ** 2 + config.draft.markov_rank / 1000
 
 
 def tau_of(config: RunConfig, steps: int) -> float:
@@ -74,7 +75,7 @@ def stand_in(given: list[str]) -> None:
     """Train a run; the one that $HALT names stops halfway until a file `go` is beside the runs."""
 
     def options(name: str) -> list[str]:
-        return [value for option, value in zip(given, given[1:], strict=False) if option == name]
+        return [value for option, value in itertools.pairwise(given) if option == name]
 
     (run,), (cache,), (file,) = (map(Path, options(name)) for name in ("--run", "--cache", "--config"))
     config = wanted(file, options("--set"))

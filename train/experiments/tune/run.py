@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from pipeline.signals import stop_on_signals
 from pipeline.text import duration
 from train.config import RunConfig
 from train.draft.settings import run_config
+from train.experiments.compare import flat_values
 from train.experiments.processes import Processes, visible_gpus
 from train.experiments.tune.budget import Clock
 from train.experiments.tune.result import BEST_CONFIG, collect, describe, write
@@ -72,14 +72,14 @@ def tune(
     require_optuna()
     values = configuration.apply_overrides(configuration.load_toml(config_file), settings)
     base = run_config(values, str(config_file))
-    setup = _set_up(cache, base, "the config")
+    setup = _set_up(cache, base)
     _check_comparable(setup)
     space = _space(cache, base, search, say)
     steps = count_run_steps(setup)
     _check_lengths(steps, shortest, longest)
     rungs = ladder(steps, shortest, longest)
     request = {
-        "cache": plain_values(setup.reader.manifest.identity),
+        **flat_values("cache", plain_values(setup.reader.manifest.identity)),
         **flat_settings(setup.config),
         "--search": [f"{each.key}={each.text}" for each in space],
         "--seed": seed,
@@ -87,7 +87,7 @@ def tune(
         "--longest": longest,
     }
     with locked(folder, work="tuning in", option="--runs"):
-        study = Study(folder, _plain(request), seed, rungs[0])
+        study = Study(folder, request, seed, rungs[0])
         if study.new:
             files.publish_bytes(folder / _BASE, configuration.to_toml(base).encode())
         gpus = visible_gpus() if device in ("auto", "cuda") else []
@@ -125,19 +125,10 @@ def tune(
     say(f"written: {folder / BEST_CONFIG}")
 
 
-def _plain(request: dict[str, Any]) -> dict[str, Any]:
-    """Return a request as JSON would hand it back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in request.items()}
-
-
-def _set_up(cache: Path, config: RunConfig, what: str) -> Setup:
-    """Check a config against the cache as `dspark train` does. Raise DSparkError naming `what`."""
+def _set_up(cache: Path, config: RunConfig) -> Setup:
+    """Check a config against the cache as `dspark train` does."""
     # sdpa runs everywhere, so no device is needed here: the GPUs are for the runs.
-    anywhere = replace(config, draft=replace(config.draft, attention="sdpa"))
-    try:
-        return set_up(cache, anywhere, torch.device("cpu"))
-    except DSparkError as error:
-        raise type(error)(f"{what}: {error}") from None
+    return set_up(cache, replace(config, draft=replace(config.draft, attention="sdpa")), torch.device("cpu"))
 
 
 def _check_comparable(setup: Setup) -> None:
@@ -172,13 +163,14 @@ def _space(
     space = parse_space(search, base) if search else default_space(base)
     kept = []
     for searched in space:
+        setting = ""
         try:
             for setting in searched.ends():
-                _set_up(cache, trial_config(base, [setting])[0], f"--search {searched.key}: {setting}")
+                _set_up(cache, trial_config(base, [setting])[0])
         except DSparkError as error:
             if search:
-                raise
-            say(f"not searched: {error}")
+                raise type(error)(f"--search {searched.key}={searched.text}: {setting}: {error}") from None
+            say(f"not searched: {setting}: {error}")
         else:
             kept.append(searched)
     if not kept:

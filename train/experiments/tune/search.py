@@ -85,7 +85,6 @@ class _Work:
     seed: int
     trial: optuna.trial.Trial | None
     """None for a repeat."""
-    label: str = ""
     continued: bool = False
 
     @property
@@ -93,6 +92,11 @@ class _Work:
         """Name of the run's directory."""
         name = f"trial-{self.number:03d}-{self.steps}"
         return name if self.trial is not None else f"{name}-seed-{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """Name of the run for people."""
+        return f"trial {self.number}" if self.trial is not None else f"trial {self.number}, seed {self.seed}"
 
 
 @dataclass(kw_only=True)
@@ -191,7 +195,9 @@ class Search:
         """Draw the settings of a new trial; None if there are none, or there are trials enough."""
         if len(self.study.trials()) >= (self.plan.most_trials or math.inf):
             return None
-        for _ in range(_MOST_SAME):
+        all_of_them = math.prod(each.size for each in self.plan.space)
+        tried = sum(len(key) == len(self.plan.space) for key in self._known)
+        for _ in range(_MOST_SAME if tried < all_of_them else 0):
             drawn = self.study.ask(base_parameters(self.plan.space, self.plan.base))
             work = self._work(drawn, 0)
             key = settings_of(self.plan.space, drawn.params)
@@ -207,7 +213,7 @@ class Search:
                 continue
             return work
         self._searching = False
-        self.say("the settings drawn were all tried before: the search ends")
+        self.say("all settings were tried, or those drawn were: the search ends")
         return None
 
     def _work(self, drawn: optuna.trial.Trial, rung: int) -> _Work:
@@ -247,8 +253,7 @@ class Search:
             self._fail(work, f"{error.filename}: {error.strerror}")
             return
         self._at_work[work.name] = work
-        seed = f", seed {work.seed}" if work.trial is None else ""
-        self.say(f"trial {work.number}{seed}: {verb} {work.steps} steps{child.place}: {what}")
+        self.say(f"{work.title}: {verb} {work.steps} steps{child.place}: {what}")
 
     def _end(self, child: Child, stop: StopRequest) -> None:
         """Note what has become of a run after its process ended."""
@@ -266,10 +271,10 @@ class Search:
         elif child.signalled and any(child.stopped_by(number) for number in _STOPS):
             self.waiting.insert(0, work)
             why = "stopped" if stop.signal is not None else "the budget is spent, stopped"
-            self.say(f"trial {work.number}: {why}; its checkpoint is kept")
+            self.say(f"{work.title}: {why}; its checkpoint is kept")
         elif any(child.stopped_by(number) for number in _STOPS):
             raise RunError(
-                f"something else stopped trial {work.number} (exit code {child.process.returncode}): the "
+                f"something else stopped {work.title} (exit code {child.process.returncode}): the "
                 "same command continues"
             )
         else:
@@ -280,7 +285,7 @@ class Search:
         self._failures = 0
         if work.trial is None:
             self.study.add_repeat(work.number, run)
-            self.say(f"trial {work.number}, seed {run.seed}: held-out tau {run.tau:.3f}")
+            self.say(f"{work.title}: held-out tau {run.tau:.3f}")
             drop_weights(self.processes.runs / run.name)
             return
         self.study.add_run(work.trial, run)
@@ -333,7 +338,7 @@ class Search:
 
     def _fail(self, work: _Work, problem: str, log: str = "") -> None:
         """Note a run that failed. Too many in a row end the search."""
-        self.say(f"trial {work.number}: failed: {problem}{log and f'; log: {log}'}")
+        self.say(f"{work.title}: failed: {problem}{log and f'; log: {log}'}")
         if work.trial is None:
             return
         self.study.fail(work.trial, problem)

@@ -61,6 +61,11 @@ class Searched:
         """True if the range is searched on a logarithmic scale: all that are above 0."""
         return self.low > 0
 
+    @property
+    def size(self) -> float:
+        """Number of values that it can have."""
+        return len(self.choices) or (self.high - self.low + 1 if self.whole else math.inf)
+
     def ends(self) -> list[str]:
         """Return the settings to check: both ends of the range, or every choice."""
         values = self.choices or (self._shown(self.low), self._shown(self.high))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -125,7 +126,8 @@ class Study:
                 pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=shortest, reduction_factor=FACTOR),
                 load_if_exists=True,
             )
-        self._check(request, folder)
+        self._trials: list[Trial] | None = None
+        self._check(json.loads(json.dumps(request)), folder)
 
     def _check(self, request: Mapping[str, Any], folder: Path) -> None:
         theirs = self._get(_REQUEST)
@@ -177,6 +179,11 @@ class Study:
 
     def trials(self) -> list[Trial]:
         """Return all trials but those that drew the settings of another one."""
+        if self._trials is None:
+            self._trials = self._read()
+        return self._trials
+
+    def _read(self) -> list[Trial]:
         states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
         return [
             Trial(
@@ -199,6 +206,7 @@ class Study:
         """
         if not self._study.get_trials(deepcopy=False):
             self._study.enqueue_trial(dict(first))
+        self._trials = None
         return self._study.ask()
 
     def reopen(self, trial: Trial) -> optuna.trial.Trial:
@@ -214,6 +222,7 @@ class Study:
 
     def add_run(self, trial: optuna.trial.Trial, run: Run) -> None:
         """Note a complete run of a trial."""
+        self._trials = None
         trial.set_user_attr(_RUNS, [*trial.user_attrs.get(_RUNS, []), asdict(run)])
         trial.report(run.tau, run.steps)
 
@@ -241,6 +250,7 @@ class Study:
     def _tell(self, trial: optuna.trial.Trial, state: str, value: float | None = None) -> None:
         from optuna.trial import TrialState
 
+        self._trials = None
         self._study.tell(trial, value, TrialState[state])
 
 
