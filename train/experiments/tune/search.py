@@ -6,11 +6,12 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError, DSparkError, RunError
 from pipeline.signals import StopRequest
 from pipeline.text import duration
 from train.config import RunConfig
@@ -165,7 +166,7 @@ class Search:
         if len(self.processes.at_work) + len(self._unattended()) >= self.processes.jobs:
             return False
         for work in self.waiting:
-            if self._expected(work.steps) <= self.clock.left and work not in self._unattended():
+            if self._expected(self._steps_left(work)) <= self.clock.left and work not in self._unattended():
                 self.waiting.remove(work)
                 self._begin(work)
                 return True
@@ -190,6 +191,12 @@ class Search:
 
     def _expected(self, steps: int) -> float:
         return expected_seconds([run for trial in self.study.trials() for run in trial.runs], steps)
+
+    def _steps_left(self, work: _Work) -> int:
+        """Return the steps of a run after its newest checkpoint."""
+        with suppress(DSparkError):
+            return work.steps - read_progress(self.processes.runs / work.name).step
+        return work.steps
 
     def _new(self) -> _Work | None:
         """Draw the settings of a new trial; None if there are none, or there are trials enough."""
