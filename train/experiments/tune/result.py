@@ -13,8 +13,8 @@ from pipeline import files
 from pipeline.text import duration, table
 from train.config import RunConfig
 from train.experiments.tune.curve import LEAST_LENGTHS, LEVEL, Expected, Point, expect
-from train.experiments.tune.search import best_trial
-from train.experiments.tune.space import Searched, settings_of, trial_config
+from train.experiments.tune.search import Plan, best_trial
+from train.experiments.tune.space import settings_of, trial_config
 from train.experiments.tune.study import Run, Study, Trial
 
 BEST_CONFIG, SUMMARY = "best.toml", "tune.json"
@@ -42,33 +42,29 @@ class Result:
     budget: float
 
 
-def collect(
-    study: Study, space: Sequence[Searched], base: RunConfig, *, steps: int, slots: int, budget: float
-) -> Result | None:
+def collect(study: Study, plan: Plan, budget: float) -> Result | None:
     """Return what a study found; None before its first complete run.
 
     Args:
-        steps: optimiser steps of the base config's run.
-        slots: K.
         budget: in seconds.
     """
     trials = study.trials()
     best = best_trial(trials)
     if best is None:
         return None
-    settings = {t.number: settings_of(space, t.parameters) if t.number else () for t in trials}
+    settings = {t.number: settings_of(plan.space, t.parameters) if t.number else () for t in trials}
     repeats = study.repeats(best.number)
     points = [Point(trial.number, run.steps, run.tau) for trial in trials for run in trial.runs]
     points += [Point(best.number, run.steps, run.tau) for run in repeats]
     return Result(
-        full_steps=steps,
+        full_steps=plan.steps,
         rungs=study.rungs or [],
         trials=trials,
         settings=settings,
         best=best,
-        config=trial_config(base, settings[best.number])[0],
+        config=trial_config(plan.base, settings[best.number])[0],
         repeats=repeats,
-        expected=expect(points, best.number, steps, slots + 1),
+        expected=expect(points, best.number, plan.steps, plan.slots + 1),
         seconds=study.seconds,
         budget=budget,
     )

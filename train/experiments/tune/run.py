@@ -22,7 +22,7 @@ from train.experiments.tune.budget import Clock
 from train.experiments.tune.result import BEST_CONFIG, collect, describe, write
 from train.experiments.tune.search import Plan, Search, ladder
 from train.experiments.tune.space import Searched, default_space, parse_space, trial_config
-from train.experiments.tune.study import STUDY, Study, require_optuna
+from train.experiments.tune.study import Study, require_optuna
 from train.runs.changes import flat_settings
 from train.runs.directory import locked
 from train.trainer.setup import Setup, count_run_steps, set_up
@@ -74,53 +74,55 @@ def tune(
     base = run_config(values, str(config_file))
     setup = _set_up(cache, base)
     _check_comparable(setup)
-    space = _space(cache, base, search, say)
     steps = count_run_steps(setup)
     _check_lengths(steps, shortest, longest)
-    rungs = ladder(steps, shortest, longest)
+    plan = Plan(
+        base=base,
+        space=_space(cache, base, search, say),
+        file=folder / _BASE,
+        steps=steps,
+        slots=setup.kind.slots(setup.shape),
+        ladder=ladder(steps, shortest, longest),
+        whole_ladder=longest is not None,
+        most_trials=most_trials,
+        repeats=repeats,
+    )
     request = {
         **flat_values("cache", plain_values(setup.reader.manifest.identity)),
         **flat_settings(setup.config),
-        "--search": [f"{each.key}={each.text}" for each in space],
+        "--search": [f"{each.key}={each.text}" for each in plan.space],
         "--seed": seed,
         "--shortest": shortest,
         "--longest": longest,
     }
+    gpus = visible_gpus() if device in ("auto", "cuda") else []
+    jobs = jobs or max(1, len(gpus))
     with locked(folder, work="tuning in", option="--runs"):
-        study = Study(folder, request, seed, rungs[0])
+        study = Study(folder, request, seed, plan.ladder[0])
         if study.new:
-            files.publish_bytes(folder / _BASE, configuration.to_toml(base).encode())
-        gpus = visible_gpus() if device in ("auto", "cuda") else []
-        processes = Processes(
-            cache=cache, runs=folder, device=device, gpus=gpus, jobs=jobs or max(1, len(gpus))
+            files.publish_bytes(plan.file, configuration.to_toml(base).encode())
+        processes = Processes(cache=cache, runs=folder, device=device, gpus=gpus, jobs=jobs)
+        _work(Search(plan=plan, study=study, clock=Clock(study, budget), processes=processes, say=say))
+
+
+def _work(search: Search) -> None:
+    """Search, write the result and show it."""
+    folder, plan, study, say = search.processes.runs, search.plan, search.study, search.say
+    say("\n".join(_introduction(search)))
+    with stop_on_signals() as stop:
+        try:
+            with search.processes:  # after an error here, or a second signal, no run continues unattended
+                search.run(stop)
+        finally:
+            result = collect(study, plan, search.clock.budget)
+            if result is not None:
+                write(result, folder)
+        stop.check(f"{folder} keeps what was measured, the same command continues")
+    if result is None:
+        raise RunError(
+            f"no run of {plan.ladder[0]} steps ended within the budget of {duration(search.clock.budget)}: "
+            "raise --budget, which continues, or lower --shortest in another --runs"
         )
-        plan = Plan(
-            base=base,
-            space=space,
-            file=folder / _BASE,
-            ladder=rungs,
-            whole_ladder=longest is not None,
-            most_trials=most_trials,
-            repeats=repeats,
-        )
-        clock = Clock(study, budget)
-        say("\n".join(_introduction(study, space, clock, folder)))
-        with stop_on_signals() as stop:
-            try:
-                with processes:  # after an error here, or a second signal, no run continues unattended
-                    Search(plan=plan, study=study, clock=clock, processes=processes, say=say).run(stop)
-            finally:
-                result = collect(
-                    study, space, base, steps=steps, slots=setup.kind.slots(setup.shape), budget=budget
-                )
-                if result is not None:
-                    write(result, folder)
-            stop.check(f"{folder} keeps what was measured, the same command continues")
-        if result is None:
-            raise RunError(
-                f"no run of {rungs[0]} steps ended within the budget of {duration(budget)}: raise --budget, "
-                "which continues, or lower --shortest in another --runs"
-            )
     say("\n" + "\n".join(describe(result)))
     say(f"written: {folder / BEST_CONFIG}")
 
@@ -178,10 +180,10 @@ def _space(
     return kept
 
 
-def _introduction(study: Study, space: Sequence[Searched], clock: Clock, folder: Path) -> list[str]:
-    lines = [f"search: {', '.join(f'{each.key}={each.text}' for each in space)}"]
+def _introduction(search: Search) -> list[str]:
+    study, clock = search.study, search.clock
+    lines = [f"search: {', '.join(f'{each.key}={each.text}' for each in search.plan.space)}"]
     if study.new:
-        return [*lines, f"study: {folder / STUDY} (optuna-dashboard sqlite:///{folder / STUDY})"]
-    trials = study.trials()
+        return [*lines, f"study: {study.path} (optuna-dashboard sqlite:///{study.path})"]
     spent = f"{duration(clock.spent)} of {duration(clock.budget)} are spent"
-    return [*lines, f"continuing: {len(trials)} trials, {spent}"]
+    return [*lines, f"continuing: {len(study.trials())} trials, {spent}"]

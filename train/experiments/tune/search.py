@@ -67,6 +67,10 @@ class Plan:
     space: Sequence[Searched]
     file: Path
     """The base config, for the runs."""
+    steps: int
+    """Optimiser steps of the base config's run."""
+    slots: int
+    """K."""
     ladder: Sequence[int]
     """Lengths of runs; a budget that is too small for the last ones leaves them out."""
     whole_ladder: bool
