@@ -28,6 +28,7 @@ from train.experiments.tune import budget, run, search
 from train.experiments.tune.budget import Clock, parse_budget
 from train.experiments.tune.search import ladder
 from train.experiments.tune.space import default_space, parse_search, trial_config
+from train.experiments.tune.study import Study
 from train.runs.changes import flat_settings
 from train.runs.directory import locked
 
@@ -233,6 +234,19 @@ def test_a_spent_budget_stops_in_a_run_and_a_larger_one_continues_there(bench: B
     assert [(r["steps"], r["whole"] is None) for r in base["runs"]] == [(20, False), (60, True)]
 
 
+def test_a_trial_ahead_of_the_best_that_has_no_time_is_named(bench: Bench, world: World) -> None:
+    """Trial 0 needs 23 + 63 s. Of the others one is ahead at 20 steps, and 60 do not fit any more."""
+    more = ("--longest", "60", "--repeats", "0")
+    out = run_ok(*bench.arguments(*more, budget="150s"))
+    trials = bench.found()["trials"]
+    assert trials[bench.found()["best"]["trial"]]["trial"] == 0
+    (ahead,) = [trial for trial in trials if trial["state"] == "waiting"]
+    taus = [trial["runs"][0]["tau"] for trial in (ahead, trials[0])]
+    line = f"Trial {ahead['trial']} was ahead of it at 20 steps ({taus[0]:.3f} against {taus[1]:.3f})"
+    assert line in out
+    assert line in (bench.runs / "best.toml").read_text()
+
+
 def test_same_seed_same_trials_however_often_it_is_stopped(bench: Bench, world: World, tmp_path) -> None:
     more = ("--longest", "180", "--repeats", "0", "--trials", "6")
     run_ok(*bench.arguments(*more, budget="10h"))
@@ -284,6 +298,14 @@ def test_failures_one_after_the_other_end_the_tune(bench: Bench, world: World) -
     assert_refused(result, 1, "3 trials in a row failed", "no space left", "the same command")
     assert len(world.started) == 3
     assert not (bench.runs / "best.toml").exists()
+
+
+def test_a_study_that_can_not_be_written_is_one_line(bench: Bench, world: World, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise sqlalchemy.exc.OperationalError("UPDATE", {}, Exception("database or disk is full"))
+
+    monkeypatch.setattr(Study, "add_run", full)
+    assert_refused(run_cli(*bench.arguments()), 1, "tune.db", "database or disk is full", "fix that")
 
 
 def test_choices_are_tried_once_each(bench: Bench, world: World) -> None:

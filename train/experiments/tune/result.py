@@ -116,7 +116,21 @@ def _headlines(result: Result) -> list[str]:
     base = next((t for t in result.trials if t.number == 0 and best.number), None)
     same = [run for run in base.runs if run.steps == last.steps] if base else []
     lines += [f"The config as it was given: {run.tau:.3f} after {run.steps} steps." for run in same]
-    return [*lines, *_expectation(result)]
+    return [*lines, *_ahead(result), *_expectation(result)]
+
+
+def _ahead(result: Result) -> list[str]:
+    """Name the waiting trials that were ahead of the best one where both were measured."""
+    reached = {run.steps: run.tau for run in result.best.runs}
+    lines = []
+    for trial in result.trials:
+        last = trial.runs[-1] if trial.state == "waiting" and trial.runs else None
+        if last is not None and last.tau > reached.get(last.steps, last.tau):
+            lines.append(
+                f"Trial {trial.number} was ahead of it at {last.steps} steps ({last.tau:.3f} against "
+                f"{reached[last.steps]:.3f}), and the budget ended before its next run."
+            )
+    return lines
 
 
 def _expectation(result: Result) -> list[str]:

@@ -22,7 +22,7 @@ from train.experiments.tune.budget import Clock
 from train.experiments.tune.result import BEST_CONFIG, collect, describe, write
 from train.experiments.tune.search import Plan, Search, ladder
 from train.experiments.tune.space import Searched, default_space, parse_space, trial_config
-from train.experiments.tune.study import Study, require_optuna
+from train.experiments.tune.study import Study, database_errors, require_optuna
 from train.runs.changes import flat_settings
 from train.runs.directory import locked
 from train.trainer.setup import Setup, count_run_steps, set_up
@@ -111,7 +111,8 @@ def _work(search: Search) -> None:
     say("\n".join(_introduction(search)))
     with stop_on_signals() as stop:
         try:
-            with search.processes:  # after an error here, or a second signal, no run continues unattended
+            # After an error here, or a second signal, no run continues unattended.
+            with database_errors(study.path), search.processes:
                 search.run(stop)
         finally:
             result = collect(study, plan, search.clock.budget)

@@ -77,15 +77,19 @@ def require_optuna() -> None:
 
 
 @contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    """Turn errors of the database into one line."""
+def database_errors(path: Path, *also: type[Exception]) -> Iterator[None]:
+    """Turn errors of a study's file, such as of a full disk, into a RunError.
+
+    Args:
+        also: further errors to turn.
+    """
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (SQLAlchemyError, StorageInternalError, RuntimeError, AssertionError) as error:
-        cause = error.__cause__ or error
+    except (SQLAlchemyError, StorageInternalError, *also) as error:
+        cause = getattr(error, "orig", None) or error.__cause__ or error
         raise RunError(
             f"{path} can't be used as the file of a study ({one_line(cause)}): fix that, or choose another "
             "--runs"
@@ -115,7 +119,7 @@ class Study:
             raise RunError(
                 f"{folder} holds runs of a tune but not its {STUDY}: choose another --runs, or remove them"
             )
-        with _one_line(self.path):
+        with database_errors(self.path, RuntimeError, AssertionError):  # of another version
             place = f"file:{quote(str(self.path.resolve()))}?uri=true"  # a path may hold a question mark
             storage = optuna.storages.RDBStorage(f"sqlite:///{place}")
             self._study = optuna.create_study(
