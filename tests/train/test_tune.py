@@ -235,9 +235,9 @@ def test_a_spent_budget_stops_in_a_run_and_a_larger_one_continues_there(bench: B
 
 
 def test_a_trial_ahead_of_the_best_that_has_no_time_is_named(bench: Bench, world: World) -> None:
-    """Trial 0 needs 23 + 63 s. Of the others one is ahead at 20 steps, and 60 do not fit any more."""
-    more = ("--longest", "60", "--repeats", "0")
-    out = run_ok(*bench.arguments(*more, budget="150s"))
+    """Trial 0 needs 23 + 63 s and a poor rate. Trial 1 is ahead at 20 steps, and 60 do not fit."""
+    more = ("--longest", "60", "--repeats", "0", "--set", "train.lr=1e-4")
+    out = run_ok(*bench.arguments(*more, budget="125s"))
     trials = bench.found()["trials"]
     assert trials[bench.found()["best"]["trial"]]["trial"] == 0
     (ahead,) = [trial for trial in trials if trial["state"] == "waiting"]
