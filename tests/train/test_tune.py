@@ -332,6 +332,10 @@ def test_a_short_budget_says_what_it_can_not(bench: Bench, world: World) -> None
     assert "longer runs would take over a 6th of the budget each" in out
     assert "Nothing can be said of 540 steps: a curve needs runs of 3 lengths" in out
     assert bench.found()["expected"] is None
+    bench.runs = bench.folder / "late"
+    world.late["trial-000-20"] = 80  # so that nothing else fits
+    out = run_ok(*bench.arguments(budget="2m"))
+    assert "trial 0, seed 1: not trained, there is no time left for it" in out
     bench.runs = bench.folder / "shorter"
     result = run_cli(*bench.arguments(budget="10s"))
     assert_refused(result, 1, "no run of 20 steps ended within the budget of 10 s", "--budget")

@@ -137,6 +137,9 @@ class Search:
         if stop.signal is None:
             self.waiting = self._repeats()
             self._train(stop)
+            for work in self.waiting:
+                if not (self.processes.runs / work.name).is_dir():
+                    self.say(f"{work.title}: not trained, there is no time left for it")
 
     def _settings(self, trial: Trial) -> tuple[str, ...]:
         return settings_of(self.plan.space, trial.parameters)
