@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "regenerate": ("capture.regenerate.cli:regenerate_command", "Replace answers with the target's own."),
     "train": ("train.cli.train:train_command", "Train a draft from a cache."),
     "sweep": ("train.cli.experiments:sweep_command", "Train a grid of drafts over one cache."),
+    "tune": ("train.cli.tune:tune_command", "Search the settings of a run within a budget of time."),
     "compare": ("train.cli.experiments:compare_command", "Show runs side by side."),
     "evaluate": ("train.cli.evaluate:evaluate_command", "Measure a draft on a cache's held-out split."),
     "calibrate": (

@@ -14,6 +14,9 @@ def nothing_implied(_varied: Collection[str], _draft: Mapping[str, Any]) -> tupl
     return ()
 
 
+SEARCHED = ("train.lr=1e-4..1e-2", "train.warmup_ratio=0.01..0.2", "train.weight_decay=0..0.3")
+
+
 @dataclass(frozen=True, kw_only=True)
 class KindTables:
     """Tables of a kind of draft."""
@@ -33,3 +36,6 @@ class KindTables:
     implied: Callable[[Collection[str], Mapping[str, Any]], tuple[str, ...]] = nothing_implied
     """Return settings that a point of a grid needs besides its own, as `--set` takes them. Arguments: dotted
     names of the settings that the grid varies, and the point's `[draft]`."""
+    searched: tuple[str, ...] = SEARCHED
+    """Settings that `dspark tune` searches unless the user names some, as its `--search` takes them. None
+    changes the cost of a step: trials are compared after equal numbers of steps."""

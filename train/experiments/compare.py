@@ -100,14 +100,15 @@ def _settings(run: Path) -> dict[str, Any]:
 
 def _cache(run: Path) -> dict[str, Any]:
     """Return every field of the identity of the run's cache; empty where the run does not say."""
-    return _flat("cache", dataclasses.asdict(load_run_cache(run))) if (run / RUN).exists() else {}
+    return flat_values("cache", dataclasses.asdict(load_run_cache(run))) if (run / RUN).exists() else {}
 
 
-def _flat(name: str, value: Any) -> dict[str, Any]:
+def flat_values(name: str, value: Any) -> dict[str, Any]:
     """Flatten tables of any depth into one with dotted names."""
     if not isinstance(value, dict):
         return {name: _listed(value)}
-    return {dotted: item for key in value for dotted, item in _flat(f"{name}.{key}", value[key]).items()}
+    parts = [flat_values(f"{name}.{key}", value[key]) for key in value]
+    return {dotted: item for part in parts for dotted, item in part.items()}
 
 
 def _listed(value: Any) -> Any:

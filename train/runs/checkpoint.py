@@ -310,3 +310,10 @@ def _load_optimizer(optimizer: Optimizer, names: dict[Tensor, str], file: Any, *
                 value = distribute_tensor(value, *where, src_data_rank=None)  # every rank has read it whole
             state[key] = value
     optimizer.load_state_dict(saved)
+
+
+def drop_weights(run: Path) -> None:
+    """Remove the weights and optimiser states of a run, which keeps its figures and can't be opened again."""
+    for folder in checkpoints(run):
+        for name in (WEIGHTS, STATES):
+            (folder / name).unlink(missing_ok=True)

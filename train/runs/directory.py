@@ -159,9 +159,25 @@ def _is_imported(run: Path) -> bool:
     return False
 
 
+def in_use(run: Path) -> bool:
+    """Return whether a process is training a run."""
+    try:
+        with (run / _LOCK).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or the file system has no locks
+        pass
+    return False
+
+
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Lock a run's directory, and make it if it does not exist. The lock ends with the process.
+def locked(run: Path, *, work: str = "training", option: str = "--run") -> Iterator[None]:
+    """Lock a directory, and make it if it does not exist. The lock ends with the process.
+
+    Args:
+        work: the verb for what the lock's holder does there, for messages.
+        option: the option that names the directory.
 
     Raises:
         RunError: another process holds the lock.
@@ -171,13 +187,13 @@ def locked(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / _LOCK).open("w")
     except OSError as error:
-        raise WriteError(f"{run} can't be written ({error.strerror}): choose another --run") from None
+        raise WriteError(f"{run} can't be written ({error.strerror}): choose another {option}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"another process is training {run}: wait for it, or choose another --run"
+                f"another process is {work} {run}: wait for it, or choose another {option}"
             ) from None
         except OSError:
             pass  # the file system has no locks

@@ -7,7 +7,7 @@ from typing import Literal
 
 from train.config import LossConfig, require
 from train.draft.blocks.settings import BlockDraftConfig
-from train.draft.tables import KindTables
+from train.draft.tables import SEARCHED, KindTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,4 +71,5 @@ DFLASH_TABLES = KindTables(
     draft=DFlashConfig,
     loss=DFlashLoss,
     published=PUBLISHED,
+    searched=(*SEARCHED, "loss.decay_gamma=1..32", "loss.l1_alpha=0..3"),
 )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from train.config import LossConfig, require
 from train.draft.blocks.settings import BlockDraftConfig
-from train.draft.tables import KindTables
+from train.draft.tables import SEARCHED, KindTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,4 +111,10 @@ DSPARK_TABLES = KindTables(
     loss=DSparkLoss,
     published=PUBLISHED,
     implied=implied_settings,
+    searched=(
+        *SEARCHED,
+        "train.markov_lr_scale=1..50",
+        "loss.decay_gamma=1..16",
+        "loss.ce_alpha=0.01..1",  # against l1_alpha: only the ratio counts
+    ),
 )

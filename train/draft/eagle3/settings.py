@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from train.config import DraftConfig, LossConfig, require
-from train.draft.tables import KindTables
+from train.draft.tables import SEARCHED, KindTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,4 +69,6 @@ EAGLE3_TABLES = KindTables(
     draft=Eagle3Config,
     loss=Eagle3Loss,
     published=PUBLISHED,
+    # At a rate of 1e-3 gradients grow through the unroll until the run diverges.
+    searched=("train.lr=3e-5..1e-3", *SEARCHED[1:], "loss.step_decay=0.5..1"),
 )
