@@ -75,7 +75,8 @@ def make_draft(
         own = {"target_hidden_size": H, "num_aux_hidden_states": len(layer_ids), "ttt_steps": slots}
         config = eagle3_drafts.small_config(**values, **own)
     else:
-        make, rows = {"dspark": (drafts, slots), "dflash": (dflash_drafts, slots + 1)}[kind]
+        makers = {"dspark": (drafts, slots), "dflash": (dflash_drafts, slots + 1)}
+        make, rows = makers[kind]
         config = make.small_config(**values, block_size=rows, mask_token_id=0)
     torch.manual_seed(seed)
     draft = DRAFTS[kind].build(config).to(target.dtype).eval()
