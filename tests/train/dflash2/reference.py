@@ -110,7 +110,9 @@ def loss(
                 scored = scores(w, logits, hidden, previous, top)
                 log_probs = reference.log_softmax(torch.stack(list(scored.values())))
                 choice = dict(zip(scored, log_probs, strict=True))
-                terms["selector"].append(-choice[label] if label in choice else torch.zeros_like(log_probs[0]))
+                terms["selector"].append(
+                    -choice[label] if label in choice else torch.zeros_like(log_probs[0])
+                )
                 figures["missed"].append(float(label not in choice))
                 probs = torch.zeros_like(teacher)
                 for token, log_prob in choice.items():

@@ -21,7 +21,13 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 OBJECTIVES = {
     "decay": {"gamma": 3.0, "ce_alpha": 1.0, "l1_alpha": 0.0, "selector_alpha": 1.0, "smoothing": None},
     "D-PACE, L1": {"gamma": None, "ce_alpha": 0.3, "l1_alpha": 0.9, "selector_alpha": 0.7, "smoothing": 0.3},
-    "selector off": {"gamma": 3.0, "ce_alpha": 1.0, "l1_alpha": 0.0, "selector_alpha": 0.0, "smoothing": None},
+    "selector off": {
+        "gamma": 3.0,
+        "ce_alpha": 1.0,
+        "l1_alpha": 0.0,
+        "selector_alpha": 0.0,
+        "smoothing": None,
+    },
 }
 SHAPES = {
     "two rows": {"block_size": 2},
@@ -69,7 +75,9 @@ def test_losses_gradients_and_figures(monkeypatch, layout, fields: dict, objecti
         scale = gradient.abs().max().item()
         off = settings["selector_alpha"] == 0 or top == 1  # one candidate is chosen whatever its score is
         assert (scale > 0) == (not (off and "selector" in name)), name
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=max(1e-5 * scale, 1e-12), msg=name)
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=1e-4, atol=max(1e-5 * scale, 1e-12), msg=name
+        )
 
 
 def test_the_cases_have_what_they_test() -> None:
@@ -170,9 +178,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
 )
 def test_a_mistake_is_seen(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     model, samples, settings = small_model(), random_samples(MASKS), OBJECTIVES["decay"]
-    expected = dflash2_reference.loss(
-        model.state_dict(), spec_of(model), TOP, samples, ANCHORS, **settings
-    )
+    expected = dflash2_reference.loss(model.state_dict(), spec_of(model), TOP, samples, ANCHORS, **settings)
     broken(monkeypatch, part)
     loss = module_of(model, **settings)(**as_pack(samples, ANCHORS)).loss
     assert abs(loss.item() - expected["loss"].item()) > 1e-3
