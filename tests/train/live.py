@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.train import drafts
-from tests.train.dflash2 import drafts as dflash2_drafts
 from tests.train.dflash import drafts as dflash_drafts
+from tests.train.dflash2 import drafts as dflash2_drafts
 from tests.train.eagle3 import drafts as eagle3_drafts
 from train.draft import DRAFTS
 

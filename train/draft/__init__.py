@@ -7,8 +7,8 @@ from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING
 
 from pipeline.lazy import lazy_exports
-from train.draft.dflash2.settings import DFLASH2_TABLES
 from train.draft.dflash.settings import DFLASH_TABLES
+from train.draft.dflash2.settings import DFLASH2_TABLES
 from train.draft.dspark.settings import DSPARK_TABLES
 from train.draft.eagle3.settings import EAGLE3_TABLES
 from train.draft.tables import KindTables

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.train.dflash.test_flops import ANCHORS, PRODUCTS, batch_and_pack
 from tests.train.dflash2.drafts import GROUP, RANK, TAPS, TOP, small_config, small_model
+from train.draft.dflash.kind import DFLASH
 from train.draft.dflash2.kind import DFLASH2
 from train.draft.dflash2.module import DFlash2TrainerModule
-from train.draft.dflash.kind import DFLASH
 from train.losses.slots import Objective
 
 ROWS, SLOTS = 5 * 4, 3 + 3 + 1 + 3 + 3

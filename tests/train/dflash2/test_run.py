@@ -37,7 +37,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory, run_dir: Path) -> Path:
-    """That draft as z-lab releases drafts: what is in dflash_config is there alone. Read-only by agreement."""
+    """That draft as z-lab releases drafts: fields of dflash_config are nowhere else. Read-only by agreement."""
     folder = tmp_path_factory.mktemp("released") / "draft"
     run_ok("export", run_dir, folder, "--to", "hf")
     change_json(folder / "config.json", block_size=None, num_target_layers=None, target_hidden_size=None)

@@ -1,4 +1,4 @@
-"""Settings of a DFlash2 draft. Defaults of the architecture are those of the drafts that its authors released.
+"""Settings of a DFlash2 draft. Defaults of the architecture are those of the drafts of its authors.
 
 They did not publish how they train. The selector's weight is that of NVIDIA NeMo-Automodel and speculators.
 """
