@@ -37,7 +37,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory, run_dir: Path) -> Path:
-    """That draft as z-lab releases drafts: fields of dflash_config are nowhere else. Read-only by agreement."""
+    """That draft as z-lab releases drafts: fields of dflash_config are only there. Read-only by agreement."""
     folder = tmp_path_factory.mktemp("released") / "draft"
     run_ok("export", run_dir, folder, "--to", "hf")
     change_json(folder / "config.json", block_size=None, num_target_layers=None, target_hidden_size=None)
@@ -109,8 +109,7 @@ def test_the_config_is_what_engines_read(tmp_path: Path, run_dir: Path) -> None:
         assert "--speculative-algorithm DFLASH" in card
         assert "convolutions over 2 rows of a block, in groups of 16 channels" in card
         assert "selector of rank 8, which chooses among 160 candidates" in card
-        assert "has served a draft of this kind" not in card.partition("TensorRT-LLM")[2]
-
+    
 
 def test_the_targets_scales_are_where_engines_look(tmp_path: Path, run_dir: Path) -> None:
     run = changed(run_dir, tmp_path / "run", **SCALES)

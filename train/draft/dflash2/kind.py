@@ -31,6 +31,7 @@ from train.draft.dflash2.serving import GGUF, RULES, TARGETS
 from train.draft.dflash2.settings import DFLASH2_TABLES, DFlash2Loss
 from train.draft.dflash2.speculators import SPECULATORS
 from train.draft.kind import DraftKind
+from train.draft.serving import PROVED
 from train.losses.slots import Objective
 
 
@@ -69,6 +70,7 @@ DFLASH2 = DraftKind(
     lr_scales=lambda _train: {},
     matrices=BLOCK_MATRICES,
     rules=RULES,
+    notes={"vllm": PROVED["vllm"]},
     gguf=GGUF,
     targets=TARGETS,
     speculators=SPECULATORS,
