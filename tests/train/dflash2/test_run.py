@@ -109,7 +109,7 @@ def test_the_config_is_what_engines_read(tmp_path: Path, run_dir: Path) -> None:
         assert "--speculative-algorithm DFLASH" in card
         assert "convolutions over 2 rows of a block, in groups of 16 channels" in card
         assert "selector of rank 8, which chooses among 160 candidates" in card
-    
+
 
 def test_the_targets_scales_are_where_engines_look(tmp_path: Path, run_dir: Path) -> None:
     run = changed(run_dir, tmp_path / "run", **SCALES)
