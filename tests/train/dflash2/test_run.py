@@ -10,10 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.cache import CacheReader
 from tests.conftest import assert_refused, run_cli, run_ok
+from tests.processes import start_ranks
 from tests.train.dflash.test_run import AS_THAT_RUN, copied
 from tests.train.exports import KINDS, change_json, changed, contents
 from tests.train.runs import figures_of, train_arguments, weights_of
+from tests.train.test_ranks import assert_near
+from train.draft import DRAFTS
+from train.draft.settings import run_config
+from train.trainer.setup import set_up
 
 SETTINGS = {
     **KINDS["dflash2"],
@@ -57,6 +63,32 @@ def test_it_learns_and_a_continued_run_is_the_same(run_dir: Path, cache_dir: Pat
     lines = [line for line in figures_of(run_dir) if "ce_loss" in line]
     assert lines[-1]["ce_loss"] < lines[0]["ce_loss"]
     assert all(line["selector_loss"] > 0 for line in lines)
+
+
+def test_sharded_ranks_do_what_one_does(run_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """The selector's embeddings are looked up outside of the layers. Three micro-batches, shared unevenly."""
+    shared = SETTINGS | {"train__micro_batches_per_step": 3}
+    run_ok(*train_arguments(cache_dir, tmp_path / "one", **shared))
+    two = train_arguments(cache_dir, tmp_path / "two", **shared, train__parallelism="fsdp")
+    for process in start_ranks(tmp_path / "out", 2, *two):
+        assert process.wait() == 0, process.err
+    assert_near(tmp_path / "two", tmp_path / "one")
+
+
+def test_first_weights_by_regression_are_those_of_dflash(cache_dir: Path) -> None:
+    reader, made = CacheReader(cache_dir), []
+    for kind, own in (("dflash", {}), ("dflash2", {"selector_rank": 8})):
+        draft = {"kind": kind, "num_layers": 1, "block_size": 4, "init": "ridge", **own}
+        config = run_config({"draft": draft, "train": {"held_out": 0.2, "anchors_per_batch": 64}})
+        setup = set_up(cache_dir, config, torch.device("cpu"))
+        model = DRAFTS[kind].build(setup.shape)
+        model.load_state_dict(made[0] if made else {}, strict=False)
+        made.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        DRAFTS[kind].initialise(model, setup.config.draft, reader, setup.samples)
+        made.append(model.state_dict())
+    before, dflash, _, dflash2 = made
+    assert not torch.equal(before["fc.weight"], dflash["fc.weight"])
+    assert all(torch.equal(dflash2[name], weight) for name, weight in dflash.items())
 
 
 def test_what_is_measured_is_the_selectors_choice(run_dir: Path, cache_dir: Path) -> None:

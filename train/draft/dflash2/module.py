@@ -36,7 +36,7 @@ class DFlash2TrainerModule(DFlashTrainerModule):
         }
         if found.teacher is not None:
             figures["accepted"] = torch.minimum(log_probs.detach().exp(), found.teacher).sum(-1)
-        if slots.matches is not None:
-            choice = found.ids.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
-            figures["matches"] = choice == found.teacher_best
+            if slots.matches is not None:
+                choice = found.ids.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
+                figures["matches"] = choice == found.teacher_best
         return figures
