@@ -7,8 +7,11 @@ import re
 import pytest
 
 from pipeline.errors import ConfigError
+from tests.train.dflash2.drafts import small_model
+from train.config import TrainConfig
 from train.draft.dflash2.kind import DFLASH2
 from train.draft.settings import run_config
+from train.trainer.optimizer import build_optimizers
 
 
 def test_the_defaults_are_those_of_released_drafts() -> None:
@@ -43,3 +46,16 @@ def test_what_no_run_can_have(table: str, value: dict, part: str) -> None:
     tables[table] |= value
     with pytest.raises(ConfigError, match=re.escape(part)):
         run_config(tables)
+
+
+def test_how_its_parameters_are_trained() -> None:
+    """Codebooks have a row per token, as the Markov head has. Decay would take a convolution from identity."""
+    model, config = small_model(), TrainConfig(lr=0.1, markov_lr_scale=3.0, weight_decay=0.2)
+    (optimizer,) = build_optimizers(model, config, DFLASH2.lr_scales(config))
+    groups = [(id(p), group) for group in optimizer.param_groups for p in group["params"]]
+    assert len(groups) == len(dict(groups)) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group = dict(groups)[id(parameter)]
+        assert group["lr_scale"] == (3.0 if name.endswith("_codebook") else 1.0), name
+        assert group["weight_decay"] == (0.2 if parameter.ndim == 2 else 0.0), name
+    assert sum(name.endswith("base_kernel") for name, p in model.named_parameters() if p.ndim == 3) == 4

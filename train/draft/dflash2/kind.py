@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PretrainedConfig, Qwen3Config
 
+from train.config import TrainConfig
 from train.draft.blocks.collate import collate_anchors
 from train.draft.blocks.parts import (
     BLOCK_MATRICES,
@@ -43,6 +46,12 @@ def _module(model: Qwen3DFlash2Model, loss: DFlash2Loss) -> DFlash2TrainerModule
     return DFlash2TrainerModule(model, Objective.of(loss), loss.smoothing)
 
 
+def _lr_scales(train: TrainConfig) -> Mapping[str, float]:
+    return {
+        f"candidate_selector.{name}_codebook": train.markov_lr_scale for name in ("predecessor", "successor")
+    }
+
+
 DFLASH2 = DraftKind(
     tables=DFLASH2_TABLES,
     config_class=Qwen3Config,
@@ -67,7 +76,7 @@ DFLASH2 = DraftKind(
     least_blocks=least_blocks,
     decoder=SelectingDecoder,
     flops=training_flops,
-    lr_scales=lambda _train: {},
+    lr_scales=_lr_scales,
     matrices=BLOCK_MATRICES,
     rules=RULES,
     notes={"vllm": PROVED["vllm"]},
