@@ -49,7 +49,7 @@ def test_what_no_run_can_have(table: str, value: dict, part: str) -> None:
 
 
 def test_how_its_parameters_are_trained() -> None:
-    """Codebooks have a row per token, as the Markov head has. Decay would take a convolution from identity."""
+    """Codebooks have a row per token, as the Markov head has. Decay would take convolutions from identity."""
     model, config = small_model(), TrainConfig(lr=0.1, markov_lr_scale=3.0, weight_decay=0.2)
     (optimizer,) = build_optimizers(model, config, DFLASH2.lr_scales(config))
     groups = [(id(p), group) for group in optimizer.param_groups for p in group["params"]]
