@@ -104,19 +104,6 @@ OWN: dict[str, dict[str, Any]] = {
         "sliding_window_non_causal": True,
         "sample_from_anchor": False,
     },
-    "dflash2": {
-        "architectures": ["DFlash2DraftModel"],
-        "transformer_layer_config": QWEN3,
-        "aux_hidden_state_layer_ids": [1, 3, 5],
-        "mask_token_id": 320,
-        "block_size": 4,
-        "sliding_window_non_causal": True,
-        "sample_from_anchor": False,
-        "conv_kernel_size": 2,
-        "conv_group_size": 16,
-        "selector_rank": 8,
-        "selector_top_k": 5,
-    },
     "eagle3": {
         "architectures": ["Eagle3DraftModel"],
         "transformer_layer_config": {**LAYERS, "model_type": "llama", "num_aux_hidden_states": 3},
@@ -128,6 +115,11 @@ OWN: dict[str, dict[str, Any]] = {
         "embed_requires_grad": False,
     },
 }
+CONVOLUTIONS, SELECTOR = (
+    {"conv_kernel_size": 2, "conv_group_size": 16},
+    {"selector_rank": 8, "selector_top_k": 5},
+)
+OWN["dflash2"] = OWN["dflash"] | {"architectures": ["DFlash2DraftModel"]} | CONVOLUTIONS | SELECTOR
 
 
 @pytest.mark.parametrize("kind", KINDS)
