@@ -123,7 +123,7 @@ class TrainConfig:
     lr: float = 6e-4
     """Peak learning rate."""
     markov_lr_scale: float = 1.0
-    """Multiple of lr for the Markov head: its rows are tokens, most of which are rare."""
+    """Multiple of lr for the Markov head, and for DFlash2's codebooks: rows are tokens, most of them rare."""
     warmup_ratio: float = 0.04
     """Share of the steps that warm up: the learning rate rises linearly."""
     min_lr_ratio: float = 0.1

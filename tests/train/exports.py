@@ -16,6 +16,13 @@ from tests.train.runs import train_arguments
 KINDS: dict[str, dict[str, Any]] = {
     "dspark": {},
     "dflash": {"draft__kind": "dflash", "draft__markov_rank": None, "draft__block_size": 4},
+    "dflash2": {
+        "draft__kind": "dflash2",
+        "draft__markov_rank": None,
+        "draft__block_size": 4,
+        "draft__selector_rank": 8,
+        "draft__selector_top_k": 5,
+    },
     "eagle3": {
         "draft__kind": "eagle3",
         **dict.fromkeys(("draft__markov_rank", "draft__block_size", "draft__num_layers")),

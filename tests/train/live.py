@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.train import drafts
 from tests.train.dflash import drafts as dflash_drafts
+from tests.train.dflash2 import drafts as dflash2_drafts
 from tests.train.eagle3 import drafts as eagle3_drafts
 from train.draft import DRAFTS
 
@@ -75,11 +76,16 @@ def make_draft(
         own = {"target_hidden_size": H, "num_aux_hidden_states": len(layer_ids), "ttt_steps": slots}
         config = eagle3_drafts.small_config(**values, **own)
     else:
-        make, rows = {"dspark": (drafts, slots), "dflash": (dflash_drafts, slots + 1)}[kind]
+        makers = {"dspark": drafts, "dflash": dflash_drafts, "dflash2": dflash2_drafts}
+        make, rows = makers[kind], slots + (kind != "dspark")  # their anchor drafts nothing
+        if kind == "dflash2":
+            values["selector_top_k"] = min(8, vocab - 1)
         config = make.small_config(**values, block_size=rows, mask_token_id=0)
     torch.manual_seed(seed)
     draft = DRAFTS[kind].build(config).to(target.dtype).eval()
     if kept is not None:
         draft.keep(torch.tensor(kept))
+    if kind == "dflash2":
+        dflash2_drafts.shake(draft, seed)
     draft.initialize_embeddings_and_head(target.get_input_embeddings(), target.get_output_embeddings())
     return draft

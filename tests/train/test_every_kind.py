@@ -27,6 +27,12 @@ CASES = {
         "draft__block_size": 4,
         "draft__draft_vocab_size": 40,
     },
+    "dflash2": {
+        "draft__markov_rank": None,
+        "draft__block_size": 4,
+        "draft__selector_rank": 8,
+        "draft__selector_top_k": 5,
+    },
     "eagle3": {
         **dict.fromkeys(("draft__markov_rank", "draft__block_size", "draft__num_layers")),
         "draft__ttt_steps": 3,

@@ -101,7 +101,8 @@ def test_heads_are_settings() -> None:
     ("kind", "table", "key", "owners"),
     [
         ("dflash", "draft", "markov_rank", "dspark"),
-        ("eagle3", "draft", "block_size", "dspark, dflash"),
+        ("dflash", "draft", "selector_rank", "dflash2"),
+        ("eagle3", "draft", "block_size", "dspark, dflash, dflash2"),
         ("dflash", "loss", "confidence_alpha", "dspark"),
         ("dspark", "loss", "step_decay", "eagle3"),
     ],

@@ -206,6 +206,7 @@ CASES = {
     "dspark": ("dspark", None),
     "dflash": ("dflash", None),
     "dflash, reduced": ("dflash", [0, 2]),
+    "dflash2": ("dflash2", None),
     "eagle3": ("eagle3", None),
     "eagle3, reduced": ("eagle3", [0, 2]),
 }

@@ -139,7 +139,7 @@ def test_the_config_is_printed_and_saved_resolved(tmp_path: Path, cache_dir: Pat
     assert "complete" in again.stdout
 
 
-@pytest.mark.parametrize("name", ["example", "qwen3-4b", "dflash-qwen3-4b"])
+@pytest.mark.parametrize("name", ["example", "dflash2-example", "qwen3-4b", "dflash-qwen3-4b"])
 def test_shipped_configs_are_valid(name: str) -> None:
     path = Path(__file__).parents[2] / "configs" / f"{name}.toml"
     run_config(configuration.load_toml(path), str(path))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.lazy import lazy_exports
 from train.draft.dflash.settings import DFLASH_TABLES
+from train.draft.dflash2.settings import DFLASH2_TABLES
 from train.draft.dspark.settings import DSPARK_TABLES
 from train.draft.eagle3.settings import EAGLE3_TABLES
 from train.draft.tables import KindTables
@@ -15,7 +16,9 @@ from train.draft.tables import KindTables
 if TYPE_CHECKING:
     from train.draft.kind import DraftKind
 
-TABLES: dict[str, KindTables] = {e.name: e for e in (DSPARK_TABLES, DFLASH_TABLES, EAGLE3_TABLES)}
+TABLES: dict[str, KindTables] = {
+    e.name: e for e in (DSPARK_TABLES, DFLASH_TABLES, DFLASH2_TABLES, EAGLE3_TABLES)
+}
 """Settings of the kinds, by their name in `draft.kind`; the first is the default. A new kind adds a row."""
 
 

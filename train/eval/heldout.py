@@ -32,11 +32,14 @@ class Blocks:
     ce: np.ndarray
     """Cross entropy with the data's token, `[n, K]` float64."""
     accept: np.ndarray
-    """1 - L1/2: how likely the target accepts the slot's token at temperature 1, `[n, K]` float64."""
+    """Probability that the target accepts the slot's token at temperature 1, `[n, K]` float64."""
     matches: np.ndarray
     """True where draft and target have the same most likely token, `[n, K]` bool."""
     confidence: np.ndarray | None
     """Confidence logits, `[n, K]` float64."""
+    l1: np.ndarray | None = None
+    """L1 distance `[n, K]` float64, where it is of another distribution than `accept`; None if that is
+    1 - L1/2."""
     further: dict[str, np.ndarray] = field(default_factory=dict)
     """Loss terms beyond the cross entropy, L1 and confidence, by name, `[n, K]` float64."""
 
@@ -108,6 +111,7 @@ def _blocks(slots: SlotFigures, members: np.ndarray, starts: np.ndarray) -> Bloc
     """
     further = {name: term(slots) for name, term in TERMS.items() if name not in ("ce", "l1", "confidence")}
     own = {"ce": slots.ce, "l1": slots.l1, "matches": slots.matches, "confidence": slots.confidence}
+    own |= {"accepted": slots.accepted}
     found = {name: values for name, values in (own | further).items() if values is not None}
     # One copy for all: each of them would wait for the device. float64 holds the numbers exactly.
     table = torch.stack([slots.supervised.numbers.double(), *(each.double() for each in found.values())])
@@ -125,14 +129,16 @@ def _blocks(slots: SlotFigures, members: np.ndarray, starts: np.ndarray) -> Bloc
     valid = laid_out(1.0).astype(bool)
     kept = valid[:, 0]
     values = {name: laid_out(each)[kept] for name, each in zip(found, columns, strict=True)}
+    own_rule = "accepted" in values
     document = np.searchsorted(starts, anchors[kept], side="right") - 1
     return Blocks(
         sample=members[document],
         position=anchors[kept] - starts[document],
         valid=valid[kept],
         ce=values["ce"],
-        accept=np.clip(1 - values["l1"] / 2, 0, 1),
+        accept=values["accepted"] if own_rule else np.clip(1 - values["l1"] / 2, 0, 1),
         matches=values["matches"].astype(bool),
         confidence=values.get("confidence"),
+        l1=values["l1"] if own_rule else None,
         further={name: values[name] for name in further if name in values},
     )

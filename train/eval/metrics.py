@@ -51,7 +51,8 @@ def loss_terms(blocks: Blocks, loss: LossConfig) -> Losses:
     confidence, logits = None, blocks.confidence
     if logits is not None:
         confidence = mean(np.logaddexp(0, logits) - blocks.accept * logits)
-    terms = {"ce": mean(blocks.ce), "l1": mean(2 * (1 - blocks.accept)), "confidence": confidence or 0.0}
+    distance = 2 * (1 - blocks.accept) if blocks.l1 is None else blocks.l1
+    terms = {"ce": mean(blocks.ce), "l1": mean(distance), "confidence": confidence or 0.0}
     further = {name: mean(values) for name, values in blocks.further.items()}
     return Losses(
         loss=Objective.of(loss).total(terms | further),

@@ -78,7 +78,7 @@ def import_draft(
     weights = without_targets_own(read_released(_kind(values), source, values, _ASKER))
     reader = CacheReader(cache)
     reader.check_shards()
-    config = _run_config(source, values, weights, overrides)
+    config, values = _run_config(source, values, weights, overrides)
     _check_split(reader, config)
     shape = _checked_shape(source, values, reader, config)
     config = dataclasses.replace(config, draft=resolved(config.draft, shape))
@@ -159,8 +159,11 @@ def _check_weights(weights: dict[str, Tensor], folder: Path, frozen: tuple[str, 
 
 def _run_config(
     folder: Path, values: dict[str, Any], weights: dict[str, Tensor], overrides: Iterable[str]
-) -> RunConfig:
-    """Return the run's settings: [draft] from the files, the other tables from the overrides."""
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the run's settings, and the released config with all fields on top.
+
+    [draft] is from the files, the other tables are from the overrides.
+    """
     where = str(folder / "config.json")
     tables = configuration.apply_overrides({}, overrides)
     if "draft" in tables:
@@ -173,7 +176,7 @@ def _run_config(
     if type(anchors) is int and 1 <= anchors < config.train.batch_tokens and "anchors_per_batch" not in asked:
         train = dataclasses.replace(config.train, anchors_per_batch=anchors)
         config = dataclasses.replace(config, train=train)
-    return config
+    return config, values
 
 
 def _checked_shape(

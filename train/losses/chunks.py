@@ -102,14 +102,19 @@ class VocabularyPass(ABC):
         return sum(((weights * losses).sum() for weights, losses in terms), self.losses.new_zeros(()))
 
     def chunks(self) -> Iterator[Chunk]:
-        """Cut the slots, sorted by position, so that those of a chunk share its few positions."""
-        positions, order = self.operands.positions.sort(stable=True)
-        rows = chunk_rows(len(order), len(self.operands.head), order.device)
-        known = self.operands.ordered
-        spans = _spans(positions, rows) if known is None else _known_spans(known, rows)
-        for number, (first, end) in enumerate(spans):
-            some = slice(number * rows, (number + 1) * rows)
-            yield Chunk(order[some], slice(first, end), positions[some] - first)
+        """Cut the slots into chunks."""
+        return chunks_of(self.operands)
+
+
+def chunks_of(operands: SlotOperands) -> Iterator[Chunk]:
+    """Cut slots, sorted by position, so that those of a chunk share its few positions."""
+    positions, order = operands.positions.sort(stable=True)
+    rows = chunk_rows(len(order), len(operands.head), order.device)
+    known = operands.ordered
+    spans = _spans(positions, rows) if known is None else _known_spans(known, rows)
+    for number, (first, end) in enumerate(spans):
+        some = slice(number * rows, (number + 1) * rows)
+        yield Chunk(order[some], slice(first, end), positions[some] - first)
 
 
 def chunk_rows(slots: int, vocabulary: int, device: torch.device) -> int:

@@ -97,6 +97,12 @@ class SlotFigures:
     """Weight of each slot, `[M]`, in place of the objective's decay. Terms are then means over blocks."""
     mass: Tensor | None = None
     """Share of the target's probability inside the draft's vocabulary, `[M]`; None unless measured."""
+    accepted: Tensor | None = None
+    """Acceptance by the target, `[M]`, of a draft that drafts from another distribution than `l1` is of."""
+    selector: Tensor | None = None
+    """Cross entropy of a choice among candidates, `[M]`; 0 where the label is none of them."""
+    missed: Tensor | None = None
+    """1 where the label is no candidate, `[M]`; None for a draft that doesn't choose among candidates."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,13 @@ class SlotLosses:
 def acceptance(l1: Tensor) -> Tensor:
     """Return how likely the target accepts each slot: 1 - L1/2, detached."""
     return (1 - l1.detach() / 2).clamp(0, 1)
+
+
+def accepted_of(slots: SlotFigures) -> Tensor | None:
+    """Return how likely the target accepts each slot, `[M]`, detached; None without a teacher."""
+    if slots.accepted is not None:
+        return slots.accepted.detach()
+    return None if slots.l1 is None else acceptance(slots.l1)
 
 
 def cross_entropy(slots: SlotFigures) -> Tensor:
@@ -144,12 +157,24 @@ def lost_mass(slots: SlotFigures) -> Tensor | None:
     return None if slots.mass is None else 1 - slots.mass
 
 
+def selector_error(slots: SlotFigures) -> Tensor | None:
+    """Return the cross entropy of the choice among candidates, `[M]`."""
+    return slots.selector
+
+
+def missed(slots: SlotFigures) -> Tensor | None:
+    """Return 1 for a label that is no candidate, else 0, `[M]`. Nothing trains it."""
+    return slots.missed
+
+
 TERMS: dict[str, Callable[[SlotFigures], Tensor | None]] = {
     "ce": cross_entropy,
     "l1": l1_distance,
     "soft_ce": soft_cross_entropy,
     "confidence": confidence_error,
     "lost_mass": lost_mass,
+    "selector": selector_error,
+    "missed": missed,
 }
 """Each slot's loss `[M]` by the term's name; None where the forward lacks what the term needs."""
 
@@ -159,6 +184,8 @@ TITLES = {
     "soft_ce": "soft cross entropy",
     "confidence": "confidence",
     "lost_mass": "outside the vocabulary",
+    "selector": "selector",
+    "missed": "not among the candidates",
 }
 """Names of the terms for people."""
 
@@ -195,7 +222,7 @@ class LossSums:
     terms: dict[str, Tensor]
     """sum of w * term, by name."""
     accepted: Tensor
-    """sum of the acceptance a = 1 - L1/2, by slot `[K]`."""
+    """sum of the acceptance a, by slot `[K]`; a is 1 - L1/2 of the distribution that is drafted from."""
     slots: Tensor
     """number of supervised slots, by slot `[K]`."""
     prefix: Tensor
@@ -301,8 +328,10 @@ def sum_slots(slots: SlotFigures, objective: Objective) -> LossSums:
     mask, zero = slots.supervised.mask, slots.ce.new_zeros(())
     weights = slots.supervised.weights(objective.decay_gamma) if slots.weights is None else slots.weights
     found = {name: TERMS[name](slots) for name in objective.weights}
-    accepted = torch.zeros_like(slots.ce) if slots.l1 is None else acceptance(slots.l1)
-    accept = slots.supervised.lay_out(accepted)  # [B, N, K]
+    accepted = accepted_of(slots)
+    accept = slots.supervised.lay_out(
+        torch.zeros_like(slots.ce) if accepted is None else accepted
+    )  # [B, N, K]
     blocks = mask[..., 0].sum()
     return LossSums(
         weight=weights.sum() if slots.weights is None else blocks.to(weights.dtype),

@@ -57,7 +57,7 @@ def build_optimizers(
         others = () if prefix else tuple(scales)
         own = [p for name, p in trained if name.startswith(prefix) and not name.startswith(others)]
         for matrices, decay in ((True, config.weight_decay), (False, 0.0)):
-            params = [p for p in own if (p.ndim >= 2) == matrices]
+            params = [p for p in own if (p.ndim == 2) == matrices]
             if params:
                 groups.append({"params": params, "weight_decay": decay, "lr_scale": scale})
     betas = (config.beta1, config.beta2)

@@ -239,7 +239,12 @@ NULL = {"target_layer_ids": [0, 2, 4], "mask_token_id": None, "block_size": 4}
         ({"output_multiplier": 0.5}, {}, 1, ["output_multiplier = 0.5"]),
         ({"use_swa": True, "swa_window_size": 9}, {}, 1, ["use_swa"]),
         ({"final_logit_softcapping": 30.0}, {}, 1, ["final_logit_softcapping = 30.0", "expected None"]),
-        ({}, {"architectures": ["DFlash2DraftModel"]}, 1, ["DFlash2DraftModel"]),
+        (
+            {},
+            {"architectures": ["DFlash2DraftModel"]},
+            1,
+            ["no dflash_config.conv_kernel_size", "DFlash2 draft"],
+        ),
         ({}, {"model_type": "kimi"}, 1, ["model_type = 'kimi'"]),
         ({}, {"vocab_size": 999}, 1, ["another target than tiny-llama", "vocab_size: 999 there"]),
         ({}, {"num_target_layers": 7}, 1, ["num_target_layers: 7 there, 6 in the cache"]),

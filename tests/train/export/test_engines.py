@@ -295,14 +295,14 @@ def test_sglang_is_told_not_to_round_float32(tmp_path: Path, run_dir: Path, dtyp
 @pytest.mark.parametrize(
     ("architecture", "serving"),
     [
-        ("Qwen3ForCausalLM", {"dspark", "dflash", "eagle3"}),
-        ("LlamaForCausalLM", {"dspark", "dflash", "eagle3"}),
+        ("Qwen3ForCausalLM", {"dspark", "dflash", "dflash2", "eagle3"}),
+        ("LlamaForCausalLM", {"dspark", "dflash", "dflash2", "eagle3"}),
         ("Qwen2ForCausalLM", {"eagle3"}),
         ("Qwen2MoeForCausalLM", {"eagle3"}),
         ("Glm4MoeForCausalLM", {"eagle3"}),
         ("Gemma3ForConditionalGeneration", {"eagle3"}),
-        ("Lfm2ForCausalLM", {"dspark", "dflash"}),
-        ("NemotronHForCausalLM", {"dspark", "dflash"}),
+        ("Lfm2ForCausalLM", {"dspark", "dflash", "dflash2"}),
+        ("NemotronHForCausalLM", {"dspark", "dflash", "dflash2"}),
         ("KimiLinearForCausalLM", {"dspark"}),
         ("DeepseekV4ForCausalLM", {"dspark"}),
         ("Gemma2ForCausalLM", set()),

@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_dir: Path, cache_dir: Pat
     folder = tmp_path_factory.mktemp("kinds")
     made = {"dspark": run_dir}
     for name, settings in CASES.items():
-        if name not in ("dspark", "dflash, reduced"):
+        if name not in ("dspark", "dflash, reduced", "dflash2"):
             made[name] = trained(folder / name, cache_dir, **{"draft__kind": name, **settings})
     return made
 
@@ -217,6 +217,19 @@ def test_the_card_says_how_the_file_is_served(
         "model.safetensors",
         "README.md",
     }
+
+
+def test_a_kind_that_llama_cpp_does_not_know_has_no_file(
+    tmp_path: Path, cache_dir: Path, target_file: Path
+) -> None:
+    run = trained(tmp_path / "run", cache_dir, draft__kind="dflash2", **CASES["dflash2"])
+    asked = ("export", run, tmp_path / "out", "--to", "llama.cpp")
+    for more in ((), ("--gguf", "f16", "--target-gguf", target_file)):
+        refused = run_cli(*asked, *more)
+        assert_refused(
+            refused, 2, "llama.cpp can't serve this draft", "neither the convolutions nor the selector"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_missing_is_said(

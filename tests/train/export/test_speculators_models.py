@@ -53,6 +53,12 @@ def block(model: Any, features: Tensor, anchor: int) -> tuple[Tensor, Tensor]:
 
 def drafted_by_blocks(model: Any, features: Tensor, anchor: int) -> list[int]:
     hidden, logits = block(model, features, anchor)
+    if hasattr(model, "candidate_selector"):
+        tokens = [anchor]
+        for state, row in zip(hidden[1:], logits[1:], strict=True):
+            ids, scores = model.candidate_selector.select(row, state, torch.tensor(tokens[-1]))
+            tokens.append(int(ids[scores.argmax()]))
+        return tokens[1:]
     if not model.config.sample_from_anchor:
         return logits[1:].argmax(-1).tolist()
     tokens = [anchor]

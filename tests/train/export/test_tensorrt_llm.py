@@ -117,6 +117,12 @@ def test_other_kinds(tmp_path: Path, cache_dir: Path) -> None:
         assert [rule.field for rule in broken_rules(DRAFTS["eagle3"].rules, config, "tensorrt-llm")] == [
             field
         ]
+    newer = trained(
+        tmp_path / "newer", cache_dir, **kinds | {"draft__kind": "dflash2", "draft__block_size": 4}
+    )
+    assert_refused(
+        run_cli("export", newer, tmp_path / "no", *TO), 2, "neither the convolutions nor the selector"
+    )
     small = trained(tmp_path / "small", cache_dir, draft__draft_vocab_size=40)
     head = ("--with-embeddings", "--cache", cache_dir)
     assert_refused(run_cli("export", small, tmp_path / "no", *TO, *head), 2, "draft_vocab_size is 40")

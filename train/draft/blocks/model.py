@@ -77,6 +77,7 @@ class BlockDraftModel(PreTrainedModel, ReducedVocabulary):
     _no_split_modules = ("BlockDecoderLayer",)
     _supports_sdpa = True
     _tied_weights_keys = None
+    layer_class: type[BlockDecoderLayer] = BlockDecoderLayer
     first_slot = 0
     """First row of a block that drafts: row r drafts the token at anchor + r + 1 - first_slot."""
 
@@ -94,7 +95,7 @@ class BlockDraftModel(PreTrainedModel, ReducedVocabulary):
         self.fc = nn.Linear(len(config.target_layer_ids) * hidden, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.windows = layer_windows(config)
-        self.layers = nn.ModuleList(BlockDecoderLayer(config, window) for window in self.windows)
+        self.layers = nn.ModuleList(self.layer_class(config, window) for window in self.windows)
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary_emb = BlockRotaryEmbedding(config)
         self.lm_head = nn.Linear(hidden, draft_vocab_size(config), bias=False)

@@ -118,6 +118,7 @@ class BlockTrainerModule(nn.Module):
             mass=None if operands.teacher_mass is None else operands.teacher_mass[operands.positions],
             weights=slot_weights,
         )
+        slots = dataclasses.replace(slots, **self.own_figures(blocks, operands, input_ids, slots))
         metrics = self.metrics(slots, denominator)
         assert metrics.sums is not None
         loss = vocabulary.sum
@@ -139,6 +140,16 @@ class BlockTrainerModule(nn.Module):
     def own_weights(self, operands: SlotOperands, supervised: Supervised) -> Tensor | None:
         """Return weights of the supervised slots, `[M]`, to replace the objective's decay; None keeps it."""
         return None
+
+    def own_figures(
+        self, blocks: DraftBlocks, operands: SlotOperands, input_ids: Tensor, slots: SlotFigures
+    ) -> dict[str, Tensor | None]:
+        """Return figures of the kind's own, as fields of `SlotFigures`; there are none here.
+
+        Args:
+            slots: the figures found so far.
+        """
+        return {}
 
     def weighted(self, slot_weights: Tensor) -> dict[str, Tensor | None]:
         """Return the weights of the terms of the vocabulary, as fields of `SlotOperands`.

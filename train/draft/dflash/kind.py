@@ -41,8 +41,7 @@ def _build(config: PretrainedConfig) -> Qwen3DFlashModel:
 
 
 def _module(model: Qwen3DFlashModel, loss: DFlashLoss) -> DFlashTrainerModule:
-    smoothing = loss.dpace_smoothing if loss.slot_weights == "dpace" else None
-    return DFlashTrainerModule(model, Objective.of(loss), smoothing)
+    return DFlashTrainerModule(model, Objective.of(loss), loss.smoothing)
 
 
 def _slots(config: PretrainedConfig) -> int:

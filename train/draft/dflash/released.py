@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from pipeline.errors import RunError
 from pipeline.text import one_line
 from train.draft.blocks.config import slides
 from train.draft.dflash.config import ARCHITECTURE
+from train.draft.dflash.settings import DFLASH_TABLES
 from train.draft.released import check_architecture, check_unquantized
 
 # Fields of `dflash_config` that are read; the first two must be there.
@@ -29,8 +30,7 @@ _SETTINGS = {
     "mask_token_id": "mask_token_id",
     "draft_vocab_size": "draft_vocab_size",
 }
-# Fields of `dflash_config` that other trainers' drafts may have, with the value that changes nothing.
-_NEUTRAL = {
+NEUTRAL = {
     "attention_sink_bias": False,
     "attention_value_scale": 1,
     "causal": False,
@@ -43,33 +43,48 @@ _NEUTRAL = {
     "selector_rank": 0,
     "use_swa": False,
 }
+"""Fields of `dflash_config` that other trainers' drafts may have, with the value that changes nothing."""
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+def nested_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return `dflash_config` without null values."""
     nested = values.get("dflash_config")
     nested = nested if isinstance(nested, Mapping) else {}
     return {name: value for name, value in nested.items() if value is not None}
 
 
-def check_released(values: Mapping[str, Any], where: str) -> None:
+def check_released(
+    values: Mapping[str, Any],
+    where: str,
+    *,
+    architecture: str = ARCHITECTURE,
+    title: str = DFLASH_TABLES.title,
+    own: Collection[str] = (),
+    scales: Collection[str] = (),
+) -> None:
     """Check that a released config describes a draft of this project's kind.
 
     Args:
         values: values of config.json, without null ones.
         where: path of config.json, for messages.
+        architecture: class of a kind that builds on DFlash.
+        title: name of such a kind.
+        own: fields of `dflash_config` that such a kind needs.
+        scales: fields that it may have.
 
     Raises:
         RunError: the config describes another kind of draft; the message names the field.
     """
-    nested = _nested(values)
-    check_architecture(values, (ARCHITECTURE,), where)
-    for name in _REQUIRED:
+    nested = nested_fields(values)
+    check_architecture(values, (architecture,), where)
+    for name in (*_REQUIRED, *own):
         if name not in nested:
             raise RunError(
-                f"{where} has no dflash_config.{name}, so it is not a DFlash draft: import another"
+                f"{where} has no dflash_config.{name}, so it is not a {title} draft: import another"
             )
-    for name, neutral in _NEUTRAL.items():
+    for name, neutral in NEUTRAL.items():
+        if name in own or name in scales:
+            continue
         if nested.get(name, neutral) != neutral:
             raise RunError(
                 f"{where} has dflash_config.{name} = {nested[name]!r}, expected {neutral!r}: no run can "
@@ -122,7 +137,7 @@ def released_settings(
     Raises:
         RunError: the config can't be read.
     """
-    nested = _nested(values)
+    nested = nested_fields(values)
     values = {**values, **{name: nested[name] for name in _NESTED if name in nested}}
     try:
         body = Qwen3Config.from_dict(dict(values))

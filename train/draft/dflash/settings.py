@@ -53,6 +53,11 @@ class DFlashLoss(LossConfig):
     def slot_decay(self) -> float | None:
         return self.decay_gamma if self.slot_weights == "decay" else None
 
+    @property
+    def smoothing(self) -> float | None:
+        """D-PACE's share of 1 in each slot's confidence; None without D-PACE."""
+        return self.dpace_smoothing if self.slot_weights == "dpace" else None
+
 
 # The published settings (DFlash paper, 2026; its recipe as NVIDIA NeMo-Automodel ships it for Qwen3).
 PUBLISHED = {

@@ -26,10 +26,15 @@ def _claims(values: Mapping[str, Any]) -> bool:
     return values.get(TYPE) == _NAME and values.get("sample_from_anchor") is not True
 
 
-def _released(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def as_dflash(values: Mapping[str, Any], where: str, architecture: str = ARCHITECTURE) -> dict[str, Any]:
+    """Return a config.json as `check_released` takes it; arguments as of `SpeculatorsForm.released`.
+
+    Args:
+        architecture: class of a kind that builds on DFlash.
+    """
     found = released_block(values, where)
     nested = {name: found.pop(name) for name in _NESTED}
-    return {"architectures": [ARCHITECTURE], **found, "dflash_config": {**nested, "causal": False}}
+    return {"architectures": [architecture], **found, "dflash_config": {**nested, "causal": False}}
 
 
 SPECULATORS = SpeculatorsForm(
@@ -38,5 +43,5 @@ SPECULATORS = SpeculatorsForm(
     fields=_fields,
     layers=block_layers,
     claims=_claims,
-    released=_released,
+    released=as_dflash,
 )
