@@ -50,7 +50,7 @@ help:
 	@echo 'make test-flipped  run those that ask whether the CPU has bf16 as if the answer were the other one'
 	@echo 'make lint       check style; changes nothing'
 	@echo 'make format     rewrite to style'
-	@echo 'make bench      run the benchmarks (but those that train for long: quality.py, initialise.py, optimizers.py)'
+	@echo 'make bench      run the benchmarks (but those that train for long: acceptance.py, quality.py, optimizers.py)'
 	@echo 'make gpu        on a GPU machine: prove that all works there, and measure it, in ten minutes'
 	@echo 'make soak       capture under every trouble at once (kills, full disk, bad rows), then train; 8 minutes'
 	@echo 'make clean      remove .venv, .cache, caches/ and runs/'

@@ -1,6 +1,6 @@
 """Compare settings of a draft by their held-out acceptance, with seeds and paired differences.
 
-    python benchmarks/acceptance.py example --cache caches/example            # the lists of acceptance.toml
+    python benchmarks/acceptance.py example --cache caches/example    # a list of acceptance.toml
     python benchmarks/acceptance.py rank anchors --cache caches/example --seeds 0,1,2 --jobs 2
 
 Every case of a list is trained from the same cache with each seed. Drafts of one seed see the same batches in
@@ -110,13 +110,16 @@ def trained(job: Job, cache: Path, runs: Path, threads: int) -> list[tuple[str, 
     )
     if done.returncode:
         sys.exit(f"{job.name} exited with {done.returncode}:\n{done.stderr}")
-    progress = json.loads((run / "latest" / "training.json").read_text())["progress"]
-    evaluation = progress["evaluation"]
+    file = run / ("figures.json" if job.published else "latest/training.json")
+    figures = json.loads(file.read_text())
+    figures = figures if job.published else figures["progress"]
+    evaluation = figures["evaluation"]
     rows = [(job.name, TAU, evaluation["tau"], "")]
     for k, each in enumerate(evaluation["accept_by_position"], 1):
         rows.append((job.name, f"acceptance of slot {k}", each, ""))
-    rows.append((job.name, "tokens trained on", progress["tokens"], "tokens"))
-    rows.append((job.name, f"time of all steps, {threads} of {os.cpu_count()} cores", progress["seconds"], "s"))
+    rows.append((job.name, "tokens trained on", figures["tokens"], "tokens"))
+    cores = f"{threads} of {os.cpu_count()} cores"
+    rows.append((job.name, f"time of all steps, {cores}", figures["seconds"], "s"))
     return rows
 
 
@@ -126,13 +129,13 @@ def summary(group: str, jobs: list[Job], found: dict[str, dict[str, float]]) -> 
     taus: dict[str, dict[int, float]] = {}
     for job in jobs:
         taus.setdefault(job.case, {})[job.seed] = found[job.name][TAU]
-    lines = [f"{group}: held-out tau by seed, their mean, and the mean difference to {reference!r} +- its standard error"]
+    lines = [f"{group}: held-out tau by seed, mean, and mean difference to {reference!r} +- standard error"]
     for case, by_seed in taus.items():
         apart = [tau - taus[reference][seed] for seed, tau in by_seed.items()]
         error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
         each = " ".join(f"{tau:.3f}" for tau in by_seed.values())
-        lines.append(f"  {case:60} {each}   {statistics.mean(by_seed.values()):.3f}   "
-                     f"{statistics.mean(apart):+.3f} +- {error:.3f}")
+        mean = statistics.mean(by_seed.values())
+        lines.append(f"  {case:52} {each}   {mean:.3f}   {statistics.mean(apart):+.3f} +- {error:.3f}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Train NVIDIA's published DSpark draft with its own loss, of the package nemo-automodel, on this project's batches.
+"""Train NVIDIA's published DSpark draft, of the package nemo-automodel, with its own loss on our batches.
 
 benchmarks/acceptance.py runs it. The draft's code, its first weights and its loss are theirs. Ours are the
 batches and anchors, the optimiser with its schedule, and the evaluation. It begins anew when it was stopped.

@@ -141,7 +141,7 @@ class TrainConfig:
     held_out: float = HELD_OUT
     """Share of the samples kept for evaluation, chosen by a hash of their content."""
     data_share: float = 1.0
-    """Share of the training samples to use, chosen by a hash of their content: shows what more data is worth."""
+    """Share of the training samples to use, chosen by a hash of their content; 1 uses all."""
     eval_anchors: int = 32
     """Anchors per held-out sample, evenly spread over its candidates."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -22,6 +22,7 @@ from pipeline.cache import (
     sample_id,
 )
 from pipeline.cache.index import index_bytes, open_index
+from pipeline.cache.split import kept_share
 
 QUICK = settings(max_examples=100)
 
@@ -189,6 +190,19 @@ def test_a_larger_share_holds_out_the_same_samples_and_more(many_ids):
     small, large = held_out(many_ids, 0.05), held_out(many_ids, 0.2)
     assert not (small & ~large).any()
     assert large.sum() > small.sum()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
+def test_a_share_of_the_training_samples_has_none_that_is_held_out(many_ids, share):
+    kept, out = kept_share(many_ids, 0.1, share), held_out(many_ids, 0.1)
+    assert not (kept & out).any()
+    assert (kept == ~out).all() == (share == 1)
+    expected = len(many_ids) * 0.9 * share
+    assert abs(kept.sum() - expected) < 5 * expected**0.5
+
+
+def test_a_smaller_share_is_part_of_a_larger_one(many_ids):
+    assert not (kept_share(many_ids, 0.1, 0.2) & ~kept_share(many_ids, 0.1, 0.3)).any()
 
 
 def test_the_split_by_hand():

@@ -46,6 +46,8 @@ from train.trainer.setup import most_candidates, set_up
         ("draft.layer_types=['full']", 2, ["sliding_attention, full_attention", "'full'"]),
         ("draft.init_from=nowhere", 1, ["init_from", "no draft at nowhere", "safetensors"]),
         ("train.held_out=0.0001", 2, ["held_out"]),
+        ("train.data_share=0", 2, ["data_share must be above 0 and at most 1", "got 0"]),
+        ("train.data_share=1e-9", 2, ["train.data_share = 1e-09 leaves no sample", "raise it"]),
         ("train.batch_tokens=16", 2, ["batch_tokens = 16", "longest sample", "at least"]),
         ("train.anchors_per_batch=257", 2, ["anchors_per_batch = 257", "256 tokens", "at most"]),
         ("train.micro_batches_per_step=0", 2, ["micro_batches_per_step must be at least 1"]),

@@ -9,7 +9,7 @@ predicts much of the target's next state. So `draft.init = "ridge"` sets
 - its values and output to pass on the main directions of that prediction,
 - the final norm to the target's scale.
 
-Training then changes all of these. benchmarks/initialise.py measures the gain.
+Training then changes all of these. benchmarks/acceptance.py measures the gain.
 """
 
 from __future__ import annotations
