@@ -7,7 +7,7 @@ Every case of a list is trained from the same cache with each seed. Drafts of on
 the same order, so a case is compared with its list's reference seed by seed. Runs that were stopped continue.
 Runs whose rows are in results.csv, with the same settings and cache, are not trained again.
 
-NVIDIA's published draft and loss, of the package nemo-automodel, are trained by benchmarks/published.py on the
+Runs that were stopped continue. Rows of results.csv with the same settings and cache are not measured again.
 same batches.
 """
 
