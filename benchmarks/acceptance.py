@@ -7,8 +7,8 @@ Every case of a list is trained from the same cache with each seed. Drafts of on
 the same order, so a case is compared with its list's reference seed by seed. Runs that were stopped continue.
 Runs whose rows are in results.csv, with the same settings and cache, are not trained again.
 
-Runs that were stopped continue. Rows of results.csv with the same settings and cache are not measured again.
-same batches.
+NVIDIA's published draft and loss, of the package nemo-automodel, are trained on the same batches by
+benchmarks/published.py.
 """
 
 from __future__ import annotations
