@@ -31,13 +31,14 @@ OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
 STAGE := $(if $(NPROC),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan capture train evaluate compare engines prove test test-flipped lint format \
+.PHONY: help setup plan capture capture-large train evaluate compare engines prove test test-flipped lint format \
 	bench gpu soak clean
 
 help:
 	@echo 'make setup      make .venv with everything the example needs (the others do it for you)'
 	@echo 'make plan       say what a capture will do and cost; loads no weights'
 	@echo 'make capture    run the target once and write a cache'
+	@echo 'make capture-large  the same with ten times as many tokens, in caches/large; answers them first, for hours'
 	@echo 'make train      capture if the cache is not there yet, then train a draft and evaluate it;'
 	@echo '                stopped at any moment, the same command continues'
 	@echo 'make evaluate   measure a trained draft on held-out samples and beside its live target, and write'
@@ -96,6 +97,20 @@ plan: $(STAMP)
 
 capture: $(STAMP)
 	$(OFFLINE) $(STAGE) capture $(WHAT)
+
+# The large example's answers are the target's own, at several temperatures. A file of answers that is complete
+# is not made again, and a stopped one continues.
+LARGE := .cache/large
+TEMPERATURES := 0.0 0.3 0.7 1.0
+
+capture-large: $(STAMP)
+	$(BIN)/python -m capture.large $(LARGE)
+	@for t in $(TEMPERATURES); do \
+		[ -f $(LARGE)/answers-$$t.jsonl ] || $(OFFLINE) $(BIN)/dspark regenerate --data $(LARGE)/prompts-$$t.jsonl \
+			--temperature $$t --max-new-tokens 160 --device $(DEVICE) --out $(LARGE)/answers-$$t.jsonl || exit; \
+	done
+	$(OFFLINE) $(STAGE) capture --cache caches/large --device $(DEVICE) \
+		$(foreach t,$(TEMPERATURES),--data $(LARGE)/answers-$(t).jsonl)
 
 train: capture
 	$(STAGE) train --cache $(CACHE) --config $(CONFIG) --run-dir $(RUN) --device $(DEVICE) \
