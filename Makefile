@@ -101,16 +101,17 @@ capture: $(STAMP)
 # The large example's answers are the target's own, at several temperatures. A file of answers that is complete
 # is not made again, and a stopped one continues.
 LARGE := .cache/large
-TEMPERATURES := 0.0 0.3 0.7 1.0
 
 capture-large: $(STAMP)
 	$(BIN)/python -m capture.large $(LARGE)
-	@for t in $(TEMPERATURES); do \
-		[ -f $(LARGE)/answers-$$t.jsonl ] || $(OFFLINE) $(BIN)/dspark regenerate --data $(LARGE)/prompts-$$t.jsonl \
-			--temperature $$t --max-new-tokens 160 --device $(DEVICE) --out $(LARGE)/answers-$$t.jsonl || exit; \
+	@mkdir -p $(LARGE)/answers
+	@for prompts in $(LARGE)/prompts/*.jsonl; do \
+		file=$${prompts##*/}; \
+		[ -f $(LARGE)/answers/$$file ] || $(OFFLINE) $(BIN)/dspark regenerate --data $$prompts \
+			--temperature $${file%.jsonl} --max-new-tokens 160 --device $(DEVICE) \
+			--out $(LARGE)/answers/$$file || exit; \
 	done
-	$(OFFLINE) $(STAGE) capture --cache caches/large --device $(DEVICE) \
-		$(foreach t,$(TEMPERATURES),--data $(LARGE)/answers-$(t).jsonl)
+	$(OFFLINE) $(STAGE) capture --cache caches/large --data $(LARGE)/answers --device $(DEVICE)
 
 train: capture
 	$(STAGE) train --cache $(CACHE) --config $(CONFIG) --run-dir $(RUN) --device $(DEVICE) \

@@ -120,10 +120,13 @@ def subjects() -> list[str]:
     return [each.strip() for each in SUBJECTS.replace("\n", " ").split(";")]
 
 
+def _number(*key: object) -> int:
+    """Return a hash of a key, which no version of Python changes."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
+
+
 def _pick(options: list[str], *key: object) -> str:
-    """Choose by a hash of a key, which no version of Python changes."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return options[int.from_bytes(digest[:8], "big") % len(options)]
+    return options[_number(*key) % len(options)]
 
 
 def conversations() -> Iterator[dict[str, object]]:
@@ -138,7 +141,7 @@ def conversations() -> Iterator[dict[str, object]]:
             continue
         asked.add(question)
         turns = [question]
-        if int(_pick([str(i) for i in range(100)], number, "turns")) < 100 * _FOLLOWED:
+        if _number(number, "turns") < _FOLLOWED * 2**64:
             turns.append(_pick(FOLLOW_UPS, number, "follow-up").format(**words))
         messages = []
         for turn in turns:
@@ -148,11 +151,12 @@ def conversations() -> Iterator[dict[str, object]]:
 
 
 def main(folder: Path) -> None:
-    """Write `prompts-T.jsonl` of every temperature T to a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `prompts/T.jsonl` of every temperature T to a folder."""
+    prompts = folder / "prompts"
+    prompts.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in conversations()]
     for i, temperature in enumerate(TEMPERATURES):
-        file, own = folder / f"prompts-{temperature}.jsonl", lines[i :: len(TEMPERATURES)]
+        file, own = prompts / f"{temperature}.jsonl", lines[i :: len(TEMPERATURES)]
         publish_bytes(file, "".join(own).encode())
         print(f"{file}: {len(own):,} conversations to answer at temperature {temperature}")
 

@@ -15,7 +15,7 @@ def questions(row: dict) -> tuple[str, ...]:
 
 def test_every_question_is_asked_once_in_one_of_the_files(tmp_path: Path) -> None:
     main(tmp_path)
-    files = [tmp_path / f"prompts-{each}.jsonl" for each in TEMPERATURES]
+    files = [tmp_path / "prompts" / f"{each}.jsonl" for each in TEMPERATURES]
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     own = {json.loads(line)["id"] for line in EXAMPLE_DATA.read_text().splitlines()}
     made = [row for row in rows if row["id"] not in own]

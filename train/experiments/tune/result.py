@@ -1,4 +1,4 @@
-"""What a tune found: the table, the best config, and what it is expected to reach."""
+"""Findings of a tune: the table, the best config, and the figure to expect of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEST_CONFIG, SUMMARY = "best.toml", "tune.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What is known of the trials."""
+    """Trials of a tune, and the best of them."""
 
     full_steps: int
     """Optimiser steps of the base config's run, and of the best one's."""
