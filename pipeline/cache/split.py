@@ -36,7 +36,7 @@ def kept_share(sample_ids: np.ndarray, fraction: float, share: float) -> np.ndar
         share: above 0 and at most 1; 1 keeps all.
     """
     first = fraction + (1 - fraction) * (1 - share)
-    return _leading(sample_ids) >= (fraction if share == 1 else first) * 2**32
+    return _leading(sample_ids) >= first * 2**32
 
 
 def _leading(sample_ids: np.ndarray) -> np.ndarray:

@@ -329,9 +329,9 @@ def sum_slots(slots: SlotFigures, objective: Objective) -> LossSums:
     weights = slots.supervised.weights(objective.decay_gamma) if slots.weights is None else slots.weights
     found = {name: TERMS[name](slots) for name in objective.weights}
     accepted = accepted_of(slots)
-    accept = slots.supervised.lay_out(
-        torch.zeros_like(slots.ce) if accepted is None else accepted
-    )  # [B, N, K]
+    if accepted is None:
+        accepted = torch.zeros_like(slots.ce)
+    accept = slots.supervised.lay_out(accepted)  # [B, N, K]
     blocks = mask[..., 0].sum()
     return LossSums(
         weight=weights.sum() if slots.weights is None else blocks.to(weights.dtype),
