@@ -151,7 +151,8 @@ def main() -> None:
     seeds = [int(seed) for seed in options.seeds.split(",")]
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     by_list = {group: jobs_of(group, cache, seeds) for group in options.lists}
-    left = [job for jobs in by_list.values() for job in jobs if job.name not in recorded()]
+    known = recorded()
+    left = [job for jobs in by_list.values() for job in jobs if job.name not in known]
     with ThreadPoolExecutor(options.jobs) as pool:
         done = pool.map(lambda job: trained(job, cache, runs, threads), left)
         for rows in tqdm(done, total=len(left), unit="draft"):
