@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
 from pipeline.cache import CacheReader
 from tests.conftest import run_ok
 from tests.train.runs import lines_of, train_arguments
-from train.draft.blocks.ridge import PENALTY, ridge_initialise
+from train.draft.blocks import regression
+from train.draft.blocks.regression import PENALTY, TOKEN_PENALTY, collect, regress, regular_root
+from train.draft.blocks.ridge import ALL, ANCHOR, MASK, ridge_initialise, row_distances
+from train.draft.dspark.markov import MARKOV_HEADS, GatedMarkovHead, VanillaMarkovHead
 from train.draft.settings import run_config
 from train.trainer.setup import build_draft, set_up
 
@@ -23,7 +27,10 @@ def reader(cache_dir: Path) -> CacheReader:
 
 def random_draft(reader: CacheReader, **settings):
     train = {"held_out": 0.2, "anchors_per_batch": 64}
-    config = run_config({"draft": {"block_size": 3, "markov_rank": 8, **settings}, "train": train})
+    values = {"block_size": 3, "markov_rank": 8, "num_layers": 1, **settings}
+    if values.get("kind") == "dflash":
+        values.pop("markov_rank")
+    config = run_config({"draft": values, "train": train})
     return build_draft(set_up(reader.path, config, torch.device("cpu")))
 
 
@@ -33,24 +40,153 @@ def draft(reader: CacheReader, **settings):
     return model
 
 
-def test_fc_is_numpys_least_squares(reader: CacheReader) -> None:
-    model = draft(reader, num_layers=1)
-    features, states = [], []
+def found(model, reader: CacheReader):
+    """Moments and rows of all samples, with the distances of the draft's rows."""
+    distances, layer_ids = row_distances(model), tuple(model.config.target_layer_ids)
+    moments, rows = collect(reader, np.arange(len(reader)), layer_ids, model.embed_tokens, distances)
+    return moments, rows, distances
+
+
+@pytest.mark.parametrize("settings", [{}, {"kind": "dflash"}, {"block_size": 1}])
+def test_moments_are_means_over_rows(reader: CacheReader, settings: dict) -> None:
+    model = random_draft(reader, **settings)
+    moments, rows, distances = found(model, reader)
+    embedding = model.embed_tokens.weight.double().numpy()
+    near, far, tokens, states = [], [], [], []
     for i in range(len(reader)):
         sample = reader.read(i)
-        for row, position in enumerate(sample.last_positions.tolist()):
-            if position >= 2:
-                features.append(sample.context[position - 1].double().numpy())
+        for row, p in enumerate(sample.last_positions.tolist()):
+            if p > model.slots:
+                seen = [sample.context[p - 1 - d].double().numpy() for d in range(model.slots)]
+                near.append(seen)
+                far.append(seen[-1])
+                tokens.append(int(sample.input_ids[p]))
                 states.append(sample.last_hidden[row].double().numpy())
-    x, y = np.stack(features), np.stack(states)
-    rms = np.sqrt((x**2).mean(axis=0))
-    penalty = np.sqrt(PENALTY * len(x)) * np.eye(x.shape[1])
-    wanted, *_ = np.linalg.lstsq(
-        np.vstack([x / rms, penalty]), np.vstack([y, np.zeros((len(penalty), y.shape[1]))]), rcond=None
-    )
-    got = model.fc.weight.double().detach().numpy()
-    assert np.abs(got * rms - wanted.T).max() < 1e-3 * np.abs(wanted).max()
-    assert model.norm.weight.tolist() == pytest.approx([np.sqrt((y**2).mean())] * y.shape[1], rel=1e-4)
+    x, far, y = np.array(near), np.array(far), np.array(states)
+    e = embedding[tokens] - embedding[tokens].mean(0)
+    both = np.concatenate([e, y], axis=1)
+
+    def same(got: torch.Tensor, wanted: np.ndarray) -> None:
+        assert np.abs(got.double().numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+    same(moments.features, far.T @ far / len(x))
+    same(moments.tokens, e.T @ e / len(x))
+    same(moments.tokens_states, e.T @ y / len(x))
+    for name, each in distances.items():
+        same(moments.nearest[name], x[:, list(each)].mean(1).T @ both / len(x))
+    same(moments.counts, np.bincount(tokens, minlength=len(embedding)).astype(float))
+    same(rows.embedded, e)
+    assert [len(each) for each in rows.nearest] == [len(x)] * model.slots
+
+
+def test_the_regression_solves_the_normal_equations_of_all_its_maps_at_once(reader: CacheReader) -> None:
+    """One system with the tokens' map and every class's, solved whole; the code eliminates class by class."""
+    moments, _, distances = found(random_draft(reader), reader)
+    of_tokens, of_features = regress(moments, distances, True)
+    numpy = {name: each.double().numpy() for name, each in vars(moments).items() if torch.is_tensor(each)}
+    gram, tokens = numpy["features"].copy(), numpy["tokens"].copy()
+    for matrix, penalty in ((gram, PENALTY), (tokens, TOKEN_PENALTY)):
+        matrix[np.diag_indices(len(matrix))] *= 1 + penalty
+    width, hidden, count = len(gram), len(tokens), len(distances)
+    whole = np.zeros((count * width + hidden,) * 2)
+    wanted = np.zeros((len(whole), hidden))
+    for i, (name, each) in enumerate(distances.items()):
+        own, products = slice(i * width, (i + 1) * width), moments.nearest[name].double().numpy()
+        whole[own, own] = len(each) * gram
+        whole[own, -hidden:] = len(each) * products[:, :hidden]
+        whole[-hidden:, own] = len(each) * products[:, :hidden].T
+        wanted[own] = len(each) * products[:, hidden:]
+    slots = sum(map(len, distances.values()))
+    whole[-hidden:, -hidden:] = slots * tokens
+    wanted[-hidden:] = slots * numpy["tokens_states"]
+    solution = np.linalg.solve(whole, wanted)
+    for got, expected in (
+        *zip(of_features.values(), np.split(solution[:-hidden], count), strict=True),
+        (of_tokens, solution[-hidden:]),
+    ):
+        assert np.abs(got.double().numpy() - expected).max() < 2e-3 * np.abs(expected).max()
+    without, alone = regress(moments, distances, False)
+    assert not without.any()
+    lone = np.linalg.solve(gram, moments.nearest[ANCHOR][:, hidden:].double().numpy())
+    assert np.abs(alone[ANCHOR].double().numpy() - lone).max() < 2e-3 * np.abs(lone).max()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="shared values"),
+        pytest.param({"num_attention_heads": 4, "num_key_value_heads": 4}, id="values of their own"),
+        pytest.param({"kind": "dflash"}, id="dflash"),
+        pytest.param({"block_size": 1}, id="one slot"),
+        pytest.param({"markov_head": "rnn"}, id="a head that can't begin"),
+    ],
+)
+def test_a_fresh_draft_computes_about_the_prediction(reader: CacheReader, settings: dict) -> None:
+    """The direction of each row's final state, at the anchors of a sample."""
+    model = draft(reader, head_dim=64, **settings)
+    moments, _, distances = found(model, reader)
+    _, maps = regress(moments, distances, model.sees_tokens)
+    sample = reader.read(int(reader.lengths.argmax()))
+    anchors = torch.arange(8, len(sample.input_ids) - 4, 3)
+    blocks = torch.full((len(anchors), model.block_size), model.config.mask_token_id)
+    blocks[:, 0] = sample.input_ids[anchors].long()
+    with torch.no_grad():
+        noise = model.embed_tokens(blocks.flatten()[None]) * model.embedding_scale
+        hidden = model.hidden_states(noise, sample.context.float()[None], anchors[None])[0]
+    rows = hidden[:, model.first_slot :]
+    features = sample.context.float().flatten(1)[anchors - 1]
+    for name, each in distances.items():
+        for slot in each:
+            close = cosine_similarity(rows[:, slot], features @ maps[name], dim=-1)
+            assert close.median() > 0.9, (name, slot, close)
+
+
+def test_rows_of_an_anchor_and_of_masks_are_apart_where_heads_share_values(reader: CacheReader) -> None:
+    assert row_distances(random_draft(reader)) == {ANCHOR: range(1), MASK: range(1, 3)}
+    own = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    for settings, slots in ((own, 3), ({"kind": "dflash"}, 2), ({"block_size": 1}, 1)):
+        assert row_distances(random_draft(reader, **settings)) == {ALL: range(slots)}
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gated"])
+def test_a_markov_head_of_full_rank_begins_as_the_map(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    embedding, head, of_tokens = (torch.randn(n, 6, generator=generator) for n in (40, 30, 6))
+    made = MARKOV_HEADS[name](40, 6, 8, 30)  # of a higher rank than the map can have
+    made.begin(embedding, head, of_tokens, embedding.T @ embedding / 40, regular_root(head.T @ head / 30))
+    if isinstance(made, GatedMarkovHead):
+        torch.nn.init.zeros_(made.gate_proj.weight)
+        torch.nn.init.zeros_(made.gate_proj.bias)
+    with torch.no_grad():
+        bias = made(made.latent(made.markov_w1.weight, torch.zeros(40, 6)))
+    torch.testing.assert_close(bias, embedding @ of_tokens @ head.T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_markov_head_of_less_rank_begins_as_the_best_of_its_rank() -> None:
+    """Eckart and Young: over tokens that occur, no factors of that rank are closer than numpy's."""
+    generator = torch.Generator().manual_seed(1)
+    embedding, head, of_tokens = (torch.randn(n, 6, generator=generator) for n in (400, 300, 6))
+    made = VanillaMarkovHead(400, 6, 2, 300)
+    made.begin(embedding, head, of_tokens, embedding.T @ embedding / 400, regular_root(head.T @ head / 300))
+    whole = (embedding @ of_tokens @ head.T).double().numpy()
+    sizes = np.linalg.svd(whole, compute_uv=False)
+    bias = (made.markov_w1.weight @ made.markov_w2.weight.T).detach().double().numpy()
+    best = np.sqrt((sizes[2:] ** 2).sum())
+    assert np.linalg.norm(bias - whole) == pytest.approx(best, rel=1e-3)
+    first, second = (w.square().mean().item() for w in (made.markov_w1.weight, made.markov_w2.weight))
+    assert first == pytest.approx(second, rel=1e-3)
+
+
+def test_a_step_does_not_undo_the_projection(reader: CacheReader) -> None:
+    """A first step of Adam changes every weight by the rate: here the same channels in every row."""
+    model = draft(reader)
+    sample = reader.read(int(reader.lengths.argmax()))
+    features = sample.context.float().flatten(1)[1:]
+    with torch.no_grad():
+        before = model.hidden_norm(model.fc(features))
+        model.fc.weight.add_(5e-4 * features.mean(0).sign())
+        after = model.hidden_norm(model.fc(features))
+    assert cosine_similarity(before, after, dim=-1).min() > 0.99
 
 
 @pytest.mark.parametrize("heads", [{}, {"num_attention_heads": 8, "num_key_value_heads": 8}])
@@ -75,11 +211,26 @@ def test_a_block_begins_by_looking_at_what_is_nearest(reader: CacheReader, heads
 
 
 def test_the_same_cache_gives_the_same_weights_and_other_samples_give_others(reader: CacheReader) -> None:
-    weights = [draft(reader, num_layers=1).fc.weight for _ in range(2)]
+    weights = [draft(reader).fc.weight for _ in range(2)]
     assert torch.equal(*weights)
-    fewer = random_draft(reader, num_layers=1)
+    fewer = random_draft(reader)
     ridge_initialise(fewer, reader, np.arange(8))
     assert not torch.equal(fewer.fc.weight, weights[0])
+
+
+def test_samples_too_short_to_learn_from_change_nothing(reader: CacheReader, monkeypatch) -> None:
+    model, untouched = random_draft(reader), random_draft(reader)
+    monkeypatch.setattr(regression, "read_rows", lambda *_: iter(()))
+    ridge_initialise(model, reader, np.arange(len(reader)))
+    for weight, expected in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(weight, expected)
+
+
+def test_a_reduced_vocabulary_begins_with_its_own_rows(reader: CacheReader) -> None:
+    """The bias of the tokens that it has is what a draft of the whole vocabulary has, at full rank."""
+    full, reduced = (draft(reader, markov_rank=256, **each) for each in ({}, {"draft_vocab_size": 50}))
+    bias = [m.markov_head.markov_w1.weight @ m.markov_head.markov_w2.weight.T for m in (full, reduced)]
+    torch.testing.assert_close(bias[1], bias[0][:, reduced.kept], rtol=1e-2, atol=1e-2)
 
 
 def test_a_run_starts_from_it(tmp_path: Path, cache_dir: Path) -> None:

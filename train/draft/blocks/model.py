@@ -241,6 +241,22 @@ class BlockDraftModel(PreTrainedModel, ReducedVocabulary):
             confidence_pred=confidence,
         )
 
+    @property
+    def sees_tokens(self) -> bool:
+        """True if a head's bias on the logits can begin as a map of the token before; False here."""
+        return False
+
+    def begin_bias(self, of_tokens: Tensor, mean: Tensor, covariance: Tensor, root: Tensor) -> None:
+        """Make a fresh head's bias that of a linear map of the token before; nothing happens without one.
+
+        Args:
+            of_tokens: map from the token's embedding, less the mean, to a state, whose logits are the bias,
+                `[H, H]`.
+            mean: of the embeddings `[H]`.
+            covariance: of the embeddings `[H, H]`.
+            root: root of the logits' covariance by states `[H, H]`.
+        """
+
     def heads(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Apply the heads that see the token before each slot's label; there are none here.
 

@@ -14,7 +14,6 @@ from train.draft.blocks.parts import (
     check_attention,
     drawn_blocks,
     least_blocks,
-    ridge_if_asked,
 )
 from train.draft.dflash.config import (
     ARCHITECTURE,
@@ -28,6 +27,7 @@ from train.draft.dflash.config import (
 from train.draft.dflash.model import Qwen3DFlashModel
 from train.draft.dflash.module import DFlashTrainerModule
 from train.draft.dflash.released import check_released, released_settings
+from train.draft.dflash.ridge import features_ridge_if_asked
 from train.draft.dflash.serving import GGUF, RULES, TARGETS
 from train.draft.dflash.settings import DFLASH_TABLES, DFlashLoss
 from train.draft.dflash.speculators import SPECULATORS
@@ -68,7 +68,7 @@ DFLASH = DraftKind(
     released_settings=released_settings,
     needs_last_hidden=lambda config: config.loss.l1_alpha > 0,
     build=_build,
-    initialise=ridge_if_asked,
+    initialise=features_ridge_if_asked,
     module=_module,
     attention=check_attention,
     anchors=drawn_blocks,

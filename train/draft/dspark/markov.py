@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.features import vocabulary_logits
+from train.draft.blocks.regression import regular_root
 
 
 class MarkovHead(nn.Module, ABC):
@@ -24,6 +25,8 @@ class MarkovHead(nn.Module, ABC):
         outputs: Vd, tokens that get a bias; None for V.
     """
 
+    fresh_gate: float | None = None
+    """Factor of W1[x] in a fresh head's latent; None where it is no multiple of W1[x]."""
     by_position: bool
     """True if the bias depends on the previous token alone. It is then computed once per position."""
 
@@ -40,6 +43,37 @@ class MarkovHead(nn.Module, ABC):
     @abstractmethod
     def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         """Return the input of W2 `[.., K, R]`, from W1[x] `[.., K, R]` and the states `[.., K, H]`."""
+
+    @torch.no_grad()
+    def begin(self, embedding: Tensor, head: Tensor, of_tokens: Tensor, tokens: Tensor, root: Tensor) -> None:
+        """Set W1 and W2 to the best factors of bias = head @ of_tokens^T @ embedding[x].
+
+        The best of all of rank R has the least mean square error of the logits over tokens x.
+
+        Args:
+            embedding: `[V, H]`.
+            head: `[Vd, H]`.
+            of_tokens: `[H, H]`.
+            tokens: covariance of the embeddings of the x that occur, `[H, H]`.
+            root: root of the logits' covariance by states, `[H, H]`, lower triangular.
+        """
+        inner = regular_root(tokens)
+        left, sizes, right = torch.linalg.svd(inner.T @ of_tokens @ root)
+        rank = min(self.markov_w1.embedding_dim, len(sizes))
+        left = torch.linalg.solve_triangular(inner.T, left[:, :rank], upper=True)  # [H, rank]
+        right = torch.linalg.solve_triangular(root.T, right[:rank].T, upper=True)
+        first, second = (
+            embedding.float() @ left * sizes[:rank],
+            head.float() @ right / (self.fresh_gate or 1.0),
+        )
+        # Equal sizes learn at equal rates.
+        balance = (second.square().mean() / first.square().mean().clamp(min=1e-12)).sqrt().sqrt()
+        for weight, factor in (
+            (self.markov_w1.weight, first * balance),
+            (self.markov_w2.weight, second / balance),
+        ):
+            weight.zero_()
+            weight[:, :rank] = factor
 
     def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Compute `latent` for one slot, for drafting token by token.
@@ -62,6 +96,7 @@ class MarkovHead(nn.Module, ABC):
 class VanillaMarkovHead(MarkovHead):
     """bias = W2 W1[x], for the previous token x."""
 
+    fresh_gate = 1.0
     by_position = True
 
     @staticmethod
@@ -75,6 +110,7 @@ class VanillaMarkovHead(MarkovHead):
 class GatedMarkovHead(MarkovHead):
     """bias = W2 (sigmoid(G [h; W1[x]]) * W1[x])."""
 
+    fresh_gate = 0.5
     by_position = False
 
     def __init__(self, vocab_size: int, hidden_size: int, rank: int, outputs: int | None = None):

@@ -64,6 +64,16 @@ class Qwen3DSparkModel(BlockDraftModel):
             self.confidence_head = AcceptRatePredictor(hidden + extra)
         self.post_init()
 
+    @property
+    def sees_tokens(self) -> bool:
+        return self.markov_head is not None and self.markov_head.fresh_gate is not None
+
+    def begin_bias(self, of_tokens: Tensor, mean: Tensor, covariance: Tensor, root: Tensor) -> None:
+        if self.sees_tokens:
+            embedding = self.embed_tokens.weight.float() - mean
+            scaled = of_tokens * self.logit_scale
+            self.markov_head.begin(embedding, self.lm_head.weight, scaled, covariance, root)
+
     def heads(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Apply the Markov head and the confidence head; arguments and results as in the base class."""
         embedded = latent = confidence = None
