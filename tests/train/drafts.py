@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config
 
+from pipeline.cache import CacheReader
 from tests import reference
+from train.draft.blocks.model import BlockDraftModel
 from train.draft.dspark.model import Qwen3DSparkModel
 
 VOCAB, HIDDEN, LAYERS, BLOCK, MASK_ID = 31, 16, 2, 3, 5
@@ -134,3 +136,21 @@ def as_pack(samples: list[reference.Sample], anchors: list[list[int]], padding: 
         "block_keep_mask": torch.tensor([[True] * len(positions) + [False] * 2]),
         "document_ids": torch.tensor([documents]),
     }
+
+
+def moved_by_distance(model: BlockDraftModel, reader: CacheReader) -> list[float]:
+    """Return how far a block's states move with the context 1, 2, .. 8 positions before its anchor."""
+    sample = reader.read(int(reader.lengths.argmax()))
+    context, anchor = sample.context.float()[None], 20
+    noise = model.embed_tokens(torch.tensor([[5, 320, 320]]))
+
+    def hidden(features: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model.hidden_states(noise, features, torch.tensor([[anchor]]))
+
+    moved = []
+    for distance in range(1, 9):
+        features = context.clone()
+        features[0, anchor - distance] = context[0, 30 + distance]
+        moved.append((hidden(features) - hidden(context)).norm().item())
+    return moved

@@ -11,8 +11,9 @@ import torch
 from pipeline.cache import CacheReader
 from tests.conftest import run_ok
 from tests.train.dflash.test_run import KIND
+from tests.train.drafts import moved_by_distance
 from tests.train.runs import lines_of, train_arguments
-from train.draft.dflash.ridge import PENALTY, features_ridge_initialise
+from train.draft.dflash.ridge import PENALTY, ridge_initialise
 from train.draft.settings import run_config
 from train.trainer.setup import build_draft, set_up
 
@@ -26,7 +27,7 @@ def draft(reader: CacheReader, **settings):
     values = {"kind": "dflash", "block_size": 3, **settings}
     config = run_config({"draft": values, "train": {"held_out": 0.2, "anchors_per_batch": 64}})
     model = build_draft(set_up(reader.path, config, torch.device("cpu")))
-    features_ridge_initialise(model, reader, np.arange(len(reader)))
+    ridge_initialise(model, reader, np.arange(len(reader)))
     return model
 
 
@@ -53,19 +54,7 @@ def test_fc_is_numpys_least_squares(reader: CacheReader) -> None:
 def test_a_block_begins_by_looking_at_what_is_nearest(reader: CacheReader) -> None:
     """Moving the nearest context moves a block more than moving any other position does."""
     model = draft(reader, num_layers=2, head_dim=64)
-    sample = reader.read(int(reader.lengths.argmax()))
-    context, anchor = sample.context.float()[None], 20
-    noise = model.embed_tokens(torch.tensor([[5, 320, 320]]))
-
-    def hidden(features: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return model.hidden_states(noise, features, torch.tensor([[anchor]]))
-
-    moved = []
-    for distance in range(1, 9):
-        features = context.clone()
-        features[0, anchor - distance] = context[0, 30 + distance]
-        moved.append((hidden(features) - hidden(context)).norm().item())
+    moved = moved_by_distance(model, reader)
     assert moved[0] == max(moved)
     assert moved[0] > 2 * np.median(moved)
 
@@ -77,3 +66,4 @@ def test_a_run_starts_from_it(tmp_path: Path, cache_dir: Path) -> None:
         run_ok(*train_arguments(cache_dir, tmp_path / init, **KIND | settings))
         first[init] = lines_of(tmp_path / init)[-1]["held_out"]
     assert first["ridge"]["ce_loss"] != first["random"]["ce_loss"]
+    assert first["ridge"]["tau"] > first["random"]["tau"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from transformers import PretrainedConfig
@@ -28,11 +30,19 @@ BLOCK_MATRICES = ("fc.", "layers.")
 
 
 def ridge_if_asked(
-    model: BlockDraftModel, draft: BlockDraftConfig, reader: CacheReader, samples: np.ndarray
+    model: BlockDraftModel,
+    draft: BlockDraftConfig,
+    reader: CacheReader,
+    samples: np.ndarray,
+    by: Callable[[BlockDraftModel, CacheReader, np.ndarray], None] = ridge_initialise,
 ) -> None:
-    """Set initial weights from training samples, if `draft.init` says so."""
+    """Set initial weights from training samples, if `draft.init` says so.
+
+    Args:
+        by: what sets them.
+    """
     if draft.init == "ridge":
-        ridge_initialise(model, reader, samples)
+        by(model, reader, samples)
 
 
 def check_attention(draft: BlockDraftConfig, config: PretrainedConfig, device: torch.device) -> None:

@@ -20,6 +20,11 @@ MAX_ROWS = 49_152
 SOME_ROWS = 8_192
 # Weights of the penalties on features and tokens, with every channel scaled to a mean square of 1.
 PENALTY, TOKEN_PENALTY = 0.01, 0.003
+# Rows of an embedding or a head that are in fp32 at a time.
+CHUNK = 8_192
+
+# Classes of a block's rows.
+ANCHOR, MASK, ALL = "anchor", "mask", "all"
 
 
 @dataclass
@@ -42,15 +47,15 @@ class Moments:
     token_mean: Tensor
     """Mean of the embeddings, `[H]`."""
     counts: Tensor
-    """How often each token occurs, `[V]`."""
+    """Number of occurrences of each token, `[V]`."""
 
 
 @dataclass
 class Rows:
     """Some of the rows themselves."""
 
-    nearest: list[Tensor]
-    """Features at p - 1 - d, by d, `[n, W]` each."""
+    nearest: Tensor
+    """Features at p - 1, `[n, W]`."""
     embedded: Tensor
     """Less their mean, `[n, H]`."""
     states: Tensor
@@ -82,7 +87,7 @@ def collect(
     sum_of_both = torch.zeros(2 * hidden, device=device)
     counts = torch.zeros(embed_tokens.num_embeddings, device=device)
     kept, count = [], 0
-    for features, states, ids in read_rows(reader, samples, layer_ids, slots):
+    for features, states, ids in _rows(reader, samples, layer_ids, slots):
         nearest, states = [each.to(device).float() for each in features], states.to(device).float()
         ids = ids.to(device)
         embedded = embed_tokens(ids).float()
@@ -96,7 +101,7 @@ def collect(
             of_nearest[name].addmm_(mean.T, both)
             sums[name] += mean.sum(0)
         if count < SOME_ROWS:
-            kept.append((nearest, embedded, states, ids))
+            kept.append((nearest[0], embedded, states, ids))
         count += len(ids)
     if not count:
         return None
@@ -106,12 +111,11 @@ def collect(
         products[:, :hidden].addr_(sums[name], mean, alpha=-1)
         products /= count
     moments = Moments(gram / count, of_both[:, :hidden], of_both[:, hidden:], of_nearest, mean, counts)
-    nearest = [torch.cat([each[0][d] for each in kept]) for d in range(slots)]
-    embedded, states, ids = (torch.cat([each[i] for each in kept]) for i in (1, 2, 3))
-    return moments, Rows(nearest, embedded - mean, states, ids)
+    features, embedded, states, ids = (torch.cat(each) for each in zip(*kept, strict=True))
+    return moments, Rows(features, embedded - mean, states, ids)
 
 
-def read_rows(
+def _rows(
     reader: CacheReader, samples: Sequence[int] | np.ndarray, layer_ids: tuple[int, ...], slots: int
 ) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
     """Yield the nearest features by distance `[n, W]`, the target's states `[n, H]` and tokens `[n]`."""
@@ -131,7 +135,7 @@ def read_rows(
 
 
 def regress(
-    moments: Moments, distances: Mapping[str, range], sees_tokens: bool
+    moments: Moments, distances: Mapping[str, range], sees_tokens: bool, penalty: float = PENALTY
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the ridge regression of states on tokens and features.
 
@@ -140,6 +144,7 @@ def regress(
     Args:
         distances: as in `collect`; a block's rows weigh alike.
         sees_tokens: False for a draft without a head for the token's part, whose map is then zero.
+        penalty: weight of the penalty on features, with every channel scaled to a mean square of 1.
 
     Returns:
         The tokens' map `[H, H]`, and each class's `[W, H]`.
@@ -149,7 +154,7 @@ def regress(
         gram.diagonal().sqrt().clamp(min=1e-6) for gram in (moments.features, moments.tokens)
     )
     gram = moments.features / scale / scale[:, None]
-    gram.diagonal().add_(PENALTY)
+    gram.diagonal().add_(penalty)
     factor = torch.linalg.cholesky(gram)
     tokens = moments.tokens / token_scale / token_scale[:, None]
     tokens.diagonal().add_(TOKEN_PENALTY)
@@ -170,6 +175,11 @@ def regress(
         for name, both in solved.items()
     }
     return of_tokens / token_scale[:, None], of_features
+
+
+def product(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return matrix @ right in fp32, without a copy of the whole matrix `[V, H]` in fp32."""
+    return torch.cat([rows.float() @ right for rows in matrix.split(CHUNK)])
 
 
 def regular_root(gram: Tensor) -> Tensor:

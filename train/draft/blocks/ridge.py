@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline.cache import CacheReader
 from train.draft.blocks.model import BlockDraftModel
-from train.draft.blocks.regression import Rows, collect, regress, regular_root
+from train.draft.blocks.regression import ALL, ANCHOR, CHUNK, MASK, Rows, collect, regress, regular_root
 
 # Weight of a token that does not occur, where one that does has its number of occurrences.
 UNSEEN = 0.1
@@ -40,9 +40,6 @@ OWN_ROWS = 0.15
 PROJECTION = 0.1
 # Share of the random weights that stays beside the regressed ones.
 RANDOM = 0.2
-
-# Classes of a block's rows.
-ANCHOR, MASK, ALL = "anchor", "mask", "all"
 
 
 @torch.no_grad()
@@ -70,7 +67,7 @@ def ridge_initialise(
     root = logit_root(model, moments.counts)
     model.begin_bias(of_tokens, moments.token_mean, moments.tokens, root)
     from_context = _project(model, rows, of_features, root)
-    context = model.hidden_norm(model.fc(rows.nearest[0]))
+    context = model.hidden_norm(model.fc(rows.nearest))
     left = rows.states - rows.embedded @ of_tokens
     size = HANDED_ON * (model.embed_tokens(rows.tokens) * model.embedding_scale).square().mean().sqrt()
     scale = _hand_on(model, context, left, from_context, size)
@@ -86,12 +83,15 @@ def logit_root(model: BlockDraftModel, counts: Tensor) -> Tensor:
     Args:
         counts: of the target's tokens `[V]`.
     """
-    head, weights = model.lm_head.weight.float(), counts
-    if model.reduced:
-        weights = counts[model.kept]
+    weights = counts[model.kept] if model.reduced else counts
     weights = (weights + UNSEEN) / (weights + UNSEEN).sum()
-    centred = head - weights @ head
-    return regular_root((centred * weights[:, None]).T @ centred)
+    chunks = list(zip(model.lm_head.weight.split(CHUNK), weights.split(CHUNK), strict=True))
+    mean = sum(share @ rows.float() for rows, share in chunks)
+    covariance = torch.zeros(len(mean), len(mean), device=mean.device)
+    for rows, share in chunks:
+        centred = rows.float() - mean
+        covariance.addmm_((centred * share[:, None]).T, centred)
+    return regular_root(covariance)
 
 
 def row_distances(model: BlockDraftModel) -> dict[str, range]:
@@ -117,7 +117,7 @@ def _project(
         Each class's map from `fc`'s outputs back to its prediction `[H, H]`, up to a factor.
     """
     maps = torch.cat([each @ root for each in of_features.values()], dim=1)  # [W, classes * H]
-    predicted = rows.nearest[0] @ maps
+    predicted = rows.nearest @ maps
     directions = torch.linalg.eigh(predicted.T @ predicted).eigenvectors.flip(1)[:, : model.fc.out_features]
     weight = maps @ directions
     model.fc.weight.copy_(PROJECTION * (weight / weight.square().mean().sqrt()).T)

@@ -23,7 +23,7 @@ class BlockDraftConfig(DraftConfig):
     layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] | None = None
     """Attention of each layer; all slide when not set and sliding_window is."""
     init: Literal["random", "ridge"] = "random"
-    """Initial weights: ridge sets fc and the first layer by regression on the cache, for short runs."""
+    """Initial weights: ridge sets fc, the first layer and a Markov head by regression on the cache."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """Attention kernel: flex skips what a block can't see; auto is flex if it runs on the CUDA device."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from transformers import PretrainedConfig, Qwen3Config
 
 from train.data.loader import Pack
@@ -14,6 +16,7 @@ from train.draft.blocks.parts import (
     check_attention,
     drawn_blocks,
     least_blocks,
+    ridge_if_asked,
 )
 from train.draft.dflash.config import (
     ARCHITECTURE,
@@ -27,7 +30,7 @@ from train.draft.dflash.config import (
 from train.draft.dflash.model import Qwen3DFlashModel
 from train.draft.dflash.module import DFlashTrainerModule
 from train.draft.dflash.released import check_released, released_settings
-from train.draft.dflash.ridge import features_ridge_if_asked
+from train.draft.dflash.ridge import ridge_initialise
 from train.draft.dflash.serving import GGUF, RULES, TARGETS
 from train.draft.dflash.settings import DFLASH_TABLES, DFlashLoss
 from train.draft.dflash.speculators import SPECULATORS
@@ -68,7 +71,7 @@ DFLASH = DraftKind(
     released_settings=released_settings,
     needs_last_hidden=lambda config: config.loss.l1_alpha > 0,
     build=_build,
-    initialise=features_ridge_if_asked,
+    initialise=partial(ridge_if_asked, by=ridge_initialise),
     module=_module,
     attention=check_attention,
     anchors=drawn_blocks,

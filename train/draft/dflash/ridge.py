@@ -16,25 +16,16 @@ from torch import Tensor
 
 from pipeline.cache import CacheReader
 from train.draft.blocks.model import BlockDraftModel
-from train.draft.blocks.regression import SOME_ROWS, read_rows
-from train.draft.blocks.settings import BlockDraftConfig
+from train.draft.blocks.regression import ALL, collect, regress
 
-# Weight of the penalty, with every channel of the features scaled to a mean square of 1.
+# Weight of the penalty, as in `regress`.
 PENALTY = 0.1
 # Strength relative to the random weights: of attention's preference for near context, and of its output.
 NEARNESS, HANDED_ON = 3.0, 5.0
 
 
-def features_ridge_if_asked(
-    model: BlockDraftModel, draft: BlockDraftConfig, reader: CacheReader, samples: np.ndarray
-) -> None:
-    """Set initial weights from training samples, if `draft.init` says so."""
-    if draft.init == "ridge":
-        features_ridge_initialise(model, reader, samples)
-
-
 @torch.no_grad()
-def features_ridge_initialise(
+def ridge_initialise(
     model: BlockDraftModel, reader: CacheReader, samples: Sequence[int] | np.ndarray
 ) -> None:
     """Set a fresh draft's initial weights from a cache's training samples.
@@ -48,39 +39,17 @@ def features_ridge_initialise(
         CacheError: the cache has no last hidden states.
     """
     reader.require_last_hidden("draft.init = ridge")
-    layer_ids = tuple(model.config.target_layer_ids)
-    device = model.fc.weight.device
-    width, hidden = model.fc.in_features, model.fc.out_features
-    gram = torch.zeros(width, width, device=device)
-    products = torch.zeros(width, hidden, device=device)
-    squares, count = torch.zeros((), device=device), 0
-    kept: list[Tensor] = []
-    tokens: list[Tensor] = []
-    for nearest, states, ids in read_rows(reader, samples, layer_ids, 1):
-        features, states = nearest[0].to(device).float(), states.to(device).float()
-        gram.addmm_(features.T, features)
-        products.addmm_(features.T, states)
-        squares += states.square().sum()
-        if count < SOME_ROWS:
-            kept.append(features)
-            tokens.append(ids.to(device))
-        count += len(features)
-    if not count:
+    layer_ids, distances = tuple(model.config.target_layer_ids), {ALL: range(1)}
+    found = collect(reader, samples, layer_ids, model.embed_tokens, distances)
+    if found is None:
         return
-    model.fc.weight.copy_(_ridge(gram / count, products / count).T)
-    context = model.hidden_norm(model.fc(torch.cat(kept)))
+    moments, rows = found
+    _, of_features = regress(moments, distances, sees_tokens=False, penalty=PENALTY)
+    model.fc.weight.copy_(of_features[ALL].T)
+    context = model.hidden_norm(model.fc(rows.nearest))
     _hand_on(model, context)
-    _look_at_the_nearest(model, context, torch.cat(tokens))
-    model.norm.weight.fill_((squares / (count * hidden)).sqrt().item())
-
-
-def _ridge(gram: Tensor, products: Tensor) -> Tensor:
-    """Return the ridge regression `[L*H, H]`, each channel penalised as if its rms were 1."""
-    scale = gram.diagonal().sqrt().clamp(min=1e-6)
-    gram = gram / scale / scale[:, None]
-    gram.diagonal().add_(PENALTY)
-    factor = torch.linalg.cholesky(gram)
-    return torch.cholesky_solve(products / scale[:, None], factor) / scale[:, None]
+    _look_at_the_nearest(model, context, rows.tokens)
+    model.norm.weight.fill_(rows.states.square().mean().sqrt().item())
 
 
 def _hand_on(model: BlockDraftModel, context: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.features import vocabulary_logits
-from train.draft.blocks.regression import regular_root
+from train.draft.blocks.regression import product, regular_root
 
 
 class MarkovHead(nn.Module, ABC):
@@ -45,13 +45,22 @@ class MarkovHead(nn.Module, ABC):
         """Return the input of W2 `[.., K, R]`, from W1[x] `[.., K, R]` and the states `[.., K, H]`."""
 
     @torch.no_grad()
-    def begin(self, embedding: Tensor, head: Tensor, of_tokens: Tensor, tokens: Tensor, root: Tensor) -> None:
-        """Set W1 and W2 to the best factors of bias = head @ of_tokens^T @ embedding[x].
+    def begin(
+        self,
+        embedding: Tensor,
+        mean: Tensor,
+        head: Tensor,
+        of_tokens: Tensor,
+        tokens: Tensor,
+        root: Tensor,
+    ) -> None:
+        """Set W1 and W2 to the best factors of bias = head @ of_tokens^T @ (embedding[x] - mean).
 
         The best of all of rank R has the least mean square error of the logits over tokens x.
 
         Args:
             embedding: `[V, H]`.
+            mean: of the embeddings of the x that occur, `[H]`.
             head: `[Vd, H]`.
             of_tokens: `[H, H]`.
             tokens: covariance of the embeddings of the x that occur, `[H, H]`.
@@ -62,10 +71,9 @@ class MarkovHead(nn.Module, ABC):
         rank = min(self.markov_w1.embedding_dim, len(sizes))
         left = torch.linalg.solve_triangular(inner.T, left[:, :rank], upper=True)  # [H, rank]
         right = torch.linalg.solve_triangular(root.T, right[:rank].T, upper=True)
-        first, second = (
-            embedding.float() @ left * sizes[:rank],
-            head.float() @ right / (self.fresh_gate or 1.0),
-        )
+        left = left * sizes[:rank]
+        first = product(embedding, left) - mean @ left
+        second = product(head, right) / (self.fresh_gate or 1.0)
         # Equal sizes learn at equal rates.
         balance = (second.square().mean() / first.square().mean().clamp(min=1e-12)).sqrt().sqrt()
         for weight, factor in (

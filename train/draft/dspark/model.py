@@ -70,9 +70,9 @@ class Qwen3DSparkModel(BlockDraftModel):
 
     def begin_bias(self, of_tokens: Tensor, mean: Tensor, covariance: Tensor, root: Tensor) -> None:
         if self.sees_tokens:
-            embedding = self.embed_tokens.weight.float() - mean
             scaled = of_tokens * self.logit_scale
-            self.markov_head.begin(embedding, self.lm_head.weight, scaled, covariance, root)
+            embedding, head = self.embed_tokens.weight, self.lm_head.weight
+            self.markov_head.begin(embedding, mean, head, scaled, covariance, root)
 
     def heads(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Apply the Markov head and the confidence head; arguments and results as in the base class."""
