@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from train.draft.blocks.regression import (
     regular_root,
 )
 from train.draft.blocks.ridge import ridge_initialise, row_distances
-from train.draft.dspark.markov import MARKOV_HEADS, GatedMarkovHead, VanillaMarkovHead
+from train.draft.dspark.markov import MARKOV_HEADS, VanillaMarkovHead
 from train.draft.settings import run_config
 from train.trainer.setup import build_draft, set_up
 
@@ -151,6 +152,129 @@ def test_a_fresh_draft_computes_about_the_prediction(reader: CacheReader, settin
             assert close.median() > 0.9, (name, slot, close)
 
 
+def prediction_factors(model, reader: CacheReader) -> list[float]:
+    """Return by slot the least-squares factor of what is to be predicted on a fresh draft's states."""
+    moments, _, distances = found(model, reader)
+    of_tokens, _ = regress(moments, distances, model.sees_tokens)
+    drafted: list[list[torch.Tensor]] = [[] for _ in range(model.slots)]
+    wanted: list[list[torch.Tensor]] = [[] for _ in range(model.slots)]
+    for i in range(len(reader)):
+        sample = reader.read(i)
+        row = {p: n for n, p in enumerate(sample.last_positions.tolist())}
+        ends = range(model.slots)
+        anchors = [p for p in row if p > model.slots and all(p + k in row for k in ends)]
+        if not anchors:
+            continue
+        blocks = torch.full((len(anchors), model.block_size), model.config.mask_token_id)
+        blocks[:, 0] = sample.input_ids[anchors].long()
+        noise = model.embed_tokens(blocks.flatten()[None]) * model.embedding_scale
+        hidden = model.hidden_states(noise, sample.context.float()[None], torch.tensor([anchors]).long())[0]
+        for k in ends:
+            at = [p + k for p in anchors]
+            states = sample.last_hidden[[row[p] for p in at]].float()
+            tokens = model.embed_tokens.weight[sample.input_ids[at].long()] - moments.token_mean
+            drafted[k].append(hidden[:, model.first_slot + k])
+            wanted[k].append(states - tokens @ of_tokens)
+    factors = []
+    for ours, theirs in zip(map(torch.cat, drafted), map(torch.cat, wanted), strict=True):
+        factors.append(((ours * theirs).sum() / ours.square().sum()).item())
+    return factors
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"kind": "dflash"}], ids=str)
+@pytest.mark.parametrize("embedding_scale", [1.0, 200.0])
+def test_a_fresh_draft_computes_the_prediction_in_its_size(
+    reader: CacheReader, settings: dict, embedding_scale: float
+) -> None:
+    model = random_draft(reader, head_dim=64, **settings)
+    model.embedding_scale = embedding_scale
+    ridge_initialise(model, reader, np.arange(len(reader)))
+    assert prediction_factors(model, reader)[0] == pytest.approx(1, abs=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("mlp", "attention"), [(30_000, 1), (1, 3_000)])
+def test_random_layers_do_not_drown_the_prediction(reader: CacheReader, mlp: int, attention: int) -> None:
+    """What a random layer adds grows with the width: here as much as if the draft were far wider."""
+    model = random_draft(reader, head_dim=64, num_layers=3)
+    for layer in model.layers:
+        layer.mlp.down_proj.weight.mul_(mlp)
+        layer.self_attn.v_proj.weight.mul_(attention)
+    ridge_initialise(model, reader, np.arange(len(reader)))
+    assert prediction_factors(model, reader)[0] == pytest.approx(1, abs=0.1)
+
+
+def test_the_tokens_part_is_in_logits_of_the_targets_scale(reader: CacheReader) -> None:
+    model = random_draft(reader, markov_rank=32)
+    model.logit_scale = 3.0
+    ridge_initialise(model, reader, np.arange(len(reader)))
+    moments, _, distances = found(model, reader)
+    of_tokens, _ = regress(moments, distances, True)
+    embedded = model.embed_tokens.weight - moments.token_mean
+    occurring = moments.counts > 0
+    wanted = 3 * (embedded @ of_tokens @ model.lm_head.weight.T)[occurring]
+    bias = (model.markov_head.markov_w1.weight @ model.markov_head.markov_w2.weight.T)[occurring]
+    torch.testing.assert_close(bias, wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
+
+
+def test_the_logits_root_weighs_the_tokens_of_a_reduced_vocabulary(reader: CacheReader) -> None:
+    model = random_draft(reader, draft_vocab_size=40)
+    counts = torch.arange(len(model.embed_tokens.weight)).float()
+    root = ridge.logit_root(model, counts).double()
+    share = counts[model.kept].double().numpy() + ridge.UNSEEN
+    head = model.lm_head.weight.detach().double().numpy()
+    assert len(head) == len(share) == 40
+    wanted = np.cov(head.T, aweights=share, ddof=0)
+    assert np.abs((root @ root.T).numpy() - wanted).max() < 3e-3 * wanted.max()
+
+
+@pytest.mark.parametrize("where", ["context", "last_hidden"])
+def test_rows_that_are_not_finite_are_left_out(
+    reader: CacheReader, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    read = CacheReader.read
+
+    def with_one_nan(self: CacheReader, i: int, *layers):
+        sample = read(self, i, *layers)
+        getattr(sample, where)[len(getattr(sample, where)) // 2] = float("nan")
+        return sample
+
+    whole = found(random_draft(reader), reader)[0]
+    monkeypatch.setattr(CacheReader, "read", with_one_nan)
+    for settings in ({}, {"kind": "dflash"}):
+        model = draft(reader, **settings)
+        assert all(weight.isfinite().all() for weight in model.state_dict().values())
+    left = found(random_draft(reader), reader)[0]
+    assert 0 < left.counts.sum() < whole.counts.sum()
+
+
+def test_no_row_sees_the_features_of_position_0() -> None:
+    """They are outliers. This sample is supervised from its second token on."""
+    sample = SimpleNamespace(
+        context=torch.randn(9, 4),
+        last_hidden=torch.randn(8, 4),
+        last_positions=torch.arange(8),
+        input_ids=torch.arange(9),
+    )
+    one = SimpleNamespace(candidates=np.array([8]), read=lambda *_: sample)
+    (_, places, states, ids), *others = regression._rows(one, [0], (0,), 3)
+    assert not others
+    assert places.tolist() == ids.tolist() == [4, 5, 6, 7]
+    assert torch.equal(states, sample.last_hidden[4:])
+
+
+def test_long_samples_are_taken_piece_by_piece(reader: CacheReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_draft(reader)
+    whole, rows, _ = found(model, reader)
+    monkeypatch.setattr(regression, "SAMPLE_CHUNK", 3)
+    monkeypatch.setattr(regression, "SOME_ROWS", 5)
+    pieces, some, _ = found(model, reader)
+    torch.testing.assert_close(pieces.features, whole.features)
+    torch.testing.assert_close(pieces.nearest, whole.nearest)
+    assert torch.equal(some.nearest, rows.nearest[:5])
+
+
 def test_rows_of_an_anchor_and_of_masks_are_apart_where_heads_share_values(reader: CacheReader) -> None:
     assert row_distances(random_draft(reader)) == {ANCHOR: range(1), MASK: range(1, 3)}
     own = {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -171,12 +295,17 @@ def test_a_markov_head_of_full_rank_begins_as_the_map(name: str) -> None:
         embedding.T @ embedding / 40,
         regular_root(head.T @ head / 30),
     )
-    if isinstance(made, GatedMarkovHead):
-        torch.nn.init.zeros_(made.gate_proj.weight)
-        torch.nn.init.zeros_(made.gate_proj.bias)
-    with torch.no_grad():
-        bias = made(made.latent(made.markov_w1.weight, torch.zeros(40, 6)))
+    states = 30 * torch.randn(40, 6, generator=generator)
+    bias = made(made.latent(made.markov_w1.weight, states))
     torch.testing.assert_close(bias, embedding @ of_tokens @ head.T, rtol=1e-4, atol=1e-4)
+    bias.square().sum().backward()
+    used = made.markov_w1.weight.any(0) | made.markov_w2.weight.any(0)
+    assert used.all()  # with both factors zero, a rank would never be learned
+
+
+def test_a_root_is_one_of_a_matrix_that_is_zero() -> None:
+    """As of the embeddings of rows that all have one token."""
+    assert regular_root(torch.zeros(3, 3)).isfinite().all()
 
 
 def test_a_markov_head_of_less_rank_begins_as_the_best_of_its_rank() -> None:

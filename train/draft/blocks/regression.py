@@ -22,6 +22,8 @@ SOME_ROWS = 8_192
 PENALTY, TOKEN_PENALTY = 0.01, 0.003
 # Rows of an embedding or a head that are in fp32 at a time.
 CHUNK = 8_192
+# Rows of a sample that are: their features are many times wider.
+SAMPLE_CHUNK = 2_048
 
 # Classes of a block's rows.
 ANCHOR, MASK, ALL = "anchor", "mask", "all"
@@ -87,21 +89,28 @@ def collect(
     sum_of_both = torch.zeros(2 * hidden, device=device)
     counts = torch.zeros(embed_tokens.num_embeddings, device=device)
     kept, count = [], 0
-    for features, states, ids in _rows(reader, samples, layer_ids, slots):
-        nearest, states = [each.to(device).float() for each in features], states.to(device).float()
-        ids = ids.to(device)
+    for context, places, states, ids in _rows(reader, samples, layer_ids, slots):
+
+        def nearest(d: int, context: Tensor = context, places: Tensor = places) -> Tensor:
+            return context[places - 1 - d].to(device).float()
+
+        states, ids = states.to(device).float(), ids.to(device)
         embedded = embed_tokens(ids).float()
         both = torch.cat([embedded, states], dim=1)
-        gram.addmm_(nearest[-1].T, nearest[-1])
+        last = nearest(slots - 1)
+        gram.addmm_(last.T, last)
         of_both.addmm_(both.T, both)
         sum_of_both += both.sum(0)
         counts += ids.bincount(minlength=len(counts))
         for name, each in distances.items():
-            mean = torch.stack([nearest[d] for d in each]).mean(0)
+            mean = nearest(each.start)
+            for d in each[1:]:
+                mean += nearest(d)
+            mean /= len(each)
             of_nearest[name].addmm_(mean.T, both)
             sums[name] += mean.sum(0)
         if count < SOME_ROWS:
-            kept.append((nearest[0], embedded, states, ids))
+            kept.append([each[: SOME_ROWS - count] for each in (nearest(0), embedded, states, ids)])
         count += len(ids)
     if not count:
         return None
@@ -117,8 +126,11 @@ def collect(
 
 def _rows(
     reader: CacheReader, samples: Sequence[int] | np.ndarray, layer_ids: tuple[int, ...], slots: int
-) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
-    """Yield the nearest features by distance `[n, W]`, the target's states `[n, H]` and tokens `[n]`."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield a sample's features `[S, W]`, positions of some of its rows `[n]`, and their states and tokens.
+
+    Rows that are not finite are left out.
+    """
     samples = np.asarray(samples)
     rows = reader.candidates[samples]
     share = min(1.0, MAX_ROWS / max(1, rows.sum()))
@@ -127,11 +139,17 @@ def _rows(
     )
     for i in samples[chosen].tolist():
         sample = reader.read(i, layer_ids)
+        finite = sample.context.isfinite().all(1).long().cumsum(0)
         later = sample.last_positions > slots  # without the features of position 0, which are outliers
         places = sample.last_positions[later]
-        if len(places):
-            nearest = [sample.context[places - 1 - d] for d in range(slots)]
-            yield nearest, sample.last_hidden[later], sample.input_ids[places].long()
+        # Of the K rows before, too.
+        good = finite[places - 1] - finite[places - 1 - slots] == slots
+        states = sample.last_hidden[later]
+        good &= states.isfinite().all(1)
+        places, states = places[good], states[good]
+        for some, theirs in zip(places.split(SAMPLE_CHUNK), states.split(SAMPLE_CHUNK), strict=True):
+            if len(some):
+                yield sample.context, some, theirs, sample.input_ids[some].long()
 
 
 def regress(
@@ -183,7 +201,7 @@ def product(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def regular_root(gram: Tensor) -> Tensor:
-    """Return the Cholesky factor of a gram matrix `[n, n]`, made regular."""
+    """Return the Cholesky factor of a gram matrix `[n, n]`, made regular, were it zero."""
     gram = gram.clone()
-    gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean().clamp(min=1e-9))
     return torch.linalg.cholesky(gram)

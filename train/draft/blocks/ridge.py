@@ -32,6 +32,8 @@ UNSEEN = 0.1
 # Rms of what the first layer hands on, in multiples of its input's. That input, the anchor's embedding, would
 # otherwise predict the anchor itself.
 HANDED_ON = 60.0
+# The same in multiples of what random weights add after it: more, the wider and deeper the draft is.
+OVER_RANDOM = 10.0
 # Weight of the norms of queries and keys, which decides how sharp attention is.
 SHARPNESS = 3.0
 # Weight of the first layer's input norm: its values then hold little of the block's own rows.
@@ -69,7 +71,8 @@ def ridge_initialise(
     from_context = _project(model, rows, of_features, root)
     context = model.hidden_norm(model.fc(rows.nearest))
     left = rows.states - rows.embedded @ of_tokens
-    size = HANDED_ON * (model.embed_tokens(rows.tokens) * model.embedding_scale).square().mean().sqrt()
+    embedding = (model.embed_tokens(rows.tokens) * model.embedding_scale).square().mean().sqrt()
+    size = torch.maximum(HANDED_ON * embedding, OVER_RANDOM * _added_later(model, context))
     scale = _hand_on(model, context, left, from_context, size)
     _look_at_the_nearest(model, context, rows.tokens, distances)
     model.norm.weight.fill_(scale)
@@ -178,6 +181,23 @@ def heads_of(model: BlockDraftModel, classes: list[str]) -> dict[str, list[list[
         return {ALL: each}
     first = max(1, sharing // 3)
     return {ANCHOR: [heads[:first] for heads in each], MASK: [heads[first:] for heads in each]}
+
+
+def _added_later(model: BlockDraftModel, rows: Tensor) -> Tensor:
+    """Return about the rms that random weights add to a row after the first layer's attention.
+
+    Args:
+        rows: any rows `[n, H]`; layers norm them.
+    """
+    added = rows.new_zeros(())
+    for number, layer in enumerate(model.layers):
+        attention = layer.self_attn
+        added += layer.mlp(layer.post_attention_layernorm(rows)).square().mean()
+        if number:  # at most, if a row attends to one other
+            values = attention.v_proj(layer.input_layernorm(rows)).unflatten(-1, (-1, attention.head_dim))
+            groups = attention.o_proj.in_features // attention.v_proj.out_features
+            added += attention.o_proj(values.repeat_interleave(groups, dim=-2).flatten(-2)).square().mean()
+    return added.sqrt()
 
 
 def _look_at_the_nearest(

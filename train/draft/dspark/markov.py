@@ -76,12 +76,9 @@ class MarkovHead(nn.Module, ABC):
         second = product(head, right) / (self.fresh_gate or 1.0)
         # Equal sizes learn at equal rates.
         balance = (second.square().mean() / first.square().mean().clamp(min=1e-12)).sqrt().sqrt()
-        for weight, factor in (
-            (self.markov_w1.weight, first * balance),
-            (self.markov_w2.weight, second / balance),
-        ):
-            weight.zero_()
-            weight[:, :rank] = factor
+        # Beyond H, W1 stays random: with both factors zero neither would ever get a gradient.
+        self.markov_w1.weight[:, :rank] = first * balance
+        self.markov_w2.weight.zero_()[:, :rank] = second / balance
 
     def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Compute `latent` for one slot, for drafting token by token.
@@ -128,6 +125,12 @@ class GatedMarkovHead(MarkovHead):
     @staticmethod
     def multiply_adds(hidden_size: int, rank: int) -> int:
         return (hidden_size + rank) * rank
+
+    @torch.no_grad()
+    def begin(self, *factors: Tensor) -> None:
+        super().begin(*factors)
+        for parameter in self.gate_proj.parameters():
+            parameter.zero_()  # so that every gate is the half that the factors count on
 
     def latent(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, embedded], dim=-1))) * embedded
