@@ -5,7 +5,8 @@
 
 Every case of a list is trained from the same cache with each seed. Drafts of one seed see the same batches in
 the same order, so a case is compared with its list's reference seed by seed. Runs that were stopped continue.
-Runs whose rows are in results.csv, with the same settings and cache, are not trained again.
+Runs whose rows are in results.csv, with the same settings and cache, are not trained again, also if the code
+has changed: remove the rows, and the folder of the runs, to measure it anew.
 
 NVIDIA's published draft and loss, of the package nemo-automodel, are trained on the same batches by
 benchmarks/published.py.
@@ -100,7 +101,7 @@ def recorded() -> dict[str, dict[str, float]]:
 def trained(job: Job, cache: Path, runs: Path, threads: int) -> list[tuple[str, str, float, str]]:
     """Train a draft, or continue its run, and return its rows."""
     run = runs / f"{job.group}-{job.digest}"
-    command = ["-m", "pipeline.cli", "train"]
+    command = ["-m", "pipeline.cli", "train", "--device", "cpu"]
     if job.published:
         command = ["benchmarks/published.py"]
     command += ["--cache", str(cache), "--config", str(job.config), "--run", str(run), *job.arguments]

@@ -24,7 +24,7 @@ from train.data.packing import steps_from
 from train.draft.settings import run_config
 from train.eval.validate import validate
 from train.runtime.distributed import Ranks, open_ranks
-from train.runtime.precision import autocast
+from train.runtime.precision import autocast, resolve_precision
 from train.trainer.optimizer import build_optimizers, learning_rate, normalise_gradients, set_learning_rate
 from train.trainer.setup import Setup, build_draft, count_run_steps, set_up
 
@@ -34,7 +34,9 @@ def their_module(setup: Setup) -> nn.Module:
     from nemo_automodel.components.speculative.dspark.core import DSparkTrainerModule
     from nemo_automodel.components.speculative.dspark.draft_qwen3 import Qwen3DSparkModel
 
-    loss = setup.config.loss
+    loss, target = setup.config.loss, setup.reader.manifest.identity.target
+    if (target.embedding_scale, target.logit_scale, target.final_logit_softcapping) != (1, 1, None):
+        sys.exit(f"NVIDIA's module has no scales and no soft cap, {target.name} has: choose another target")
     setup.shape._attn_implementation = "sdpa"
     torch.manual_seed(setup.config.train.seed)
     draft = Qwen3DSparkModel(setup.shape).float()
@@ -97,6 +99,10 @@ def train(setup: Setup, ranks: Ranks) -> dict[str, object]:
         for _ in step.packs:
             batch = next(batches)
             tensors = batch.tensors()
+            if (
+                resolve_precision(ranks.device, train.precision) == "fp32"
+            ):  # without autocast their layers take no bf16
+                tensors = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in tensors.items()}
             give_anchors(tensors)
             with autocast(ranks.device, train.precision):
                 metrics = module(**their_batch(tensors))

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import sqlalchemy
+import torch
 
 from pipeline.errors import DSparkError, UsageError
 from tests.conftest import assert_refused, run_cli, run_ok
@@ -31,6 +32,7 @@ from train.experiments.tune.space import default_space, parse_search, trial_conf
 from train.experiments.tune.study import Study
 from train.runs.changes import flat_settings
 from train.runs.directory import locked
+from train.trainer.setup import count_run_steps, set_up
 
 LR = "train.lr=1e-4..1e-1"
 START = 3.0  # seconds that every run takes besides a second per step
@@ -181,6 +183,33 @@ def test_the_best_settings_are_found_and_written(bench: Bench, world: World) -> 
     assert expected["low"] < expected["tau"] < expected["high"]
     assert f"{found['best']['trial']}*" in out
     assert f"Expected held-out tau after 540 steps: {expected['tau']:.3f} (95% interval" in out
+
+
+def test_the_expected_figure_is_of_the_best_configs_own_run(bench: Bench, world: World) -> None:
+    """Its steps and slots, which here differ from those of the base config."""
+    search = ("train.micro_batches_per_step=2,4", "draft.block_size=5,7", "draft.markov_rank=32,64")
+    length = ("--set", "train.max_steps=none", "--set", "train.epochs=12", "--longest", "60")
+    run_ok(*bench.arguments(*length, budget="10h", search=search))
+    config = run_config(tomllib.loads((bench.runs / "best.toml").read_text()))
+    assert (config.draft.markov_rank, config.train.max_steps) == (64, None)
+    setup = set_up(bench.cache, config, torch.device("cpu"))
+    base = replace(config, train=replace(config.train, micro_batches_per_step=1))
+    steps = bench.found()["full_steps"]
+    assert steps == count_run_steps(setup) < count_run_steps(set_up(bench.cache, base, torch.device("cpu")))
+    assert f" {steps} steps" in (bench.runs / "best.toml").read_text()
+
+
+def test_a_tune_killed_before_its_base_config_was_written_continues(bench: Bench, world: World) -> None:
+    run_ok(*bench.arguments("--trials", "1"))
+    (bench.runs / "base.toml").unlink()
+    run_ok(*bench.arguments("--trials", "2"))
+    assert [trial["state"] for trial in bench.found()["trials"]].count("failed") == 0
+
+
+def test_a_tune_whose_only_trial_failed_says_so(bench: Bench, world: World) -> None:
+    world.fails = lambda _point: "no space left"
+    result = run_cli(*bench.arguments("--trials", "1", budget="10h"))
+    assert_refused(result, 1, "no trial succeeded, 1 failed", "no space left")
 
 
 def test_the_worse_are_pruned(bench: Bench, world: World) -> None:
@@ -465,6 +494,7 @@ def test_a_default_range_holds_the_configs_own_number() -> None:
     base = run_config({"train": {"lr": 0.5}, "loss": {"decay_gamma": "none"}})
     space = {each.key: each for each in default_space(base)}
     assert (space["train.lr"].low, space["train.lr"].high) == (1e-4, 0.5)
+    assert space["train.lr"].text == "0.0001..0.5"
     assert "loss.decay_gamma" not in space
     assert parse_search(LR, base).place(0.5) is None  # not in the user's
 

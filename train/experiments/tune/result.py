@@ -26,7 +26,7 @@ class Result:
     """Trials of a tune, and the best of them."""
 
     full_steps: int
-    """Optimiser steps of the base config's run, and of the best one's."""
+    """Optimiser steps of the best config's run."""
     rungs: Sequence[int]
     trials: Sequence[Trial]
     settings: dict[int, tuple[str, ...]]
@@ -56,15 +56,17 @@ def collect(study: Study, plan: Plan, budget: float) -> Result | None:
     repeats = study.repeats(best.number)
     points = [Point(trial.number, run.steps, run.tau) for trial in trials for run in trial.runs]
     points += [Point(best.number, run.steps, run.tau) for run in repeats]
+    config = trial_config(plan.base, settings[best.number])[0]
+    steps, slots = plan.lengths(config)
     return Result(
-        full_steps=plan.steps,
+        full_steps=steps,
         rungs=study.rungs or [],
         trials=trials,
         settings=settings,
         best=best,
-        config=trial_config(plan.base, settings[best.number])[0],
+        config=config,
         repeats=repeats,
-        expected=expect(points, best.number, plan.steps, plan.slots + 1),
+        expected=expect(points, best.number, steps, slots + 1),
         seconds=study.seconds,
         budget=budget,
     )
@@ -128,7 +130,7 @@ def _ahead(result: Result) -> list[str]:
         if last is not None and last.tau > reached.get(last.steps, last.tau):
             lines.append(
                 f"Trial {trial.number} was ahead of it at {last.steps} steps ({last.tau:.3f} against "
-                f"{reached[last.steps]:.3f}), and the budget ended before its next run."
+                f"{reached[last.steps]:.3f}), and the search ended before its next run."
             )
     return lines
 

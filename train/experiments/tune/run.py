@@ -74,6 +74,11 @@ def tune(
     base = run_config(values, str(config_file))
     setup = _set_up(cache, base)
     _check_comparable(setup)
+
+    def lengths(config: RunConfig) -> tuple[int, int]:
+        setup = _set_up(cache, config)
+        return count_run_steps(setup), setup.kind.slots(setup.shape)
+
     steps = count_run_steps(setup)
     _check_lengths(steps, shortest, longest)
     plan = Plan(
@@ -81,7 +86,7 @@ def tune(
         space=_space(cache, base, search, say),
         file=folder / _BASE,
         steps=steps,
-        slots=setup.kind.slots(setup.shape),
+        lengths=lengths,
         ladder=ladder(steps, shortest, longest),
         whole_ladder=longest is not None,
         most_trials=most_trials,
@@ -99,7 +104,7 @@ def tune(
     jobs = jobs or max(1, len(gpus))
     with locked(folder, work="tuning in", option="--runs"):
         study = Study(folder, request, seed, plan.ladder[0])
-        if study.new:
+        if not plan.file.exists():  # also if a tune was killed before it wrote it
             files.publish_bytes(plan.file, configuration.to_toml(base).encode())
         processes = Processes(cache=cache, runs=folder, device=device, gpus=gpus, jobs=jobs)
         _work(Search(plan=plan, study=study, clock=Clock(study, budget), processes=processes, say=say))
@@ -120,6 +125,9 @@ def _work(search: Search) -> None:
                 write(result, folder)
         stop.check(f"{folder} keeps what was measured, the same command continues")
     if result is None:
+        failed = [trial.problem for trial in study.trials() if trial.problem]
+        if failed:
+            raise RunError(f"no trial succeeded, {len(failed)} failed, the last one with: {failed[-1]}")
         raise RunError(
             f"no run of {plan.ladder[0]} steps ended within the budget of {duration(search.clock.budget)}: "
             "raise --budget, which continues, or lower --shortest in another --runs"

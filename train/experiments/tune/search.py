@@ -69,8 +69,8 @@ class Plan:
     """The base config, for the runs."""
     steps: int
     """Optimiser steps of the base config's run."""
-    slots: int
-    """K."""
+    lengths: Callable[[RunConfig], tuple[int, int]]
+    """Function that returns the optimiser steps and the slots K of a config's run."""
     ladder: Sequence[int]
     """Lengths of runs; a budget that is too small for the last ones leaves them out."""
     whole_ladder: bool

@@ -103,7 +103,9 @@ class Searched:
         if self.choices or not number or (value <= 0 < self.low):
             return self
         low, high = min(self.low, float(value)), max(self.high, float(value))
-        return Searched(self.key, self.text, low, high, self.whole)
+        if (low, high) == (self.low, self.high):
+            return self
+        return Searched(self.key, f"{low:g}..{high:g}", low, high, self.whole)
 
 
 def _plain(value: Any) -> Any:
