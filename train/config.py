@@ -138,6 +138,8 @@ class TrainConfig:
     """Global norm that gradients are clipped to."""
     seed: int = 0
     """Seed of the initial weights, the data order and the anchors."""
+    shuffle_shards: int | None = None
+    """Shards shuffled together, so that an epoch reads each shard in one part; all when not set."""
     held_out: float = HELD_OUT
     """Share of the samples kept for evaluation, chosen by a hash of their content."""
     data_share: float = 1.0
@@ -175,10 +177,9 @@ class TrainConfig:
         check_numbers(self)
         for name in _COUNTS:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        require(
-            self.max_steps is None or self.max_steps >= 1,
-            f"max_steps must be at least 1, got {self.max_steps}",
-        )
+        for name in ("max_steps", "shuffle_shards"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         for name in (
             "eval_every",
             "early_stopping_patience",

@@ -116,7 +116,7 @@ class CacheReader:
         ids = sample_ids(table)
         self.sample_ids, self.skipped_ids = ids[kept], ids[list(skipped.sample)]
         self.sources, self.source_rows = (table[n].to_numpy()[kept] for n in ("source", "source_row"))
-        self._shard, self._start, self.lengths, self._labels, self.candidates = (
+        self.shards, self._start, self.lengths, self._labels, self.candidates = (
             table[name].to_numpy()[kept]
             for name in ("shard", "token_start", "length", "last_rows", "candidates")
         )
@@ -167,7 +167,7 @@ class CacheReader:
         )
 
     def __len__(self) -> int:
-        return len(self._shard)
+        return len(self.shards)
 
     def sample_id(self, i: int) -> str:
         """Return the id of sample `i`, in hex: a hash of its content, the same in every cache."""
@@ -205,7 +205,7 @@ class CacheReader:
             raise IndexError(f"expected a sample from 0 to {len(self) - 1}, got {i}")
         start, last = int(self._start[i]), int(self._last_start[i])
         tokens = slice(start, start + int(self.lengths[i]))
-        return self._map(int(self._shard[i])).tensors, tokens, slice(last, last + int(self._stored_rows[i]))
+        return self._map(int(self.shards[i])).tensors, tokens, slice(last, last + int(self._stored_rows[i]))
 
     def tokens(self, i: int) -> tuple[Tensor, Tensor]:
         """Return views of a sample's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8.
@@ -258,7 +258,7 @@ class CacheReader:
         return {suffix: torch.cat([part[rows] for rows in places]) for suffix, part in parts.items()}
 
     def _shard_of(self, i: int) -> MappedShard:
-        return self._map(int(self._shard[i]))
+        return self._map(int(self.shards[i]))
 
     def _views(self, i: int, state: str, shard: MappedShard) -> dict[str, Tensor]:
         _, tokens, last = self._rows(i)
@@ -382,7 +382,7 @@ class CacheReader:
 
     def shard_of(self, i: int) -> int:
         """Return the number of sample `i`'s shard."""
-        return int(self._shard[i])
+        return int(self.shards[i])
 
     def verify(self, progress: Callable[[int], None] = lambda _bytes: None) -> list[str]:
         """Hash every file again and return the names of those that differ from the manifest.

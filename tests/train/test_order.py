@@ -58,6 +58,63 @@ def test_ranks_share_the_steps_of_one(lengths: list[int], packs_per_step: int, w
         assert not any(together[len(wanted) :])  # empty packs, so that all ranks have as many
 
 
+def sample_shards(count: int, shards: int) -> np.ndarray:
+    """Return shards of samples in no order, some of which have none, as after a split."""
+    return np.random.default_rng(count).integers(0, shards, count) * 3
+
+
+@given(
+    st.lists(st.integers(2, 100), min_size=1, max_size=300),
+    st.integers(1, 20),
+    st.integers(1, 25),
+    st.integers(0, 3),
+)
+@settings(max_examples=60)
+def test_a_block_shuffle_reads_each_shard_in_one_part_of_the_epoch(
+    lengths: list[int], shards: int, together: int, epoch: int
+) -> None:
+    sizes, shard = np.array(lengths), sample_shards(len(lengths), shards)
+    packs = epoch_packs(sizes, 128, 3, epoch, shard, together)
+    assert flat(packs) == list(range(len(lengths)))
+    assert all(sizes[members].sum() <= 128 for members in packs)
+    again = epoch_packs(sizes, 128, 3, epoch, shard, together)
+    assert all(np.array_equal(a, b) for a, b in zip(packs, again, strict=True))
+    # A part begins where a pack has a shard that was not read before: it reads no shard of an earlier part.
+    parts: list[set[int]] = [set()]
+    for members in packs:
+        wanted = set(shard[members].tolist())
+        if wanted <= parts[-1]:
+            continue
+        if len(wanted | parts[-1]) > together:
+            parts.append(set())
+        parts[-1] |= wanted
+    assert sum(map(len, parts)) == len(np.unique(shard))
+    assert len(parts) == -(-len(np.unique(shard)) // together)
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 4))
+@settings(max_examples=40)
+def test_ranks_share_the_steps_of_a_block_shuffle(packs_per_step: int, world: int, together: int) -> None:
+    sizes, shard = np.random.default_rng(0).integers(2, 100, 150), sample_shards(150, 8)
+    arguments = (sizes, 128, packs_per_step, 5, 1)
+    alone = epoch_steps(*arguments, shards=shard, shuffle_shards=together)
+    shares = [epoch_steps(*arguments, rank, world, shard, together) for rank in range(world)]
+    for step, *parts in zip(alone, *shares, strict=True):
+        given = [tuple(members) for members in itertools.chain(*zip(*parts, strict=True)) if len(members)]
+        assert given == [tuple(members) for members in step]
+
+
+def test_a_block_shuffle_orders_shards_and_samples_anew_each_epoch() -> None:
+    lengths, shard = np.full(240, 10), np.repeat(np.arange(12), 20)
+    orders = [np.concatenate(epoch_packs(lengths, 20, 0, epoch, shard, 3)) for epoch in range(3)]
+    visits = [tuple(dict.fromkeys((shard[order]).tolist())) for order in orders]
+    assert len(set(visits)) == 3
+    for order in orders:  # samples of three shards are mixed, not read one after the other
+        first = shard[order[:60]]
+        assert len(set(first.tolist())) == 3
+        assert np.count_nonzero(np.diff(first)) > 20
+
+
 def test_epochs_and_seeds_differ() -> None:
     lengths = np.random.default_rng(0).integers(10, 1000, 512)
     orders = [np.concatenate(epoch_packs(lengths, 4096, *key)) for key in ((0, 0), (0, 1), (1, 0))]

@@ -18,7 +18,8 @@ from tests.processes import Dspark, one_thread
 from tests.tiny import make_target
 from tests.train.runs import SMALL, figures_of, lines_of, progress_of, train_arguments
 from train.config import TrainConfig
-from train.data.packing import count_steps, epoch_packs, steps_from
+from train.data.loader import loaded
+from train.data.packing import count_steps, epoch_packs
 from train.data.split import split
 from train.runs.open import find_checkpoint
 from train.trainer.setup import most_candidates
@@ -163,22 +164,36 @@ def test_accumulation_does_not_change_the_step(tmp_path: Path, cache_dir: Path) 
             assert a["tau"] == pytest.approx(b["tau"], rel=1e-4)
 
 
-def test_an_epoch_visits_every_sample(tmp_path: Path, cache_dir: Path) -> None:
+@pytest.mark.parametrize("shuffle_shards", [None, 1])
+def test_an_epoch_visits_every_sample(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, shuffle_shards: int | None
+) -> None:
     settings = {"train__max_steps": '"none"', "train__epochs": 2, "train__log_every": 1}
+    if shuffle_shards:
+        settings["train__shuffle_shards"] = shuffle_shards
+    read: list[list[int]] = []
+
+    def noted(reader, packs, *arguments):
+        packs, ahead = itertools.tee(packs)
+        read.extend(list(members) for members, _ in ahead)
+        return loaded(reader, packs, *arguments)
+
+    monkeypatch.setattr("train.trainer.trainer.loaded", noted)
     run_ok(*train_arguments(cache_dir, tmp_path / "r", **settings))
     reader = CacheReader(cache_dir)
     samples, _ = split(reader, SMALL["train.held_out"])
-    lengths, config = (
-        reader.lengths[samples],
-        TrainConfig(batch_tokens=256, epochs=2, micro_batches_per_step=1),
-    )
+    lengths, shards = reader.lengths[samples], reader.shards[samples]
+    config = TrainConfig(batch_tokens=256, epochs=2, micro_batches_per_step=1, shuffle_shards=shuffle_shards)
     logged = [line["step"] for line in lines_of(tmp_path / "r") if "held_out" not in line]
-    assert logged == list(range(1, count_steps(lengths, config) + 1))
-    first = len(epoch_packs(lengths, 256, 0, 0))
-    assert len(logged) == first + len(epoch_packs(lengths, 256, 0, 1))
-    steps = itertools.islice(steps_from(lengths, samples, config), first)
-    packs = [members for step in steps for members in step.packs]
-    assert sorted(i for members in packs for i in members) == samples.tolist()
+    assert logged == list(range(1, count_steps(lengths, shards, config) + 1))
+    orders = [epoch_packs(lengths, 256, 0, epoch, shards, shuffle_shards) for epoch in range(2)]
+    assert read == [samples[members].tolist() for packs in orders for members in packs]
+    for packs in read[: len(orders[0])], read[len(orders[0]) :]:
+        visited = [i for members in packs for i in members]
+        assert sorted(visited) == samples.tolist()
+        by_turns = [shard for shard, _ in itertools.groupby(reader.shards[visited])]
+        assert len(set(by_turns)) > 2
+        assert (len(by_turns) == len(set(by_turns))) == bool(shuffle_shards)
 
 
 def test_a_profile_of_some_steps(tmp_path: Path, cache_dir: Path) -> None:

@@ -44,22 +44,55 @@ def pack(lengths: Sequence[int], order: Iterable[int], batch_tokens: int) -> lis
     return packs
 
 
-def epoch_packs(lengths: np.ndarray, batch_tokens: int, seed: int, epoch: int) -> list[np.ndarray]:
+def epoch_packs(
+    lengths: np.ndarray,
+    batch_tokens: int,
+    seed: int,
+    epoch: int,
+    shards: np.ndarray | None = None,
+    shuffle_shards: int | None = None,
+) -> list[np.ndarray]:
     """Return an epoch's packs: each sample once, shuffled.
 
     Samples are shuffled and packed window by window. Samples of a window's last packs, which are filled
-    badly, move to the next window. Then the packs are shuffled.
+    badly, move to the next window. Then the packs are shuffled. A block shuffle does that to a few shards at
+    a time, in a shuffled order of the shards, so that each shard is read in one part of the epoch.
 
     Args:
         lengths: tokens of each sample, `[n]`, none above `batch_tokens`.
         batch_tokens: P, tokens per pack.
+        shards: shard of each sample, `[n]`, for a block shuffle.
+        shuffle_shards: shards shuffled together; None shuffles all samples together.
 
     Returns:
         The sample numbers of each pack.
     """
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths)).tolist()
     tokens = lengths.tolist()
+    blocks: Iterable[np.ndarray] = [np.arange(len(tokens))]
+    if shuffle_shards is not None:
+        if shards is None:
+            raise ValueError("a block shuffle needs the shard of each sample")
+        blocks = _blocks(shards, shuffle_shards, rng)
+    found: list[np.ndarray] = []
+    for block in blocks:
+        packs = _window_packs(tokens, rng.permutation(block).tolist(), batch_tokens)
+        found += [np.array(packs[i], dtype=np.int64) for i in rng.permutation(len(packs))]
+    return found
+
+
+def _blocks(shards: np.ndarray, together: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Return the samples of every `together` shards, the shards in a shuffled order."""
+    by_shard = np.argsort(shards, kind="stable")
+    _, starts = np.unique(shards[by_shard], return_index=True)
+    each = np.split(by_shard, starts[1:])
+    order = rng.permutation(len(each)).tolist()
+    groups = (order[start : start + together] for start in range(0, len(order), together))
+    return [np.concatenate([each[shard] for shard in group]) for group in groups]
+
+
+def _window_packs(tokens: list[int], order: list[int], batch_tokens: int) -> list[list[int]]:
+    """Pack samples window by window, in this order."""
     packs: list[list[int]] = []
     window: list[int] = []
     size = 0
@@ -71,8 +104,7 @@ def epoch_packs(lengths: np.ndarray, batch_tokens: int, seed: int, epoch: int) -
             packs += full[:WINDOW_PACKS]
             window = [i for late in full[WINDOW_PACKS:] for i in late]
             size = sum(tokens[i] for i in window)
-    packs += pack(tokens, window, batch_tokens)
-    return [np.array(packs[i], dtype=np.int64) for i in rng.permutation(len(packs))]
+    return packs + pack(tokens, window, batch_tokens)
 
 
 def epoch_steps(
@@ -83,6 +115,8 @@ def epoch_steps(
     epoch: int,
     rank: int = 0,
     world: int = 1,
+    shards: np.ndarray | None = None,
+    shuffle_shards: int | None = None,
 ) -> list[list[np.ndarray]]:
     """Return one rank's share of an epoch: its packs of each optimiser step.
 
@@ -92,11 +126,12 @@ def epoch_steps(
         lengths: tokens of each sample, `[n]`.
         batch_tokens: P.
         packs_per_step: packs of a step over all ranks; the last step of an epoch may have fewer.
+        shards: see `epoch_packs`, as `shuffle_shards`.
 
     Returns:
         The packs of each step. All ranks get the same number; a rank that lacks a pack gets an empty one.
     """
-    packs = epoch_packs(lengths, batch_tokens, seed, epoch)
+    packs = epoch_packs(lengths, batch_tokens, seed, epoch, shards, shuffle_shards)
     groups = (packs[start : start + packs_per_step] for start in range(0, len(packs), packs_per_step))
     return [share(group, rank, world) for group in groups]
 
@@ -126,6 +161,7 @@ class Step:
 
 def steps_from(
     lengths: np.ndarray,
+    shards: np.ndarray,
     samples: np.ndarray,
     config: TrainConfig,
     epoch: int = 0,
@@ -137,20 +173,22 @@ def steps_from(
 
     Args:
         lengths: tokens of each training sample, `[n]`.
+        shards: shard of each training sample, `[n]`.
         samples: the samples' numbers in the cache, `[n]`.
         epoch: epoch of the first step.
         number: number of the first step in its epoch.
     """
     shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)
     for each in itertools.count(epoch):
-        steps = epoch_steps(lengths, *shape, each, rank, world)
+        steps = epoch_steps(lengths, *shape, each, rank, world, shards, config.shuffle_shards)
         for i in range(number if each == epoch else 0, len(steps)):
             yield Step(each, i, [samples[members].tolist() for members in steps[i]])
 
 
-def count_steps(lengths: np.ndarray, config: TrainConfig) -> int:
-    """Return the number of optimiser steps of a run over samples of these lengths `[n]`."""
+def count_steps(lengths: np.ndarray, shards: np.ndarray, config: TrainConfig) -> int:
+    """Return the number of optimiser steps of a run over samples of these lengths and shards, each `[n]`."""
     if config.max_steps is not None:
         return config.max_steps
     shape = (config.batch_tokens, config.micro_batches_per_step, config.seed)
-    return sum(len(epoch_steps(lengths, *shape, epoch)) for epoch in range(config.epochs))
+    blocks = {"shards": shards, "shuffle_shards": config.shuffle_shards}
+    return sum(len(epoch_steps(lengths, *shape, epoch, **blocks)) for epoch in range(config.epochs))

@@ -124,7 +124,8 @@ def check_world(config: TrainConfig, world: int) -> None:
 
 def count_run_steps(setup: Setup) -> int:
     """Return the number of optimiser steps of the whole run."""
-    return count_steps(setup.reader.lengths[setup.samples], setup.config.train)
+    reader, samples = setup.reader, setup.samples
+    return count_steps(reader.lengths[samples], reader.shards[samples], setup.config.train)
 
 
 def steps_lines(setup: Setup, total: int) -> Iterator[str]:
@@ -133,8 +134,9 @@ def steps_lines(setup: Setup, total: int) -> Iterator[str]:
     Args:
         total: optimiser steps of the whole run.
     """
-    train, lengths = setup.config.train, setup.reader.lengths[setup.samples]
-    packs = len(epoch_packs(lengths, train.batch_tokens, train.seed, 0))
+    train, reader, samples = setup.config.train, setup.reader, setup.samples
+    shape = (reader.lengths[samples], train.batch_tokens, train.seed, 0)
+    packs = len(epoch_packs(*shape, reader.shards[samples], train.shuffle_shards))
     each = -(-packs // train.micro_batches_per_step)
     epoch = (
         f"an epoch is {each:,} step{'s' * (each != 1)}, {packs:,} batches of at most {train.batch_tokens:,} "

@@ -169,6 +169,7 @@ class Training:
         self._say_where()
         steps = steps_from(
             self.reader.lengths[self.setup.samples],
+            self.reader.shards[self.setup.samples],
             self.setup.samples,
             train,
             progress.epoch,
