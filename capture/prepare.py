@@ -18,7 +18,8 @@ from capture.one_pass.turns import longest_lengths
 from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, SampleFacts, build_index, read_manifest
 from pipeline.cache.features import NO_LAST_HIDDEN
-from pipeline.cache.manifest import MANIFEST, PROMPTS, Plan, refuse_another
+from pipeline.cache.manifest import MANIFEST, PROMPTS, Plan
+from pipeline.cache.same import refuse_another
 from pipeline.errors import CacheError, DataError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
 from pipeline.rope import RopeLengths, rope_lengths

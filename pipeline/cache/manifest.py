@@ -13,11 +13,12 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import config, files
-from pipeline.cache.engine import EngineIdentity, engine_words
+from pipeline.cache.engine import EngineIdentity
 from pipeline.cache.features import FeatureIdentity
 from pipeline.cache.optional import LEFT_OUT, plain_values
 from pipeline.cache.skipped import Skipped, impossible
@@ -187,6 +188,8 @@ class Manifest:
     """Every other file of the cache but the manifest; empty until the cache is complete."""
     skipped: Skipped = dataclasses.field(default_factory=Skipped, metadata=LEFT_OUT)
     """Samples that no reader returns; empty until the cache is complete."""
+    tensors: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, metadata=LEFT_OUT)
+    """SHA-256 of every shard's tensors, a column of shards by name; empty for a cache that has none."""
 
     @property
     def num_samples(self) -> int:
@@ -253,8 +256,23 @@ def read_manifest(cache: Path) -> Manifest:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise CacheError(f"{path} is not a manifest: it is larger than {MAX_MANIFEST_BYTES} bytes")
         data = path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, f"it can't be read: {one_line(error)}") from None
+    return parse_manifest(data, path)
+
+
+def parse_manifest(data: bytes, path: Path | str) -> Manifest:
+    """Check a manifest's bytes and return what they say.
+
+    Args:
+        path: name of the file, for messages.
+
+    Raises:
+        CacheError: see `read_manifest`.
+    """
+    try:
         values = json.loads(data.decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"it can't be read as JSON: {one_line(error)}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CacheError(f"{path} is not the manifest of a {FORMAT}: point --cache at a captured directory")
@@ -274,7 +292,7 @@ def read_manifest(cache: Path) -> Manifest:
     return manifest
 
 
-def _damaged(path: Path, reason: str) -> CacheError:
+def _damaged(path: Path | str, reason: str) -> CacheError:
     return CacheError(f"{path} is damaged ({reason}): restore it, or remove the cache and capture again")
 
 
@@ -286,7 +304,7 @@ def _sealed(data: bytes, checksum: Any) -> bool:
     return hashlib.sha256(unsealed).hexdigest() == checksum
 
 
-def _check(manifest: Manifest, path: Path) -> None:
+def _check(manifest: Manifest, path: Path | str) -> None:
     """Refuse a manifest of the right types with impossible values. Raises CacheError."""
     target, features = manifest.identity.target, manifest.identity.features
     sizes = [target.hidden_size, target.num_layers, target.vocab_size]
@@ -306,10 +324,13 @@ def _check(manifest: Manifest, path: Path) -> None:
     for label in (target.name, *manifest.identity.data.sources):
         if label.startswith(("/", "\\", "~")) or label[1:2] == ":":
             raise _damaged(path, "it holds an absolute path")
-    if not all(map(is_sha256, [*shards.sha256, *(record.sha256 for record in manifest.files)])):
+    columns = manifest.tensors.values()
+    if not all(map(is_sha256, [*shards.sha256, *(r.sha256 for r in manifest.files), *chain(*columns)])):
         raise _damaged(path, "it holds a hash that is no SHA-256")
     if manifest.status != "complete" and len(manifest.skipped):
         raise _damaged(path, "it skips samples and is incomplete")
+    if any(len(column) != len(plan) or manifest.status != "complete" for column in columns):
+        raise _damaged(path, "its hashes of tensors differ from its plan")
     if manifest.status == "complete":
         if not len(shards.bytes) == len(shards.sha256) == len(plan):
             raise _damaged(path, "its shards differ from those of its plan")
@@ -339,53 +360,6 @@ def is_target_file(name: str) -> bool:
 def is_weights(name: str) -> bool:
     """Return whether a file name looks like model weights, which a cache must not hold."""
     return name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"))
-
-
-# Names of things, which may differ: the hashes beside them decide identity.
-_LABELS = ("target.name", "data.sources")
-
-
-def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
-    """Return the differing fields, each as `name: ours against theirs`; names of things are not compared."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {
-            k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".strip(".")).items()
-        }
-
-    a, b = (flat(dataclasses.asdict(i) | {"engine": engine_words(i.engine)}) for i in (ours, theirs))
-    keys = [key for key in {**a, **b} if a.get(key) != b.get(key) and key not in _LABELS]
-    if ours.data.sha256 == theirs.data.sha256:  # the same samples, by any options
-        keys = [key for key in keys if not key.startswith("data.")]
-    return [f"{key}: {a.get(key)} against {b.get(key)}" for key in keys]
-
-
-def refuse_another(cache: Path, found: Identity, asked: Identity, option: str = "--cache") -> None:
-    """Refuse to continue a cache with another identity.
-
-    Args:
-        option: the command's word for the directory.
-
-    Raises:
-        CacheError: they differ; the message names the fields and both values of each.
-    """
-    differing = differing_fields(found, asked)
-    if differing:
-        raise CacheError(
-            f"{cache} holds another capture (existing against requested: {'; '.join(differing)}): "
-            f"choose another {option}, or remove that directory"
-        )
-
-
-def origin(history: tuple[dict[str, str], ...]) -> str:
-    """Return a cache's origin for messages: captured, or converted from another cache."""
-    return (
-        f"converted from the cache {config.show(history[-1].get('from', '?')[:16])}"
-        if history
-        else "captured"
-    )
 
 
 def write_manifest(cache: Path, manifest: Manifest) -> None:

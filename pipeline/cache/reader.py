@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import mmap
-import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +17,7 @@ from pipeline.cache.features import LABELS
 from pipeline.cache.frozen import read_frozen
 from pipeline.cache.index import check_skipped, count_candidates, open_index, sample_ids
 from pipeline.cache.index import sample_id as content_id
-from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name, shard_specs
+from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name
 from pipeline.cache.manifest import (
     FROZEN,
     INDEX,
@@ -27,18 +25,20 @@ from pipeline.cache.manifest import (
     Manifest,
     is_weights,
     read_manifest,
-    shard_file,
 )
 from pipeline.cache.rows import last_hidden_columns, slices_of, stored_rows
-from pipeline.cache.shard import MappedShard, advise, map_shard
+from pipeline.cache.shard import MappedShard, advise
+from pipeline.cache.shards import LocalShards, check_size
 from pipeline.cache.statistics import StateCodec, check_statistics_listed, read_statistics, state_codecs
 from pipeline.cache.verify import FileChecks
 from pipeline.errors import CacheError
+from pipeline.remote.address import Address, Place, parse_place
+
+if TYPE_CHECKING:
+    from pipeline.cache.remote.local import LocalStore
 
 # Scales beyond it could decode to infinity (FORMAT.md, rule 9).
 MAX_SCALE = 2.0**60
-# Shards mapped at once. A mapping takes address space and two file handles, whose usual limit is 1,024.
-MAX_OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,27 @@ class CacheReader:
     checks all of them at once. Nothing is ever written.
 
     Args:
-        path: the cache directory.
+        place: the cache directory, or its address in an object store, or a text that names either.
         hidden: rows that reads of last hidden states give: `labels` for the label rows, which training needs;
             `all-tokens` for every token's, of a cache that has them.
+        store: local store of a cache in an object store, by default that of the machine.
 
     Raises:
         CacheError: missing, incomplete, of another version, damaged, or without the rows of `hidden`.
+        StoreError: the object store can't be read.
     """
 
-    def __init__(self, path: str | Path, *, hidden: str = LABELS):
-        self.path = Path(path)
-        self.manifest: Manifest = read_manifest(self.path)
+    def __init__(self, place: str | Place, *, hidden: str = LABELS, store: LocalStore | None = None):
+        self.place = parse_place(place) if isinstance(place, str) else place
+        """Where the cache lives, as messages name it."""
+        if isinstance(self.place, Address):
+            from pipeline.cache.remote.shards import open_remote  # needs obstore
+
+            self.path, self._shards = open_remote(self.place, store)
+            self.manifest: Manifest = self._shards.manifest
+        else:
+            self.path, self.manifest = self.place, read_manifest(self.place)
+            self._shards = LocalShards(self.path, self.manifest)
         if self.manifest.status != "complete":
             done = len(list((self.path / "progress").glob("[0-9]*.json")))
             work = "conversion" if self.manifest.history else "capture"
@@ -90,7 +100,7 @@ class CacheReader:
         if hidden not in (LABELS, features.hidden):
             kind = "those of label rows" if self.has_last_hidden else "none"
             raise CacheError(
-                f"{self.path}: last hidden states of {hidden} are asked for, the cache has {kind}: capture "
+                f"{self.place}: last hidden states of {hidden} are asked for, the cache has {kind}: capture "
                 "it again with --hidden all-tokens"
             )
         self._stored, self._wanted = features, replace(features, hidden=hidden)
@@ -105,7 +115,6 @@ class CacheReader:
         table = open_index(self.path / INDEX, self.manifest.plan)
         check_skipped(table, self.path / MANIFEST, self.manifest.skipped)
         self._read_index(table)
-        self._map = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._map_shard)
 
     def _read_index(self, table: pa.Table) -> None:
         """Take the columns of the index, without its skipped samples."""
@@ -137,34 +146,22 @@ class CacheReader:
                     f"{path} looks like weights of the target, which a cache must not hold: remove it"
                 )
         for record in self.manifest.files:
-            self._check_size(record.file, record.bytes)
+            check_size(self.path / record.file, record.bytes)
 
     def check_shards(self) -> None:
         """Check that every shard exists and has its size, so that a run can't fail half way.
 
         Asks the filesystem once per shard, which takes seconds for the largest caches; so opening does not.
+        An object store is asked for one listing.
 
         Raises:
             CacheError: names the first shard that is missing or has another size.
         """
-        for shard, size in enumerate(self.manifest.shards.bytes):
-            self._check_size(shard_file(shard), size)
+        self._shards.check()
 
-    def _check_size(self, name: str, size: int) -> None:
-        try:
-            found = (self.path / name).lstat()
-        except OSError:
-            found = None
-        if found is None or not stat.S_ISREG(found.st_mode):
-            got = "it is missing or not a plain file"
-        elif found.st_size != size:
-            got = f"it has {found.st_size}"
-        else:
-            return
-        raise CacheError(
-            f"{self.path / name} is damaged: expected {size} bytes, {got}; "
-            "`dspark verify --repair` sets damaged files aside, then capture again"
-        )
+    def only(self, layer_ids: Sequence[int]) -> None:
+        """Fetch no other layers from now on, if the cache lives in an object store."""
+        self._shards.only([*map(context_name, layer_ids), LAST_HIDDEN])
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -178,7 +175,7 @@ class CacheReader:
         missing = [layer_id for layer_id in layer_ids if layer_id not in self.layer_ids]
         if missing:
             raise CacheError(
-                f"cache {self.path} holds layers {list(self.layer_ids)}, the config asks for {missing[0]}: "
+                f"cache {self.place} holds layers {list(self.layer_ids)}, the config asks for {missing[0]}: "
                 "capture again with --layers, or drop it from draft.target_layer_ids"
             )
         return tuple(layer_ids)
@@ -191,21 +188,20 @@ class CacheReader:
         """
         if not self.has_last_hidden:
             raise CacheError(
-                f"{user} needs the target's last hidden states, and cache {self.path} was made without "
+                f"{user} needs the target's last hidden states, and cache {self.place} was made without "
                 "them: make it again without --last-hidden none"
             )
-
-    def _map_shard(self, shard: int) -> MappedShard:
-        self._check_size(shard_file(shard), self.manifest.shards.bytes[shard])
-        specs = shard_specs(self.manifest.identity, self.manifest.plan[shard])
-        return map_shard(self.path / shard_file(shard), specs, random=True)
 
     def _rows(self, i: int) -> tuple[dict[str, Tensor], slice, slice]:
         if not 0 <= i < len(self):
             raise IndexError(f"expected a sample from 0 to {len(self) - 1}, got {i}")
         start, last = int(self._start[i]), int(self._last_start[i])
         tokens = slice(start, start + int(self.lengths[i]))
-        return self._map(int(self.shards[i])).tensors, tokens, slice(last, last + int(self._stored_rows[i]))
+        return (
+            self._shards.map(int(self.shards[i])).tensors,
+            tokens,
+            slice(last, last + int(self._stored_rows[i])),
+        )
 
     def tokens(self, i: int) -> tuple[Tensor, Tensor]:
         """Return views of a sample's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8.
@@ -227,7 +223,7 @@ class CacheReader:
         return input_ids, loss_mask
 
     def _damaged_sample(self, i: int, reason: str) -> CacheError:
-        shard = self.path / shard_file(self.shard_of(i))
+        shard = self._shards.name(self.shard_of(i))
         return CacheError(
             f"{shard} is damaged (sample {self.numbers[i]} {reason}): run `dspark verify`, or capture again"
         )
@@ -258,7 +254,7 @@ class CacheReader:
         return {suffix: torch.cat([part[rows] for rows in places]) for suffix, part in parts.items()}
 
     def _shard_of(self, i: int) -> MappedShard:
-        return self._map(int(self.shards[i]))
+        return self._shards.map(int(self.shards[i]))
 
     def _views(self, i: int, state: str, shard: MappedShard) -> dict[str, Tensor]:
         _, tokens, last = self._rows(i)
@@ -297,8 +293,8 @@ class CacheReader:
 
         Call it rarely: it interrupts every processor that runs this process.
         """
-        for shard in shards:
-            advise(mmap.MADV_DONTNEED, *self._map(shard).tensors.values())
+        for shard in filter(None, map(self._shards.mapped, shards)):
+            advise(mmap.MADV_DONTNEED, *shard.tensors.values())
 
     def fetch(self, i: int, state: str, out: Mapping[str, Tensor]) -> None:
         """Copy one state's stored tensors of sample `i` into contiguous CPU tensors, by suffix.

@@ -179,7 +179,7 @@ def map_shard(path: Path, specs: dict[str, TensorSpec], *, random: bool = False)
     if random and hasattr(data, "madvise"):
         data.madvise(mmap.MADV_RANDOM)
     try:
-        offsets = _read_header(path, data, specs)
+        offsets = {n: start for n, (start, _) in read_header(path, data, len(data), specs).items()}
     except CacheError:
         os.close(descriptor)
         raise
@@ -215,20 +215,31 @@ def advise(advice: int, *views: Tensor) -> None:
         _MADVISE(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
-def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> dict[str, int]:
-    """Return each tensor's absolute offset, after checking that the header matches `specs` exactly."""
+def read_header(
+    path: Path | str, head: bytes | mmap.mmap, size: int, specs: dict[str, TensorSpec]
+) -> dict[str, tuple[int, int]]:
+    """Return each tensor's first byte in the file and its end, after checking a header against `specs`.
+
+    Args:
+        path: name of the file, for messages.
+        head: the file's first bytes, the header's at least.
+        size: bytes of the whole file.
+
+    Raises:
+        CacheError: the header does not describe exactly the tensors of `specs`.
+    """
 
     def damaged(reason: str) -> CacheError:
         return CacheError(
             f"{path} is damaged ({reason}): `dspark verify --repair` sets it aside for capture to rewrite"
         )
 
-    if len(data) < 8:
+    if size < 8:
         raise damaged("it is shorter than a header")
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > min(MAX_HEADER_BYTES, len(data) - 8):
+    (length,) = struct.unpack("<Q", head[:8])
+    if length > min(MAX_HEADER_BYTES, size - 8):
         raise damaged(f"its header claims {length} bytes")
-    text = data[8 : 8 + length]
+    text = head[8 : 8 + length]
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError):
@@ -240,25 +251,25 @@ def _read_header(path: Path, data: mmap.mmap, specs: dict[str, TensorSpec]) -> d
     spans = []
     for name, (dtype, shape) in specs.items():
         entry = header[name]
-        size = math.prod(shape) * dtype.itemsize
+        count = math.prod(shape) * dtype.itemsize
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise damaged(f"tensor {name} is not described by dtype, shape and data_offsets")
         if entry["dtype"] != DTYPE_NAMES[dtype] or not _is_sizes(entry["shape"], list(shape)):
             raise damaged(f"tensor {name} is not {DTYPE_NAMES[dtype]} {list(shape)}")
         offsets = entry["data_offsets"]
-        if not _is_sizes(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] <= len(data):
+        if not _is_sizes(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] <= size:
             raise damaged(f"tensor {name} has no valid offsets")
-        if offsets[1] - offsets[0] != size:
-            raise damaged(f"tensor {name} spans {offsets[1] - offsets[0]} bytes, expected {size}")
+        if offsets[1] - offsets[0] != count:
+            raise damaged(f"tensor {name} spans {offsets[1] - offsets[0]} bytes, expected {count}")
         spans.append((offsets[0], offsets[1], name))
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:
             raise damaged(f"a gap or an overlap before tensor {name}")
         end = stop
-    if 8 + length + end != len(data):
-        raise damaged(f"expected {8 + length + end} bytes, got {len(data)}")
-    return {name: 8 + length + start for start, _, name in spans}
+    if 8 + length + end != size:
+        raise damaged(f"expected {8 + length + end} bytes, got {size}")
+    return {name: (8 + length + start, 8 + length + stop) for start, stop, name in spans}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

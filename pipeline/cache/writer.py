@@ -35,14 +35,13 @@ from pipeline.cache.manifest import (
     Plan,
     ShardFiles,
     ShardPlan,
-    origin,
     read_manifest,
-    refuse_another,
     shard_file,
     write_manifest,
 )
 from pipeline.cache.progress.records import TARGET, Records, ShardRecord, TargetRecord
 from pipeline.cache.progress.shared_statistics import SharedStatistics
+from pipeline.cache.same import origin, refuse_another
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
 from pipeline.cache.skipped import (
     REASONS,

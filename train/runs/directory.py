@@ -14,8 +14,9 @@ from typing import Any
 
 from pipeline import config as configuration
 from pipeline import files
-from pipeline.cache.manifest import Identity, differing_fields
+from pipeline.cache.manifest import Identity
 from pipeline.cache.optional import plain_values
+from pipeline.cache.same import differing_fields
 from pipeline.errors import ConfigError, RunError, WriteError
 from train.config import RunConfig
 from train.draft.settings import run_config

@@ -1,0 +1,150 @@
+"""The local store: a folder with a byte limit, where what was fetched from object stores is kept.
+
+Every process of a machine may use it at once, and any of them may be killed at any moment. A file appears
+whole or not at all. Locks are the kernel's (`flock`), which a dead process does not keep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import files
+from pipeline.errors import ConfigError
+from pipeline.text import size
+
+VARIABLE = "DSPARK_LOCAL_CACHE"
+# Files whose locks are apart, so that processes rarely wait for each other's fetches.
+_LOCKS = 64
+_WAIT_S = 0.05
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """A folder of fetched shards, shared by the processes of a machine."""
+
+    folder: Path
+    limit: int
+    """Most bytes of fetched shards, those being fetched included."""
+
+    def shard(self, name: str, bytes_needed: int, fetch: Callable[[Path], object]) -> Path:
+        """Return a fetched file, from the store or by `fetch`; its time of last use becomes now.
+
+        Args:
+            name: relative to the folder.
+            bytes_needed: size of the file.
+            fetch: writes the file to the path given, an empty file by then.
+
+        Raises:
+            ConfigError: the file is larger than the store.
+            WriteError: the folder can't be written to.
+        """
+        path = self.folder / name
+        if self._use(path):
+            return path
+        with self._locked(name):
+            if self._use(path):  # another process has fetched it meanwhile
+                return path
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(files.partial_name(path.name))
+                self._reserve(partial, bytes_needed)
+                try:
+                    fetch(partial)
+                    files.sync(partial)
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
+            except OSError as error:
+                raise files.write_error(path, error) from error
+        return path
+
+    def _use(self, path: Path) -> bool:
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def drop(self, name: str) -> None:
+        """Remove a file that turned out to be bad."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def _reserve(self, partial: Path, bytes_needed: int) -> None:
+        """Evict what was used longest ago until a file fits, and make the file with its full size."""
+        if bytes_needed > self.limit:
+            raise ConfigError(
+                f"a shard of {size(bytes_needed)} does not fit the local store of {size(self.limit)} in "
+                f"{self.folder}: raise train.local_cache_bytes"
+            )
+        while True:
+            with self._locked(""):
+                found = sorted(self._files(), key=lambda entry: entry[1])
+                free = self.limit - sum(count for _, _, count in found)
+                for path, _, count in found:
+                    if free >= bytes_needed:
+                        break
+                    if not path.name.startswith("."):  # being fetched
+                        path.unlink(missing_ok=True)
+                        free += count
+                if free >= bytes_needed:
+                    with partial.open("wb") as file:
+                        file.truncate(bytes_needed)
+                    return
+            time.sleep(_WAIT_S)  # other processes fetch all that fits
+
+    def _files(self) -> Iterator[tuple[Path, float, int]]:
+        """Yield the shards with their times of last use and sizes, and those being fetched."""
+        for folder in self.folder.glob("*/shards/*"):
+            files.remove_partials(folder)
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    found = entry.stat()
+                    yield Path(entry.path), found.st_mtime, found.st_size
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold the lock of a file's name, or with no name the one of the whole store."""
+        number = int(hashlib.sha256(name.encode()).hexdigest(), 16) % _LOCKS if name else "all"
+        path = self.folder / "locks" / str(number)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise files.write_error(path, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def folder_lock(self, name: str) -> Iterator[Path]:
+        """Hold the lock of a folder in the store and return its path."""
+        with self._locked(name):
+            yield self.folder / name
+
+
+def default_store(folder: Path | None = None, limit: int | None = None) -> LocalStore:
+    """Return the store of this machine.
+
+    Args:
+        folder: by default that of DSPARK_LOCAL_CACHE, else `dspark-pipeline` among the user's caches.
+        limit: by default half of what is free or already used by it.
+    """
+    if folder is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = Path(os.environ.get(VARIABLE) or base / "dspark-pipeline")
+    store = LocalStore(folder, limit or 0)
+    if limit is None:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        used = sum(count for _, _, count in store._files())
+        store = LocalStore(folder, (shutil.disk_usage(existing).free + used) // 2)
+    return store

@@ -1,0 +1,62 @@
+"""The small files of a cache in an object store, in a folder of the local store."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pipeline import files
+from pipeline.cache.manifest import MANIFEST, Manifest, parse_manifest
+from pipeline.cache.remote.local import LocalStore
+from pipeline.errors import CacheError
+from pipeline.remote.objects import MissingObjectError, Objects
+
+REMEDY = "copy the cache there again with `dspark sync`"
+
+
+def mirrored(objects: Objects, store: LocalStore) -> tuple[Manifest, str, Path]:
+    """Return a complete cache's manifest, its name in the local store, and the folder of its small files.
+
+    The manifest is read from the object store each time; what it names is fetched once and checked by its
+    hash. A cache with another manifest has another folder.
+
+    Raises:
+        CacheError: there is no complete cache, or a file is not that of the manifest, twice.
+        StoreError: it can't be read.
+        WriteError: the local store can't be written to.
+    """
+    try:
+        data = objects.read(MANIFEST)
+    except MissingObjectError:
+        raise CacheError(f"no cache at {objects.address}: expected an object {MANIFEST} there") from None
+    manifest = parse_manifest(data, objects.url(MANIFEST))
+    if manifest.status != "complete":
+        raise CacheError(f"{objects.address} is incomplete: run the same capture again to finish it")
+    key = hashlib.sha256(data).hexdigest()[:24]
+    with store.folder_lock(key) as folder:
+        if not (folder / MANIFEST).exists():
+            try:
+                _fetch(objects, manifest, folder)
+                (folder / "shards").mkdir(exist_ok=True)
+            except OSError as error:
+                raise files.write_error(folder, error) from error
+            files.publish_bytes(folder / MANIFEST, data)
+    return manifest, key, folder
+
+
+def _fetch(objects: Objects, manifest: Manifest, folder: Path) -> None:
+    for record in manifest.files:
+        path = folder / record.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(2):
+            try:
+                data = objects.read(record.file)
+            except MissingObjectError:
+                raise CacheError(f"{objects.url(record.file)} is missing: {REMEDY}") from None
+            if len(data) == record.bytes and hashlib.sha256(data).hexdigest() == record.sha256:
+                files.publish_bytes(path, data)
+                break
+            if attempt:
+                raise CacheError(
+                    f"{objects.url(record.file)} is damaged (its hash is another, twice): {REMEDY}"
+                )

@@ -1,0 +1,101 @@
+"""The shards of a complete cache, mapped when they are first read."""
+
+from __future__ import annotations
+
+import stat
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from threading import Lock
+
+from pipeline.cache.layout import shard_specs
+from pipeline.cache.manifest import Manifest, shard_file
+from pipeline.cache.shard import MappedShard, map_shard
+from pipeline.errors import CacheError
+
+
+class Shards:
+    """Shards of one cache, the last ones mapped. Safe to use from several threads."""
+
+    # Shards mapped at once. A mapping takes address space and two file handles, whose usual limit is 1,024.
+    most_mapped = 256
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+        self._mapped: OrderedDict[int, MappedShard] = OrderedDict()
+        self._lock = Lock()
+
+    def name(self, shard: int) -> str:
+        """Return a shard's path or URL, for messages."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Check that every shard exists and has its size. Raise CacheError that names the first one not."""
+        raise NotImplementedError
+
+    def only(self, states: Iterable[str]) -> None:
+        """Take note that no other states will be read, beside token ids and masks."""
+
+    def map(self, shard: int) -> MappedShard:
+        """Return a shard, mapped now if it was not. Raises CacheError if it is missing or damaged."""
+        found = self.mapped(shard)
+        if found is None:
+            found = self._open(shard)
+            with self._lock:
+                self._mapped[shard] = found
+                self._tidy()
+        return found
+
+    def mapped(self, shard: int) -> MappedShard | None:
+        """Return a shard if it is mapped."""
+        with self._lock:
+            found = self._mapped.get(shard)
+            if found is not None:
+                self._mapped.move_to_end(shard)
+            return found
+
+    def _open(self, shard: int) -> MappedShard:
+        raise NotImplementedError
+
+    def _tidy(self) -> None:
+        """Unmap the shards that were not used for longest, under the lock."""
+        while len(self._mapped) > self.most_mapped:
+            self._mapped.popitem(last=False)
+
+
+class LocalShards(Shards):
+    """The shards of a cache in a directory."""
+
+    def __init__(self, cache: Path, manifest: Manifest):
+        super().__init__(manifest)
+        self._cache = cache
+
+    def name(self, shard: int) -> str:
+        return str(self._cache / shard_file(shard))
+
+    def check(self) -> None:
+        for shard, size in enumerate(self.manifest.shards.bytes):
+            check_size(self._cache / shard_file(shard), size)
+
+    def _open(self, shard: int) -> MappedShard:
+        path = self._cache / shard_file(shard)
+        check_size(path, self.manifest.shards.bytes[shard])
+        return map_shard(path, shard_specs(self.manifest.identity, self.manifest.plan[shard]), random=True)
+
+
+def check_size(path: Path, size: int) -> None:
+    """Check that a file of a cache is a plain one of this size. Raise CacheError if not."""
+    try:
+        found = path.lstat()
+    except OSError:
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
+        got = "it is missing or not a plain file"
+    elif found.st_size != size:
+        got = f"it has {found.st_size}"
+    else:
+        return
+    raise CacheError(
+        f"{path} is damaged: expected {size} bytes, {got}; "
+        "`dspark verify --repair` sets damaged files aside, then capture again"
+    )

@@ -1,0 +1,1 @@
+"""Addresses of object stores, and the objects there."""
