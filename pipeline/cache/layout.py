@@ -21,6 +21,12 @@ def part_name(state: str, suffix: str) -> str:
     return f"{state}.{suffix}" if suffix else state
 
 
+def state_of(tensor: str) -> str:
+    """Return the state that a tensor is a part of: `context.9` of `context.9.scale`."""
+    kind, _, rest = tensor.partition(".")
+    return context_name(int(rest.partition(".")[0])) if kind == "context" else kind
+
+
 def shard_specs(identity: Identity, plan: ShardPlan) -> dict[str, TensorSpec]:
     """Return the dtype and shape of every tensor of a shard, by name."""
     features, width = identity.features, identity.target.hidden_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -115,6 +115,7 @@ class CacheReader:
         table = open_index(self.path / INDEX, self.manifest.plan)
         check_skipped(table, self.path / MANIFEST, self.manifest.skipped)
         self._read_index(table)
+        self._alone: set[int] = set()
 
     def _read_index(self, table: pa.Table) -> None:
         """Take the columns of the index, without its skipped samples."""
@@ -163,6 +164,19 @@ class CacheReader:
         """Fetch no other layers from now on, if the cache lives in an object store."""
         self._shards.only([*map(context_name, layer_ids), LAST_HIDDEN])
 
+    def alone(self, samples: Iterable[int]) -> None:
+        """Fetch these samples one by one, not their shards, if the cache lives in an object store.
+
+        For a few samples out of many shards, such as those held out.
+        """
+        if self.remote:
+            self._alone |= set(map(int, samples))
+
+    @property
+    def remote(self) -> bool:
+        """True if the cache lives in an object store."""
+        return self._shards.remote
+
     def __len__(self) -> int:
         return len(self.shards)
 
@@ -195,13 +209,9 @@ class CacheReader:
     def _rows(self, i: int) -> tuple[dict[str, Tensor], slice, slice]:
         if not 0 <= i < len(self):
             raise IndexError(f"expected a sample from 0 to {len(self) - 1}, got {i}")
-        start, last = int(self._start[i]), int(self._last_start[i])
+        start, last = (0, 0) if i in self._alone else (int(self._start[i]), int(self._last_start[i]))
         tokens = slice(start, start + int(self.lengths[i]))
-        return (
-            self._shards.map(int(self.shards[i])).tensors,
-            tokens,
-            slice(last, last + int(self._stored_rows[i])),
-        )
+        return self._shard_of(i).tensors, tokens, slice(last, last + int(self._stored_rows[i]))
 
     def tokens(self, i: int) -> tuple[Tensor, Tensor]:
         """Return views of a sample's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8.
@@ -254,7 +264,23 @@ class CacheReader:
         return {suffix: torch.cat([part[rows] for rows in places]) for suffix, part in parts.items()}
 
     def _shard_of(self, i: int) -> MappedShard:
-        return self._shards.map(int(self.shards[i]))
+        return self._shards.map(self._piece(i))
+
+    def _piece(self, i: int) -> Hashable:
+        """Return what is fetched and mapped to read sample `i`: the number of its shard, or its own rows."""
+        if i not in self._alone:
+            return int(self.shards[i])
+        from pipeline.cache.remote.shards import SampleRows
+
+        start, last = int(self._start[i]), int(self._last_start[i])
+        tokens, rows = start + int(self.lengths[i]), last + int(self._stored_rows[i])
+        return SampleRows(
+            int(self.numbers[i]),
+            self.sample_ids[i].tobytes(),
+            int(self.shards[i]),
+            (start, tokens),
+            (last, rows),
+        )
 
     def _views(self, i: int, state: str, shard: MappedShard) -> dict[str, Tensor]:
         _, tokens, last = self._rows(i)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from threading import Lock
 
@@ -19,10 +19,11 @@ class Shards:
 
     # Shards mapped at once. A mapping takes address space and two file handles, whose usual limit is 1,024.
     most_mapped = 256
+    remote = False
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
-        self._mapped: OrderedDict[int, MappedShard] = OrderedDict()
+        self._mapped: OrderedDict[Hashable, MappedShard] = OrderedDict()
         self._lock = Lock()
 
     def name(self, shard: int) -> str:

@@ -34,7 +34,7 @@ class LocalStore:
     limit: int
     """Most bytes of fetched shards, those being fetched included."""
 
-    def shard(self, name: str, bytes_needed: int, fetch: Callable[[Path], object]) -> Path:
+    def file(self, name: str, bytes_needed: int, fetch: Callable[[Path], object]) -> Path:
         """Return a fetched file, from the store or by `fetch`; its time of last use becomes now.
 
         Args:
@@ -73,10 +73,6 @@ class LocalStore:
             return False
         return True
 
-    def drop(self, name: str) -> None:
-        """Remove a file that turned out to be bad."""
-        (self.folder / name).unlink(missing_ok=True)
-
     def _reserve(self, partial: Path, bytes_needed: int) -> None:
         """Evict what was used longest ago until a file fits, and make the file with its full size."""
         if bytes_needed > self.limit:
@@ -102,7 +98,7 @@ class LocalStore:
 
     def _files(self) -> Iterator[tuple[Path, float, int]]:
         """Yield the shards with their times of last use and sizes, and those being fetched."""
-        for folder in self.folder.glob("*/shards/*"):
+        for folder in self.folder.glob("*/fetched/*"):
             files.remove_partials(folder)
             for entry in os.scandir(folder):
                 with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Shards in an object store: the tensors asked for, as files of the local store."""
+"""Shards and samples in an object store: the tensors asked for, as files of the local store."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from pipeline.cache.codecs import TensorSpec
-from pipeline.cache.layout import shard_specs
-from pipeline.cache.manifest import Manifest, shard_file
+from pipeline.cache.index import sample_id
+from pipeline.cache.layout import shard_specs, state_of
+from pipeline.cache.manifest import Manifest, ShardPlan, shard_file
 from pipeline.cache.remote.local import LocalStore, default_store
 from pipeline.cache.remote.mirror import REMEDY, mirrored
 from pipeline.cache.shard import MAX_HEADER_BYTES, MappedShard, file_layout, map_shard, read_header
@@ -22,10 +27,29 @@ from pipeline.remote.objects import MissingObjectError, Objects
 
 # Bytes of a shard that the first request gets: most headers are shorter.
 _HEAD_BYTES = 32 * 2**10
+_TOKENS = ("input_ids", "loss_mask")
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """One sample's place in its shard."""
+
+    number: int
+    """Row of the index."""
+    id: bytes
+    shard: int
+    tokens: tuple[int, int]
+    """First row and end among the shard's tokens."""
+    last_rows: tuple[int, int]
+    """The same among its rows of last hidden states."""
 
 
 class RemoteShards(Shards):
     """The shards of a cache in an object store.
+
+    A shard is fetched whole, or without the states that nobody reads where the manifest has hashes of
+    tensors. What arrives is compared with its hash. Single samples have no hash: their token ids and masks
+    are compared with the sample's id.
 
     Args:
         objects: the cache.
@@ -35,11 +59,13 @@ class RemoteShards(Shards):
 
     # What is mapped takes space on the disk, even when the store has evicted it.
     most_mapped = 64
+    remote = True
 
     def __init__(self, objects: Objects, manifest: Manifest, store: LocalStore, key: str):
         super().__init__(manifest)
         self.objects, self.store, self._key = objects, store, key
         self._states: frozenset[str] | None = None
+        self._places = lru_cache(maxsize=4096)(self._read_places)
 
     def name(self, shard: int) -> str:
         return self.objects.url(shard_file(shard))
@@ -57,20 +83,13 @@ class RemoteShards(Shards):
                 got = "it is missing" if found is None else f"it has {found}"
                 raise CacheError(f"{self.name(shard)} is damaged: expected {size} bytes, {got}; {REMEDY}")
 
-    def mapped(self, shard: int) -> MappedShard | None:
-        found = super().mapped(shard)
+    def mapped(self, key: int | SampleRows) -> MappedShard | None:
+        found = super().mapped(key)
         return None if found is None or _evicted(found) else found
 
-    def _open(self, shard: int) -> MappedShard:
-        """Map a shard's tensors, fetched first if the local store lacks them.
-
-        Raises:
-            CacheError: its bytes are not those of the manifest, twice.
-            StoreError: it can't be read.
-        """
-        specs = self._specs(shard)
+    def _open(self, key: int | SampleRows) -> MappedShard:
         for _ in range(3):
-            path = self.fetch(shard)
+            path, specs = self._fetch(key)
             try:
                 return map_shard(path, specs, random=True)
             except CacheError:
@@ -83,53 +102,82 @@ class RemoteShards(Shards):
         )
 
     def _tidy(self) -> None:
-        for shard in [number for number, mapped in self._mapped.items() if _evicted(mapped)]:
-            del self._mapped[shard]
+        for key in [key for key, mapped in self._mapped.items() if _evicted(mapped)]:
+            del self._mapped[key]
         super()._tidy()
 
-    def _specs(self, shard: int) -> dict[str, TensorSpec]:
-        """Return the tensors that a shard's local file has."""
-        specs, states = shard_specs(self.manifest.identity, self.manifest.plan[shard]), self._states
-        if states is None or not self.manifest.tensors:
-            return specs
-        always = ("input_ids", "loss_mask")
-        return {n: spec for n, spec in specs.items() if n in always or n in states or _state(n) in states}
+    def fetch(self, key: int | SampleRows) -> int:
+        """Have a shard, or a sample alone, in the local store; return the size of its file.
 
-    def fetch(self, shard: int) -> Path:
-        """Return a shard's local file, fetched if need be. See `map`."""
-        specs = self._specs(shard)
-        whole = not self.manifest.tensors
-        layout = file_layout(specs)
-        size = self.manifest.shards.bytes[shard] if whole else layout.size
+        Raises:
+            CacheError: its bytes are not those of the manifest, twice.
+            StoreError: it can't be read.
+            ConfigError: the local store is too small.
+        """
+        return self._fetch(key)[0].stat().st_size
+
+    def size(self, key: int | SampleRows) -> int:
+        """Return the size of a shard's local file, or of a sample's."""
+        if isinstance(key, int) and not self.manifest.tensors:
+            return self.manifest.shards.bytes[key]
+        return file_layout(self._specs(key)).size
+
+    def _specs(self, key: int | SampleRows) -> dict[str, TensorSpec]:
+        """Return the tensors that a local file has."""
+        if isinstance(key, int):
+            specs = shard_specs(self.manifest.identity, self.manifest.plan[key])
+            if not self.manifest.tensors:  # its one hash is that of the whole file
+                return specs
+        else:
+            tokens, rows = (stop - start for start, stop in (key.tokens, key.last_rows))
+            specs = shard_specs(self.manifest.identity, ShardPlan(samples=1, tokens=tokens, last_rows=rows))
+        wanted = self._states
+        return {n: s for n, s in specs.items() if wanted is None or n in _TOKENS or state_of(n) in wanted}
+
+    def _fetch(self, key: int | SampleRows) -> tuple[Path, dict[str, TensorSpec]]:
+        specs = self._specs(key)
         choice = hashlib.sha256("\n".join(sorted(specs)).encode()).hexdigest()[:12]
-        name = f"{self._key}/shards/{choice}/{shard:05d}.safetensors"
+        file = f"shard-{key:05d}" if isinstance(key, int) else f"sample-{key.number}"
 
         def fill(path: Path) -> None:
             for attempt in range(2):
-                wrong = self._fetch_whole(shard, path) if whole else self._fetch_some(shard, specs, path)
+                wrong = self._fill(key, specs, path)
                 if wrong is None:
                     return
                 if attempt:
+                    shard = key if isinstance(key, int) else key.shard
                     raise CacheError(f"{self.name(shard)} is damaged ({wrong}, twice): {REMEDY}")
 
-        return self.store.shard(name, size, fill)
+        path = self.store.file(f"{self._key}/fetched/{choice}/{file}.safetensors", self.size(key), fill)
+        return path, specs
 
-    def _fetch_whole(self, shard: int, path: Path) -> str | None:
-        """Fetch a whole shard; return what is wrong with it."""
-        size = self.manifest.shards.bytes[shard]
+    def _fill(self, key: int | SampleRows, specs: dict[str, TensorSpec], path: Path) -> str | None:
+        """Fetch into a file of the right size; return what is wrong with the bytes that came."""
+        if isinstance(key, SampleRows):
+            self._copy(key.shard, specs, path, key)
+            return _wrong_sample(path, specs, key)
+        if self.manifest.tensors:
+            self._copy(key, specs, path)
+            return self._wrong_tensor(path, specs, key)
         with path.open("r+b") as file:
-            self._read(shard, [(0, size)], lambda offset, data: os.pwrite(file.fileno(), data, offset))
-        with path.open("rb") as file:
+            size = self.manifest.shards.bytes[key]
+            self._read(key, [(0, size)], lambda offset, data: os.pwrite(file.fileno(), data, offset))
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return None if digest == self.manifest.shards.sha256[shard] else "its hash is another"
+        return None if digest == self.manifest.shards.sha256[key] else "it has another hash"
 
-    def _fetch_some(self, shard: int, specs: dict[str, TensorSpec], path: Path) -> str | None:
-        """Fetch tensors of a shard into a file of their own; return what is wrong with one."""
-        places = self._places(shard)
-        layout = file_layout(specs)
+    def _copy(
+        self, shard: int, specs: dict[str, TensorSpec], path: Path, sample: SampleRows | None = None
+    ) -> None:
+        """Fetch tensors of a shard, or one sample's rows of them, into a file of their own."""
+        places, layout = self._places(shard), file_layout(specs)
         spans = []  # first byte there, end there, first byte here
         for name, here in layout.offsets.items():
             begin, stop = places[name]
+            if sample is not None:
+                rows = sample.last_rows if state_of(name) == "last_hidden" else sample.tokens
+                dtype, (_, *shape) = specs[name]
+                width = dtype.itemsize * torch.Size(shape).numel()
+                begin, stop = (begin + row * width for row in rows)
             spans.append((begin, stop, here))
 
         def write(offset: int, data: memoryview) -> None:
@@ -140,17 +188,19 @@ class RemoteShards(Shards):
             descriptor = file.fileno()
             os.pwrite(descriptor, layout.header, 0)
             self._read(shard, [span[:2] for span in spans], write)
-            with mmap.mmap(descriptor, layout.size, access=mmap.ACCESS_READ) as data:
-                for name, here in layout.offsets.items():
-                    begin, stop = places[name]
-                    with memoryview(data)[here : here + stop - begin] as view:
-                        digest = hashlib.sha256(view).hexdigest()
-                    if digest != self.manifest.tensors[name][shard]:
+
+    def _wrong_tensor(self, path: Path, specs: dict[str, TensorSpec], shard: int) -> str | None:
+        layout = file_layout(specs)
+        ends = [*sorted(layout.offsets.values())[1:], layout.size]
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for name, end in zip(sorted(layout.offsets, key=layout.offsets.__getitem__), ends, strict=True):
+                with memoryview(data)[layout.offsets[name] : end] as view:
+                    if hashlib.sha256(view).hexdigest() != self.manifest.tensors[name][shard]:
                         return f"tensor {name} has another hash"
         return None
 
-    def _places(self, shard: int) -> dict[str, tuple[int, int]]:
-        """Return first byte and end of every tensor of a shard in the store."""
+    def _read_places(self, shard: int) -> dict[str, tuple[int, int]]:
+        """Return first byte and end of every tensor of a shard in the object store."""
         size = self.manifest.shards.bytes[shard]
         head = bytearray(min(size, _HEAD_BYTES))
 
@@ -160,12 +210,15 @@ class RemoteShards(Shards):
         self._read(shard, [(0, len(head))], keep)
         length = 8 + struct.unpack("<Q", head[:8])[0] if size >= 8 else 0
         if len(head) < length <= min(size, 8 + MAX_HEADER_BYTES):
-            begin, head = len(head), head.ljust(length)
+            begin = len(head)
+            head.extend(bytes(length - begin))
             self._read(shard, [(begin, length)], keep)
         specs = shard_specs(self.manifest.identity, self.manifest.plan[shard])
         return read_header(self.name(shard), bytes(head), size, specs)
 
-    def _read(self, shard: int, ranges: list[tuple[int, int]], write) -> None:
+    def _read(
+        self, shard: int, ranges: list[tuple[int, int]], write: Callable[[int, memoryview], object]
+    ) -> None:
         try:
             self.objects.read_ranges(shard_file(shard), ranges, write)
         except MissingObjectError:
@@ -183,7 +236,7 @@ def _evicted(mapped: MappedShard) -> bool:
     return not os.fstat(mapped.descriptor).st_nlink
 
 
-def _state(tensor: str) -> str:
-    """Return the state that a tensor belongs to: `context.9` of `context.9.scale`."""
-    kind, _, rest = tensor.partition(".")
-    return f"{kind}.{rest.partition('.')[0]}" if kind == "context" else kind
+def _wrong_sample(path: Path, specs: dict[str, TensorSpec], sample: SampleRows) -> str | None:
+    tensors = map_shard(path, specs).tensors
+    content = sample_id(*(tensors[name].numpy() for name in _TOKENS))
+    return None if content == sample.id else f"sample {sample.number} has other tokens than its id says"

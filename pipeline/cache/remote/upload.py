@@ -52,9 +52,7 @@ def upload(cache: Path, objects: Objects, progress: Callable[[int], object] = la
     records = {entry.name for entry in objects.list(PROGRESS)}
     columns: dict[str, list[str]] = {}
     copied = 0
-    for shard, (size, digest) in enumerate(
-        zip(manifest.shards.bytes, manifest.shards.sha256, strict=True)
-    ):
+    for shard, (size, digest) in enumerate(zip(manifest.shards.bytes, manifest.shards.sha256, strict=True)):
         name = f"{PROGRESS}/{shard:05d}.json"
         hashes = _recorded(objects, name, digest) if name in records else None
         if hashes is None:
@@ -88,7 +86,9 @@ def _begin(objects: Objects, manifest: Manifest) -> bool:
             raise CacheError(
                 f"{address} is not empty and holds no {MANIFEST}: choose a new or empty address"
             ) from None
-        started = dataclasses.replace(manifest, status="incomplete", shards=ShardFiles(), files=(), tensors={})
+        started = dataclasses.replace(
+            manifest, status="incomplete", shards=ShardFiles(), files=(), tensors={}
+        )
         objects.write(MANIFEST, started.to_json())
         return False
     refuse_another(address, found.identity, manifest.identity, "destination")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ def s3_server() -> Iterator[str]:
     """Return the URL of an S3 server that has the bucket `bucket`."""
     pytest.importorskip("obstore")
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     server.start()
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"

@@ -13,7 +13,7 @@ from pipeline.remote.address import Address
 
 
 def stored(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/shards/*/*"))
+    return sorted(folder.glob("*/fetched/*/*"))
 
 
 def equal(a, b) -> bool:
@@ -61,3 +61,18 @@ def test_the_store_keeps_its_limit(tmp_path: Path, local_cache: Path, remote_cac
         assert equal(near.read(i), far.read(i))
         assert sum(path.stat().st_size for path in stored(store.folder)) <= limit
     assert len(stored(store.folder)) > 1
+
+
+def test_a_sample_alone_is_fetched_without_its_shard(
+    tmp_path: Path, local_cache: Path, remote_cache: Address
+) -> None:
+    store = LocalStore(tmp_path / "store", 10**9)
+    near, far = CacheReader(local_cache), CacheReader(remote_cache, store=store)
+    far.only([2])
+    far.alone([1, 7, 11])
+    for i in (11, 1, 7, 1):
+        assert equal(near.read(i, [2]), far.read(i, [2]))
+        assert torch.equal(near.tokens(i)[0], far.tokens(i)[0])
+        assert torch.equal(near.layer_view(i, 2), far.layer_view(i, 2))
+    assert [path.name.partition("-")[0] for path in stored(store.folder)] == ["sample"] * 3
+    assert equal(near.read(2, [2]), far.read(2, [2]))
