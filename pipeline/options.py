@@ -12,6 +12,7 @@ import click
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.features import ALL_TOKENS, LABELS, NO_LAST_HIDDEN
 from pipeline.errors import UsageError
+from pipeline.remote.address import Place, parse_place
 
 Command = Callable[..., Any]
 
@@ -23,6 +24,18 @@ DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC = "nf4", "int8"
 LAST_HIDDEN_CHOICES = ("post_norm", NO_LAST_HIDDEN)
 # Tokens whose last hidden states are stored, as the manifest names them.
 HIDDEN_CHOICES = (LABELS, ALL_TOKENS)
+
+
+class PlaceType(click.ParamType):
+    """A path, or a URL of an object store."""
+
+    name = "path or url"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:
+        return parse_place(value) if isinstance(value, str) else value
+
+
+PLACE = PlaceType()
 
 
 def check_last_codec(last_hidden: str | None, last_codec: str | None) -> None:

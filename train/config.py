@@ -140,6 +140,10 @@ class TrainConfig:
     """Seed of the initial weights, the data order and the anchors."""
     shuffle_shards: int | None = None
     """Shards shuffled together, so that an epoch reads each shard in one part; all when not set."""
+    local_cache_dir: str | None = None
+    """Folder for shards fetched from an object store; by default DSPARK_LOCAL_CACHE or the user's caches."""
+    local_cache_bytes: int | None = None
+    """Most bytes of them, for all processes of a machine; half of what is free when not set."""
     held_out: float = HELD_OUT
     """Share of the samples kept for evaluation, chosen by a hash of their content."""
     data_share: float = 1.0
@@ -177,7 +181,7 @@ class TrainConfig:
         check_numbers(self)
         for name in _COUNTS:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_steps", "shuffle_shards"):
+        for name in ("max_steps", "shuffle_shards", "local_cache_bytes"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         for name in (

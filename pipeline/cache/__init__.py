@@ -7,7 +7,7 @@ __getattr__, __all__ = lazy_exports(
     {
         "CacheReader": "pipeline.cache.reader",
         "CacheWriter": "pipeline.cache.writer",
-        "CachedSample": "pipeline.cache.reader",
+        "CachedSample": "pipeline.cache.cached_sample",
         "DataIdentity": "pipeline.cache.manifest",
         "EngineIdentity": "pipeline.cache.engine",
         "FeatureIdentity": "pipeline.cache.features",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.cache.cached_sample import CachedSample
 from pipeline.cache.codecs import get_codec
 from pipeline.cache.features import LABELS
 from pipeline.cache.frozen import read_frozen
@@ -41,22 +42,6 @@ if TYPE_CHECKING:
 MAX_SCALE = 2.0**60
 
 
-@dataclass(frozen=True)
-class CachedSample:
-    """One conversation, decoded for training: S tokens, M rows of last hidden states.
-
-    `last_hidden[m]` is the post-norm state at position `last_positions[m]`, which predicts the token one
-    position later: the supervised label, unless the reader reads every token's.
-    """
-
-    sample_id: str
-    input_ids: Tensor  # [S] int32
-    loss_mask: Tensor  # [S] uint8
-    context: Tensor  # [S, L*H] bfloat16, layers concatenated in the order requested
-    last_hidden: Tensor | None  # [M, H] bfloat16; None if the cache has none
-    last_positions: Tensor  # [M] int64
-
-
 class CacheReader:
     """Read access to a complete cache. Samples are numbered from 0, without those that the cache skips.
 
@@ -81,11 +66,12 @@ class CacheReader:
         if isinstance(self.place, Address):
             from pipeline.cache.remote.shards import open_remote  # needs obstore
 
-            self.path, self._shards = open_remote(self.place, store)
-            self.manifest: Manifest = self._shards.manifest
+            self.path, self.files = open_remote(self.place, store)
+            self.manifest: Manifest = self.files.manifest
         else:
             self.path, self.manifest = self.place, read_manifest(self.place)
-            self._shards = LocalShards(self.path, self.manifest)
+            self.files = LocalShards(self.path, self.manifest)
+            """Its shards, wherever they are."""
         if self.manifest.status != "complete":
             done = len(list((self.path / "progress").glob("[0-9]*.json")))
             work = "conversion" if self.manifest.history else "capture"
@@ -158,24 +144,19 @@ class CacheReader:
         Raises:
             CacheError: names the first shard that is missing or has another size.
         """
-        self._shards.check()
+        self.files.check()
 
     def only(self, layer_ids: Sequence[int]) -> None:
         """Fetch no other layers from now on, if the cache lives in an object store."""
-        self._shards.only([*map(context_name, layer_ids), LAST_HIDDEN])
+        self.files.only([*map(context_name, layer_ids), LAST_HIDDEN])
 
     def alone(self, samples: Iterable[int]) -> None:
         """Fetch these samples one by one, not their shards, if the cache lives in an object store.
 
         For a few samples out of many shards, such as those held out.
         """
-        if self.remote:
+        if self.files.remote:
             self._alone |= set(map(int, samples))
-
-    @property
-    def remote(self) -> bool:
-        """True if the cache lives in an object store."""
-        return self._shards.remote
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -233,7 +214,7 @@ class CacheReader:
         return input_ids, loss_mask
 
     def _damaged_sample(self, i: int, reason: str) -> CacheError:
-        shard = self._shards.name(self.shard_of(i))
+        shard = self.files.name(self.shard_of(i))
         return CacheError(
             f"{shard} is damaged (sample {self.numbers[i]} {reason}): run `dspark verify`, or capture again"
         )
@@ -264,9 +245,9 @@ class CacheReader:
         return {suffix: torch.cat([part[rows] for rows in places]) for suffix, part in parts.items()}
 
     def _shard_of(self, i: int) -> MappedShard:
-        return self._shards.map(self._piece(i))
+        return self.files.map(self.piece(i))
 
-    def _piece(self, i: int) -> Hashable:
+    def piece(self, i: int) -> Hashable:
         """Return what is fetched and mapped to read sample `i`: the number of its shard, or its own rows."""
         if i not in self._alone:
             return int(self.shards[i])
@@ -319,7 +300,7 @@ class CacheReader:
 
         Call it rarely: it interrupts every processor that runs this process.
         """
-        for shard in filter(None, map(self._shards.mapped, shards)):
+        for shard in filter(None, map(self.files.mapped, shards)):
             advise(mmap.MADV_DONTNEED, *shard.tensors.values())
 
     def fetch(self, i: int, state: str, out: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ class Shards:
     # Shards mapped at once. A mapping takes address space and two file handles, whose usual limit is 1,024.
     most_mapped = 256
     remote = False
+    """True if shards are fetched from an object store."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
@@ -37,7 +38,19 @@ class Shards:
     def only(self, states: Iterable[str]) -> None:
         """Take note that no other states will be read, beside token ids and masks."""
 
-    def map(self, shard: int) -> MappedShard:
+    def fetch(self, piece: Hashable) -> None:
+        """Have a shard, or whatever else is mapped, on this machine."""
+
+    def size(self, piece: Hashable) -> int:
+        """Return the bytes that `fetch` needs on this machine."""
+        return 0
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes that may be fetched before they are read."""
+        return 0
+
+    def map(self, shard: Hashable) -> MappedShard:
         """Return a shard, mapped now if it was not. Raises CacheError if it is missing or damaged."""
         found = self.mapped(shard)
         if found is None:
@@ -47,7 +60,7 @@ class Shards:
                 self._tidy()
         return found
 
-    def mapped(self, shard: int) -> MappedShard | None:
+    def mapped(self, shard: Hashable) -> MappedShard | None:
         """Return a shard if it is mapped."""
         with self._lock:
             found = self._mapped.get(shard)
@@ -55,7 +68,7 @@ class Shards:
                 self._mapped.move_to_end(shard)
             return found
 
-    def _open(self, shard: int) -> MappedShard:
+    def _open(self, shard: Hashable) -> MappedShard:
         raise NotImplementedError
 
     def _tidy(self) -> None:

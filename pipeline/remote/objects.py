@@ -196,4 +196,4 @@ class Objects:
 
 
 def _reason(error: BaseException) -> str:
-    return one_line(str(error).partition("Debug source:")[0])
+    return one_line(str(error).partition("Debug source:")[0], 400)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.errors import UsageError, WriteError
-from pipeline.options import Command
+from pipeline.options import PLACE, Command
+from pipeline.remote.address import Place
 from pipeline.target_model.options import TargetOptions, target_options
 from train.runs.find import find_run
 from train.runs.names import BEST
@@ -28,9 +29,7 @@ run_option = click.option(
     required=True,
     help="A run that has a checkpoint, or one of its checkpoints: RUN/latest, RUN/checkpoints/step-000400.",
 )
-cache_option = click.option(
-    "--cache", type=click.Path(path_type=Path), required=True, help="A complete cache."
-)
+cache_option = click.option("--cache", type=PLACE, required=True, help="A complete cache, or its URL.")
 checkpoint_option = click.option(
     "--checkpoint",
     show_default=BEST,
@@ -74,7 +73,13 @@ def _keep(folder: Path, figures: Evaluation | Calibration | Speculation) -> None
 @device_option
 @json_option
 def evaluate_command(
-    cache: Path, run: Path, checkpoint: str | None, anchors: int | None, seed: int, device: str, as_json: bool
+    cache: Place,
+    run: Path,
+    checkpoint: str | None,
+    anchors: int | None,
+    seed: int,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Measure a draft on a cache's held-out samples. The target is not needed.
 
@@ -119,8 +124,8 @@ def prompt_options(*, num_prompts: int, max_new_tokens: int) -> Callable[[Comman
         ),
         click.option(
             "--cache",
-            type=click.Path(path_type=Path),
-            help="Instead of --prompts: a cache, for its held-out prompts.",
+            type=PLACE,
+            help="Instead of --prompts: a cache or its URL, for its held-out prompts.",
         ),
         click.option(
             "--num-prompts",
@@ -198,7 +203,7 @@ def speculate_command(
     run: Path,
     checkpoint: str | None,
     prompts: Path | None,
-    cache: Path | None,
+    cache: Place | None,
     num_prompts: int,
     max_new_tokens: int,
     temperatures: tuple[float, ...],
@@ -258,7 +263,13 @@ def speculate_command(
 @device_option
 @json_option
 def calibrate_command(
-    cache: Path, run: Path, checkpoint: str | None, anchors: int | None, seed: int, device: str, as_json: bool
+    cache: Place,
+    run: Path,
+    checkpoint: str | None,
+    anchors: int | None,
+    seed: int,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Fit a temperature per position, so that confidence predicts how often tokens are accepted.
 

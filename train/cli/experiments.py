@@ -6,10 +6,13 @@ from pathlib import Path
 
 import click
 
+from pipeline.options import PLACE
+from pipeline.remote.address import Place
+
 
 @click.command("sweep")
 @click.argument("config_files", metavar="CONFIG...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--cache", type=click.Path(path_type=Path), required=True, help="A complete cache.")
+@click.option("--cache", type=PLACE, required=True, help="A complete cache, or its URL.")
 @click.option(
     "--runs", type=click.Path(path_type=Path), required=True, help="Directory to write the runs into."
 )
@@ -26,7 +29,7 @@ import click
 )
 def sweep_command(
     config_files: tuple[Path, ...],
-    cache: Path,
+    cache: Place,
     runs: Path,
     settings: tuple[str, ...],
     device: str,

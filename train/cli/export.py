@@ -8,6 +8,8 @@ import click
 from click import format_filename
 
 from pipeline.errors import UsageError
+from pipeline.options import PLACE
+from pipeline.remote.address import Place
 from train.cli.evaluate import cache_option, checkpoint_option
 from train.runs.find import find_run
 
@@ -34,9 +36,7 @@ from train.runs.find import find_run
     is_flag=True,
     help="Include the target's embedding and head. Engines use the target's own; SGLang ignores these.",
 )
-@click.option(
-    "--cache", type=click.Path(path_type=Path), help="A cache of the draft's target, for --with-embeddings."
-)
+@click.option("--cache", type=PLACE, help="A cache of the draft's target, for --with-embeddings.")
 @click.option(
     "--gguf",
     "file_type",
@@ -55,7 +55,7 @@ def export_command(
     checkpoint: str | None,
     dtype: str,
     with_embeddings: bool,
-    cache: Path | None,
+    cache: Place | None,
     file_type: str | None,
     target_gguf: Path | None,
 ) -> None:
@@ -114,7 +114,7 @@ def export_command(
     metavar="TABLE.KEY=VALUE",
     help="Set a setting of [loss] or [train] for measuring the draft, such as train.held_out.",
 )
-def import_command(folder: Path, cache: Path, run: Path, overrides: tuple[str, ...]) -> None:
+def import_command(folder: Path, cache: Place, run: Path, overrides: tuple[str, ...]) -> None:
     """Make a run of a released draft, in DeepSpec's layout or in that of the speculators library.
 
     DIR has config.json and safetensors weights.

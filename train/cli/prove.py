@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from pipeline.errors import UsageError
+from pipeline.remote.address import Place
 from pipeline.target_model.options import TargetOptions, target_options
 from train.cli.evaluate import checkpoint_option, json_option, prompt_options, run_option
 from train.runs.find import find_run
@@ -37,7 +38,7 @@ def prove_command(
     engine_path: Path | None,
     target: TargetOptions,
     prompts: Path | None,
-    cache: Path | None,
+    cache: Place | None,
     num_prompts: int,
     max_new_tokens: int,
     as_json: bool,

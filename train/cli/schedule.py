@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipeline.remote.address import Place
 from train.cli.evaluate import cache_option, checkpoint_option, device_option, json_option, run_option
 from train.runs.find import find_run
 
@@ -55,7 +56,7 @@ if TYPE_CHECKING:  # so that --help imports no torch
 @device_option
 @json_option
 def schedule_command(
-    cache: Path,
+    cache: Place,
     run: Path,
     checkpoint: str | None,
     sps: Path,

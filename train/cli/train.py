@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from pipeline.options import PLACE
 from pipeline.process import torchrun_place
+from pipeline.remote.address import Place
 from train.runs.names import LATEST
 
 
@@ -29,7 +31,7 @@ def _explain(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
     callback=_explain,
     help="Print every setting with its default and the paper's value, and exit.",
 )
-@click.option("--cache", type=click.Path(path_type=Path), required=True, help="A complete cache.")
+@click.option("--cache", type=PLACE, required=True, help="A complete cache, or its URL.")
 @click.option(
     "--config",
     "config_file",
@@ -54,7 +56,7 @@ def _explain(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
     help="Write a Chrome trace of N steps to RUN/trace.json (open it in chrome://tracing or Perfetto).",
 )
 def train_command(
-    cache: Path,
+    cache: Place,
     config_file: Path | None,
     run: Path,
     overrides: tuple[str, ...],

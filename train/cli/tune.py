@@ -6,9 +6,12 @@ from pathlib import Path
 
 import click
 
+from pipeline.options import PLACE
+from pipeline.remote.address import Place
+
 
 @click.command("tune")
-@click.option("--cache", type=click.Path(path_type=Path), required=True, help="A complete cache.")
+@click.option("--cache", type=PLACE, required=True, help="A complete cache, or its URL.")
 @click.option(
     "--config",
     "config_file",
@@ -56,7 +59,7 @@ import click
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Runs to train at once. Default: the number of GPUs, or 1."
 )
-def tune_command(cache: Path, config_file: Path, folder: Path, budget: str, **options) -> None:
+def tune_command(cache: Place, config_file: Path, folder: Path, budget: str, **options) -> None:
     """Search the settings of a run within a budget of time, and write the best config.
 
     Trials are trained for a few optimiser steps; the best third of them for three times as many, and so on.

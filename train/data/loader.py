@@ -23,6 +23,7 @@ from pipeline.cache import CacheReader
 from pipeline.cache.layout import LAST_HIDDEN, context_name
 from pipeline.cache.rows import runs
 from pipeline.device import use_device
+from train.data.ahead import fetched_ahead
 
 Loaded = TypeVar("Loaded")
 
@@ -310,6 +311,7 @@ def loaded(
     Raises:
         CacheError: a sample is damaged; raised in place of its batch, on a GPU one batch earlier.
     """
+    packs = fetched_ahead(reader, packs)
     if device.type == "cuda":
 
         def load_pinned(samples: Sequence[int], collate: Collate) -> EncodedBatch:

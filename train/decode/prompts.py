@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, DataError
+from pipeline.remote.address import Place
 from pipeline.text import one_line
 from train.data.split import split
 from train.runs.directory import load_run_config
@@ -22,7 +23,7 @@ _TEXT_PROMPT = 16
 
 
 def choose_prompts(
-    prompts: Path | None, cache: Path | None, count: int, *, run: Path, draft: TrainedDraft, tokenizer: Any
+    prompts: Path | None, cache: Place | None, count: int, *, run: Path, draft: TrainedDraft, tokenizer: Any
 ) -> list[list[int]]:
     """Return the token ids of up to `count` prompts for a draft's target, from a file or a cache.
 

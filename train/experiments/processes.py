@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import DSparkError
+from pipeline.remote.address import Place
 from train.experiments.grid import Point
 from train.runs.directory import read_progress
 
@@ -34,7 +35,7 @@ def visible_gpus() -> list[str]:
 
 
 def train_command(
-    cache: Path, config_file: Path, run: Path, settings: Sequence[str], device: str
+    cache: Place, config_file: Path, run: Path, settings: Sequence[str], device: str
 ) -> list[str]:
     """Return the command line of one run."""
     # -P: not a train.py that happens to lie in the working directory.
@@ -101,7 +102,7 @@ class Child:
 class Processes:
     """The processes of a sweep; a context manager that leaves none of them running."""
 
-    cache: Path
+    cache: Place
     runs: Path
     device: str
     gpus: list[str]

@@ -14,6 +14,7 @@ import torch
 from pipeline import files
 from pipeline.cache import CacheReader, Identity
 from pipeline.errors import ConfigError, DSparkError, RunError
+from pipeline.remote.address import Place
 from pipeline.signals import StopRequest, stop_on_signals
 from pipeline.text import duration
 from train.config import RunConfig
@@ -29,7 +30,7 @@ POLL_SECONDS = 0.1
 
 
 def sweep(
-    cache: Path,
+    cache: Place,
     config_files: Sequence[Path],
     runs: Path,
     settings: Iterable[str],
@@ -151,7 +152,7 @@ class _Sweep:
             self.say(f"{child.label}: failed: {problem}; log: {child.log}")
 
 
-def resolve(points: Sequence[Point], cache: Path) -> tuple[list[Point], Identity]:
+def resolve(points: Sequence[Point], cache: Place) -> tuple[list[Point], Identity]:
     """Return the runs with their configs resolved as `dspark train` does it, and the cache's identity.
 
     Raises:

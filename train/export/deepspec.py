@@ -19,6 +19,7 @@ from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError, RunError, UsageError
 from pipeline.files import check_new, new_folder
 from pipeline.process import WorkerPlace
+from pipeline.remote.address import Place
 from train.config import RunConfig
 from train.data.split import split
 from train.draft import DRAFTS
@@ -48,7 +49,7 @@ _SCALES = ("embedding_scale", "logit_scale", "final_logit_softcapping")
 
 
 def import_draft(
-    folder: Path, cache: Path, run: Path, overrides: Iterable[str] = ()
+    folder: Path, cache: Place, run: Path, overrides: Iterable[str] = ()
 ) -> tuple[PretrainedConfig, int]:
     """Make a run of a released draft. The run appears complete or not at all.
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.cache import CacheReader
 from pipeline.errors import UsageError
 from pipeline.files import check_new, new_folder
+from pipeline.remote.address import Place
 from train.draft.vocabulary import kept_tokens
 from train.export import speculators
 from train.export.engines import VERSIONS, check_engine, obstacle, unknown_target
@@ -92,7 +93,7 @@ def export(
     *,
     checkpoint: str = BEST,
     dtype: str = "bfloat16",
-    cache: Path | None = None,
+    cache: Place | None = None,
     gguf: GgufFile | None = None,
 ) -> TrainedDraft:
     """Export one of a run's drafts, with a model card. The folder appears complete or not at all.

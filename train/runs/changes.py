@@ -20,6 +20,8 @@ from train.runs.state import Progress
 
 FREE = (
     "train.log_every",
+    "train.local_cache_bytes",
+    "train.local_cache_dir",
     "train.report_to",
     "train.eval_every",
     "train.early_stopping_patience",

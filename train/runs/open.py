@@ -13,8 +13,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.cache import CacheReader, TargetIdentity
 from pipeline.errors import RunError, UsageError
+from pipeline.remote.address import Place
 from train.config import RunConfig
 from train.data.split import split
+from train.data.store import open_cache
 from train.draft import DRAFTS
 from train.draft.kind import DraftKind, TrainerModule
 from train.draft.vocabulary import check_d2t
@@ -165,7 +167,7 @@ class DraftOnCache:
     """Numbers of the held-out samples."""
 
 
-def open_on_cache(cache: Path, run: Path, ranks: Ranks, which: str = BEST) -> DraftOnCache:
+def open_on_cache(cache: Place, run: Path, ranks: Ranks, which: str = BEST) -> DraftOnCache:
     """Open a draft and the cache to measure it on.
 
     Args:
@@ -180,12 +182,14 @@ def open_on_cache(cache: Path, run: Path, ranks: Ranks, which: str = BEST) -> Dr
     if config.loss.kernel == "triton":  # likewise; auto selects it wherever it runs
         config = replace(config, loss=replace(config.loss, kernel="auto"))
     find_checkpoint(run, which)  # fail early: reading the cache's index takes longer
-    reader = CacheReader(cache)
+    reader = open_cache(cache, config.train)
     reader.check_shards()
     draft = open_draft(run, which)
+    reader.only(draft.shape.target_layer_ids)
     draft.require_target_of(reader)
     reader.require_layers(draft.shape.target_layer_ids)
     reader.require_last_hidden("measuring the acceptance of a draft")
     _, held_out = split(reader, config.train.held_out)
+    reader.alone(held_out)
     module = draft.kind.on(draft.model(reader).to(ranks.device), config, ranks.device)
     return DraftOnCache(draft.folder, draft.step, config, reader, module, held_out)

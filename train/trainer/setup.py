@@ -15,9 +15,11 @@ from pipeline.cache import CacheReader
 from pipeline.cache.split import few_steps, more_steps
 from pipeline.errors import ConfigError
 from pipeline.process import torchrun_place
+from pipeline.remote.address import Place
 from train.config import RunConfig, TrainConfig
 from train.data.packing import count_steps, epoch_packs
 from train.data.split import split
+from train.data.store import open_cache, shuffled_shards
 from train.draft import DRAFTS
 from train.draft.kind import DraftKind
 from train.draft.shape import draft_shape, resolved
@@ -47,7 +49,7 @@ class Setup:
 
 
 def set_up(
-    cache: Path, config: RunConfig, device: torch.device, world: int = 1, *, begins: bool = True
+    cache: Place, config: RunConfig, device: torch.device, world: int = 1, *, begins: bool = True
 ) -> Setup:
     """Read a cache's index and check a config against it.
 
@@ -61,9 +63,10 @@ def set_up(
     """
     check_trackers(config.train.report_to)
     check_optimizer(config.train)
-    reader = CacheReader(cache)
+    reader = open_cache(cache, config.train)
     reader.check_shards()
     shape = draft_shape(reader, config)
+    reader.only(shape.target_layer_ids)
     kind = DRAFTS[config.draft.kind]
     if kind.needs_last_hidden(config):
         reader.require_last_hidden(f"draft.kind = {kind.name}")
@@ -76,7 +79,9 @@ def set_up(
     if kind.anchors is not None:
         check_anchors(reader, samples, config.train)
     check_world(config.train, world)
-    config = replace(config, draft=resolved(config.draft, shape))
+    reader.alone(held_out)
+    train = replace(config.train, shuffle_shards=shuffled_shards(reader, config.train))
+    config = replace(config, draft=resolved(config.draft, shape), train=train)
     return Setup(reader, config, kind, shape, samples, held_out)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline import config as configuration
 from pipeline.device import reuse_freed_memory
 from pipeline.errors import RunError, StoppedError
+from pipeline.remote.address import Place
 from pipeline.signals import StopRequest, stop_on_signals
 from train.config import RunConfig
 from train.data.loader import Collate, loaded
@@ -42,7 +43,7 @@ from train.trainer.setup import Setup, count_run_steps, set_up, steps_lines
 
 
 def train(
-    cache: Path,
+    cache: Place,
     config: RunConfig,
     run: Path,
     *,

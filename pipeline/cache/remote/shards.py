@@ -106,15 +106,19 @@ class RemoteShards(Shards):
             del self._mapped[key]
         super()._tidy()
 
-    def fetch(self, key: int | SampleRows) -> int:
-        """Have a shard, or a sample alone, in the local store; return the size of its file.
+    def fetch(self, key: int | SampleRows) -> None:
+        """Have a shard, or a sample alone, in the local store.
 
         Raises:
             CacheError: its bytes are not those of the manifest, twice.
             StoreError: it can't be read.
             ConfigError: the local store is too small.
         """
-        return self._fetch(key)[0].stat().st_size
+        self._fetch(key)
+
+    @property
+    def ahead_bytes(self) -> int:
+        return self.store.limit // 2
 
     def size(self, key: int | SampleRows) -> int:
         """Return the size of a shard's local file, or of a sample's."""

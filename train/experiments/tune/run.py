@@ -12,6 +12,7 @@ from pipeline import config as configuration
 from pipeline import files
 from pipeline.cache.optional import plain_values
 from pipeline.errors import ConfigError, DSparkError, RunError, UsageError
+from pipeline.remote.address import Place
 from pipeline.signals import stop_on_signals
 from pipeline.text import duration
 from train.config import RunConfig
@@ -31,7 +32,7 @@ _BASE = "base.toml"
 
 
 def tune(
-    cache: Path,
+    cache: Place,
     config_file: Path,
     folder: Path,
     budget: float,
@@ -136,7 +137,7 @@ def _work(search: Search) -> None:
     say(f"written: {folder / BEST_CONFIG}")
 
 
-def _set_up(cache: Path, config: RunConfig) -> Setup:
+def _set_up(cache: Place, config: RunConfig) -> Setup:
     """Check a config against the cache as `dspark train` does."""
     # sdpa runs everywhere, so no device is needed here: the GPUs are for the runs.
     return set_up(cache, replace(config, draft=replace(config.draft, attention="sdpa")), torch.device("cpu"))
@@ -164,7 +165,7 @@ def _check_lengths(steps: int, shortest: int | None, longest: int | None) -> Non
 
 
 def _space(
-    cache: Path, base: RunConfig, search: Sequence[str], say: Callable[[str], object]
+    cache: Place, base: RunConfig, search: Sequence[str], say: Callable[[str], object]
 ) -> list[Searched]:
     """Return what is searched. A default that this cache has no use for is left out with a line.
 

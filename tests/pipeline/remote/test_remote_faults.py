@@ -1,0 +1,77 @@
+"""An object store that fails: a read is tried again, then refused with its URL. No wrong byte is read."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import CacheReader
+from pipeline.cache.remote.local import LocalStore
+from pipeline.errors import CacheError
+from pipeline.remote import objects
+from pipeline.remote.address import Address
+from pipeline.remote.objects import StoreError
+from tests.pipeline.remote.test_remote_reader import equal, stored
+from tests.s3 import Faulty
+
+
+def unavailable(_status: int, _body: bytes) -> tuple[int, bytes]:
+    return 503, b""
+
+
+def half(status: int, body: bytes) -> tuple[int, bytes]:
+    return status, body[: len(body) // 2]
+
+
+def slow(status: int, body: bytes) -> tuple[int, bytes]:
+    time.sleep(0.3)
+    return status, body
+
+
+def flipped(status: int, body: bytes) -> tuple[int, bytes]:
+    """Another object's bytes, of the same size."""
+    return status, bytes(byte ^ 1 for byte in body)
+
+
+def fine(status: int, body: bytes) -> tuple[int, bytes]:
+    return status, body
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(objects, "RETRY_SECONDS", 0.5)
+
+
+@pytest.mark.parametrize("fault", [unavailable, half, slow, flipped])
+def test_what_fails_for_a_while_is_read_in_the_end(
+    tmp_path: Path, local_cache: Path, remote_cache: Address, faulty: Faulty, fault
+) -> None:
+    near = CacheReader(local_cache)
+    far = CacheReader(remote_cache, store=LocalStore(tmp_path, 10**9))
+    faulty.faults = [fine, fault, fault, fine, fault]  # the first request is of the header
+    assert all(equal(near.read(i), far.read(i)) for i in range(len(near)))
+    assert not faulty.faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        (unavailable, StoreError, "can't be read"),
+        (half, StoreError, "can't be read"),
+        (flipped, CacheError, r"is damaged \(tensor .* has another hash, twice\)"),
+    ],
+)
+def test_what_fails_for_good_is_named(
+    tmp_path: Path, local_cache: Path, remote_cache: Address, faulty: Faulty, fault, kind, words: str
+) -> None:
+    near = CacheReader(local_cache)
+    far = CacheReader(remote_cache, store=LocalStore(tmp_path, 10**9))
+    faulty.faults = [fine, *[fault] * 10_000]
+    with pytest.raises(kind, match=f"{remote_cache}/shards/00000.safetensors {words}"):
+        far.read(0)
+    assert not stored(tmp_path)  # and nothing half fetched is left
+    faulty.faults = []
+    assert equal(near.read(0), far.read(0))
