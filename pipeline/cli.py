@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "pipeline.cache.tools.cli:inspect_command",
         "Show the contents of a cache, or the progress of its capture.",
     ),
+    "sync": ("pipeline.cache.tools.cli:sync_command", "Copy a cache to or from an object store."),
     "convert": ("pipeline.cache.tools.cli:convert_command", "Re-encode a cache, or drop some of its layers."),
     "verify": (
         "pipeline.cache.tools.cli:verify_command",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from pipeline import config
 from pipeline.cache.engine import engine_words
 from pipeline.cache.manifest import Identity
 from pipeline.errors import CacheError
+from pipeline.remote.address import Place
 
 # Names of things, which may differ: the hashes beside them decide identity.
 _LABELS = ("target.name", "data.sources")
@@ -32,7 +32,7 @@ def differing_fields(ours: Identity, theirs: Identity) -> list[str]:
     return [f"{key}: {a.get(key)} against {b.get(key)}" for key in keys]
 
 
-def refuse_another(cache: Path, found: Identity, asked: Identity, option: str = "--cache") -> None:
+def refuse_another(cache: Place, found: Identity, asked: Identity, option: str = "--cache") -> None:
     """Refuse to continue a cache with another identity.
 
     Args:

@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 
 from pipeline.cache import CacheReader
-from pipeline.cache.remote.upload import upload
 from pipeline.remote.address import Address
-from pipeline.remote.objects import Objects
 from tests.conftest import run_ok
 from tests.s3 import s3, s3_server
 from tests.train.runs import figures_of, train_arguments, weights_of
@@ -21,7 +19,7 @@ __all__ = ["s3", "s3_server"]
 def test_a_run_from_an_object_store_is_that_of_the_directory(
     tmp_path: Path, cache_dir: Path, s3: Address
 ) -> None:
-    upload(cache_dir, Objects(s3))
+    run_ok("sync", cache_dir, str(s3))
     sizes = CacheReader(cache_dir).manifest.shards.bytes
     store = tmp_path / "store"
     settings = {

@@ -25,13 +25,7 @@ def mirrored(objects: Objects, store: LocalStore) -> tuple[Manifest, str, Path]:
         StoreError: it can't be read.
         WriteError: the local store can't be written to.
     """
-    try:
-        data = objects.read(MANIFEST)
-    except MissingObjectError:
-        raise CacheError(f"no cache at {objects.address}: expected an object {MANIFEST} there") from None
-    manifest = parse_manifest(data, objects.url(MANIFEST))
-    if manifest.status != "complete":
-        raise CacheError(f"{objects.address} is incomplete: run the same capture again to finish it")
+    manifest, data = read_remote_manifest(objects)
     key = hashlib.sha256(data).hexdigest()[:24]
     with store.folder_lock(key) as folder:
         if not (folder / MANIFEST).exists():
@@ -42,6 +36,23 @@ def mirrored(objects: Objects, store: LocalStore) -> tuple[Manifest, str, Path]:
                 raise files.write_error(folder, error) from error
             files.publish_bytes(folder / MANIFEST, data)
     return manifest, key, folder
+
+
+def read_remote_manifest(objects: Objects) -> tuple[Manifest, bytes]:
+    """Return the manifest of a complete cache in an object store, and its bytes.
+
+    Raises:
+        CacheError: there is no complete cache.
+        StoreError: it can't be read.
+    """
+    try:
+        data = objects.read(MANIFEST)
+    except MissingObjectError:
+        raise CacheError(f"no cache at {objects.address}: expected an object {MANIFEST} there") from None
+    manifest = parse_manifest(data, objects.url(MANIFEST))
+    if manifest.status != "complete":
+        raise CacheError(f"{objects.address} is incomplete: run the command that writes it again")
+    return manifest, data
 
 
 def _fetch(objects: Objects, manifest: Manifest, folder: Path) -> None:

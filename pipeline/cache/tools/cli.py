@@ -1,4 +1,4 @@
-"""`dspark verify`, `dspark inspect` and `dspark convert`."""
+"""`dspark verify`, `dspark inspect`, `dspark convert` and `dspark sync`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from pipeline.options import (
     HIDDEN_CHOICES,
     LAST_CODECS,
     LAST_HIDDEN_CHOICES,
+    PLACE,
     parse_layer_ids,
 )
+from pipeline.remote.address import Place
 
 _CACHE = click.argument("cache", type=click.Path(path_type=Path))
 
@@ -177,3 +179,25 @@ def convert_command(
     teacher = f"; teacher total variation {variation:.4f} against its states"
     stored = converted.manifest.identity.features.has_last_hidden
     click.echo(f"  converted from {source}{teacher * stored}")
+
+
+@click.command("sync")
+@click.argument("source", metavar="SRC", type=PLACE)
+@click.argument("destination", metavar="DST", type=PLACE)
+def sync_command(source: Place, destination: Place) -> None:
+    """Copy the cache SRC to DST. Either is a directory, or s3://, gs:// or az://BUCKET/FOLDER.
+
+    Compares every file with its hash. After a stop at any moment, the same command continues.
+    """
+    from tqdm import tqdm
+
+    from pipeline.cache.remote.sync import sync
+    from pipeline.cache.tools.inspect import summary_lines
+    from pipeline.text import size
+
+    with tqdm(unit="B", unit_scale=True, desc="sync") as bar:
+        manifest, copied = sync(source, destination, bar.reset, bar.update)
+    done = f"complete, {size(copied)} copied" if copied else "already complete"
+    click.echo(f"cache {destination}: {done}")
+    for line in summary_lines(manifest):
+        click.echo(line)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache.remote.upload import upload
+from pipeline.cache.remote.sync import sync
 from pipeline.remote.address import Address
-from pipeline.remote.objects import Objects
 from tests.pipeline.written import small_cache
 from tests.s3 import faulty, s3, s3_server
 
@@ -22,5 +21,5 @@ def local_cache(scratch) -> Path:
 
 @pytest.fixture
 def remote_cache(s3: Address, local_cache: Path) -> Address:
-    upload(local_cache, Objects(s3))
+    sync(local_cache, s3)
     return s3

@@ -1,0 +1,152 @@
+"""A copy of a cache holds the same bytes, continues where it was stopped, and replaces no other cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import CacheReader, read_manifest
+from pipeline.cache.manifest import shard_file
+from pipeline.cache.remote.sync import sync
+from pipeline.errors import CacheError
+from pipeline.remote.address import Address
+from pipeline.remote.objects import Objects
+from tests.conftest import assert_refused, run_cli, run_ok
+from tests.pipeline.written import every_byte, small_cache
+
+
+class StopHereError(Exception):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let a copy end without warning after so many writes to an object store."""
+    written: list[str] = []
+    write = Objects.write
+
+    def counted(self: Objects, name: str, data: bytes | Path) -> None:
+        if len(written) == count:
+            raise StopHereError
+        written.append(name)
+        write(self, name, data)
+
+    monkeypatch.setattr(Objects, "write", counted)
+
+
+def without_hashes(cache: Path) -> dict[str, bytes]:
+    return {name: data for name, data in every_byte(cache).items() if name != "manifest.json"}
+
+
+def test_there_and_back(s3: Address, local_cache: Path, scratch) -> None:
+    back = scratch()
+    out = run_ok("sync", local_cache, str(s3))
+    assert f"cache {s3}: complete, " in out
+    assert "already complete" in run_ok("sync", local_cache, str(s3))
+    run_ok("sync", str(s3), back)
+    assert without_hashes(back) == without_hashes(local_cache)
+    assert CacheReader(back).verify() == []
+    assert "already complete" in run_ok("sync", str(s3), back)
+    manifest, whole = read_manifest(back), read_manifest(local_cache)
+    assert manifest.shards == whole.shards
+    # The hashes of tensors are those of the bytes, found here by the offsets in the files' own headers.
+    for shard in range(len(whole.plan)):
+        data = (back / shard_file(shard)).read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        assert header.keys() == manifest.tensors.keys()
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            digest = hashlib.sha256(data[start + first : start + last]).hexdigest()
+            assert digest == manifest.tensors[name][shard]
+
+
+def test_from_one_address_to_another(s3: Address, remote_cache: Address, local_cache: Path, scratch) -> None:
+    other = Address(f"{s3}-2")
+    run_ok("sync", str(remote_cache), str(other))
+    run_ok("sync", str(other), back := scratch())
+    assert without_hashes(back) == without_hashes(local_cache)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 12, 15])
+def test_a_stopped_copy_continues(
+    s3: Address, local_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, count)
+        with pytest.raises(StopHereError):
+            sync(local_cache, s3)
+    with pytest.raises(CacheError, match=r"no cache at|is incomplete"):
+        CacheReader(s3)
+    _, copied = sync(local_cache, s3)
+    whole = read_manifest(local_cache)
+    done = max(0, (count - 1) // 2)
+    assert copied == whole.num_bytes - sum(whole.shards.bytes[:done])
+    names = sorted(entry.name for entry in Objects(s3).list())
+    assert names == sorted(name for name in every_byte(local_cache))
+
+
+def test_a_stopped_download_continues(
+    remote_cache: Address, local_cache: Path, scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back, read = scratch(), Objects.read_ranges
+
+    def stops(self: Objects, name: str, *arguments) -> None:
+        if name == shard_file(3):
+            raise StopHereError
+        read(self, name, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "read_ranges", stops)
+        with pytest.raises(StopHereError):
+            sync(remote_cache, back)
+    with pytest.raises(CacheError, match="no cache at"):
+        CacheReader(back)
+    _, copied = sync(remote_cache, back)
+    assert copied < read_manifest(local_cache).num_bytes
+    assert without_hashes(back) == without_hashes(local_cache)
+
+
+def test_what_is_not_whole_is_not_copied(s3: Address, local_cache: Path) -> None:
+    path = local_cache / shard_file(2)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert_refused(
+        run_cli("sync", local_cache, str(s3)), 1, str(path), "is damaged", "dspark verify --repair"
+    )
+    assert_refused(run_cli("inspect", local_cache / "no"), 1, "no cache")
+
+
+def test_nothing_else_is_replaced(s3: Address, remote_cache: Address, scratch) -> None:
+    other = small_cache(scratch(), count=5, layers=(0, 2))
+    assert_refused(run_cli("sync", other, str(s3)), 1, f"{s3} holds another capture")
+    Objects(Address(f"{s3}-x")).write("notes.txt", b"mine")
+    assert_refused(run_cli("sync", other, f"{s3}-x"), 1, "is not empty and holds no manifest.json")
+    mine = scratch()
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    assert_refused(run_cli("sync", str(s3), mine), 2, "is not empty")
+    assert_refused(run_cli("sync", str(s3), other), 1, f"{other} holds another capture")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("ftp://host/x", "expected a path, file://, s3://, gs://, az://"),
+        ("s3://", "is no place for a cache"),
+        ("s3://key:secret@bucket/x", "carry no credentials"),
+        ("s3://bucket/x?versionId=1", "is no place for a cache"),
+        ("s3://bucket/../x", "is no place for a cache"),
+    ],
+)
+def test_addresses_that_are_none(tmp_path: Path, url: str, words: str) -> None:
+    assert_refused(run_cli("sync", url, tmp_path / "c"), 2, words)
+    assert "secret" not in run_cli("sync", url, tmp_path / "c").output
+
+
+def test_a_file_url_is_a_path(local_cache: Path, scratch) -> None:
+    run_ok("sync", f"file://{local_cache}", back := scratch())
+    assert without_hashes(back) == without_hashes(local_cache)
