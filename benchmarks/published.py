@@ -84,8 +84,7 @@ def train(setup: Setup, ranks: Ranks) -> dict[str, object]:
     train, total = config.train, count_run_steps(setup)
     module = their_module(setup)
     optimizers = build_optimizers(module.draft_model, train, setup.kind.lr_scales(train), setup.kind.matrices)
-    chosen = reader.lengths[setup.samples], reader.shards[setup.samples], setup.samples
-    steps = itertools.islice(steps_from(*chosen, train), total)
+    steps = itertools.islice(steps_from(*setup.order, train), total)
     steps, ahead = itertools.tee(steps)
     chosen = (
         (members, setup.kind.collate(setup.kind.training_anchors(train, step.epoch)))

@@ -19,6 +19,7 @@ from pipeline.options import (
     CONTEXT_CODECS,
     DEFAULT_CONTEXT_CODEC,
     DEFAULT_LAST_CODEC,
+    DIRECTORY,
     HIDDEN_CHOICES,
     LAST_CODECS,
     LAST_HIDDEN_CHOICES,
@@ -245,7 +246,7 @@ _own_options = gathered(
     CaptureOptions,
     "options",
     [
-        click.option("--cache", type=click.Path(path_type=Path), required=True, help="Directory to write."),
+        click.option("--cache", type=DIRECTORY, required=True, help="Directory to write."),
         click.option(
             "--layers",
             "layer_ids",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ import click
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.features import ALL_TOKENS, LABELS, NO_LAST_HIDDEN
 from pipeline.errors import UsageError
-from pipeline.remote.address import Place, parse_place
+from pipeline.remote.address import Address, Place, parse_place
 
 Command = Callable[..., Any]
 
@@ -35,7 +36,22 @@ class PlaceType(click.ParamType):
         return parse_place(value) if isinstance(value, str) else value
 
 
-PLACE = PlaceType()
+class DirectoryType(PlaceType):
+    """A path, for a command that takes no URL."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        place = super().convert(value, param, ctx)
+        if isinstance(place, Address):
+            raise UsageError(
+                f"{place}: this command takes a directory: `dspark sync` copies caches to and from "
+                "object stores"
+            )
+        return place
+
+
+PLACE, DIRECTORY = PlaceType(), DirectoryType()
 
 
 def check_last_codec(last_hidden: str | None, last_codec: str | None) -> None:

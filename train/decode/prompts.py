@@ -42,6 +42,7 @@ def choose_prompts(
     reader = CacheReader(cache)
     draft.require_target_of(reader)
     _, held_out = split(reader, load_run_config(run).train.held_out)
+    reader.alone(held_out)
     return held_out_prompts(reader, held_out, count)
 
 

@@ -47,6 +47,11 @@ class Setup:
     held_out: np.ndarray
     """Sample numbers to evaluate on."""
 
+    @property
+    def order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths, shards and numbers of the training samples, `[n]` each, which the data order follows from."""
+        return self.reader.lengths[self.samples], self.reader.shards[self.samples], self.samples
+
 
 def set_up(
     cache: Place, config: RunConfig, device: torch.device, world: int = 1, *, begins: bool = True
@@ -129,8 +134,8 @@ def check_world(config: TrainConfig, world: int) -> None:
 
 def count_run_steps(setup: Setup) -> int:
     """Return the number of optimiser steps of the whole run."""
-    reader, samples = setup.reader, setup.samples
-    return count_steps(reader.lengths[samples], reader.shards[samples], setup.config.train)
+    lengths, shards, _ = setup.order
+    return count_steps(lengths, shards, setup.config.train)
 
 
 def steps_lines(setup: Setup, total: int) -> Iterator[str]:
@@ -139,9 +144,9 @@ def steps_lines(setup: Setup, total: int) -> Iterator[str]:
     Args:
         total: optimiser steps of the whole run.
     """
-    train, reader, samples = setup.config.train, setup.reader, setup.samples
-    shape = (reader.lengths[samples], train.batch_tokens, train.seed, 0)
-    packs = len(epoch_packs(*shape, reader.shards[samples], train.shuffle_shards))
+    train, (lengths, shards, _) = setup.config.train, setup.order
+    shape = (train.batch_tokens, train.seed, 0)
+    packs = len(epoch_packs(lengths, *shape, shards, train.shuffle_shards))
     each = -(-packs // train.micro_batches_per_step)
     epoch = (
         f"an epoch is {each:,} step{'s' * (each != 1)}, {packs:,} batches of at most {train.batch_tokens:,} "

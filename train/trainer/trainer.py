@@ -169,9 +169,7 @@ class Training:
         profiler = step_profiler(profile_steps if self.ranks.leads else 0, left, self.path / TRACE)
         self._say_where()
         steps = steps_from(
-            self.reader.lengths[self.setup.samples],
-            self.reader.shards[self.setup.samples],
-            self.setup.samples,
+            *self.setup.order,
             train,
             progress.epoch,
             progress.steps_of_epoch,

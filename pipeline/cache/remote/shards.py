@@ -16,7 +16,7 @@ import torch
 from pipeline.cache.codecs import TensorSpec
 from pipeline.cache.index import sample_id
 from pipeline.cache.layout import shard_specs, state_of
-from pipeline.cache.manifest import Manifest, ShardPlan, shard_file
+from pipeline.cache.manifest import MANIFEST, Manifest, ShardPlan, shard_file
 from pipeline.cache.remote.local import LocalStore, default_store
 from pipeline.cache.remote.mirror import REMEDY, mirrored
 from pipeline.cache.shard import MAX_HEADER_BYTES, MappedShard, file_layout, map_shard, read_header
@@ -233,6 +233,11 @@ def open_remote(address: Address, store: LocalStore | None) -> tuple[Path, Remot
     """Return the folder of a remote cache's small files, and its shards. See `mirrored`."""
     objects, store = Objects(address), store or default_store()
     manifest, key, folder = mirrored(objects, store)
+    names = shard_specs(manifest.identity, manifest.plan[0]).keys()
+    if manifest.tensors and manifest.tensors.keys() != names:
+        raise CacheError(
+            f"{objects.url(MANIFEST)} is damaged (it has hashes of other tensors than its shards): {REMEDY}"
+        )
     return folder, RemoteShards(objects, manifest, store, key)
 
 

@@ -62,11 +62,11 @@ def sync(
         The copy's manifest, and the number of bytes copied.
 
     Raises:
-        CacheError: the source is incomplete or damaged, or the destination holds another cache or other files.
+        CacheError: the source is incomplete or damaged, or the destination holds something else.
         StoreError: an object store can't be read or written.
         WriteError: the destination can't be written to.
     """
-    origin = _Bucket(Objects(source)) if isinstance(source, Address) else _Directory(source)
+    origin = Bucket(Objects(source)) if isinstance(source, Address) else _Directory(source)
     manifest = origin.manifest
     to: _Destination = (
         _ToBucket(Objects(destination)) if isinstance(destination, Address) else _ToDirectory(destination)
@@ -123,7 +123,9 @@ class _Directory(_Source):
         shutil.copyfile(self.cache / record.file, path)
 
 
-class _Bucket(_Source):
+class Bucket(_Source):
+    """A complete cache in an object store."""
+
     remedy = REMEDY
 
     def __init__(self, objects: Objects):

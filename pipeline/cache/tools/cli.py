@@ -10,18 +10,19 @@ import click
 
 from pipeline.cache.features import LABELS, hidden_words
 from pipeline.cache.split import HELD_OUT
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, UsageError
 from pipeline.options import (
     CONTEXT_CODECS,
+    DIRECTORY,
     HIDDEN_CHOICES,
     LAST_CODECS,
     LAST_HIDDEN_CHOICES,
     PLACE,
     parse_layer_ids,
 )
-from pipeline.remote.address import Place
+from pipeline.remote.address import Address, Place
 
-_CACHE = click.argument("cache", type=click.Path(path_type=Path))
+_CACHE = click.argument("cache", type=PLACE)
 
 
 @click.command("verify")
@@ -31,21 +32,28 @@ _CACHE = click.argument("cache", type=click.Path(path_type=Path))
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Files read at once. Default: the cores, up to 8."
 )
-def verify_command(cache: Path, fast: bool, repair: bool, threads: int | None) -> None:
+def verify_command(cache: Place, fast: bool, repair: bool, threads: int | None) -> None:
     """Check every file of CACHE against its manifest; exit 1 if any is damaged.
 
     Hashes every file, and compares the samples' tokens with their ids. In an incomplete cache, checks the
     finished shards. With --repair, moves damaged files to CACHE/damaged; the same capture command then
-    rewrites only those.
+    rewrites only those. In an object store a shard at a time is fetched.
     """
     from tqdm import tqdm
 
     from pipeline.cache.verify import DAMAGED, set_aside, verify_cache
 
     with tqdm(unit="B", unit_scale=True, desc="verify") as bar:
-        found = verify_cache(cache, fast=fast, threads=threads, begin=bar.reset, progress=bar.update)
+        if isinstance(cache, Address):
+            from pipeline.cache.remote.verify import verify_remote
+
+            if repair:
+                raise UsageError(f"--repair moves files of a directory: copy {cache} again by `dspark sync`")
+            found = verify_remote(cache, fast=fast, begin=bar.reset, progress=bar.update)
+        else:
+            found = verify_cache(cache, fast=fast, threads=threads, begin=bar.reset, progress=bar.update)
     for problem in found.problems:
-        click.echo(f"damaged: {cache / problem.file}: {problem.reason}")
+        click.echo(f"damaged: {cache}/{problem.file}: {problem.reason}")
     state = f"{cache}: "
     if not found.complete:
         state += f"incomplete, {found.shards:,} shards finished, {found.pending:,} still to be captured; "
@@ -57,6 +65,8 @@ def verify_command(cache: Path, fast: bool, repair: bool, threads: int | None) -
     if not found.complete:
         click.echo(state.removesuffix("; "))
     count = f"{cache}: {len(found.problems):,} of {found.files:,} files are damaged or missing"
+    if isinstance(cache, Address):
+        raise CacheError(f"{count}: remove these objects and copy the cache there again by `dspark sync`")
     if not repair:
         raise CacheError(f"{count}: `dspark verify {cache} --repair` sets them aside for capture to rewrite")
     moved = set_aside(cache, found.problems)
@@ -81,7 +91,7 @@ def verify_command(cache: Path, fast: bool, repair: bool, threads: int | None) -
     help="Fraction of the samples that a run would hold out.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: bool) -> None:
+def inspect_command(cache: Place, sample: str | None, held_out: float, as_json: bool) -> None:
     """Show the contents of CACHE, or the progress of its capture.
 
     With --sample: the sample's text, supervised tokens in green, and figures of its states, a line per layer.
@@ -93,13 +103,13 @@ def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: b
         facts = cache_facts(cache, fraction=held_out)
         lines = fact_lines(facts)
     else:
-        from pipeline.cache.manifest import read_manifest
         from pipeline.cache.reader import CacheReader
         from pipeline.cache.tools.sample import cached_decoder, find_sample, sample_facts, sample_lines
 
-        reader = CacheReader(cache, hidden=read_manifest(cache).identity.features.hidden)
+        reader = CacheReader(cache)
+        reader = CacheReader(cache, hidden=reader.manifest.identity.features.hidden)
         shown = sample_facts(reader, find_sample(reader, sample))
-        decode = cached_decoder(cache)
+        decode = cached_decoder(reader.path)
         lines = sample_lines(shown, decode)
         if as_json:
             shown["text"] = decode(shown["input_ids"]) if decode else None
@@ -112,8 +122,8 @@ def inspect_command(cache: Path, sample: str | None, held_out: float, as_json: b
 
 
 @click.command("convert")
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=DIRECTORY)
+@click.argument("destination", metavar="DST", type=DIRECTORY)
 @click.option(
     "--context-codec",
     type=click.Choice(CONTEXT_CODECS),

@@ -28,6 +28,7 @@ from pipeline.cache.progress.finished import finished_shards, listed_shards, tar
 from pipeline.cache.split import held_out
 from pipeline.cache.verify import DAMAGED
 from pipeline.errors import CacheError
+from pipeline.remote.address import Address, Place
 from pipeline.text import duration, size
 
 Facts = dict[str, Any]
@@ -37,7 +38,7 @@ SHORTEST_SECONDS = 0.001
 SHOWN = 5
 
 
-def cache_facts(cache: Path, *, fraction: float) -> Facts:
+def cache_facts(place: Place, *, fraction: float) -> Facts:
     """Collect the facts in manifest, index and progress, in JSON's types. Reads no shard, writes nothing.
 
     Args:
@@ -46,6 +47,14 @@ def cache_facts(cache: Path, *, fraction: float) -> Facts:
     Raises:
         CacheError: no manifest, or a complete cache with a damaged index.
     """
+    if isinstance(place, Address):
+        from pipeline.cache.remote.local import default_store
+        from pipeline.cache.remote.mirror import mirrored
+        from pipeline.remote.objects import Objects
+
+        _, _, cache = mirrored(Objects(place), default_store())
+    else:
+        cache = place
     manifest = read_manifest(cache)
     running = None
     if manifest.status != "complete":
@@ -54,7 +63,7 @@ def cache_facts(cache: Path, *, fraction: float) -> Facts:
         if again.status == "complete":  # another process has just finished it
             manifest, running = again, None
     facts: Facts = {
-        "cache": str(cache),
+        "cache": str(place),
         "status": manifest.status,
         "created_by": manifest.created_by,
         "identity": plain_values(manifest.identity),
@@ -72,8 +81,10 @@ def cache_facts(cache: Path, *, fraction: float) -> Facts:
     facts |= _of_the_index(cache, manifest, fraction)
     if running is not None:
         return facts | {"progress": running}
-    found = sum(1 for _ in listed_shards(cache / "shards", ".safetensors"))
-    return facts | {"bytes": _bytes(cache, manifest), "shards_missing": max(0, len(manifest.plan) - found)}
+    missing = 0
+    if not isinstance(place, Address):
+        missing = len(manifest.plan) - sum(1 for _ in listed_shards(cache / "shards", ".safetensors"))
+    return facts | {"bytes": _bytes(cache, manifest), "shards_missing": max(0, missing)}
 
 
 def _of_the_index(cache: Path, manifest: Manifest, fraction: float) -> Facts:

@@ -150,3 +150,29 @@ def test_addresses_that_are_none(tmp_path: Path, url: str, words: str) -> None:
 def test_a_file_url_is_a_path(local_cache: Path, scratch) -> None:
     run_ok("sync", f"file://{local_cache}", back := scratch())
     assert without_hashes(back) == without_hashes(local_cache)
+
+
+def test_verify_and_inspect_read_there(s3: Address, cache_dir: Path, tmp_path: Path) -> None:
+    run_ok("sync", cache_dir, str(s3))
+    good = run_ok("verify", str(s3))
+    assert good.replace(str(s3), str(cache_dir)) == run_ok("verify", cache_dir)
+    ours, theirs = (json.loads(run_ok("inspect", place, "--json")) for place in (str(s3), cache_dir))
+    differing = {name for name in ours if ours[name] != theirs[name]}
+    assert differing == {"cache", "bytes"}  # the manifest is longer
+    sample = [run_ok("inspect", place, "--sample", "#3") for place in (str(s3), cache_dir)]
+    assert sample[0] == sample[1]
+    data = bytearray(Objects(s3).read(shard_file(1)))
+    data[-3] ^= 1
+    Objects(s3).write(shard_file(1), bytes(data))
+    Objects(s3).remove([shard_file(2)])
+    bad = run_cli("verify", str(s3))
+    assert_refused(bad, 1, "2 of", "are damaged or missing", "dspark sync")
+    assert f"damaged: {s3}/{shard_file(1)}: its hash differs" in bad.stdout
+    assert f"damaged: {s3}/{shard_file(2)}: expected" in bad.stdout
+    assert f"damaged: {s3}/{shard_file(1)}" not in run_cli("verify", str(s3), "--fast").stdout
+
+
+def test_commands_that_write_take_directories(s3: Address, local_cache: Path) -> None:
+    assert_refused(run_cli("convert", str(s3), local_cache), 2, f"{s3}: this command takes a directory")
+    assert_refused(run_cli("capture", "--cache", str(s3)), 2, f"{s3}: this command takes a directory")
+    assert_refused(run_cli("verify", str(s3), "--repair"), 2, "--repair")
