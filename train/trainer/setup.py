@@ -49,7 +49,7 @@ class Setup:
 
     @property
     def order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths, shards and numbers of the training samples, `[n]` each, which the data order follows from."""
+        """Lengths, shards and numbers of the training samples, `[n]` each: the data order follows from them."""
         return self.reader.lengths[self.samples], self.reader.shards[self.samples], self.samples
 
 
