@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,17 +20,10 @@ from pipeline.cache.frozen import read_frozen
 from pipeline.cache.index import check_skipped, count_candidates, open_index, sample_ids
 from pipeline.cache.index import sample_id as content_id
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name
-from pipeline.cache.manifest import (
-    FROZEN,
-    INDEX,
-    MANIFEST,
-    Manifest,
-    is_weights,
-    read_manifest,
-)
+from pipeline.cache.manifest import INDEX, MANIFEST, Manifest, read_manifest
 from pipeline.cache.rows import last_hidden_columns, slices_of, stored_rows
 from pipeline.cache.shard import MappedShard, advise
-from pipeline.cache.shards import LocalShards, check_size
+from pipeline.cache.shards import LocalShards, check_files
 from pipeline.cache.statistics import StateCodec, check_statistics_listed, read_statistics, state_codecs
 from pipeline.cache.verify import FileChecks
 from pipeline.errors import CacheError
@@ -94,7 +88,7 @@ class CacheReader:
         for codec in features.codecs:
             get_codec(codec)  # an unknown one is refused before anything else is read
         check_statistics_listed(self.path, self.manifest)
-        self._check_files()
+        check_files(self.path, self.manifest)
         self._codecs = state_codecs(
             self.manifest.identity, read_statistics(self.path, self.manifest.identity)
         )
@@ -121,25 +115,11 @@ class CacheReader:
             table[name].to_numpy()[kept] for name in (last.start, last.number, given)
         )
 
-    def _check_files(self) -> None:
-        """Check folders, the sizes of files beside the shards, and that `target/` has no other weights."""
-        for folder in ("target", "shards"):
-            if (self.path / folder).is_symlink() or not (self.path / folder).is_dir():
-                raise CacheError(f"{self.path / folder} is not a directory: capture again")
-        for path in (self.path / "target").iterdir():
-            name = f"target/{path.name}"
-            if name != FROZEN and is_weights(path.name) and path.is_file() and not path.is_symlink():
-                raise CacheError(
-                    f"{path} looks like weights of the target, which a cache must not hold: remove it"
-                )
-        for record in self.manifest.files:
-            check_size(self.path / record.file, record.bytes)
-
     def check_shards(self) -> None:
         """Check that every shard exists and has its size, so that a run can't fail half way.
 
-        Asks the filesystem once per shard, which takes seconds for the largest caches; so opening does not.
-        An object store is asked for one listing.
+        Asks the filesystem once per shard, which takes seconds for the largest caches, or for one listing of
+        an object store; so opening does not.
 
         Raises:
             CacheError: names the first shard that is missing or has another size.
@@ -157,6 +137,25 @@ class CacheReader:
         """
         if self.files.remote:
             self._alone |= set(map(int, samples))
+
+    @contextmanager
+    def tokens_only(self) -> Iterator[None]:
+        """Fetch token ids and masks without any state, within a block."""
+        before = self.files.only(())
+        try:
+            yield
+        finally:
+            self.files.only(before)
+
+    @contextmanager
+    def briefly_alone(self, samples: Iterable[int]) -> Iterator[None]:
+        """Fetch samples as `alone` does, within a block."""
+        before = set(self._alone)
+        self.alone(samples)
+        try:
+            yield
+        finally:
+            self._alone = before
 
     def __len__(self) -> int:
         return len(self.shards)

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 from pipeline.cache.layout import shard_specs
-from pipeline.cache.manifest import Manifest, shard_file
+from pipeline.cache.manifest import FROZEN, Manifest, is_weights, shard_file
 from pipeline.cache.shard import MappedShard, map_shard
 from pipeline.errors import CacheError
 
@@ -35,8 +35,13 @@ class Shards:
         """Check that every shard exists and has its size. Raise CacheError that names the first one not."""
         raise NotImplementedError
 
-    def only(self, states: Iterable[str]) -> None:
-        """Take note that no other states will be read, beside token ids and masks."""
+    def only(self, states: Iterable[str] | None) -> Iterable[str] | None:
+        """Take note that no other states will be read, beside token ids and masks; None is all of them.
+
+        Returns:
+            The states of before.
+        """
+        return None
 
     def fetch(self, piece: Hashable) -> None:
         """Have a shard, or whatever else is mapped, on this machine."""
@@ -95,6 +100,25 @@ class LocalShards(Shards):
         path = self._cache / shard_file(shard)
         check_size(path, self.manifest.shards.bytes[shard])
         return map_shard(path, shard_specs(self.manifest.identity, self.manifest.plan[shard]), random=True)
+
+
+def check_files(cache: Path, manifest: Manifest) -> None:
+    """Check folders, the sizes of files beside the shards, and that `target/` has no other weights.
+
+    Raises:
+        CacheError: names what is wrong.
+    """
+    for folder in ("target", "shards"):
+        if (cache / folder).is_symlink() or not (cache / folder).is_dir():
+            raise CacheError(f"{cache / folder} is not a directory: capture again")
+    for path in (cache / "target").iterdir():
+        name = f"target/{path.name}"
+        if name != FROZEN and is_weights(path.name) and path.is_file() and not path.is_symlink():
+            raise CacheError(
+                f"{path} looks like weights of the target, which a cache must not hold: remove it"
+            )
+    for record in manifest.files:
+        check_size(cache / record.file, record.bytes)
 
 
 def check_size(path: Path, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,7 +258,9 @@ def test_no_row_sees_the_features_of_position_0() -> None:
         last_positions=torch.arange(8),
         input_ids=torch.arange(9),
     )
-    one = SimpleNamespace(candidates=np.array([8]), read=lambda *_: sample)
+    one = SimpleNamespace(
+        candidates=np.array([8]), read=lambda *_: sample, briefly_alone=lambda _samples: nullcontext()
+    )
     (_, places, states, ids), *others = regression._rows(one, [0], (0,), 3)
     assert not others
     assert places.tolist() == ids.tolist() == [4, 5, 6, 7]

@@ -23,6 +23,8 @@ def test_a_run_from_an_object_store_is_that_of_the_directory(
     sizes = CacheReader(cache_dir).manifest.shards.bytes
     store = tmp_path / "store"
     settings = {
+        "draft__init": "ridge",
+        "draft__draft_vocab_size": 100,
         "train__max_steps": 12,
         "train__log_every": 1,
         "train__eval_every": 6,

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from pipeline.cache import CacheReader
 from pipeline.errors import ConfigError
+from train.data.ahead import fetched_ahead
 
 # Buffers of a reduced vocabulary: whole numbers, not weights.
 VOCABULARY = ("d2t", "t2d")
@@ -43,10 +44,12 @@ def count_labels(reader: CacheReader, samples: Sequence[int] | np.ndarray) -> np
     counts = np.zeros(reader.manifest.identity.target.vocab_size, dtype=np.int64)
     samples = np.asarray(samples)
     parts = -(-int(reader.lengths[samples].sum()) // COUNTED)
-    for some in np.array_split(samples, max(1, parts)):  # adding up costs V operations, so not by sample
-        labels = [ids[mask.bool()].numpy() for ids, mask in map(reader.tokens, some.tolist())]
-        if labels:
-            counts += np.bincount(np.concatenate(labels), minlength=len(counts))
+    pieces = np.array_split(samples, max(1, parts))  # adding up costs V operations, so not by sample
+    with reader.tokens_only():
+        for some, _ in fetched_ahead(reader, ((piece.tolist(), None) for piece in pieces)):
+            labels = [ids[mask.bool()].numpy() for ids, mask in map(reader.tokens, some)]
+            if labels:
+                counts += np.bincount(np.concatenate(labels), minlength=len(counts))
     return counts
 
 

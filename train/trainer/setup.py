@@ -49,7 +49,7 @@ class Setup:
 
     @property
     def order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths, shards and numbers of the training samples, `[n]` each: the data order follows from them."""
+        """Lengths, shards and numbers of the training samples, `[n]` each: they decide the data order."""
         return self.reader.lengths[self.samples], self.reader.shards[self.samples], self.samples
 
 

@@ -70,10 +70,11 @@ class RemoteShards(Shards):
     def name(self, shard: int) -> str:
         return self.objects.url(shard_file(shard))
 
-    def only(self, states: Iterable[str]) -> None:
+    def only(self, states: Iterable[str] | None) -> Iterable[str] | None:
         with self._lock:
-            self._states = frozenset(states)
+            before, self._states = self._states, None if states is None else frozenset(states)
             self._mapped.clear()
+        return before
 
     def check(self) -> None:
         sizes = {entry.name: entry.bytes for entry in self.objects.list("shards")}

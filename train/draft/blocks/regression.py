@@ -138,7 +138,8 @@ def _rows(
         np.linspace(0, len(samples) - 1, max(1, round(share * len(samples)))).round().astype(int)
     )
     for i in samples[chosen].tolist():
-        sample = reader.read(i, layer_ids)
+        with reader.briefly_alone([i]):
+            sample = reader.read(i, layer_ids)
         finite = sample.context.isfinite().all(1).long().cumsum(0)
         later = sample.last_positions > slots  # without the features of position 0, which are outliers
         places = sample.last_positions[later]
