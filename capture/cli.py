@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -21,6 +20,7 @@ from pipeline.target_model.options import TargetOptions
 if TYPE_CHECKING:  # so that --help imports no torch
     from capture.engines.group import Group
     from pipeline.cache import Manifest
+    from pipeline.remote.address import Place
 
 _AT_LEAST_1 = click.IntRange(min=1)
 
@@ -132,18 +132,16 @@ def preview_command(target: TargetOptions, data: DataOptions, row: int | None, c
         click.echo(line)  # drops the colours where stdout is no terminal
 
 
-def _complete_cache(cache: Path) -> Manifest | None:
+def _complete_cache(cache: Place) -> Manifest | None:
     """Return the manifest of a complete cache; None if there is no such cache.
 
     Raises:
         CacheError: a shard is missing or has another size. A run would notice that only after its set-up.
     """
-    from pipeline.cache.manifest import MANIFEST, read_manifest
+    from capture.prepare import existing
 
-    if not (cache / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(cache)
-    if manifest.status != "complete":
+    manifest = existing(cache)
+    if manifest is None or manifest.status != "complete":
         return None
     from pipeline.cache import CacheReader
 
@@ -151,7 +149,7 @@ def _complete_cache(cache: Path) -> Manifest | None:
     return manifest
 
 
-def _report(manifest: Manifest, cache: Path, *, reused: bool) -> None:
+def _report(manifest: Manifest, cache: Place, *, reused: bool) -> None:
     from pipeline.cache.tools.inspect import summary_lines
 
     state = "already complete, reused without running the target" if reused else "complete"

@@ -19,16 +19,17 @@ from pipeline.options import (
     CONTEXT_CODECS,
     DEFAULT_CONTEXT_CODEC,
     DEFAULT_LAST_CODEC,
-    DIRECTORY,
     HIDDEN_CHOICES,
     LAST_CODECS,
     LAST_HIDDEN_CHOICES,
+    PLACE,
     Command,
     check_hidden,
     check_last_codec,
     gathered,
     parse_layer_ids,
 )
+from pipeline.remote.address import Place
 from pipeline.target_model.options import TargetOptions, target_options
 
 # Template variables that rendering a conversation sets.
@@ -116,7 +117,8 @@ class CaptureOptions:
 
     target: TargetOptions
     data: DataOptions
-    cache: Path
+    cache: Place
+    """Where the cache is written: a directory, or an address in an object store."""
     layer_ids: tuple[int, ...] | None = None
     """None: five evenly spread ids, see `pipeline.features.default_layer_ids`."""
     batch_tokens: int = 4096
@@ -246,7 +248,9 @@ _own_options = gathered(
     CaptureOptions,
     "options",
     [
-        click.option("--cache", type=DIRECTORY, required=True, help="Directory to write."),
+        click.option(
+            "--cache", type=PLACE, required=True, help="Directory to write, or URL of an object store."
+        ),
         click.option(
             "--layers",
             "layer_ids",

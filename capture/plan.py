@@ -18,8 +18,10 @@ from pipeline.cache.codecs import CODECS
 from pipeline.cache.engine import engine_words
 from pipeline.cache.features import LABELS, NO_LAST_HIDDEN, FeatureIdentity
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes, written_bytes
+from pipeline.cache.remote.local import staging_folder
 from pipeline.cache.split import training_lines
 from pipeline.options import DEFAULT_LAST_CODEC
+from pipeline.remote.address import Address
 from pipeline.target_model.load import Target
 from pipeline.text import duration, size
 
@@ -59,7 +61,7 @@ def check_room(prepared: PreparedCapture) -> None:
         CacheError: with the bytes needed and the bytes free.
     """
     options, features = prepared.options, prepared.identity.features
-    if not options.force:
+    if not options.force and not isinstance(options.cache, Address):
         cost = price(prepared, features.context_codec, features.last_codec)
         check_disk(options.cache, cost, "capture fewer layers (--layers) or samples (--num-samples)")
 
@@ -98,6 +100,9 @@ def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
             f"{sum(prepared.plan.last_rows):,} that training needs: "
             f"{_price(prepared, labels).per_token:,.0f} bytes per token"
         )
+    if isinstance(options.cache, Address):
+        yield f"written to {options.cache}, shard by shard through {staging_folder(options.cache)}"
+        return
     written = written_bytes(options.cache) if options.cache.is_dir() else 0
     there = f", {size(written)} of the cache already written" if written else ""
     yield f"disk: {size(free_bytes(options.cache))} free at {options.cache}{there}"

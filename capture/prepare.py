@@ -18,10 +18,11 @@ from capture.one_pass.turns import longest_lengths
 from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, SampleFacts, build_index, read_manifest
 from pipeline.cache.features import NO_LAST_HIDDEN
-from pipeline.cache.manifest import MANIFEST, PROMPTS, Plan
+from pipeline.cache.manifest import MANIFEST, PROMPTS, Manifest, Plan
 from pipeline.cache.same import refuse_another
 from pipeline.errors import CacheError, DataError
 from pipeline.features import default_layer_ids, validate_target_layer_ids
+from pipeline.remote.address import Address, Place
 from pipeline.rope import RopeLengths, rope_lengths
 from pipeline.target_model.load import DTYPES, Target, open_target
 from pipeline.target_model.options import TargetOptions
@@ -95,13 +96,24 @@ class PreparedCapture:
         return replace(self.identity, target=self.target.identity())
 
 
+def existing(cache: Place) -> Manifest | None:
+    """Return the manifest of a cache, complete or not; None without one. Raises CacheError, StoreError."""
+    if isinstance(cache, Address):
+        from pipeline.cache.remote.mirror import found_manifest
+        from pipeline.remote.objects import Objects
+
+        return found_manifest(Objects(cache))
+    return read_manifest(cache) if (cache / MANIFEST).is_file() else None
+
+
 def prepare(options: CaptureOptions) -> PreparedCapture:
     """Read the target's config, tokenise the data, and plan batches and shards.
 
     Raises:
         DSparkError: see `pipeline.errors`.
     """
-    found = read_manifest(options.cache).identity if (options.cache / MANIFEST).is_file() else None
+    manifest = existing(options.cache)
+    found = manifest.identity if manifest else None
     target = open_target(_with_dtype_of(found, with_example(options.target)))
     shape = target.identity(hash_weights=False)
     own_rope = rope_lengths(target.config, target.shell)

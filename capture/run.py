@@ -35,9 +35,13 @@ from pipeline.cache import CacheWriter, Manifest
 from pipeline.cache.fidelity import Measured
 from pipeline.cache.layout import LAST_HIDDEN
 from pipeline.cache.progress.claims import DEAD_AFTER_SECONDS, Worker, claim_name, take_shards
+from pipeline.cache.remote.local import staging_folder
 from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
+from pipeline.errors import UsageError
 from pipeline.process import WorkerPlace
+from pipeline.remote.address import Address
+from pipeline.remote.objects import Objects
 from pipeline.signals import StopRequest, stop_on_signals
 
 # Name of the claim to write `target/`.
@@ -77,6 +81,11 @@ def _capture(options: CaptureOptions, place: WorkerPlace, group: Group | None) -
     Args:
         group: the processes over which transformers splits the target, if it does.
     """
+    if options.answers.regenerate and isinstance(options.cache, Address):
+        raise UsageError(
+            f"--regenerate keeps its answers beside the cache, not in an object store: capture to a "
+            f"directory, then copy it by `dspark sync DIRECTORY {options.cache}`"
+        )
     if options.answers.regenerate and options.engine.engine == HUGGING_FACE:
         options = answer_first(options, place)
     prepared = prepare(options if group else _on_device_of(place, options))
@@ -105,11 +114,16 @@ def _capture(options: CaptureOptions, place: WorkerPlace, group: Group | None) -
 
 def _writer(prepared: PreparedCapture) -> CacheWriter:
     """Open the cache, or begin it. Reads all weights of the target, for their hash."""
-    identity = prepared.full_identity()
+    identity, cache = prepared.full_identity(), prepared.options.cache
+    if isinstance(cache, Address):
+        from pipeline.cache.remote.writer import RemoteWriter  # needs obstore
+
+        parts = (prepared.plan, prepared.index, dict(prepared.data.rows))
+        return RemoteWriter(Objects(cache), staging_folder(cache), identity, *parts)
     if prepared.answered:
         return answered_writer(prepared, identity)
     rows = dict(prepared.data.rows)
-    return CacheWriter(prepared.options.cache, identity, prepared.plan, prepared.index, rows)
+    return CacheWriter(cache, identity, prepared.plan, prepared.index, rows)
 
 
 def _on_device_of(place: WorkerPlace, options: CaptureOptions) -> CaptureOptions:
@@ -147,7 +161,7 @@ def _capture_with(
     proof = prove_target(engine, identity, prepared, codecs.get(LAST_HIDDEN), place.rank == 0)
     written = 0
     try:
-        with stop_on_signals() as stop, Worker(writer.progress, place.label) as worker:
+        with stop_on_signals() as stop, writer.worker(place.label) as worker:
             engine.while_waiting = functools.partial(_check_stop, writer, stop)
             one_pass = one_pass_engine(engine, prepared)
             filler = ShardFiller(one_pass or engine, identity, codecs, Clock())

@@ -39,6 +39,7 @@ from pipeline.cache.manifest import (
     shard_file,
     write_manifest,
 )
+from pipeline.cache.progress.claims import Worker
 from pipeline.cache.progress.records import TARGET, Records, ShardRecord, TargetRecord
 from pipeline.cache.progress.shared_statistics import SharedStatistics
 from pipeline.cache.same import origin, refuse_another
@@ -385,6 +386,14 @@ class CacheWriter:
             shards=ShardFiles(bytes=tuple(r.bytes for r in shards), sha256=tuple(r.sha256 for r in shards)),
             files=(self._index, *statistics, *target.files),
         )
+        self._publish(shards)
+        return self.manifest
+
+    def _publish(self, shards: list[ShardRecord]) -> None:
+        """Publish the complete manifest, and remove what only an incomplete cache has."""
         write_manifest(self.path, self.manifest)
         self._records.remove()
-        return self.manifest
+
+    def worker(self, label: str = "") -> Worker:
+        """Return this process as a worker on the cache. See `Worker`."""
+        return Worker(self.progress, label)

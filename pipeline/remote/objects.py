@@ -132,26 +132,48 @@ class Objects:
         self._try("written", name, lambda: self._obstore.put(self._store, name, data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object unless there is one of that name, of any process; return whether it was written.
+        """Write an object unless there is one of that name; return whether the one that is there is ours.
+
+        It is, too, if an earlier try wrote it and only its answer was lost; so `data` should be of this
+        process alone.
 
         Raises:
             StoreError: it can't be written, or the store has no conditional writes.
         """
-        from obstore.exceptions import AlreadyExistsError, NotSupportedError
+        from obstore.exceptions import AlreadyExistsError
 
         def put() -> bool:
             try:
                 self._obstore.put(self._store, name, data, mode="create")
             except AlreadyExistsError:
                 return False
-            except NotSupportedError:
-                raise StoreError(
-                    f"{self.address} has no conditional writes, by which workers claim their shards: "
-                    "capture with one worker"
-                ) from None
+            except NotImplementedError:
+                raise self._unconditional() from None
             return True
 
-        return self._try("written", name, put)
+        try:
+            return self._try("written", name, put) or self.read(name) == data
+        except MissingObjectError:  # just removed
+            return False
+
+    def require_conditional(self, name: str) -> None:
+        """Check by an object of this name, removed again, that the store has conditional writes.
+
+        Some accept the condition and write over what is there.
+
+        Raises:
+            StoreError: it has none.
+        """
+        self.create(name, b"1")
+        if self.create(name, b"2"):
+            raise self._unconditional()
+        self.remove([name])
+
+    def _unconditional(self) -> StoreError:
+        return StoreError(
+            f"{self.address} has no conditional writes, by which workers claim their shards: write to a "
+            f"directory, then copy the cache by `dspark sync DIRECTORY {self.address}`"
+        )
 
     def list(self, prefix: str = "") -> Iterator[Listed]:
         """Yield the objects whose names begin with a folder's name. Raises StoreError."""

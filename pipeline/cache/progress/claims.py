@@ -222,7 +222,7 @@ class Worker:
 
     def _at_work(self, owner: str) -> bool:
         """Return whether the worker of that id is alive."""
-        if not _is_id(owner):
+        if not is_id(owner):
             return False
         path = self.folder / f"worker-{owner}.json"
         state = read_worker(path)
@@ -274,7 +274,7 @@ def _id_of(path: Path) -> str:
 
 
 # An id as `Worker` makes it. Any other content of a claim must not become part of a path.
-_is_id = re.compile(r"[0-9a-f]{1,64}-[0-9]{1,20}-[0-9a-f]{1,20}").fullmatch
+is_id = re.compile(r"[0-9a-f]{1,64}-[0-9]{1,20}-[0-9a-f]{1,20}").fullmatch
 
 
 def read_worker(path: Path) -> WorkerState | None:

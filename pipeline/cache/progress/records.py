@@ -47,6 +47,8 @@ class ShardRecord(FileRecord):
     """SHA-256 of the statistics it was written with, empty without: it can't be read with others."""
     skipped: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, metadata=LEFT_OUT)
     """Its skipped samples: by reason, their numbers in the shard from 0."""
+    tensors: dict[str, str] = dataclasses.field(default_factory=dict, metadata=LEFT_OUT)
+    """SHA-256 of its tensors, by name, if it was written to an object store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,8 @@ class Records:
         self.cache, self.folder = cache, cache / PROGRESS
         self._standardised, self._samples = standardised, samples
         self._kept = Kept()
+        self.elsewhere: set[str] = set()
+        """Files that are in an object store, and not here."""
 
     def read_kept(self, number: int) -> None:
         """Take over the shards that a reopened cache of `number` shards kept."""
@@ -137,6 +141,8 @@ class Records:
 
     def matches(self, record: FileRecord) -> bool:
         """Return whether the recorded file exists and has the recorded size."""
+        if record.file in self.elsewhere:
+            return True
         return 0 <= record.bytes == files.plain_size(self.cache / record.file)
 
     def shard(self, shard: int) -> ShardRecord | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pipeline import files
 from pipeline.errors import ConfigError
+from pipeline.remote.address import Address
 from pipeline.text import size
 
 VARIABLE = "DSPARK_LOCAL_CACHE"
@@ -128,16 +129,26 @@ class LocalStore:
             yield self.folder / name
 
 
+def staging_folder(address: Address) -> Path:
+    """Return the directory of this machine through which a capture writes to an object store."""
+    name = hashlib.sha256(address.url.encode()).hexdigest()[:24]
+    return default_folder() / "staging" / name
+
+
+def default_folder() -> Path:
+    """Return the folder of the local store: of DSPARK_LOCAL_CACHE, else among the user's caches."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get(VARIABLE) or base / "dspark-pipeline")
+
+
 def default_store(folder: Path | None = None, limit: int | None = None) -> LocalStore:
     """Return the store of this machine.
 
     Args:
-        folder: by default that of DSPARK_LOCAL_CACHE, else `dspark-pipeline` among the user's caches.
+        folder: see `default_folder`.
         limit: by default half of what is free or already used by it.
     """
-    if folder is None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = Path(os.environ.get(VARIABLE) or base / "dspark-pipeline")
+    folder = default_folder() if folder is None else folder
     store = LocalStore(folder, limit or 0)
     if limit is None:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -55,6 +55,19 @@ def read_remote_manifest(objects: Objects) -> tuple[Manifest, bytes]:
     return manifest, data
 
 
+def found_manifest(objects: Objects) -> Manifest | None:
+    """Return the manifest in an object store, of a complete cache or not; None without one.
+
+    Raises:
+        CacheError: it is damaged.
+        StoreError: it can't be read.
+    """
+    try:
+        return parse_manifest(objects.read(MANIFEST), objects.url(MANIFEST))
+    except MissingObjectError:
+        return None
+
+
 def _fetch(objects: Objects, manifest: Manifest, folder: Path) -> None:
     for record in manifest.files:
         path = folder / record.file

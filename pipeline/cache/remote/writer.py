@@ -1,0 +1,243 @@
+"""Write a cache to an object store, shard by shard, from a staging directory of this machine.
+
+The staging directory is an incomplete cache like any other. A shard is uploaded as soon as it is written
+there, then its record in `progress/`, and the shard's file goes. The complete manifest is uploaded last. So
+this machine holds the shards in flight only, and a capture killed at any moment continues, on any machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import MappingProxyType
+
+import pyarrow as pa
+from torch import Tensor
+
+from pipeline import files
+from pipeline.cache.codecs import Statistics
+from pipeline.cache.fidelity import Measured
+from pipeline.cache.manifest import (
+    INDEX,
+    MANIFEST,
+    PROGRESS,
+    STATISTICS,
+    Identity,
+    Manifest,
+    Plan,
+    parse_manifest,
+    shard_file,
+)
+from pipeline.cache.optional import plain_values
+from pipeline.cache.progress.records import TARGET, ShardRecord
+from pipeline.cache.remote.claims import RemoteWorker
+from pipeline.cache.remote.sync import tensor_hashes
+from pipeline.cache.same import refuse_another
+from pipeline.cache.shard import ShardBuffer
+from pipeline.cache.skipped import ByReason
+from pipeline.cache.writer import CacheWriter
+from pipeline.errors import CacheError
+from pipeline.remote.objects import MissingObjectError, Objects, StoreError
+
+# Seconds for which a listing of the finished shards counts as current.
+_LISTED_S = 5.0
+
+
+class RemoteWriter(CacheWriter):
+    """Writes one cache to an object store. See `CacheWriter`, whose interface it has.
+
+    Args:
+        objects: the place of the cache.
+        staging: directory of this process, for the files in flight.
+
+    Raises:
+        CacheError: the place or the staging directory holds another cache, or other files.
+        StoreError: the place can't be read or written.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        staging: Path,
+        identity: Identity,
+        plan: Plan,
+        index: pa.Table,
+        rows: dict[str, int],
+    ):
+        self.objects = objects
+        self._listed = float("-inf")
+        super().__init__(staging, identity, plan, index, rows)
+        found = self._begin()
+        refuse_another(objects.address, found.identity, identity)
+        if found.plan != plan:
+            raise CacheError(
+                f"{objects.address} has another plan: choose another --cache, or remove what is there"
+            )
+        if found.status == "complete":
+            self._take(found)
+            return
+        self.manifest = dataclasses.replace(self.manifest, created_by=found.created_by)
+        self._pull()
+        for shard in range(len(plan)):  # written here by a process that was killed before it uploaded them
+            if super().written(shard) and shard_file(shard) not in self._records.elsewhere:
+                self._forward(shard)
+
+    def _begin(self) -> Manifest:
+        """Return the place's manifest; begin a cache there if it is empty."""
+        for _ in range(2):
+            try:
+                return parse_manifest(self.objects.read(MANIFEST), self.objects.url(MANIFEST))
+            except MissingObjectError:
+                if next(self.objects.list(), None) is not None:
+                    raise CacheError(
+                        f"{self.objects.address} is not empty and holds no {MANIFEST}: choose another place"
+                    ) from None
+                self.objects.create(MANIFEST, self.manifest.to_json())  # or another process has just begun
+        raise CacheError(f"{self.objects.url(MANIFEST)} disappears: run the same command again")
+
+    def _pull(self) -> None:
+        """Take over the records of what is finished in the object store."""
+        self._listed = time.monotonic()
+        for entry in self.objects.list(PROGRESS):
+            name = entry.name.rpartition("/")[2]
+            stem = name.removesuffix(".json")
+            if name == TARGET or (stem.isdecimal() and shard_file(int(stem)) not in self._records.elsewhere):
+                self._pull_record(name)
+
+    def _pull_record(self, name: str) -> None:
+        try:
+            data = self.objects.read(f"{PROGRESS}/{name}")
+        except MissingObjectError:  # just removed
+            return
+        self.progress.mkdir(exist_ok=True)
+        files.publish_bytes(self.progress / name, data)
+        if name == TARGET:
+            found = json.loads(data).get("files", [])
+            self._records.elsewhere.update(each["file"] for each in found if isinstance(each, dict))
+        else:
+            self._records.elsewhere.add(shard_file(int(name.removesuffix(".json"))))
+
+    def _take(self, found: Manifest) -> None:
+        """Take the complete cache that is in the object store; nothing in the staging directory is needed."""
+        self.manifest = found
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def completed_by_another(self) -> bool:
+        if not self.complete:
+            found = parse_manifest(self.objects.read(MANIFEST), self.objects.url(MANIFEST))
+            if found.status == "complete":
+                self._take(found)
+        return self.complete
+
+    def pending(self) -> list[int]:
+        if self.completed_by_another():
+            return []
+        self._pull()
+        here = super().written
+        return [shard for shard in range(len(self.manifest.plan)) if not here(shard)]
+
+    def written(self, shard: int) -> bool:
+        if self.complete or super().written(shard):
+            return True
+        if time.monotonic() - self._listed > _LISTED_S:
+            self._pull()
+        return super().written(shard)
+
+    def write_shard(
+        self,
+        shard: int,
+        buffer: ShardBuffer,
+        measured: Measured | None = None,
+        step: Callable[[str], AbstractContextManager] = nullcontext,
+        skipped: ByReason = MappingProxyType({}),
+    ) -> None:
+        super().write_shard(shard, buffer, measured, step, skipped)
+        if shard_file(shard) not in self._records.elsewhere:
+            with step("write"):
+                self._forward(shard)
+
+    def _forward(self, shard: int) -> None:
+        """Upload a shard of the staging directory, then its record, and remove its file."""
+        record, path, name = self._records.shard(shard), self.path / shard_file(shard), f"{shard:05d}.json"
+        if record is None:  # another process of this machine has just done it, or completed the cache
+            return
+        try:
+            record = dataclasses.replace(record, tensors=tensor_hashes(path, self.manifest, shard))
+            self.objects.write(shard_file(shard), path)
+        except (CacheError, StoreError):
+            self._pull_record(name)
+            if path.exists() or shard_file(shard) not in self._records.elsewhere:
+                raise
+            return  # likewise
+        self._records.publish(name, record)
+        self._records.elsewhere.add(shard_file(shard))
+        self.objects.write(f"{PROGRESS}/{name}", json.dumps(plain_values(record)).encode())
+        path.unlink(missing_ok=True)
+
+    def forget(self, shards: Iterable[int]) -> None:
+        raise NotImplementedError  # of captures that answer first, which take a directory
+
+    def statistics(self, measure: Callable[[], Mapping[str, Statistics]]) -> dict[str, Statistics]:
+        self._pull_statistics()
+        found = super().statistics(measure)
+        path = self.path / STATISTICS
+        if found and not self.objects.create(STATISTICS, path.read_bytes()):
+            self._pull_statistics()  # of the process that was first
+            found = super().statistics(measure)
+        return found
+
+    def _pull_statistics(self) -> None:
+        try:
+            data = self.objects.read(STATISTICS)
+        except MissingObjectError:
+            return
+        path = self.path / STATISTICS
+        if files.plain_size(path) != len(data) or path.read_bytes() != data:
+            files.publish_bytes(path, data)
+
+    def statistics_written(self) -> bool:
+        if super().statistics_written():
+            return True
+        self._pull_statistics()
+        return super().statistics_written()
+
+    def target_written(self) -> bool:
+        if self.complete or super().target_written():
+            return True
+        self._pull_record(TARGET)
+        return super().target_written()
+
+    def write_target(
+        self,
+        others: Mapping[str, bytes],
+        frozen: Mapping[str, Tensor] | memoryview,
+        proof: dict[str, float] | None = None,
+    ) -> None:
+        super().write_target(others, frozen, proof)
+        record = self._records.target()
+        assert record is not None
+        for each in record.files:
+            self.objects.write(each.file, self.path / each.file)
+        self.objects.write(f"{PROGRESS}/{TARGET}", json.dumps(plain_values(record)).encode())
+
+    def finalise(self, check: Callable[[dict[int, str]], None] = lambda skipped: None) -> Manifest | None:
+        if self.completed_by_another():
+            return self.manifest
+        self._pull()
+        return super().finalise(check)
+
+    def _publish(self, shards: list[ShardRecord]) -> None:
+        columns = {name: tuple(record.tensors[name] for record in shards) for name in shards[0].tensors}
+        self.manifest = dataclasses.replace(self.manifest, tensors=columns)
+        self.objects.write(INDEX, self.path / INDEX)
+        self.objects.write(MANIFEST, self.manifest.to_json())
+        self.objects.remove([entry.name for entry in self.objects.list(PROGRESS)])
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def worker(self, label: str = "") -> RemoteWorker:
+        return RemoteWorker(self.objects, label)

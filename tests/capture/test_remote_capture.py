@@ -1,0 +1,138 @@
+"""A capture to an object store gives the bytes of one to a directory, by any workers, killed or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache.remote.claims import RemoteWorker
+from pipeline.remote.address import Address
+from pipeline.remote.objects import Objects
+from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
+from tests.pipeline.written import every_byte
+from tests.s3 import s3, s3_server
+
+__all__ = ["s3", "s3_server"]
+
+
+@pytest.fixture(autouse=True)
+def staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of this test's local store and staging directory."""
+    monkeypatch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "local"))
+    return tmp_path / "local" / "staging"
+
+
+def assert_same_cache(place: Address, cache: Path, tmp_path: Path) -> None:
+    """The copy of a cache in an object store has the bytes of one in a directory, its manifest apart."""
+    back = tmp_path / "back"
+    run_ok("sync", str(place), back)
+    ours, theirs = every_byte(back), every_byte(cache)
+    manifests = [json.loads(each.pop("manifest.json")) for each in (ours, theirs)]
+    assert ours == theirs
+    for manifest in manifests:
+        manifest.pop("checksum")
+        manifest["identity"]["data"].pop("sources")
+    assert manifests[0].pop("tensors").keys() == {
+        "input_ids",
+        "loss_mask",
+        "context.0",
+        "context.2",
+        "context.4",
+        "last_hidden",
+    }
+    assert manifests[0] == manifests[1]
+    assert {entry.name for entry in Objects(place).list()} == set(every_byte(cache))
+
+
+def test_the_bytes_are_those_of_a_directory(
+    s3: Address, target_dir: Path, data_file: Path, cache_dir: Path, tmp_path: Path, staging: Path
+) -> None:
+    arguments = capture_arguments(target_dir, data_file, str(s3))
+    out = run_ok(*arguments)
+    assert f"written to {s3}, shard by shard" in out
+    assert f"cache {s3}: complete" in out
+    assert_same_cache(s3, cache_dir, tmp_path)
+    assert not list(staging.glob("*"))
+    assert "already complete, reused" in run_ok(*arguments)
+    assert "already complete, reused" in run_ok("capture", "--cache", str(s3))
+    run_ok("verify", str(s3))
+
+
+def test_what_is_there_is_not_replaced(s3: Address, target_dir: Path, data_file: Path) -> None:
+    Objects(s3).write("notes.txt", b"mine")
+    assert_refused(run_cli(*capture_arguments(target_dir, data_file, str(s3))), 1, "is not empty")
+    Objects(s3).remove(["notes.txt"])
+    run_ok(*capture_arguments(target_dir, data_file, str(s3)))
+    other = [*capture_arguments(target_dir, data_file, str(s3)), "--num-samples", "20"]
+    assert_refused(run_cli(*other), 1, f"{s3} holds another capture", "data.sha256")
+    answers = [*capture_arguments(target_dir, data_file, str(s3)), "--regenerate"]
+    assert_refused(run_cli(*answers), 2, "--regenerate", "dspark sync")
+
+
+def start(arguments: list[str | Path], folder: Path) -> subprocess.Popen:
+    """Start a worker as if on a machine of its own: with its own staging directory."""
+    environment = {**os.environ, "DSPARK_LOCAL_CACHE": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_two_workers_killed_at_any_moment(
+    s3: Address, target_dir: Path, data_file: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(1)
+    arguments = capture_arguments(target_dir, data_file, str(s3))
+    for kill in range(3):
+        workers = [start([*arguments, "--worker", f"{i}/2"], tmp_path / f"machine-{i}") for i in range(2)]
+        objects = Objects(s3)
+        wanted = 1 + 4 * kill  # shards there when both are killed
+        until = time.monotonic() + 60
+        while time.monotonic() < until and any(worker.poll() is None for worker in workers):
+            if sum(entry.name.startswith("shards/") for entry in objects.list()) >= wanted:
+                break
+            time.sleep(0.02)
+        time.sleep(draw.random() / 20)
+        for worker in workers:
+            worker.send_signal(signal.SIGKILL)
+            worker.communicate()
+    workers = [start([*arguments, "--worker", f"{i}/2"], tmp_path / f"machine-{i}") for i in range(2)]
+    said = [worker.communicate()[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert_same_cache(s3, cache_dir, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["refused", "ignored"])
+def test_a_store_without_conditional_writes_is_refused(
+    s3: Address, target_dir: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    if how == "refused":
+        monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+    else:
+        monkeypatch.setattr(Objects, "create", lambda self, name, data: self.write(name, data) or True)
+    result = run_cli(*capture_arguments(target_dir, data_file, str(s3)))
+    assert_refused(result, 1, f"{s3} has no conditional writes", "dspark sync")
+
+
+def test_a_claim_has_one_owner_and_an_heir(s3: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = Objects(s3)
+    with RemoteWorker(objects) as one, RemoteWorker(objects) as two:
+        assert one.claim("00001")
+        assert not two.claim("00001")
+        one.release("00001")
+        assert two.claim("00001")
+        assert not two.others_died(lambda _number: None)
+        objects.write("progress/00002.claim", b"abc-123-def")  # of a worker that is dead
+        assert one.claim("00002")
+        assert not two.claim("00002")
+        objects.write("progress/00003.claim", b"../../elsewhere")
+        assert two.claim("00003")
+    assert [e.name for e in objects.list()] == ["progress/00002.claim", "progress/00003.claim"]
