@@ -139,6 +139,8 @@ class CaptureOptions:
     """Maximum share of skipped samples; one is always allowed. Not part of the identity."""
     force: bool = False
     """Start even if the disk can't hold the cache."""
+    staging_bytes: int | None = None
+    """Most bytes of shards on this machine's disk, per process, on their way to an object store."""
     engine: EngineOptions = field(default_factory=EngineOptions)
     answers: AnswerOptions = field(default_factory=AnswerOptions)
     no_proof: bool = False
@@ -318,6 +320,12 @@ _own_options = gathered(
             help="Maximum share of samples that --bad-states skip may skip.",
         ),
         click.option("--force", is_flag=True, help="Start even if the disk can't hold the cache."),
+        click.option(
+            "--staging-bytes",
+            type=click.IntRange(min=1),
+            help="With a URL: most bytes of shards on this machine's disk, per process, before they are "
+            "uploaded; one always fits. Default: three shards.",
+        ),
         click.option(
             "--no-proof",
             is_flag=True,

@@ -118,7 +118,7 @@ def _writer(prepared: PreparedCapture) -> CacheWriter:
     if isinstance(cache, Address):
         from pipeline.cache.remote.writer import RemoteWriter  # needs obstore
 
-        parts = (prepared.plan, prepared.index, dict(prepared.data.rows))
+        parts = (prepared.plan, prepared.index, dict(prepared.data.rows), prepared.options.staging_bytes)
         return RemoteWriter(Objects(cache), staging_folder(cache), identity, *parts)
     if prepared.answered:
         return answered_writer(prepared, identity)

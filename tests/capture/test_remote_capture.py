@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cache.progress import claims
 from pipeline.cache.remote.claims import RemoteWorker
 from pipeline.remote.address import Address
 from pipeline.remote.objects import Objects
@@ -122,7 +123,26 @@ def test_a_store_without_conditional_writes_is_refused(
     assert_refused(result, 1, f"{s3} has no conditional writes", "dspark sync")
 
 
+def test_the_staging_directory_keeps_its_limit(
+    s3: Address, target_dir: Path, data_file: Path, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, most = Objects.write, []
+
+    def slowly(self: Objects, name: str, data: bytes | Path) -> None:
+        if name.startswith("shards/"):
+            time.sleep(0.05)
+            most.append(sum(path.stat().st_size for path in staging.glob("*/shards/[0-9]*")))
+        write(self, name, data)
+
+    monkeypatch.setattr(Objects, "write", slowly)
+    run_ok(*capture_arguments(target_dir, data_file, str(s3)), "--staging-bytes", "1")
+    assert len(most) > 5
+    sizes = [entry.bytes for entry in Objects(s3).list("shards")]
+    assert max(most) <= max(sizes)  # one at a time
+
+
 def test_a_claim_has_one_owner_and_an_heir(s3: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.2)
     objects = Objects(s3)
     with RemoteWorker(objects) as one, RemoteWorker(objects) as two:
         assert one.claim("00001")
@@ -135,4 +155,13 @@ def test_a_claim_has_one_owner_and_an_heir(s3: Address, monkeypatch: pytest.Monk
         assert not two.claim("00002")
         objects.write("progress/00003.claim", b"../../elsewhere")
         assert two.claim("00003")
+        # A worker of another machine lives as long as it writes its object.
+        away = {"label": "", "host": "far", "place": "f" * 16, "pid": 1, "started": None}
+        objects.write("progress/worker-fff-1-1.json", json.dumps(away).encode())
+        objects.write("progress/00004.claim", b"fff-1-1")
+        assert not one.claim("00004")
+        monkeypatch.setattr(claims, "DEAD_AFTER_SECONDS", 1.5)
+        assert one.others_died(lambda _number: None)
+        assert one.claim("00004")
+        objects.remove(["progress/worker-fff-1-1.json", "progress/00004.claim"])
     assert [e.name for e in objects.list()] == ["progress/00002.claim", "progress/00003.claim"]

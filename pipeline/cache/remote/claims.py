@@ -91,8 +91,8 @@ class RemoteWorker:
 
     def others_died(self, waiting: Callable[[int], object]) -> bool:
         """Wait until it is clear which other workers live. See `Worker.others_died`."""
-        seen = {name: at for name, at in self._workers().items() if name != self._name}
-        unsure, died = dict(seen), False
+        unsure = {name: at for name, at in self._workers().items() if self._is_elsewhere(name)}
+        died = False
         while unsure:
             now = self._workers()
             for name, before in list(unsure.items()):
@@ -118,14 +118,23 @@ class RemoteWorker:
         except MissingObjectError:
             return None
 
+    def _state(self, name: str) -> WorkerState | None:
+        """Return what a worker's object says; None without a valid one."""
+        try:
+            data = self._objects.read(name)
+            return config.build(WorkerState, json.loads(data[:MAX_WORKER_BYTES]))
+        except (MissingObjectError, ValueError, RecursionError, ConfigError):
+            return None
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Return whether a worker is on another machine, so that only its object shows whether it lives."""
+        state = None if name == self._name else self._state(name)
+        return state is not None and state.place != process.place()
+
     def _lives(self, owner: str) -> bool:
         """Return whether the worker of that id is alive."""
-        if not is_id(owner):
-            return False
-        try:
-            data = self._objects.read(_worker_name(owner))
-            state = config.build(WorkerState, json.loads(data[:MAX_WORKER_BYTES]))
-        except (MissingObjectError, ValueError, RecursionError, ConfigError):
+        state = self._state(_worker_name(owner)) if is_id(owner) else None
+        if state is None:
             return False
         if state.place == process.place():
             return process.alive(state.pid, state.started)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from threading import Condition
 from types import MappingProxyType
 
 import pyarrow as pa
@@ -53,7 +55,8 @@ class RemoteWriter(CacheWriter):
 
     Args:
         objects: the place of the cache.
-        staging: directory of this process, for the files in flight.
+        staging: directory of this machine, for the files in flight.
+        staging_bytes: most bytes of shards that this process has there at once; one shard always fits.
 
     Raises:
         CacheError: the place or the staging directory holds another cache, or other files.
@@ -68,8 +71,10 @@ class RemoteWriter(CacheWriter):
         plan: Plan,
         index: pa.Table,
         rows: dict[str, int],
+        staging_bytes: int | None = None,
     ):
         self.objects = objects
+        self._most, self._staged, self._room = staging_bytes, 0, Condition()
         self._listed = float("-inf")
         super().__init__(staging, identity, plan, index, rows)
         found = self._begin()
@@ -156,10 +161,19 @@ class RemoteWriter(CacheWriter):
         step: Callable[[str], AbstractContextManager] = nullcontext,
         skipped: ByReason = MappingProxyType({}),
     ) -> None:
-        super().write_shard(shard, buffer, measured, step, skipped)
-        if shard_file(shard) not in self._records.elsewhere:
-            with step("write"):
-                self._forward(shard)
+        size = len(buffer.memory)
+        with self._room:
+            self._room.wait_for(lambda: not self._staged or self._staged + size <= (self._most or math.inf))
+            self._staged += size
+        try:
+            super().write_shard(shard, buffer, measured, step, skipped)
+            if shard_file(shard) not in self._records.elsewhere:
+                with step("write"):
+                    self._forward(shard)
+        finally:
+            with self._room:
+                self._staged -= size
+                self._room.notify_all()
 
     def _forward(self, shard: int) -> None:
         """Upload a shard of the staging directory, then its record, and remove its file."""
