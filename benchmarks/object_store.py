@@ -3,7 +3,7 @@
     python benchmarks/object_store.py
 
 Ranges as a run reads them: those of samples alone, tens of kilobytes each, and whole shards in parts of
-8 MiB. The server is moto, in a process of its own, in Python: it, not the library, limits the bytes per second,
+8 MiB. The server is moto, in a process of its own, in Python: it, not the library, limits the bytes a second,
 so only the ratio says something, and on a real store it may be another.
 """
 
