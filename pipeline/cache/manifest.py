@@ -35,7 +35,7 @@ STATISTICS = "statistics.safetensors"
 FROZEN = "target/frozen.safetensors"
 # Name, among the settings of the data, of the hash of prompts that the target answers while it is captured.
 PROMPTS = "prompts"
-# A manifest has about a hundred bytes per shard: five million shards stay below this.
+# A manifest has about a hundred bytes per shard, in an object store a thousand: 500,000 shards stay below.
 MAX_MANIFEST_BYTES = 512 * 2**20
 UNSEALED = "0" * 64  # in place of a manifest's checksum while it is computed
 MAX_COUNT = 2**48  # far above any real size, and sums of many still fit 64 bits

@@ -8,6 +8,7 @@ difference from the plan is refused before data is read, and tensors are views o
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
 import mmap
@@ -190,6 +191,12 @@ def map_shard(path: Path, specs: dict[str, TensorSpec], *, random: bool = False)
     shard = MappedShard(tensors, path, descriptor, offsets[next(iter(tensors))])
     weakref.finalize(shard, os.close, descriptor)
     return shard
+
+
+def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the SHA-256 of the bytes of each of a shard's tensors, by name."""
+    views = {name: tensor.flatten().view(torch.uint8).numpy() for name, tensor in tensors.items()}
+    return {name: hashlib.sha256(view).hexdigest() for name, view in views.items()}
 
 
 def advise(advice: int, *views: Tensor) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 from pipeline.cache.layout import shard_specs
-from pipeline.cache.manifest import FROZEN, Manifest, is_weights, shard_file
+from pipeline.cache.manifest import FROZEN, MANIFEST, Manifest, is_weights, shard_file
 from pipeline.cache.shard import MappedShard, map_shard
 from pipeline.errors import CacheError
 
@@ -117,6 +117,11 @@ def check_files(cache: Path, manifest: Manifest) -> None:
             raise CacheError(
                 f"{path} looks like weights of the target, which a cache must not hold: remove it"
             )
+    names = shard_specs(manifest.identity, manifest.plan[0]).keys()
+    if manifest.tensors and manifest.tensors.keys() != names:
+        raise CacheError(
+            f"{cache / MANIFEST} is damaged (it has hashes of other tensors than its shards): capture again"
+        )
     for record in manifest.files:
         check_size(cache / record.file, record.bytes)
 

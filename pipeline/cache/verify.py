@@ -35,7 +35,7 @@ from pipeline.cache.manifest import (
     read_manifest,
 )
 from pipeline.cache.prompts import held_plan
-from pipeline.cache.shard import MAX_HEADER_BYTES, map_shard
+from pipeline.cache.shard import MAX_HEADER_BYTES, map_shard, tensor_hashes
 from pipeline.cache.skipped import ByReason, SkippedRows, state_rows
 from pipeline.cache.statistics import check_statistics_listed, read_statistics
 from pipeline.errors import CacheError
@@ -242,6 +242,9 @@ class FileChecks:
         _read_start(path)
         held = held_plan(path, self.manifest.identity, self.manifest.plan[shard])
         tensors = map_shard(path, shard_specs(self.manifest.identity, held)).tensors
+        listed = self.manifest.tensors
+        if listed and not self.fast and tensor_hashes(tensors) != {n: c[shard] for n, c in listed.items()}:
+            return f"the hashes of its tensors in {MANIFEST} are of other bytes"
         if contents is None:
             return None
         problem = contents.problem(shard, tensors["input_ids"].numpy(), tensors["loss_mask"].numpy())

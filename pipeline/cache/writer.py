@@ -179,6 +179,7 @@ class CacheWriter:
             shards=ShardFiles(),
             files=(),
             skipped=Skipped(),
+            tensors={},
         )
         write_manifest(self.path, self.manifest)
 

@@ -37,15 +37,19 @@ def parse_place(text: str) -> Place:
     if not separator or "/" in scheme:
         return Path(text)
     if scheme == "file":
+        if urlsplit(text).netloc not in ("", "localhost"):
+            raise UsageError(f"{show(text)} names another host: expected file:///PATH")
         return Path(unquote(urlsplit(text).path))
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise UsageError(f"{show(text)} has the scheme {scheme}://: expected a path, file://, {known}")
-    if "@" in rest.partition("/")[0]:
+    bucket, _, folder = rest.partition("/")
+    # Not shown: what stands there may be a secret.
+    if "@" in rest or ":" in bucket or "?" in rest or "#" in rest:
         raise UsageError(
-            f"{scheme}:// URLs carry no credentials: give them as the environment variables of the store"
+            f"a {scheme}:// URL of a cache has no credentials and no parameters: give these as the store's "
+            f"environment variables, and {scheme}://BUCKET/FOLDER alone"
         )
-    url = urlsplit(text)
-    if not url.netloc or url.query or url.fragment or "//" in url.path or ".." in url.path.split("/"):
+    if not bucket or "//" in folder or ".." in folder.split("/"):
         raise UsageError(f"{show(text)} is no place for a cache: expected {scheme}://BUCKET/FOLDER")
     return Address(text.rstrip("/"))

@@ -6,7 +6,7 @@ Credentials, regions and endpoints are the environment variables that obstore ta
 
 from __future__ import annotations
 
-import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -28,8 +28,8 @@ PART_BYTES = 8 * 2**20
 THREADS = 16
 # Tries of a request, besides obstore's own for errors of the server, and the first wait between them.
 TRIES, FIRST_WAIT_S = 4, 0.5
-# obstore waits between its tries from a tenth of a second to fifteen, all in all no longer than this.
-RETRY_SECONDS = 120.0
+# obstore waits between its own tries from a tenth of a second to fifteen, all in all no longer than this.
+RETRY_SECONDS = 30.0
 
 
 class StoreError(DSparkError):
@@ -67,13 +67,10 @@ class Objects:
                 f"{address} needs the obstore package: pip install 'dspark-pipeline[remote]'"
             ) from None
         self._obstore = obstore
-        allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")  # these options hide it
         try:
-            self._store = from_url(
-                address.url,
-                client_options={"timeout": "60s", "connect_timeout": "10s", "allow_http": allow_http},
-                retry_config={"retry_timeout": timedelta(seconds=RETRY_SECONDS)},
-            )
+            # No client_options: they would hide those of the environment, such as a proxy.
+            retry = {"retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+            self._store = from_url(address.url, retry_config=retry)
         except Exception as error:  # a kind of its own for every scheme
             raise DSparkError(f"{address} can't be used: {_reason(error)}") from None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="objects")
@@ -218,4 +215,5 @@ class Objects:
 
 
 def _reason(error: BaseException) -> str:
-    return one_line(str(error).partition("Debug source:")[0], 400)
+    """Return the store's reason, without the parameters of URLs: some are signatures."""
+    return one_line(re.sub(r"\?[^\s)]*", "", str(error).partition("Debug source:")[0]), 400)

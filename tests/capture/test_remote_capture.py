@@ -78,6 +78,17 @@ def test_what_is_there_is_not_replaced(s3: Address, target_dir: Path, data_file:
     assert_refused(run_cli(*answers), 2, "--regenerate", "dspark sync")
 
 
+def test_a_copy_back_is_repaired_by_its_capture(
+    s3: Address, target_dir: Path, data_file: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    back = tmp_path / "back"
+    run_ok("sync", cache_dir, str(s3))
+    run_ok("sync", str(s3), back)
+    (back / "shards" / "00001.safetensors").unlink()
+    run_ok(*capture_arguments(target_dir, data_file, back))
+    run_ok("verify", back)
+
+
 def start(arguments: list[str | Path], folder: Path) -> subprocess.Popen:
     """Start a worker as if on a machine of its own: with its own staging directory."""
     environment = {**os.environ, "DSPARK_LOCAL_CACHE": str(folder), "OMP_NUM_THREADS": "1"}

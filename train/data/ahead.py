@@ -11,6 +11,8 @@ from pipeline.cache import CacheReader
 
 # Fetches at once. Each makes requests for many ranges at a time.
 THREADS = 4
+# Batches whose pieces are fetched ahead, if there is room for more.
+MOST_PACKS = 256
 
 Chosen = tuple[Sequence[int], Any]
 """Samples of a batch, and what else is known of it."""
@@ -34,7 +36,10 @@ def fetched_ahead(reader: CacheReader, packs: Iterable[Chosen]) -> Iterator[Chos
     with ThreadPoolExecutor(THREADS, thread_name_prefix="fetches") as pool:
         try:
             while True:
-                while ahead < reader.files.ahead_bytes and (pack := next(source, None)) is not None:
+                while not coming or (ahead < reader.files.ahead_bytes and len(coming) < MOST_PACKS):
+                    pack = next(source, None)
+                    if pack is None:
+                        break
                     pieces = list(dict.fromkeys(map(reader.piece, pack[0])))
                     coming.append((pack, pieces))
                     for piece in pieces:
@@ -51,7 +56,7 @@ def fetched_ahead(reader: CacheReader, packs: Iterable[Chosen]) -> Iterator[Chos
                 readers.subtract(pieces)
                 for piece in [piece for piece in pieces if not readers[piece]]:
                     ahead -= reader.files.size(piece)
-                    del fetches[piece]
+                    del fetches[piece], readers[piece]
         finally:
             for fetch in fetches.values():
                 fetch.cancel()

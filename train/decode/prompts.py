@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.remote.address import Place
 from pipeline.text import one_line
 from train.data.split import split
+from train.data.store import open_cache
 from train.runs.directory import load_run_config
 from train.runs.open import TrainedDraft
 
@@ -39,11 +40,13 @@ def choose_prompts(
     if prompts is not None:
         return read_prompts(prompts, tokenizer, draft.target.vocab_size, count)
     assert cache is not None
-    reader = CacheReader(cache)
+    train = load_run_config(run).train
+    reader = open_cache(cache, train)
     draft.require_target_of(reader)
-    _, held_out = split(reader, load_run_config(run).train.held_out)
+    _, held_out = split(reader, train.held_out)
     reader.alone(held_out)
-    return held_out_prompts(reader, held_out, count)
+    with reader.tokens_only():
+        return held_out_prompts(reader, held_out, count)
 
 
 def held_out_prompts(reader: CacheReader, samples: np.ndarray, count: int) -> list[list[int]]:

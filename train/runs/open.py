@@ -60,8 +60,8 @@ class TrainedDraft:
         theirs = reader.manifest.identity.target
         if self.target.weights != theirs.weights:
             raise RunError(
-                f"{self.folder} was trained for target {self.target.name}, but the cache {reader.path} holds "
-                f"{theirs.name} with other weights: pass a --cache of the draft's target"
+                f"{self.folder} was trained for target {self.target.name}, but the cache {reader.place} "
+                f"holds {theirs.name} with other weights: pass a --cache of the draft's target"
             )
 
     def model(self, reader: CacheReader | None = None) -> PreTrainedModel:

@@ -292,7 +292,7 @@ class Training:
         self.ranks.fail(
             RunError(
                 f"step {progress.step}: the {what} was not finite, {most} steps in a row. Samples of the "
-                f"last batch: {shown}. See `dspark inspect {self.reader.path} --sample ID`, or lower train.lr"
+                f"last batch: {shown}. See `dspark inspect {self.reader.place} --sample ID` or lower train.lr"
             )
         )
 

@@ -25,6 +25,8 @@ VARIABLE = "DSPARK_LOCAL_CACHE"
 # Files whose locks are apart, so that processes rarely wait for each other's fetches.
 _LOCKS = 64
 _WAIT_S = 0.05
+# A file that is being fetched is written all the time. One that was not for so long has no process any more.
+_DEAD_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,9 @@ class LocalStore:
             for entry in os.scandir(folder):
                 with contextlib.suppress(FileNotFoundError):
                     found = entry.stat()
+                    if entry.name.startswith(".") and time.time() - found.st_mtime > _DEAD_S:
+                        Path(entry.path).unlink()
+                        continue
                     yield Path(entry.path), found.st_mtime, found.st_size
 
     @contextlib.contextmanager

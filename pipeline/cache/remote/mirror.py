@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 from pathlib import Path
 
 from pipeline import files
-from pipeline.cache.manifest import MANIFEST, Manifest, parse_manifest
+from pipeline.cache.manifest import MANIFEST, FileRecord, Manifest, parse_manifest
 from pipeline.cache.remote.local import LocalStore
 from pipeline.errors import CacheError
 from pipeline.remote.objects import MissingObjectError, Objects
@@ -68,19 +70,31 @@ def found_manifest(objects: Objects) -> Manifest | None:
         return None
 
 
+def fetch_file(objects: Objects, record: FileRecord, path: Path) -> None:
+    """Fetch a file of a cache, of any size, to `path`. Raises CacheError if it is missing."""
+    with path.open("wb") as file:
+        file.truncate(record.bytes)
+
+        def write(offset: int, data: memoryview) -> None:
+            os.pwrite(file.fileno(), data, offset)
+
+        try:
+            objects.read_ranges(record.file, [(0, record.bytes)], write)
+        except MissingObjectError:
+            raise CacheError(f"{objects.url(record.file)} is missing: {REMEDY}") from None
+
+
+def fetch_verified(objects: Objects, record: FileRecord, path: Path) -> None:
+    """Fetch a file and compare its hash, twice if need be. Raises CacheError."""
+    for _ in range(2):
+        fetch_file(objects, record, path)
+        if files.sha256_file(path) == record.sha256:
+            return
+    raise CacheError(f"{objects.url(record.file)} is damaged (its hash is another, twice): {REMEDY}")
+
+
 def _fetch(objects: Objects, manifest: Manifest, folder: Path) -> None:
     for record in manifest.files:
         path = folder / record.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(2):
-            try:
-                data = objects.read(record.file)
-            except MissingObjectError:
-                raise CacheError(f"{objects.url(record.file)} is missing: {REMEDY}") from None
-            if len(data) == record.bytes and hashlib.sha256(data).hexdigest() == record.sha256:
-                files.publish_bytes(path, data)
-                break
-            if attempt:
-                raise CacheError(
-                    f"{objects.url(record.file)} is damaged (its hash is another, twice): {REMEDY}"
-                )
+        files.publish(path, functools.partial(fetch_verified, objects, record))

@@ -9,15 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from pipeline import files
 from pipeline.cache.layout import shard_specs
@@ -31,9 +28,9 @@ from pipeline.cache.manifest import (
     read_manifest,
 )
 from pipeline.cache.remote.local import default_store
-from pipeline.cache.remote.mirror import REMEDY, read_remote_manifest
+from pipeline.cache.remote.mirror import REMEDY, fetch_file, read_remote_manifest
 from pipeline.cache.same import refuse_another
-from pipeline.cache.shard import map_shard
+from pipeline.cache.shard import map_shard, tensor_hashes
 from pipeline.cache.skipped import Skipped
 from pipeline.errors import CacheError
 from pipeline.remote.address import Address, Place
@@ -136,16 +133,7 @@ class Bucket(_Source):
         return self.objects.url(record.file)
 
     def copy(self, record: FileRecord, path: Path) -> None:
-        with path.open("wb") as file:
-            file.truncate(record.bytes)
-
-            def write(offset: int, data: memoryview) -> None:
-                os.pwrite(file.fileno(), data, offset)
-
-            try:
-                self.objects.read_ranges(record.file, [(0, record.bytes)], write)
-            except MissingObjectError:
-                raise CacheError(f"{self.name(record)} is missing: {self.remedy}") from None
+        fetch_file(self.objects, record, path)
 
 
 class _Destination(ABC):
@@ -225,19 +213,18 @@ class _ToBucket(_Destination):
             if found.status == "complete":
                 return _complete(address, found, manifest)
             refuse_another(address, found.identity, manifest.identity, "destination")
-        self._records = {entry.name for entry in self.objects.list(PROGRESS)}
+        self._sizes = {entry.name: entry.bytes for entry in self.objects.list()}
         return None
 
     def has(self, record: FileRecord) -> bool:
-        if not record.file.startswith("shards/"):
-            return False
         name = _record_name(record)
-        if name not in self._records:
+        if name not in self._sizes or self._sizes.get(record.file) != record.bytes:
             return False
+        specs = shard_specs(self._manifest.identity, self._manifest.plan[len(self._hashes)])
         try:
             found = json.loads(self.objects.read(name))
             hashes = dict(found["tensors"])
-            if found["sha256"] != record.sha256:
+            if found["sha256"] != record.sha256 or hashes.keys() != specs.keys():
                 return False
         except (MissingObjectError, ValueError, KeyError, TypeError):
             return False
@@ -249,7 +236,8 @@ class _ToBucket(_Destination):
             self.objects.write(record.file, path)
             if not record.file.startswith("shards/"):
                 return
-            hashes = tensor_hashes(path, self._manifest, len(self._hashes))
+            specs = shard_specs(self._manifest.identity, self._manifest.plan[len(self._hashes)])
+            hashes = tensor_hashes(map_shard(path, specs).tensors)
         self._hashes.append(hashes)
         content = json.dumps({"sha256": record.sha256, "tensors": hashes}).encode()
         self.objects.write(_record_name(record), content)
@@ -274,7 +262,8 @@ def _local(origin: _Source, record: FileRecord) -> Iterator[Path]:
     folder = default_store().folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="sync-") as file:
+        files.remove_partials(folder)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=files.partial_name("sync")) as file:
             origin.verified(record, Path(file.name))
             yield Path(file.name)
     except OSError as error:
@@ -295,12 +284,3 @@ def _digest(manifest: Manifest) -> str:
 
 def _record_name(record: FileRecord) -> str:
     return f"{PROGRESS}/{Path(record.file).stem}.json"
-
-
-def tensor_hashes(path: Path, manifest: Manifest, shard: int) -> dict[str, str]:
-    """Return the SHA-256 of every tensor of a shard's file, by name. Raises CacheError if it is damaged."""
-    mapped = map_shard(path, shard_specs(manifest.identity, manifest.plan[shard]))
-    return {
-        name: hashlib.sha256(tensor.flatten().view(torch.uint8).numpy()).hexdigest()
-        for name, tensor in mapped.tensors.items()
-    }

@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline import files
 from pipeline.cache.codecs import Statistics
 from pipeline.cache.fidelity import Measured
+from pipeline.cache.layout import shard_specs
 from pipeline.cache.manifest import (
     INDEX,
     MANIFEST,
@@ -38,9 +39,8 @@ from pipeline.cache.manifest import (
 from pipeline.cache.optional import plain_values
 from pipeline.cache.progress.records import TARGET, ShardRecord
 from pipeline.cache.remote.claims import RemoteWorker
-from pipeline.cache.remote.sync import tensor_hashes
 from pipeline.cache.same import refuse_another
-from pipeline.cache.shard import ShardBuffer
+from pipeline.cache.shard import ShardBuffer, map_shard, tensor_hashes
 from pipeline.cache.skipped import ByReason
 from pipeline.cache.writer import CacheWriter
 from pipeline.errors import CacheError
@@ -181,7 +181,8 @@ class RemoteWriter(CacheWriter):
         if record is None:  # another process of this machine has just done it, or completed the cache
             return
         try:
-            record = dataclasses.replace(record, tensors=tensor_hashes(path, self.manifest, shard))
+            specs = shard_specs(self.manifest.identity, self.manifest.plan[shard])
+            record = dataclasses.replace(record, tensors=tensor_hashes(map_shard(path, specs).tensors))
             self.objects.write(shard_file(shard), path)
         except (CacheError, StoreError):
             self._pull_record(name)

@@ -108,7 +108,9 @@ def inspect_command(cache: Place, sample: str | None, held_out: float, as_json: 
 
         reader = CacheReader(cache)
         reader = CacheReader(cache, hidden=reader.manifest.identity.features.hidden)
-        shown = sample_facts(reader, find_sample(reader, sample))
+        number = find_sample(reader, sample)
+        reader.alone([number])
+        shown = sample_facts(reader, number)
         decode = cached_decoder(reader.path)
         lines = sample_lines(shown, decode)
         if as_json:

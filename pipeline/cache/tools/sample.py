@@ -30,7 +30,7 @@ def find_sample(reader: CacheReader, text: str) -> int:
         number = int(text[1:]) if re.fullmatch(r"#[0-9]{1,18}", text) else -1
         last = len(reader) + len(reader.manifest.skipped) - 1
         if not 0 <= number <= last:
-            raise UsageError(f"--sample {text}: {reader.path} has samples #0 to #{last}: name one of those")
+            raise UsageError(f"--sample {text}: {reader.place} has samples #0 to #{last}: name one of those")
         if number in reader.manifest.skipped.sample:
             raise _skipped(reader, text, reader.manifest.skipped.sample.index(number))
         return int(np.searchsorted(reader.numbers, number))
@@ -41,7 +41,7 @@ def find_sample(reader: CacheReader, text: str) -> int:
         raise _skipped(reader, text, int(skipped[0]))
     if not len(numbers):
         raise UsageError(
-            f"--sample {text}: no hash in {reader.path} starts with these digits: give others, or #N"
+            f"--sample {text}: no hash in {reader.place} starts with these digits: give others, or #N"
         )
     if len(numbers) > 1:
         raise UsageError(

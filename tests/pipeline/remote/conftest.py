@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.cache.remote.sync import sync
 from pipeline.remote.address import Address
-from tests.pipeline.written import small_cache
+from pipeline.remote.objects import Objects
+from tests.pipeline.written import every_byte, small_cache
 from tests.s3 import faulty, s3, s3_server
 
 __all__ = ["faulty", "s3", "s3_server"]
@@ -17,6 +18,14 @@ __all__ = ["faulty", "s3", "s3_server"]
 @pytest.fixture
 def local_cache(scratch) -> Path:
     return small_cache(scratch(), count=12)
+
+
+@pytest.fixture
+def unhashed_cache(s3: Address, local_cache: Path) -> Address:
+    """Return a cache as other tools copy one: without hashes of tensors."""
+    for name, data in every_byte(local_cache).items():
+        Objects(s3).write(name, data)
+    return s3
 
 
 @pytest.fixture

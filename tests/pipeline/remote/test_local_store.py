@@ -83,6 +83,17 @@ def test_a_failed_fetch_leaves_nothing(tmp_path: Path) -> None:
     assert not used(tmp_path)
 
 
+def test_what_a_process_of_another_machine_or_boot_left_goes(tmp_path: Path) -> None:
+    """Its name tells nothing. It goes when nothing was written to it for long, so no fetch waits for ever."""
+    folder = tmp_path / "key/fetched/choice"
+    folder.mkdir(parents=True)
+    left = folder / ".1.safetensors~elsewhere~1.partial"
+    left.write_bytes(bytes(LIMIT))
+    os.utime(left, (1000, 1000))
+    assert read(LocalStore(tmp_path, LIMIT), 1) == content(1)[:SIZE]
+    assert not left.exists()
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a shard of 4 kB does not fit .* raise train.local_cache_bytes"):
         LocalStore(tmp_path, LIMIT).file("key/fetched/choice/1.safetensors", LIMIT + 1, lambda _path: None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cache import CacheReader
+from pipeline.cache.manifest import shard_file
 from pipeline.cache.remote.local import LocalStore
 from pipeline.errors import CacheError
 from pipeline.remote import objects
@@ -54,6 +55,30 @@ def test_what_fails_for_a_while_is_read_in_the_end(
     faulty.faults = [fine, fault, fault, fine, fault]  # the first request is of the header
     assert all(equal(near.read(i), far.read(i)) for i in range(len(near)))
     assert not faulty.faults
+
+
+def test_a_cache_without_hashes_of_tensors_is_fetched_whole(
+    tmp_path: Path, local_cache: Path, unhashed_cache: Address, faulty: Faulty
+) -> None:
+    near, far = CacheReader(local_cache), CacheReader(unhashed_cache, store=LocalStore(tmp_path, 10**9))
+    far.only([2])
+    faulty.faults = [flipped]
+    assert equal(near.read(0, [2]), far.read(0, [2]))
+    (path,) = stored(tmp_path)
+    assert path.read_bytes() == (local_cache / shard_file(0)).read_bytes()
+    faulty.faults = [flipped] * 2
+    with pytest.raises(CacheError, match=r"00005\.safetensors is damaged .it has another hash, twice"):
+        far.read(11, [2])
+
+
+def test_a_sample_alone_of_other_tokens_is_refused(
+    tmp_path: Path, local_cache: Path, remote_cache: Address, faulty: Faulty
+) -> None:
+    far = CacheReader(remote_cache, store=LocalStore(tmp_path, 10**9))
+    far.alone([4])
+    faulty.faults = [fine, *[flipped] * 100]  # the first request is of the header
+    with pytest.raises(CacheError, match="sample 4 has other tokens than its id says, twice"):
+        far.read(4)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 
 from pipeline.cache import CacheReader
 from pipeline.cache.remote.local import LocalStore
+from pipeline.errors import ConfigError
 from pipeline.remote.address import Address
+from train.data.ahead import fetched_ahead
 
 
 def stored(folder: Path) -> list[Path]:
@@ -76,3 +80,51 @@ def test_a_sample_alone_is_fetched_without_its_shard(
         assert torch.equal(near.layer_view(i, 2), far.layer_view(i, 2))
     assert [path.name.partition("-")[0] for path in stored(store.folder)] == ["sample"] * 3
     assert equal(near.read(2, [2]), far.read(2, [2]))
+
+
+def test_a_file_damaged_in_the_store_is_fetched_again(
+    tmp_path: Path, local_cache: Path, remote_cache: Address
+) -> None:
+    store = LocalStore(tmp_path / "store", 10**9)
+    near = CacheReader(local_cache)
+    CacheReader(remote_cache, store=store).read(0)
+    (path,) = stored(store.folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert equal(near.read(0), CacheReader(remote_cache, store=store).read(0))
+
+
+def test_packs_without_end_are_not_all_taken_before_the_first(tmp_path: Path, remote_cache: Address) -> None:
+    reader = CacheReader(remote_cache, store=LocalStore(tmp_path / "store", 10**9))
+    packs = fetched_ahead(reader, (([i % 12], i) for i in itertools.count()))
+    assert [number for _, number in itertools.islice(packs, 600)] == list(range(600))
+    packs.close()
+
+
+def test_later_packs_are_fetched_meanwhile(tmp_path: Path, remote_cache: Address) -> None:
+    store = LocalStore(tmp_path / "store", 10**9)
+    reader = CacheReader(remote_cache, store=store)
+    packs = fetched_ahead(reader, (([i], None) for i in range(12)))
+    next(packs)
+    until = time.monotonic() + 10
+    while len(stored(store.folder)) < len(reader.manifest.plan) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(stored(store.folder)) == len(reader.manifest.plan)
+    packs.close()
+
+
+def test_a_tiny_store_is_refused_in_one_line(tmp_path: Path, remote_cache: Address) -> None:
+    reader = CacheReader(remote_cache, store=LocalStore(tmp_path / "store", 1))
+    with pytest.raises(ConfigError, match="does not fit the local store of 1 B"):
+        next(fetched_ahead(reader, [([0], None)]))
+
+
+def test_what_was_evicted_is_unmapped_when_another_is_mapped(tmp_path: Path, remote_cache: Address) -> None:
+    reader = CacheReader(remote_cache, store=LocalStore(tmp_path / "store", 10**9))
+    reader.read(0)
+    (path,) = stored(tmp_path / "store")
+    held = reader.files.mapped(0)
+    path.unlink()
+    reader.read(0)  # what is mapped is still right
+    assert reader.files.mapped(0) is held
+    reader.read(11)
+    assert reader.files.mapped(0) is None
