@@ -18,6 +18,7 @@ ONLY ?=
 ROWS ?= 20000
 BUDGET ?= 600
 GPU_PYTHON ?=
+ENDPOINT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -74,6 +75,7 @@ help:
 	@echo '  ROWS     rows of make soak                                [$(ROWS)]'
 	@echo '  BUDGET   seconds of make gpu                              [$(BUDGET)]'
 	@echo '  GPU_PYTHON  interpreter of make gpu that has torch for CUDA; no .venv is made then'
+	@echo '  ENDPOINT URL of a server that serves the target, to answer for make capture-large  [none]'
 	@echo '  PYTHON   interpreter that makes .venv, 3.11 or newer      [$(PYTHON)]'
 
 setup: $(STAMP)
@@ -109,7 +111,7 @@ capture-large: $(STAMP)
 		file=$${prompts##*/}; \
 		[ -f $(LARGE)/answers/$$file ] || $(OFFLINE) $(BIN)/dspark regenerate --data $$prompts \
 			--temperature $${file%.jsonl} --max-new-tokens 160 --device $(DEVICE) \
-			--out $(LARGE)/answers/$$file || exit; \
+			$(if $(ENDPOINT),--endpoint $(ENDPOINT)) --out $(LARGE)/answers/$$file || exit; \
 	done
 	$(OFFLINE) $(STAGE) capture --cache caches/large --data $(LARGE)/answers --device $(DEVICE)
 

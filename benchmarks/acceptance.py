@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -55,7 +56,7 @@ class Job:
     settings: dict[str, Any]
     published: bool
     digest: str
-    """Of the whole config and the cache: rows of other settings are not taken for this one's."""
+    """Of the whole config and the cache: lists share a draft of the same settings, and no other."""
 
     @property
     def name(self) -> str:
@@ -75,8 +76,8 @@ def jobs_of(group: str, cache: Path, seeds: list[int]) -> list[Job]:
     jobs = []
     for seed in seeds:
         for case, changes in found["cases"].items():
-            settings = {key: value for key, value in changes.items() if key != "published"}
-            settings["train.seed"] = seed
+            settings = found.get("settings", {}) | changes | {"train.seed": seed}
+            settings.pop("published", None)
             published = changes.get("published", False)
             values = configuration.load_toml(config)
             for key, value in settings.items():
@@ -89,18 +90,19 @@ def jobs_of(group: str, cache: Path, seeds: list[int]) -> list[Job]:
 
 
 def recorded() -> dict[str, dict[str, float]]:
-    """Return the rows of results.csv that this benchmark has written: case, metric, value."""
+    """Return the rows of results.csv that this benchmark has written: a job's digest, metric, value."""
     found: dict[str, dict[str, float]] = {}
     with RESULTS.open(newline="") as file:
         for row in csv.DictReader(file):
             if row["benchmark"] == "acceptance":
-                found.setdefault(row["case"], {})[row["metric"]] = float(row["value"])
+                digest = row["case"].rpartition("(")[2].rstrip(")")
+                found.setdefault(digest, {})[row["metric"]] = float(row["value"])
     return found
 
 
 def trained(job: Job, cache: Path, runs: Path, threads: int) -> list[tuple[str, str, float, str]]:
     """Train a draft, or continue its run, and return its rows."""
-    run = runs / f"{job.group}-{job.digest}"
+    run = runs / job.digest
     command = ["-m", "pipeline.cli", "train", "--device", "cpu"]
     if job.published:
         command = ["benchmarks/published.py"]
@@ -129,7 +131,7 @@ def summary(group: str, jobs: list[Job], found: dict[str, dict[str, float]]) -> 
     reference = tomllib.loads(LISTS.read_text())[group]["reference"]
     taus: dict[str, dict[int, float]] = {}
     for job in jobs:
-        taus.setdefault(job.case, {})[job.seed] = found[job.name][TAU]
+        taus.setdefault(job.case, {})[job.seed] = found[job.digest][TAU]
     lines = [f"{group}: held-out tau by seed, mean, and mean difference to {reference!r} +- standard error"]
     for case, by_seed in taus.items():
         apart = [tau - taus[reference][seed] for seed, tau in by_seed.items()]
@@ -153,9 +155,12 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     by_list = {group: jobs_of(group, cache, seeds) for group in options.lists}
     known = recorded()
-    left = [job for jobs in by_list.values() for job in jobs if job.name not in known]
+    left: dict[str, Job] = {}
+    for job in itertools.chain(*by_list.values()):
+        if job.digest not in known:
+            left.setdefault(job.digest, job)
     with ThreadPoolExecutor(options.jobs) as pool:
-        done = pool.map(lambda job: trained(job, cache, runs, threads), left)
+        done = pool.map(lambda job: trained(job, cache, runs, threads), left.values())
         for rows in tqdm(done, total=len(left), unit="draft"):
             record("acceptance", torch.device("cpu"), rows)
     found = recorded()

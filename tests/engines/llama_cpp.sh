@@ -19,8 +19,11 @@ mv "$folder.tmp/llama_cpp_python-$VERSION/vendor/llama.cpp" "$folder"
 touch "$folder/.begun"
 rm -rf "$folder.tmp"
 pip install --no-compile --no-deps --target "$folder/site-packages" sentencepiece protobuf
+# GCC drops most of the tile configuration that llama.cpp sets up for AMX, and the first product is an illegal
+# instruction (llama.cpp's pull request 26954). Without the macro its products are those of AVX-512.
+no_amx=-U__AMX_INT8__
 cmake -S "$folder" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_BUILD_UI=OFF \
-    -DLLAMA_BUILD_TESTS=OFF > "$folder/build.log"
+    -DLLAMA_BUILD_TESTS=OFF "-DCMAKE_C_FLAGS=$no_amx" "-DCMAKE_CXX_FLAGS=$no_amx" > "$folder/build.log"
 cmake --build "$folder/build" --parallel "$(getconf _NPROCESSORS_ONLN)" --target llama-server \
     llama-speculative-simple >> "$folder/build.log"
 echo "of llama-cpp-python $VERSION" > "$folder/.ready"
