@@ -117,8 +117,10 @@ def check_files(cache: Path, manifest: Manifest) -> None:
             raise CacheError(
                 f"{path} looks like weights of the target, which a cache must not hold: remove it"
             )
-    names = shard_specs(manifest.identity, manifest.plan[0]).keys()
-    if manifest.tensors and manifest.tensors.keys() != names:
+    if (
+        manifest.tensors
+        and manifest.tensors.keys() != shard_specs(manifest.identity, manifest.plan[0]).keys()
+    ):
         raise CacheError(
             f"{cache / MANIFEST} is damaged (it has hashes of other tensors than its shards): capture again"
         )

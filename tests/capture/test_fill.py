@@ -201,7 +201,7 @@ def test_bad_states_are_refused_naming_row_and_state(
     last_shard = len(reader.manifest.plan) - 1
     # The proof looks at the ends of the first batches; these are others.
     sample = {"first": 0, "middle": 1, "later shard": len(reader) - 2}[where]
-    assert (reader._shard[sample] == last_shard) == (where == "later shard")
+    assert (reader.shards[sample] == last_shard) == (where == "later shard")
     ids = reader.read(sample).input_ids.long()
     masks = reader.read(sample).loss_mask[1:].bool()
 
@@ -223,7 +223,7 @@ def test_bad_states_are_refused_naming_row_and_state(
     _, row = places(cache)[sample]
     assert_refused(result, 1, f"row {row + 1} of {data.name}", name, word, "--bad-states skip")
     assert read_manifest(tmp_path / "cache").status == "incomplete"
-    bad = int(reader._shard[sample])
+    bad = int(reader.shards[sample])
     assert f"{bad:05d}.json" not in finished_shards(tmp_path / "cache")
     assert not (tmp_path / "cache/shards" / f"{bad:05d}.safetensors").exists()
 

@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline.cache import CacheReader
-from pipeline.cache.reader import MAX_OPEN_SHARDS
+from pipeline.cache.shards import Shards
 from tests.processes import Dspark
 from tests.soak.checks import check_manifest, check_rows, check_states, check_tokens, digests
 from tests.soak.rows import make_rows, write_rows
@@ -42,7 +42,7 @@ STEPS = 1000
 SUBSET = 200
 """Samples whose states are computed again."""
 LIMITS = {"memory": 1200 * MIB, "files": 64, "threads": 48}
-TRAIN_FILES = 2 * MAX_OPEN_SHARDS + 64
+TRAIN_FILES = 2 * Shards.most_mapped + 64
 """Maximum open files of a training: a mapped shard has two."""
 GROWTH = 64 * MIB
 """Maximum growth of one process's memory from the first quarter of its time to the last."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,14 @@ def work(folder: str, seed: int) -> None:
 
 
 def used(folder: Path) -> int:
-    """Return the bytes in the store, files being fetched included."""
-    total = 0
-    for path in folder.glob("*/fetched/*/*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+    """Return the bytes in the store, files being fetched included, while none comes or goes."""
+    sizes: dict[int, int] = {}
+    with LocalStore(folder, LIMIT).folder_lock(""):
+        for path in folder.glob("*/fetched/*/*"):
+            with suppress(FileNotFoundError):  # renamed: the same file has another name now
+                found = path.stat()
+                sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
@@ -109,18 +110,19 @@ def test_processes_share_it_and_are_killed_at_any_moment(tmp_path: Path) -> None
 
     workers = [start(seed) for seed in range(3)]
     said = []
-    for kill in range(6):
-        until = time.monotonic() + 0.5 + draw.random() / 2
-        while time.monotonic() < until:
-            # Twice: a file renamed while it is counted has two names.
-            assert min(used(tmp_path), used(tmp_path)) <= LIMIT
-        victim = workers.pop(0)
-        victim.send_signal(signal.SIGKILL)
-        said.append(victim.communicate()[0])
-        workers.append(start(10 + kill))
-    for worker in workers:
-        worker.kill()
-        said.append(worker.communicate()[0])
+    try:
+        for kill in range(6):
+            until = time.monotonic() + 0.5 + draw.random() / 2
+            while time.monotonic() < until:
+                assert used(tmp_path) <= LIMIT
+            victim = workers.pop(0)
+            victim.send_signal(signal.SIGKILL)
+            said.append(victim.communicate()[0])
+            workers.append(start(10 + kill))
+    finally:
+        for worker in workers:
+            worker.kill()
+            said.append(worker.communicate()[0])
     assert not any(said)
     store = LocalStore(tmp_path, LIMIT)
     for number in range(FILES):
