@@ -16,7 +16,7 @@ import pytest
 from pipeline.cache.progress import claims
 from pipeline.cache.remote.claims import RemoteWorker
 from pipeline.remote.address import Address
-from pipeline.remote.objects import Objects
+from pipeline.remote.objects import Objects, StoreError
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.pipeline.written import every_byte
 from tests.s3 import s3, s3_server
@@ -87,6 +87,26 @@ def test_a_copy_back_is_repaired_by_its_capture(
     (back / "shards" / "00001.safetensors").unlink()
     run_ok(*capture_arguments(target_dir, data_file, back))
     run_ok("verify", back)
+
+
+def test_a_shard_lost_after_its_record_is_captured_again(
+    s3: Address, target_dir: Path, data_file: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    write, lost = Objects.write, []
+
+    def loses(self: Objects, name: str, data: bytes | Path) -> None:
+        write(self, name, data)
+        if name == "progress/00002.json" and not lost:
+            lost.append(name)
+            raise StoreError("the line is cut")
+
+    arguments = capture_arguments(target_dir, data_file, str(s3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objects, "write", loses)
+        assert_refused(run_cli(*arguments), 1, "the line is cut")
+    Objects(s3).remove(["shards/00002.safetensors"])
+    run_ok(*arguments)
+    assert_same_cache(s3, cache_dir, tmp_path)
 
 
 def start(arguments: list[str | Path], folder: Path) -> subprocess.Popen:

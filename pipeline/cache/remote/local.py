@@ -62,7 +62,8 @@ class LocalStore:
                 try:
                     fetch(partial)
                     files.sync(partial)
-                    partial.replace(path)
+                    with self._locked(""):  # a file renamed while another process counts could be missed
+                        partial.replace(path)
                 finally:
                     partial.unlink(missing_ok=True)
             except OSError as error:

@@ -30,7 +30,8 @@ def mirrored(objects: Objects, store: LocalStore) -> tuple[Manifest, str, Path]:
     manifest, data = read_remote_manifest(objects)
     key = hashlib.sha256(data).hexdigest()[:24]
     with store.folder_lock(key) as folder:
-        if not (folder / MANIFEST).exists():
+        whole = all(files.plain_size(folder / record.file) == record.bytes for record in manifest.files)
+        if not (whole and (folder / MANIFEST).exists()):
             try:
                 _fetch(objects, manifest, folder)
                 (folder / "shards").mkdir(exist_ok=True)

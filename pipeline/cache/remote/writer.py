@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Condition
@@ -88,6 +88,7 @@ class RemoteWriter(CacheWriter):
             return
         self.manifest = dataclasses.replace(self.manifest, created_by=found.created_by)
         self._pull()
+        self._forget_lost()
         for shard in range(len(plan)):  # written here by a process that was killed before it uploaded them
             if super().written(shard) and shard_file(shard) not in self._records.elsewhere:
                 self._forward(shard)
@@ -113,6 +114,15 @@ class RemoteWriter(CacheWriter):
             stem = name.removesuffix(".json")
             if name == TARGET or (stem.isdecimal() and shard_file(int(stem)) not in self._records.elsewhere):
                 self._pull_record(name)
+
+    def _forget_lost(self) -> None:
+        """Make shards pending again whose objects are gone or have another size, whatever records say."""
+        sizes = {entry.name: entry.bytes for entry in self.objects.list("shards")}
+        for shard in range(len(self.manifest.plan)):
+            record = self._records.shard(shard)
+            if record is not None and sizes.get(record.file) != record.bytes:
+                self._records.elsewhere.discard(record.file)
+                self.objects.remove([f"{PROGRESS}/{shard:05d}.json"])
 
     def _pull_record(self, name: str) -> None:
         try:
@@ -193,9 +203,6 @@ class RemoteWriter(CacheWriter):
         self._records.elsewhere.add(shard_file(shard))
         self.objects.write(f"{PROGRESS}/{name}", json.dumps(plain_values(record)).encode())
         path.unlink(missing_ok=True)
-
-    def forget(self, shards: Iterable[int]) -> None:
-        raise NotImplementedError  # of captures that answer first, which take a directory
 
     def statistics(self, measure: Callable[[], Mapping[str, Statistics]]) -> dict[str, Statistics]:
         self._pull_statistics()

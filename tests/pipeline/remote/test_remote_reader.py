@@ -90,6 +90,8 @@ def test_a_file_damaged_in_the_store_is_fetched_again(
     CacheReader(remote_cache, store=store).read(0)
     (path,) = stored(store.folder)
     path.write_bytes(path.read_bytes()[:-1])
+    (config,) = store.folder.glob("*/target/config.json")
+    config.write_bytes(b"")
     assert equal(near.read(0), CacheReader(remote_cache, store=store).read(0))
 
 
