@@ -118,7 +118,7 @@ class CaptureOptions:
     target: TargetOptions
     data: DataOptions
     cache: Place
-    """Where the cache is written: a directory, or an address in an object store."""
+    """Directory, or address in an object store, that the cache is written to."""
     layer_ids: tuple[int, ...] | None = None
     """None: five evenly spread ids, see `pipeline.features.default_layer_ids`."""
     batch_tokens: int = 4096

@@ -20,8 +20,9 @@ _numbers = itertools.count()
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """Return the URL of an S3 server that has the bucket `bucket`."""
-    pytest.importorskip("obstore")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    from moto.server import ThreadedMotoServer  # heavy, and for these tests alone
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     server.start()
     host, port = server.get_host_and_port()

@@ -56,7 +56,7 @@ class CacheReader:
 
     def __init__(self, place: str | Place, *, hidden: str = LABELS, store: LocalStore | None = None):
         self.place = parse_place(place) if isinstance(place, str) else place
-        """Where the cache lives, as messages name it."""
+        """Directory or address of the cache, as messages name it."""
         if isinstance(self.place, Address):
             from pipeline.cache.remote.shards import open_remote  # needs obstore
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -14,26 +15,26 @@ from pipeline.cache.shard import MappedShard, map_shard
 from pipeline.errors import CacheError
 
 
-class Shards:
+class Shards(ABC):
     """Shards of one cache, the last ones mapped. Safe to use from several threads."""
 
     # Shards mapped at once. A mapping takes address space and two file handles, whose usual limit is 1,024.
     most_mapped = 256
     remote = False
-    """True if shards are fetched from an object store."""
+    """True for `RemoteShards`, whose shards are fetched, ahead of use too."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
         self._mapped: OrderedDict[Hashable, MappedShard] = OrderedDict()
         self._lock = Lock()
 
+    @abstractmethod
     def name(self, shard: int) -> str:
         """Return a shard's path or URL, for messages."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self) -> None:
         """Check that every shard exists and has its size. Raise CacheError that names the first one not."""
-        raise NotImplementedError
 
     def only(self, states: Iterable[str] | None) -> Iterable[str] | None:
         """Take note that no other states will be read, beside token ids and masks; None is all of them.
@@ -42,18 +43,6 @@ class Shards:
             The states of before.
         """
         return None
-
-    def fetch(self, piece: Hashable) -> None:
-        """Have a shard, or whatever else is mapped, on this machine."""
-
-    def size(self, piece: Hashable) -> int:
-        """Return the bytes that `fetch` needs on this machine."""
-        return 0
-
-    @property
-    def ahead_bytes(self) -> int:
-        """Bytes that may be fetched before they are read."""
-        return 0
 
     def map(self, shard: Hashable) -> MappedShard:
         """Return a shard, mapped now if it was not. Raises CacheError if it is missing or damaged."""
@@ -73,8 +62,9 @@ class Shards:
                 self._mapped.move_to_end(shard)
             return found
 
+    @abstractmethod
     def _open(self, shard: Hashable) -> MappedShard:
-        raise NotImplementedError
+        """Map a shard. See `map`."""
 
     def _tidy(self) -> None:
         """Unmap the shards that were not used for longest, under the lock."""

@@ -24,7 +24,7 @@ class Address:
 
 
 Place = Path | Address
-"""Where a cache lives."""
+"""Directory or address of a cache."""
 
 
 def parse_place(text: str) -> Place:

@@ -197,7 +197,7 @@ def test_a_fresh_draft_computes_the_prediction_in_its_size(
 @torch.no_grad()
 @pytest.mark.parametrize(("mlp", "attention"), [(30_000, 1), (1, 3_000)])
 def test_random_layers_do_not_drown_the_prediction(reader: CacheReader, mlp: int, attention: int) -> None:
-    """What a random layer adds grows with the width: here as much as if the draft were far wider."""
+    """A random layer adds more, the wider it is: here as much as if the draft were far wider."""
     model = random_draft(reader, head_dim=64, num_layers=3)
     for layer in model.layers:
         layer.mlp.down_proj.weight.mul_(mlp)

@@ -54,6 +54,23 @@ class WorkerState:
     """Tokens captured by it."""
 
 
+def own_state(label: str, began: float, tokens: int) -> WorkerState:
+    """Return this process's account of itself.
+
+    Args:
+        began: when it started to capture, by `time.monotonic`.
+    """
+    return WorkerState(
+        label=label,
+        host=socket.gethostname(),
+        place=process.place(),
+        pid=os.getpid(),
+        started=process.started(os.getpid()),
+        seconds=time.monotonic() - began,
+        tokens=tokens,
+    )
+
+
 class Worker:
     """This process as a worker on one cache. Use as a context manager: leaving it releases every claim.
 
@@ -249,15 +266,7 @@ class Worker:
             return abs(now - os.fstat(file.fileno()).st_mtime)
 
     def _touch(self) -> None:
-        state = WorkerState(
-            label=self._label,
-            host=socket.gethostname(),
-            place=process.place(),
-            pid=os.getpid(),
-            started=process.started(os.getpid()),
-            seconds=time.monotonic() - self._began,
-            tokens=self._tokens,
-        )
+        state = own_state(self._label, self._began, self._tokens)
         partial = self._file.with_name(files.partial_name(self._file.name))
         partial.write_text(json.dumps(asdict(state)))
         partial.replace(self._file)

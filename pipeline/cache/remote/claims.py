@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from types import TracebackType
 from pipeline import config, process
 from pipeline.cache.manifest import PROGRESS
 from pipeline.cache.progress import claims
-from pipeline.cache.progress.claims import MAX_WORKER_BYTES, WorkerState, is_id
+from pipeline.cache.progress.claims import MAX_WORKER_BYTES, WorkerState, is_id, own_state
 from pipeline.errors import ConfigError
 from pipeline.remote.objects import MissingObjectError, Objects, StoreError
 
@@ -146,15 +145,7 @@ class RemoteWorker:
         return abs((ours - theirs).total_seconds()) < claims.DEAD_AFTER_SECONDS
 
     def _touch(self) -> None:
-        state = WorkerState(
-            label=self._label,
-            host=socket.gethostname(),
-            place=process.place(),
-            pid=os.getpid(),
-            started=process.started(os.getpid()),
-            seconds=time.monotonic() - self._began,
-            tokens=self._tokens,
-        )
+        state = own_state(self._label, self._began, self._tokens)
         self._objects.write(self._name, json.dumps(asdict(state)).encode())
 
     def _beat(self) -> None:

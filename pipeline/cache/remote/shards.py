@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable
@@ -15,11 +14,18 @@ import torch
 
 from pipeline.cache.codecs import TensorSpec
 from pipeline.cache.index import sample_id
-from pipeline.cache.layout import shard_specs, state_of
+from pipeline.cache.layout import LAST_HIDDEN, shard_specs, state_of
 from pipeline.cache.manifest import Manifest, ShardPlan, shard_file
 from pipeline.cache.remote.local import LocalStore, default_store
 from pipeline.cache.remote.mirror import REMEDY, mirrored
-from pipeline.cache.shard import MAX_HEADER_BYTES, MappedShard, file_layout, map_shard, read_header
+from pipeline.cache.shard import (
+    MAX_HEADER_BYTES,
+    MappedShard,
+    file_layout,
+    map_shard,
+    read_header,
+    tensor_hashes,
+)
 from pipeline.cache.shards import Shards
 from pipeline.errors import CacheError
 from pipeline.remote.address import Address
@@ -119,6 +125,7 @@ class RemoteShards(Shards):
 
     @property
     def ahead_bytes(self) -> int:
+        """Bytes that may be fetched before they are read."""
         return self.store.limit // 2
 
     def size(self, key: int | SampleRows) -> int:
@@ -179,7 +186,7 @@ class RemoteShards(Shards):
         for name, here in layout.offsets.items():
             begin, stop = places[name]
             if sample is not None:
-                rows = sample.last_rows if state_of(name) == "last_hidden" else sample.tokens
+                rows = sample.last_rows if state_of(name) == LAST_HIDDEN else sample.tokens
                 dtype, (_, *shape) = specs[name]
                 width = dtype.itemsize * torch.Size(shape).numel()
                 begin, stop = (begin + row * width for row in rows)
@@ -195,13 +202,9 @@ class RemoteShards(Shards):
             self._read(shard, [span[:2] for span in spans], write)
 
     def _wrong_tensor(self, path: Path, specs: dict[str, TensorSpec], shard: int) -> str | None:
-        layout = file_layout(specs)
-        ends = [*sorted(layout.offsets.values())[1:], layout.size]
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for name, end in zip(sorted(layout.offsets, key=layout.offsets.__getitem__), ends, strict=True):
-                with memoryview(data)[layout.offsets[name] : end] as view:
-                    if hashlib.sha256(view).hexdigest() != self.manifest.tensors[name][shard]:
-                        return f"tensor {name} has another hash"
+        for name, digest in tensor_hashes(map_shard(path, specs).tensors).items():
+            if digest != self.manifest.tensors[name][shard]:
+                return f"tensor {name} has another hash"
         return None
 
     def _read_places(self, shard: int) -> dict[str, tuple[int, int]]:

@@ -90,27 +90,24 @@ def collect(
     counts = torch.zeros(embed_tokens.num_embeddings, device=device)
     kept, count = [], 0
     for context, places, states, ids in _rows(reader, samples, layer_ids, slots):
-
-        def nearest(d: int, context: Tensor = context, places: Tensor = places) -> Tensor:
-            return context[places - 1 - d].to(device).float()
-
         states, ids = states.to(device).float(), ids.to(device)
         embedded = embed_tokens(ids).float()
         both = torch.cat([embedded, states], dim=1)
-        last = nearest(slots - 1)
+        last = _nearest(context, places, slots - 1, device)
         gram.addmm_(last.T, last)
         of_both.addmm_(both.T, both)
         sum_of_both += both.sum(0)
         counts += ids.bincount(minlength=len(counts))
         for name, each in distances.items():
-            mean = nearest(each.start)
+            mean = _nearest(context, places, each.start, device)
             for d in each[1:]:
-                mean += nearest(d)
+                mean += _nearest(context, places, d, device)
             mean /= len(each)
             of_nearest[name].addmm_(mean.T, both)
             sums[name] += mean.sum(0)
         if count < SOME_ROWS:
-            kept.append([each[: SOME_ROWS - count] for each in (nearest(0), embedded, states, ids)])
+            near = _nearest(context, places, 0, device)
+            kept.append([each[: SOME_ROWS - count] for each in (near, embedded, states, ids)])
         count += len(ids)
     if not count:
         return None
@@ -122,6 +119,11 @@ def collect(
     moments = Moments(gram / count, of_both[:, :hidden], of_both[:, hidden:], of_nearest, mean, counts)
     features, embedded, states, ids = (torch.cat(each) for each in zip(*kept, strict=True))
     return moments, Rows(features, embedded - mean, states, ids)
+
+
+def _nearest(context: Tensor, places: Tensor, distance: int, device: torch.device) -> Tensor:
+    """Return the features `[n, W]`, in fp32, that rows at `places` see nearest at a distance of `Moments`."""
+    return context[places - 1 - distance].to(device).float()
 
 
 def _rows(
