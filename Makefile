@@ -110,8 +110,8 @@ capture-large: $(STAMP)
 	@for prompts in $(LARGE)/prompts/*.jsonl; do \
 		file=$${prompts##*/}; \
 		[ -f $(LARGE)/answers/$$file ] || $(OFFLINE) $(BIN)/dspark regenerate --data $$prompts \
-			--temperature $${file%.jsonl} --max-new-tokens 160 --device $(DEVICE) \
-			$(if $(ENDPOINT),--endpoint $(ENDPOINT)) --out $(LARGE)/answers/$$file || exit; \
+			--temperature $${file%.jsonl} --max-new-tokens 160 \
+			$(if $(ENDPOINT),--endpoint $(ENDPOINT) --concurrency 128,--device $(DEVICE)) --out $(LARGE)/answers/$$file || exit; \
 	done
 	$(OFFLINE) $(STAGE) capture --cache caches/large --data $(LARGE)/answers --device $(DEVICE)
 
