@@ -12,11 +12,40 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from capture.data.tokens import TokenizedData
+from capture.prefixes import arranged, usable
 from pipeline.cache.index import plan_shards
 from pipeline.rope import RopeLengths
 
 # Samples sorted together. A larger window pads less and spreads a shard's samples over more of the data.
 WINDOW_SAMPLES = 4096
+# A batch that computes its common beginning once still attends to it from every row, and has its keys and
+# values for every row: tokens of a batch, by those that it may compute.
+SPREAD = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that a plan keeps to."""
+
+    batch_tokens: int
+    """Maximum tokens that a forward computes, padding included, unless it has one sample."""
+    shard_tokens: int
+    """Maximum tokens per shard, unless it has one sample."""
+    carries_on: bool = False
+    """A batch computes what all its samples begin with once."""
+
+    def cost(self, rows: int, longest: int, common: int) -> int | None:
+        """Return the tokens that a batch computes, None if they are too many.
+
+        Args:
+            longest: tokens of the longest sample.
+            common: first tokens that all samples have in common.
+        """
+        beginning = usable(common) if self.carries_on else 0
+        computed = beginning + rows * (longest - beginning)
+        fits = computed <= self.batch_tokens and rows * longest <= SPREAD * self.batch_tokens
+        return computed if fits else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +59,8 @@ class CapturePlan:
     shard_batches: list[range]
     """The batches of each shard."""
     padded_tokens: int
-    """Tokens that the target computes: each batch's rows times its longest sample, summed."""
+    """Tokens that the target computes: each batch's rows times its longest sample, or less where rows begin
+    alike, summed."""
     tokens: int
     """Tokens of all samples, without padding."""
 
@@ -67,25 +97,56 @@ def plan_capture(
         ]
         or [np.empty(0, np.int64)]
     )
-    ordered = lengths[order].tolist()
     groups = (rope or RopeLengths()).groups(lengths[order])
+    nothing = np.zeros(len(order), np.int64)
+    return _plan(order, lengths[order], groups, nothing, Limits(batch_tokens, shard_tokens))
+
+
+def plan_sharing(
+    data: TokenizedData, limits: Limits, rope: RopeLengths | None = None
+) -> tuple[CapturePlan, np.ndarray]:
+    """Plan batches and shards of samples that share the context of equal beginnings.
+
+    Returns:
+        The plan; and how many first tokens each sample has in common with the one before in its shard, `[n]`.
+    """
+    lengths = data.facts.lengths
+    groups = (rope or RopeLengths()).groups(lengths)
+    order, shared = arranged(data, groups, WINDOW_SAMPLES)
+    plan = _plan(order, lengths[order], groups[order], shared, limits)
+    shared[[members.start for members in plan.shards]] = 0
+    return plan, shared
+
+
+def _plan(
+    order: np.ndarray, lengths: np.ndarray, groups: np.ndarray, shared: np.ndarray, limits: Limits
+) -> CapturePlan:
+    """Cut samples, in their order, into batches, and these into shards.
+
+    Args:
+        groups: of each sample; those of two groups share no batch.
+        shared: first tokens that each has in common with the one before.
+    """
+    sizes, common, kinds = lengths.tolist(), shared.tolist(), groups.tolist()
     batches: list[range] = []
-    sums: list[int] = []
-    for start in range(0, len(ordered), WINDOW_SAMPLES):
-        stop = min(start + WINDOW_SAMPLES, len(ordered))
+    computed: list[int] = []
+    stored: list[int] = []
+    for start in range(0, len(sizes), WINDOW_SAMPLES):
+        stop = min(start + WINDOW_SAMPLES, len(sizes))
         while start < stop:
-            longest = tokens = ordered[start]
-            end = start + 1
-            while (
-                end < stop
-                and (end + 1 - start) * longest <= batch_tokens
-                and tokens + ordered[end] <= shard_tokens
-                and groups[end] == groups[start]
-            ):
-                tokens += ordered[end]
-                end += 1
+            longest, alike, rows = sizes[start], sizes[start] - 1, sizes[start] - common[start]
+            cost, end = longest, start + 1
+            while end < stop and kinds[end] == kinds[start]:
+                most, beginning = max(longest, sizes[end]), min(alike, common[end], sizes[end] - 1)
+                more = limits.cost(end + 1 - start, most, beginning)
+                added = rows + sizes[end] - common[end]
+                if more is None or added > limits.shard_tokens:
+                    break
+                longest, alike, rows, cost, end = most, beginning, added, more, end + 1
             batches.append(range(start, end))
-            sums.append(tokens)
+            computed.append(cost)
+            stored.append(rows)
             start = end
-    padded = sum(ordered[batch.start] * len(batch) for batch in batches)
-    return CapturePlan(order, batches, plan_shards(sums, shard_tokens), padded, sum(sums))
+    firsts = [common[batch.start] for batch in batches]
+    shards = plan_shards(stored, limits.shard_tokens, firsts)
+    return CapturePlan(order, batches, shards, sum(computed), sum(sizes))

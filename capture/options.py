@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from capture.engines.options import EngineOptions, engine_options
+from capture.engines.options import VLLM, EngineOptions, engine_options
 from capture.one_pass.options import AnswerOptions, answer_options
 from pipeline.chat.rows import FORMS
 from pipeline.errors import UsageError
@@ -133,6 +133,8 @@ class CaptureOptions:
     """none: last hidden states are not stored, and `last_codec` does not count."""
     hidden: str = "labels"
     """Tokens whose last hidden states are stored: label rows, or all-tokens."""
+    share_prefixes: bool = False
+    """Store the context of tokens that samples begin with in common once."""
     bad_states: str = "fail"
     """fail: a sample with bad states stops the capture; skip: it is recorded. Not part of the identity."""
     max_bad_states: float = 0.001
@@ -304,6 +306,12 @@ _own_options = gathered(
             "needs, or all, for drafts that read every one.",
         ),
         click.option(
+            "--share-prefixes",
+            is_flag=True,
+            help="Store the context of what conversations begin with in common once: a system prompt, tools, "
+            "a question with several answers.",
+        ),
+        click.option(
             "--bad-states",
             type=click.Choice(["fail", "skip"]),
             default="fail",
@@ -359,6 +367,11 @@ def capture_options(command: Command) -> Command:
         check_hidden(options.last_hidden, options.hidden)
         options.engine.check()
         options.answers.check(options.data.mask_reasoning, _given())
+        if options.share_prefixes and options.answers.regenerate and options.engine.engine == VLLM:
+            raise UsageError(
+                "--share-prefixes needs to know the answers before it plans: run `dspark regenerate` first, "
+                "and capture its output; or leave it out"
+            )
         options.engine.check_target(options.target, regenerates=options.answers.regenerate)
         return command(*args, options=options, **others)
 

@@ -78,10 +78,13 @@ def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
     if prepared.answers_first:
         yield f"answers of its own ({prepared.options.answers.settings()}): sizes are upper bounds"
     yield from data_lines(prepared.data)
-    yield (
-        f"{len(batching.batches):,} batches of at most {options.batch_tokens:,} tokens, "
-        f"{batching.padding:.1%} padding"
-    )
+    batches = f"{len(batching.batches):,} batches of at most {options.batch_tokens:,} tokens"
+    if prepared.plan.rows:
+        stored, tokens = sum(prepared.plan.rows), sum(prepared.plan.tokens)
+        yield f"{batches}, {batching.padded_tokens:,} computed"
+        yield f"context of {stored:,} tokens stored, {1 - stored / tokens:.1%} less than of all {tokens:,}"
+    else:
+        yield f"{batches}, {batching.padding:.1%} padding"
     yield f"{len(prepared.plan):,} shards of at most {options.shard_tokens:,} tokens"
     yield from training_lines(prepared.data.facts.sample_ids, prepared.data.facts.lengths)
     yield f"{'codec':<12}{'bytes per token':>16}{'cache':>12}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from capture.batching import CapturePlan, plan_capture
+from capture.batching import CapturePlan, Limits, plan_capture, plan_sharing
 from capture.data.conversations import TokenizedSample
 from capture.data.preparation import prepare_data
 from capture.data.tokens import TokenizedData
@@ -17,7 +17,7 @@ from capture.example import with_example
 from capture.one_pass.turns import longest_lengths
 from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, SampleFacts, build_index, read_manifest
-from pipeline.cache.features import NO_LAST_HIDDEN
+from pipeline.cache.features import EACH, NO_LAST_HIDDEN, ONCE
 from pipeline.cache.manifest import MANIFEST, PROMPTS, Manifest, Plan
 from pipeline.cache.same import refuse_another
 from pipeline.errors import CacheError, DataError
@@ -60,6 +60,11 @@ class PreparedCapture:
     def answers_first(self) -> bool:
         """True if the plan is one of prompts, which the capture answers."""
         return _answers_first(self.options)
+
+    @property
+    def shared(self) -> list[int]:
+        """First rows of context that each sample of the cache has from the one before; empty for none."""
+        return self.index["shared"].to_pylist() if "shared" in self.index.column_names else []
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
@@ -130,8 +135,8 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
     data, template = prepared.samples, prepared.template
     facts = prompt_facts(data, options) if _answers_first(options) else data.facts
     target.check_length(max(int(data.facts.lengths.max()), int(facts.lengths.max())))
-    batching = plan_capture(facts.lengths, options.batch_tokens, options.shard_tokens, rope)
-    longest, facts = int(facts.lengths.max()), facts.take(batching.order)
+    longest = int(facts.lengths.max())
+    batching, facts = _planned(data, facts, options, rope)
     index, plan = build_index(facts, batching.shards)
     date = {"today": template.today} if template.prints_the_date else {}
     # Earlier versions batched across such lengths: `_check_rope` refuses their caches.
@@ -159,6 +164,18 @@ def prepare(options: CaptureOptions) -> PreparedCapture:
     return PreparedCapture(
         options, target, identity, found, data, batching, index, plan, rope, longest, answered
     )
+
+
+def _planned(
+    data: TokenizedData, facts: SampleFacts, options: CaptureOptions, rope: RopeLengths
+) -> tuple[CapturePlan, SampleFacts]:
+    """Return the plan, and the facts in its order."""
+    if not options.share_prefixes:
+        plan = plan_capture(facts.lengths, options.batch_tokens, options.shard_tokens, rope)
+        return plan, facts.take(plan.order)
+    limits = Limits(options.batch_tokens, options.shard_tokens, options.engine.is_plain)
+    plan, shared = plan_sharing(data, limits, rope)
+    return plan, replace(facts.take(plan.order), shared=shared)
 
 
 def _answers_first(options: CaptureOptions) -> bool:
@@ -194,6 +211,7 @@ def _features(options: CaptureOptions, layer_ids: tuple[int, ...]) -> FeatureIde
         last_codec=NO_LAST_HIDDEN if options.last_hidden == NO_LAST_HIDDEN else options.last_codec,
         last_hidden=options.last_hidden,
         hidden=options.hidden,
+        prefixes=ONCE if options.share_prefixes else EACH,
     )
 
 

@@ -238,6 +238,7 @@ def capture_shards(
     bad = bad or bad_samples(prepared, writer.skipped())
     batching, data = prepared.batching, prepared.data
     plan, pending, clock = writer.manifest.plan, writer.pending(), filler.clock
+    every_shared = prepared.shared
     total = writer.manifest.num_tokens
     done = total - sum(plan.tokens[shard] for shard in pending)
     largest = max((writer.shard_bytes(shard) for shard in pending), default=0)
@@ -265,7 +266,9 @@ def capture_shards(
             if one_pass is not None:
                 batches = one_pass.answer(shard, batches)
                 shape, more = shard_plan(batches), one_pass.measured
-            filled = filler.fill(writer.new_shard(shard, memory, shape), batches, between, found_bad)
+            buffer = writer.new_shard(shard, memory, shape)
+            shared = every_shared[members[0].start : members[-1].stop] or None
+            filled = filler.fill(buffer, batches, between, found_bad, shared)
             disk.put(memory, _finish(writer, worker, shard, filled, clock, bad, more))
             written += 1
     return written

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from pipeline.features import validate_target_layer_ids
 from pipeline.hooks import (
@@ -84,7 +86,12 @@ class _FrozenTarget:
         return validate_target_layer_ids(target_layer_ids, self._num_layers)
 
     def _tap(
-        self, input_ids: Tensor, attention_mask: Tensor | None, *, last_hidden: bool
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        last_hidden: bool,
+        past: Cache | None = None,
     ) -> dict[int | str, Tensor]:
         """Run the backbone once and return `[B, S, H]` by layer id, and by `"last_hidden"` if asked."""
         device = input_device(self.model)
@@ -92,7 +99,8 @@ class _FrozenTarget:
         tapped = tap_states(self.model, self.target_layer_ids, last_hidden=last_hidden)
         with tapped as states, rows_taken_as_given():
             mask = {} if attention_mask is None else {"attention_mask": attention_mask.to(device)}
-            self._inner_model()(input_ids=input_ids.to(device), use_cache=False, **mask)
+            cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
+            self._inner_model()(input_ids=input_ids.to(device), **cache, **mask)
         check_states(self.model, states, wanted, input_ids.shape)
         return states
 
@@ -129,7 +137,9 @@ class HFDSparkTargetModel(_FrozenTarget):
         return find_final_norm(self.model)
 
     @torch.no_grad()
-    def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[int | str, Tensor]:
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, past: Cache | None = None
+    ) -> dict[int | str, Tensor]:
         """Run the backbone once (never the head) and return `[B, S, H]` by layer id and `"last_hidden"`.
 
         Inputs may be on any device. A target spread over several devices leaves each state on its
@@ -140,11 +150,17 @@ class HFDSparkTargetModel(_FrozenTarget):
             attention_mask: `[B, S]`, 0 on padding. None for right-padded rows: padding after a token can't
                 change a causal target's states, and without a mask the target's fastest attention runs.
                 The states of the padding are then meaningless.
+            past: keys and values of tokens before these, to which theirs are added; None for none.
 
         Raises:
             TargetError: a requested layer did not run, or its output is not `[B, S, H]`.
         """
-        return self._tap(input_ids, attention_mask, last_hidden=True)
+        return self._tap(input_ids, attention_mask, last_hidden=True, past=past)
+
+    @property
+    def config(self) -> Any:
+        """The config of the decoder itself."""
+        return self._inner_model().config
 
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor

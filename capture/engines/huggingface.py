@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from capture.data.conversations import TokenizedSample
+from capture.engines.beginnings import Beginnings, padded
 from capture.engines.engine import States
 from capture.engines.proof import prove_states
 from capture.target import HFDSparkTargetModel
@@ -34,6 +35,11 @@ class HuggingFaceEngine:
         self.target = HFDSparkTargetModel(model, layer_ids)
         self.layer_ids = self.target.target_layer_ids
         self.while_waiting: Callable[[], None] = lambda: None
+        self._beginnings: Beginnings | None = None
+
+    def share_beginnings(self, batch_tokens: int, rope: RopeLengths) -> None:
+        """Read what all samples of a batch begin with once, from now on. Arguments as in `Beginnings`."""
+        self._beginnings = Beginnings(self.target, batch_tokens, rope)
 
     @property
     def device(self) -> torch.device:
@@ -43,6 +49,8 @@ class HuggingFaceEngine:
     @property
     def leak(self) -> str:
         name = type(self.target.model).__name__
+        if self._beginnings is not None:
+            return f"{name} does not carry on from its keys and values: capture without --share-prefixes"
         return f"{name} lets padding into its states: capture with --batch-tokens 2 (one row at a time)"
 
     @property
@@ -58,6 +66,13 @@ class HuggingFaceEngine:
 
     def states(self, batch: Sequence[TokenizedSample]) -> States:
         """As in `CaptureEngine`."""
+        if self._beginnings is None:
+            return self._whole(batch)
+        found = self._beginnings.states(batch)
+        return found or _joined([self._whole(part) for part in self._beginnings.parts(batch)])
+
+    def _whole(self, batch: Sequence[TokenizedSample]) -> States:
+        """Run samples from their first token, as one padded forward."""
         states = self._forward(pad(batch, self.device))
         lengths = [len(sample.input_ids) for sample in batch]
         width = max(lengths)
@@ -83,8 +98,12 @@ class HuggingFaceEngine:
 
 def pad(samples: Sequence[TokenizedSample], device: torch.device) -> Tensor:
     """Right-pad samples to `input_ids` `[B, S]` on `device`."""
-    longest = max(len(sample.input_ids) for sample in samples)
-    ids = torch.zeros(len(samples), longest, dtype=torch.long, pin_memory=device.type == "cuda")
-    for row, sample in enumerate(samples):
-        ids[row, : len(sample.input_ids)] = torch.from_numpy(sample.input_ids)
-    return ids.to(device, non_blocking=True)
+    return padded([sample.input_ids for sample in samples], device)
+
+
+def _joined(parts: Sequence[States]) -> States:
+    """Join the states of several forwards."""
+    if len(parts) == 1:
+        return parts[0]
+    taken = [part.take_all() for part in parts]
+    return States({key: torch.cat([states[key] for states in taken]) for key in taken[0]})

@@ -31,7 +31,10 @@ def open_engine(prepared: PreparedCapture, group: Group | None = None) -> Captur
         return VllmEngine(target, prepared.layer_ids, _longest(prepared), options)
     if group is not None:
         return TensorParallelEngine(group, target, prepared.layer_ids)
-    return HuggingFaceEngine(target.model(), prepared.layer_ids)
+    engine = HuggingFaceEngine(target.model(), prepared.layer_ids)
+    if prepared.options.share_prefixes:
+        engine.share_beginnings(prepared.options.batch_tokens, prepared.rope)
+    return engine
 
 
 def _longest(prepared: PreparedCapture) -> int:

@@ -17,6 +17,7 @@ from capture.data.conversations import TokenizedSample
 from capture.engines.checks import check_peaks, problem, row_peaks
 from capture.engines.engine import CaptureEngine
 from capture.engines.proof import prove_batch
+from capture.prefixes import usable
 from capture.prepare import PreparedCapture
 from capture.shards.prediction import Judgement, judge, measure_prediction
 from pipeline.cache import Identity
@@ -56,7 +57,7 @@ def prove_target(
     proof = if_it_fits(lambda: engine.prove(identity, pair, last_codec, rope))
     if proof is None:  # both at once: each of them fits
         proof = engine.prove(identity, pair[-1:], last_codec, rope)
-    for batch in proof_batches(prepared):
+    for batch in (*proof_batches(prepared), *sharing_batches(prepared)):
         several = pairs.usable(batch) or []
         if len(several) > 1:  # one that does not fit is split by the capture, too
             error = if_it_fits(functools.partial(prove_batch, engine, several)) or 0.0
@@ -74,6 +75,15 @@ def prove_target(
 
 def _say(judgement: Judgement) -> None:
     note(judgement.line if judgement.verdict == "good" else f"warning: {judgement.line}")
+
+
+def sharing_batches(prepared: PreparedCapture) -> Iterator[range]:
+    """Yield the plan's first batch whose samples begin alike for long enough to read that once, if any."""
+    shared = prepared.shared
+    for batch in prepared.batching.batches:
+        if len(batch) > 1 and shared and usable(min(shared[batch.start + 1 : batch.stop])):
+            yield batch
+            return
 
 
 class _Pairs:

@@ -20,9 +20,11 @@ from capture.data.conversations import TokenizedSample
 from capture.engines.checks import peaks_reason, problem, row_peaks
 from capture.engines.engine import CaptureEngine, on_device
 from capture.shards.clock import Clock
+from capture.shards.peaks import ContextPeaks
 from pipeline.cache import Identity
 from pipeline.cache.fidelity import TEACHER_TV, Measured, checked_rows, measure_rows
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name
+from pipeline.cache.prefixes import ContextRows
 from pipeline.cache.rows import stored_rows
 from pipeline.cache.shard import ShardBuffer
 from pipeline.cache.skipped import REASONS, TOO_LARGE, state_rows
@@ -99,10 +101,12 @@ class FilledShard:
     last_rows: list[int]
     """Each sample's number of rows of `last_hidden`."""
     found_bad: BadSample
+    shared: list[int]
+    """First rows of context that each sample has from the one before."""
     bad: dict[int, str] = field(default_factory=dict)
     """Reason of each bad sample, by its number in the shard. `finish` completes it."""
     _filled: tuple[int, int, int] = (0, 0, 0)
-    """Samples, tokens and label rows filled so far."""
+    """Samples, rows of context and label rows filled so far."""
     _wait: Callable[[], None] = lambda: None
     _peaks: list[tuple[int | str, int, Tensor]] = field(default_factory=list)
     """For each state of each batch: its key, its first sample, and the largest absolute value of each row."""
@@ -123,8 +127,9 @@ class FilledShard:
         """
         self._wait()
         ran = self._good_rows()
+        context = ContextPeaks(self.lengths, self.shared, dict(self.bad))
         for key, first, peaks in self._peaks:
-            self._check_peaks(key, first, peaks.numpy())
+            self._check_peaks(key, first, peaks.numpy(), context)
         good = torch.from_numpy(self._good_rows()[ran])
         self._blank()
         measured = {name: tuple(torch.cat(rows)[good].tolist()) for name, rows in self._measured.items()}
@@ -137,12 +142,19 @@ class FilledShard:
             )
         return measured
 
-    def _check_peaks(self, key: int | str, first: int, peaks: np.ndarray) -> None:
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [len(sample.input_ids) for sample in self.samples]
+
+    def _check_peaks(self, key: int | str, first: int, peaks: np.ndarray, context: ContextPeaks) -> None:
         """Check the row peaks of consecutive samples, the first of which is the shard's sample `first`."""
         start, i = 0, first
         while start < len(peaks):
-            rows = self.last_rows[i] if key == LAST_HIDDEN else len(self.samples[i].input_ids)
-            reason = peaks_reason(peaks[start : start + rows])
+            of_last = key == LAST_HIDDEN
+            rows = self.last_rows[i] if of_last else len(self.samples[i].input_ids) - self.shared[i]
+            own = peaks[start : start + rows]
+            reason = peaks_reason(own) if of_last else context.reason(key, i, own)
             if reason is not None:
                 self.mark(i, reason, key)
             start, i = start + rows, i + 1
@@ -169,13 +181,13 @@ class FilledShard:
 
     def _blank(self) -> None:
         """Write zero bytes over the states of bad samples."""
-        lengths = np.array([len(sample.input_ids) for sample in self.samples])
-        labels = np.array(self.last_rows)
-        ends, last_ends = np.cumsum(lengths), np.cumsum(labels)
-        for i in self.bad:
-            tokens = slice(int(ends[i] - lengths[i]), int(ends[i]))
+        labels, number = np.array(self.last_rows), len(self.samples)
+        last_ends = np.cumsum(labels)
+        lengths, shared = np.array(self.lengths), np.array(self.shared)
+        context = ContextRows(lengths, np.cumsum(lengths) - lengths, [number], shared)
+        for i, own in context.unused(range(number), self.bad).items():
             last = slice(int(last_ends[i] - labels[i]), int(last_ends[i]))
-            for _, rows in state_rows(self.buffer.tensors, tokens, last):
+            for _, rows in state_rows(self.buffer.tensors, own, last):
                 rows.view(torch.uint8).zero_()
 
 
@@ -203,6 +215,7 @@ class ShardFiller:
         batches: Sequence[Sequence[TokenizedSample]],
         between: Callable[[int], None] = lambda tokens: None,
         found_bad: BadSample = _refuse,
+        shared: Sequence[int] | None = None,
     ) -> FilledShard:
         """Run `batches`, the samples of one shard in order.
 
@@ -210,6 +223,7 @@ class ShardFiller:
             between: called after each batch with its number of tokens; raises to stop.
             found_bad: called with each bad sample's number in the shard, its reason and the state that shows
                 it, here or by the shard's `finish`; raises to stop.
+            shared: first rows of context that each sample has from the one before; None for none.
 
         Raises:
             TargetError: a layer did not run.
@@ -217,8 +231,9 @@ class ShardFiller:
         tensors = buffer.tensors
         samples = [sample for batch in batches for sample in batch]
         last_rows = [len(stored_rows(s.loss_mask, self._identity.features)) for s in samples]
-        checked = checked_rows(last_rows, self._identity.features)
-        shard = FilledShard(buffer, samples, checked, last_rows, found_bad)
+        shared = [0] * len(samples) if shared is None else list(shared)
+        checked = self._own(checked_rows(last_rows, self._identity.features), samples, shared)
+        shard = FilledShard(buffer, samples, checked, last_rows, found_bad, shared)
         tensors["input_ids"].copy_(torch.from_numpy(np.concatenate([s.input_ids for s in shard.samples])))
         tensors["loss_mask"].copy_(torch.from_numpy(np.concatenate([s.loss_mask for s in shard.samples])))
         ahead: deque[Callable[[], None]] = deque()
@@ -236,6 +251,15 @@ class ShardFiller:
             between(sum(len(sample.input_ids) for sample in batch))
         shard._wait = self._copier.mark()
         return shard
+
+    def _own(self, checked: list[int], samples: Sequence[TokenizedSample], shared: list[int]) -> list[int]:
+        """Return those of the checked rows of `last_hidden` whose context is not another sample's."""
+        if not any(shared):
+            return checked
+        features = self._identity.features
+        positions = [stored_rows(sample.loss_mask, features) for sample in samples]
+        own = np.concatenate([rows >= start for rows, start in zip(positions, shared, strict=True)])
+        return [row for row in checked if own[row]]
 
     def _fitting(self, batch: list[TokenizedSample]) -> Iterator[list[TokenizedSample]]:
         """Yield the batch in parts within the limit of padded tokens, one sample at least."""
@@ -256,7 +280,8 @@ class ShardFiller:
                 first, token, last = shard._filled
                 shard.mark(first, TOO_LARGE)
                 labels = shard.last_rows[first]
-                shard._filled = (first + 1, token + len(batch[0].input_ids), last + labels)
+                rows = len(batch[0].input_ids) - shard.shared[first]
+                shard._filled = (first + 1, token + rows, last + labels)
             return
         torch.cuda.empty_cache()
         half = (len(batch) + 1) // 2
@@ -292,14 +317,20 @@ class ShardFiller:
         ran = ~np.isin(np.searchsorted(starts, label_rows, side="right") - 1, list(states.failed))
         among = [i - last for i in shard.checked if last <= i < last + len(label_rows)]
         checked = np.array([i for i in among if ran[i]], np.int64)
-        checked_tokens = label_rows[checked]
+        shared = shard.shared[first : first + len(batch)]
+        # Numbers of the tokens whose context is stored; None is all.
+        own = [np.arange(a + n, b) for a, b, n in zip(starts, starts[1:], shared, strict=False)]
+        context = np.concatenate(own) if any(shared) else None
+        checked_context = label_rows[checked]
+        if context is not None:
+            checked_context = np.searchsorted(context, checked_context)
         peaks, measured = [], []
         for layer_id in self._identity.features.layer_ids:
-            rows = states.take(layer_id)
+            rows = states.take(layer_id, context)
             name = context_name(layer_id)
             parts = self._encode(name, rows)
             peaks.append((layer_id, first, self._peaks(rows)))
-            measured.append(self._compare(name, rows, parts, checked_tokens))
+            measured.append(self._compare(name, rows, parts, checked_context))
             self._store(shard, name, parts, token)
         if LAST_HIDDEN in self._codecs:
             rows = states.take(LAST_HIDDEN, label_rows)
@@ -308,7 +339,8 @@ class ShardFiller:
             measured.append(self._compare(LAST_HIDDEN, rows, parts, checked))
             self._store(shard, LAST_HIDDEN, parts, last)
         shard.add(peaks, measured)
-        shard._filled = (first + len(batch), token + int(starts[-1]), last + len(label_rows))
+        stored = int(starts[-1]) - sum(shared)
+        shard._filled = (first + len(batch), token + stored, last + len(label_rows))
         for sample, reason in sorted(states.failed.items()):
             shard.mark(first + sample, reason)
 

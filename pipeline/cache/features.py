@@ -13,6 +13,8 @@ from pipeline.errors import ConfigError
 NO_LAST_HIDDEN = "none"
 # Values of `hidden`: tokens whose last hidden states a cache holds.
 LABELS, ALL_TOKENS = "labels", "all-tokens"
+# Values of `prefixes`: context rows of an equal beginning are stored with each sample, or once.
+EACH, ONCE = "each", "once"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class FeatureIdentity:
     """Last hidden states are those after the final norm, or are left out."""
     hidden: Literal["labels", "all-tokens"] = field(default="labels", metadata=LEFT_OUT)
     """Last hidden states are those of label rows, or of every token."""
+    prefixes: Literal["each", "once"] = field(default="each", metadata=LEFT_OUT)
+    """Context rows that samples have in common with the one before are stored with each, or once."""
 
     def __post_init__(self) -> None:
         if (self.last_codec == NO_LAST_HIDDEN) != (self.last_hidden == NO_LAST_HIDDEN):

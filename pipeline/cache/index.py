@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.manifest import Plan
+from pipeline.cache.prefixes import sample_starts
 from pipeline.cache.skipped import Skipped
 from pipeline.errors import CacheError
 from pipeline.text import one_line
@@ -33,6 +34,10 @@ SCHEMA = pa.schema(
         pa.field("candidates", pa.int32(), nullable=False),  # positions an anchor can take
     ]
 )
+# Of a cache whose samples share rows of context, see `pipeline.cache.prefixes`.
+SHARING_SCHEMA = SCHEMA.append(
+    pa.field("shared", pa.int32(), nullable=False)
+)  # first rows: of the one before
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,13 +50,15 @@ class SampleFacts:
     lengths: np.ndarray  # [n], tokens
     last_rows: np.ndarray  # [n], supervised labels
     candidates: np.ndarray  # [n], positions an anchor can take
+    shared: np.ndarray | None = None  # [n], first tokens whose context is that of the sample before; None: 0
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def take(self, order: np.ndarray) -> SampleFacts:
         """Return the samples of the numbers `order`, in that order."""
-        return SampleFacts(**{field.name: getattr(self, field.name)[order] for field in fields(self)})
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SampleFacts(**{name: c if c is None else c[order] for name, c in columns.items()})
 
     def content_hash(self) -> str:
         """Return the hex SHA-256 over the sample ids in order, and so over all token ids and loss masks."""
@@ -69,15 +76,22 @@ def count_candidates(loss_mask: np.ndarray) -> int:
     return int(np.count_nonzero(loss_mask[:-1] & loss_mask[1:]))
 
 
-def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[range]:
-    """Split samples or batches, in order, into shards of at most `shard_tokens` tokens or one longer item."""
+def plan_shards(
+    lengths: Sequence[int], shard_tokens: int, shared: Sequence[int] | None = None
+) -> list[range]:
+    """Split samples or batches, in order, into shards of at most `shard_tokens` tokens or one longer item.
+
+    Args:
+        shared: tokens that each one adds besides where it is a shard's first, because it shares them with the
+            one before; None for none.
+    """
     shards: list[range] = []
     first = tokens = 0
     for i, length in enumerate(lengths):
         if i > first and tokens + length > shard_tokens:
             shards.append(range(first, i))
             first, tokens = i, 0
-        tokens += length
+        tokens += length + (shared[i] if shared is not None and i == first else 0)
     if lengths:
         shards.append(range(first, len(lengths)))
     return shards
@@ -87,11 +101,6 @@ def build_index(facts: SampleFacts, shards: Sequence[range]) -> tuple[pa.Table, 
     """Return the index table and the manifest's plan of samples that fill `shards` in order."""
     samples = np.array([len(members) for members in shards], dtype=np.int64)
     first = np.cumsum(samples) - samples  # each shard's first sample
-
-    def starts(sizes: np.ndarray) -> np.ndarray:
-        """Return each sample's first row in its shard."""
-        ends = np.cumsum(sizes, dtype=np.int64)
-        return ends - sizes - np.repeat((ends - sizes)[first], samples)
 
     def totals(sizes: np.ndarray) -> tuple[int, ...]:
         return tuple(np.add.reduceat(sizes, first, dtype=np.int64).tolist()) if len(first) else ()
@@ -103,26 +112,33 @@ def build_index(facts: SampleFacts, shards: Sequence[range]) -> tuple[pa.Table, 
         facts.sources,
         facts.source_rows,
         np.repeat(np.arange(len(shards)), samples),
-        starts(facts.lengths),
+        sample_starts(facts.lengths, samples),
         facts.lengths,
-        starts(facts.last_rows),
+        sample_starts(facts.last_rows, samples),
         facts.last_rows,
         facts.candidates,
     )
+    schema, rows = SCHEMA, ()
+    if facts.shared is not None:
+        schema, values = SHARING_SCHEMA, (*values, facts.shared)
+        rows = totals(facts.lengths - facts.shared)
     columns = [
         pa.array(v, type=f.type) if isinstance(v, np.ndarray) else v
-        for v, f in zip(values, SCHEMA, strict=True)
+        for v, f in zip(values, schema, strict=True)
     ]
     plan = Plan(
-        samples=tuple(samples.tolist()), tokens=totals(facts.lengths), last_rows=totals(facts.last_rows)
+        samples=tuple(samples.tolist()),
+        tokens=totals(facts.lengths),
+        last_rows=totals(facts.last_rows),
+        rows=rows,
     )
-    return pa.table(columns, schema=SCHEMA), plan
+    return pa.table(columns, schema=schema), plan
 
 
 def index_bytes(table: pa.Table) -> bytes:
     """Return the index as an uncompressed Arrow IPC file, which a reader maps without reading it."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
+    with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
@@ -134,16 +150,17 @@ def open_index(path: Path, plan: Plan) -> pa.Table:
         CacheError: missing, unreadable, of another schema, or pointing outside the shards.
     """
     num_samples = sum(plan.samples)
+    schema = SHARING_SCHEMA if plan.rows else SCHEMA
     try:
         with pa.memory_map(str(path)) as mapped:
             whole = mapped.read_buffer()
             # A compressed index could unpack to any size. A file smaller than its rows is not opened, and one
             # whose columns are not stored as they are is not read.
-            row_bytes = sum(column.type.bit_width // 8 for column in SCHEMA)
+            row_bytes = sum(column.type.bit_width // 8 for column in schema)
             if whole.size < num_samples * row_bytes:
                 raise CacheError(f"{path} is damaged (too short for {num_samples} samples): capture again")
             with pa.ipc.open_file(mapped) as reader:
-                if not reader.schema.equals(SCHEMA):
+                if not reader.schema.equals(schema):
                     raise CacheError(
                         f"{path} is damaged (its columns differ from those of FORMAT.md): capture again"
                     )
@@ -256,11 +273,17 @@ def _matches(table: pa.Table, plan: Plan) -> bool:
     first = np.cumsum(samples) - samples  # each shard's first sample
 
     def tiles(starts: np.ndarray, sizes: np.ndarray, totals: Sequence[int]) -> bool:
-        ends = np.cumsum(sizes)
-        base = np.repeat((ends - sizes)[first], samples)
         sums = np.add.reduceat(sizes, first) if len(first) else np.zeros(0, dtype=np.int64)
-        return np.array_equal(starts, ends - sizes - base) and np.array_equal(sums, totals)
+        return np.array_equal(starts, sample_starts(sizes, samples)) and np.array_equal(sums, totals)
 
     if not len(plan):
         return True
+    if plan.rows:
+        shared = table["shared"].to_numpy().astype(np.int64)
+        before = np.concatenate([[0], length[:-1]])  # a sample has no more of the one before than it has
+        before[first] = 0
+        if (shared < 0).any() or (shared >= length).any() or (shared > before).any():
+            return False
+        if not np.array_equal(np.add.reduceat(length - shared, first), plan.rows):
+            return False
     return tiles(start, length, plan.tokens) and tiles(last_start, last_rows, plan.last_rows)

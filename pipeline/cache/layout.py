@@ -36,7 +36,7 @@ def shard_specs(identity: Identity, plan: ShardPlan) -> dict[str, TensorSpec]:
     }
     context = get_codec(features.context_codec)
     for layer_id in features.layer_ids:
-        for suffix, spec in context.specs(plan.tokens, width).items():
+        for suffix, spec in context.specs(plan.context_rows, width).items():
             specs[part_name(context_name(layer_id), suffix)] = spec
     if features.has_last_hidden:
         rows = getattr(plan, last_hidden_columns(features).total)

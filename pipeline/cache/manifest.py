@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import re
 import stat
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from pipeline import config, files
 from pipeline.cache.engine import EngineIdentity
-from pipeline.cache.features import FeatureIdentity
+from pipeline.cache.features import ONCE, FeatureIdentity
 from pipeline.cache.optional import LEFT_OUT, plain_values
 from pipeline.cache.skipped import Skipped, impossible
 from pipeline.errors import CacheError, ConfigError
@@ -121,6 +122,12 @@ class ShardPlan:
     samples: int
     tokens: int
     last_rows: int
+    rows: int | None = None
+    """Rows of context, where samples share some; None where every token has its own."""
+
+    @property
+    def context_rows(self) -> int:
+        return self.tokens if self.rows is None else self.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +140,13 @@ class Plan:
     samples: tuple[int, ...]
     tokens: tuple[int, ...]
     last_rows: tuple[int, ...]
+    rows: tuple[int, ...] = dataclasses.field(default=(), metadata=LEFT_OUT)
+    """Rows of context, where samples share some; empty where every token has its own."""
 
     def __post_init__(self) -> None:
         if not len(self.samples) == len(self.tokens) == len(self.last_rows):
+            raise ConfigError("expected columns of equal length")
+        if self.rows and len(self.rows) != len(self.samples):
             raise ConfigError("expected columns of equal length")
 
     def __len__(self) -> int:
@@ -143,8 +154,16 @@ class Plan:
 
     def __getitem__(self, shard: int) -> ShardPlan:
         return ShardPlan(
-            samples=self.samples[shard], tokens=self.tokens[shard], last_rows=self.last_rows[shard]
+            samples=self.samples[shard],
+            tokens=self.tokens[shard],
+            last_rows=self.last_rows[shard],
+            rows=self.rows[shard] if self.rows else None,
         )
+
+    @property
+    def context_rows(self) -> tuple[int, ...]:
+        """Rows of context of every shard."""
+        return self.rows or self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,10 +330,13 @@ def _check(manifest: Manifest, path: Path | str) -> None:
     plan, shards = manifest.plan, manifest.shards
     if any(not 0 <= record.bytes <= MAX_COUNT for record in manifest.files):
         raise _damaged(path, "a size outside 0 to 2^48")
-    for column in (sizes, plan.samples, plan.tokens, plan.last_rows, shards.bytes):
+    for column in (sizes, plan.samples, plan.tokens, plan.last_rows, plan.rows, shards.bytes):
         sizes = [*sizes, *([min(column), max(column)] if column else [])]
     if min(sizes) < 1 or max(sizes) > MAX_COUNT or sum(plan.tokens) > MAX_COUNT:
         raise _damaged(path, "a size outside 1 to 2^48")
+    shares = features.prefixes == ONCE
+    if shares != bool(plan.rows) or any(map(operator.gt, plan.rows, plan.tokens)):
+        raise _damaged(path, "its plan has other rows of context than its identity says")
     if reason := impossible(manifest.skipped, sum(plan.samples)):
         raise _damaged(path, reason)
     try:

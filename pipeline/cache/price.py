@@ -57,8 +57,9 @@ def cache_price(
     row_bytes = get_codec(features.last_codec).row_bytes(width) if features.has_last_hidden else 0
     tokens, last_rows = sum(plan.tokens), sum(getattr(plan, last_hidden_columns(features).total))
     header = len(file_layout(shard_specs(identity, plan[0])).header)
-    token_bytes = 4 + 1 + len(features.layer_ids) * context.row_bytes(width)
-    shards = tokens * token_bytes + last_rows * row_bytes + len(plan) * header
+    context_bytes = len(features.layer_ids) * context.row_bytes(width)
+    shards = tokens * (4 + 1) + sum(plan.context_rows) * context_bytes + last_rows * row_bytes
+    shards += len(plan) * header
     digest = "0" * 64
     manifest = Manifest(created_by="", identity=identity, rows=rows, plan=plan, fidelity={})
     table = len(plan) * len(f'{shards // len(plan)}, "{digest}", ')

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cache.cached_sample import CachedSample
+from pipeline.cache.cached_sample import CachedSample, read_sample
 from pipeline.cache.codecs import get_codec
 from pipeline.cache.features import LABELS
 from pipeline.cache.frozen import read_frozen
@@ -21,6 +21,7 @@ from pipeline.cache.index import check_skipped, count_candidates, open_index, sa
 from pipeline.cache.index import sample_id as content_id
 from pipeline.cache.layout import LAST_HIDDEN, context_name, part_name
 from pipeline.cache.manifest import INDEX, MANIFEST, Manifest, read_manifest
+from pipeline.cache.prefixes import ContextRows, within
 from pipeline.cache.rows import last_hidden_columns, slices_of, stored_rows
 from pipeline.cache.shard import MappedShard, advise
 from pipeline.cache.shards import LocalShards, check_files
@@ -83,7 +84,7 @@ class CacheReader:
                 f"{self.place}: last hidden states of {hidden} are asked for, the cache has {kind}: capture "
                 "it again with --hidden all-tokens"
             )
-        self._stored, self._wanted = features, replace(features, hidden=hidden)
+        self._features, self._wanted = features, replace(features, hidden=hidden)
         self.hidden_size: int = self.manifest.identity.target.hidden_size
         for codec in features.codecs:
             get_codec(codec)  # an unknown one is refused before anything else is read
@@ -100,6 +101,7 @@ class CacheReader:
     def _read_index(self, table: pa.Table) -> None:
         """Take the columns of the index, without its skipped samples."""
         skipped = self.manifest.skipped
+        self._context = ContextRows.of(table, self.manifest.plan.samples)
         kept = np.flatnonzero(skipped.kept(len(table))) if len(skipped) else slice(None)
         self.numbers = np.arange(len(table))[kept]
         """Row of the index of each sample, by which messages and commands name it."""
@@ -110,7 +112,7 @@ class CacheReader:
             table[name].to_numpy()[kept]
             for name in ("shard", "token_start", "length", "last_rows", "candidates")
         )
-        last, given = last_hidden_columns(self._stored), last_hidden_columns(self._wanted).number
+        last, given = last_hidden_columns(self._features), last_hidden_columns(self._wanted).number
         self._last_start, self._stored_rows, self._last_rows = (
             table[name].to_numpy()[kept] for name in (last.start, last.number, given)
         )
@@ -186,12 +188,20 @@ class CacheReader:
                 "them: make it again without --last-hidden none"
             )
 
-    def _rows(self, i: int) -> tuple[dict[str, Tensor], slice, slice]:
+    def _tokens_of(self, i: int) -> slice:
+        """Return where the token ids of sample `i` lie in what `piece` names."""
         if not 0 <= i < len(self):
             raise IndexError(f"expected a sample from 0 to {len(self) - 1}, got {i}")
-        start, last = (0, 0) if i in self._alone else (int(self._start[i]), int(self._last_start[i]))
-        tokens = slice(start, start + int(self.lengths[i]))
-        return self._shard_of(i).tensors, tokens, slice(last, last + int(self._stored_rows[i]))
+        start = 0 if i in self._alone else int(self._start[i])
+        return slice(start, start + int(self.lengths[i]))
+
+    def _stored(self, i: int, state: str) -> list[slice]:
+        """Return where all rows of a state of sample `i` lie in what `piece` names, as slices in order."""
+        tokens = self._tokens_of(i)
+        if state == LAST_HIDDEN:
+            start = 0 if i in self._alone else int(self._last_start[i])
+            return [slice(start, start + int(self._stored_rows[i]))]
+        return [tokens] if i in self._alone else self._context.places(int(self.numbers[i]))
 
     def tokens(self, i: int) -> tuple[Tensor, Tensor]:
         """Return views of a sample's `input_ids` `[S]` int32 and `loss_mask` `[S]` uint8.
@@ -199,7 +209,7 @@ class CacheReader:
         Raises:
             CacheError: they contradict the index, the sample's id or the vocabulary.
         """
-        shard, tokens, _ = self._rows(i)
+        tokens, shard = self._tokens_of(i), self._shard_of(i).tensors
         input_ids, loss_mask = shard["input_ids"][tokens], shard["loss_mask"][tokens]
         low, high = input_ids.aminmax()
         if low < 0 or high >= self.manifest.identity.target.vocab_size:
@@ -219,9 +229,11 @@ class CacheReader:
         )
 
     def layer_view(self, i: int, layer_id: int) -> Tensor:
-        """Return a view of a layer's stored features of sample `i`: `[S, H]` bfloat16 for codec bf16."""
-        shard, tokens, _ = self._rows(i)
-        return shard[context_name(layer_id)][tokens]
+        """Return a layer's stored features of sample `i`: `[S, H]` bfloat16 for codec bf16.
+
+        A view, unless the sample shares rows with others that do not lie before its own.
+        """
+        return self.parts(i, context_name(layer_id))[""]
 
     def codec(self, state: str) -> StateCodec:
         """Return the codec of one state (`context.<layer id>` or `last_hidden`), with its statistics."""
@@ -231,8 +243,8 @@ class CacheReader:
         """Return views of one state's stored tensors of sample `i`, by suffix, for its codec to decode.
 
         Args:
-            state: `context.<layer id>`, which has S rows, or `last_hidden`, which has M; these are a copy
-                where the cache has others between them.
+            state: `context.<layer id>`, which has S rows, or `last_hidden`, which has M; a copy where the
+                cache has other rows between them.
 
         Raises:
             CacheError: a scale that is not finite, or beyond `MAX_SCALE`; for `last_hidden`, a damaged mask.
@@ -254,34 +266,41 @@ class CacheReader:
 
         start, last = int(self._start[i]), int(self._last_start[i])
         tokens, rows = start + int(self.lengths[i]), last + int(self._stored_rows[i])
+        context = tuple((p.start, p.stop) for p in self._context.places(int(self.numbers[i])))
         return SampleRows(
             int(self.numbers[i]),
             self.sample_ids[i].tobytes(),
             int(self.shards[i]),
             (start, tokens),
+            context,
             (last, rows),
         )
 
-    def _views(self, i: int, state: str, shard: MappedShard) -> dict[str, Tensor]:
-        _, tokens, last = self._rows(i)
-        rows = last if state == LAST_HIDDEN else tokens
+    def _tensors(self, state: str, shard: MappedShard) -> dict[str, Tensor]:
+        """Return a state's tensors of a shard, by suffix."""
         suffixes = self._codecs[state].codec.specs(1, self.hidden_size)
-        return {suffix: shard.tensors[part_name(state, suffix)][rows] for suffix in suffixes}
+        return {suffix: shard.tensors[part_name(state, suffix)] for suffix in suffixes}
 
     def _places(self, i: int, state: str, shard: MappedShard, rows: slice = slice(None)) -> list[slice]:
-        """Return where rows of a state lie among all that are stored, as slices in order."""
-        if state != LAST_HIDDEN or self._wanted.hidden == self._stored.hidden:
-            return [rows]
-        mask = shard.tensors["loss_mask"][self._rows(i)[1]].numpy()
+        """Return where the rows of a state that reads give lie in a shard, as slices in order.
+
+        Args:
+            rows: some of them, counted from 0.
+        """
+        stored = self._stored(i, state)
+        if state != LAST_HIDDEN or self._wanted.hidden == self._features.hidden:
+            return within(stored, rows)
+        mask = shard.tensors["loss_mask"][self._tokens_of(i)].numpy()
         if np.count_nonzero(mask[1:]) != self._labels[i]:
             raise self._damaged_sample(i, "has a loss mask that contradicts the index")
-        return slices_of(mask, self._wanted, self._stored, rows)
+        runs = slices_of(mask, self._wanted, self._features, rows)
+        return [place for run in runs for place in within(stored, run)]
 
     def _parts(self, i: int, state: str, shard: MappedShard) -> dict[str, Tensor]:
-        """Return all stored rows in the given map of the shard, because another thread may map it again."""
-        parts = self._views(i, state, shard)
-        scales = parts.get("scale")
-        if scales is not None and not bool((scales.abs() <= MAX_SCALE).all()):
+        """Return a state's tensors in the given map of the shard, because another thread may map it again."""
+        parts = self._tensors(state, shard)
+        places = self._stored(i, state) if "scale" in parts else []
+        if not all(bool((parts["scale"][rows].abs() <= MAX_SCALE).all()) for rows in places):
             raise self._damaged_sample(i, f"has a scale of {state} that is not finite or beyond 2^60")
         return parts
 
@@ -289,10 +308,10 @@ class CacheReader:
         """Ask the kernel to read these states of sample `i`, and nothing around them, from the disk."""
         shard = self._shard_of(i)
         for state in states:
-            views = self._views(i, state, shard).values()
+            tensors = self._tensors(state, shard).values()
             for rows in self._places(i, state, shard):
-                for view in views:
-                    shard.read_ahead(view[rows])
+                for tensor in tensors:
+                    shard.read_ahead(tensor[rows])
 
     def release(self, shards: Iterable[int]) -> None:
         """Drop these shards' pages from this process's memory; they stay in the page cache.
@@ -311,7 +330,7 @@ class CacheReader:
         shard, start = self._shard_of(i), 0
         parts = self._parts(i, state, shard)
         for rows in self._places(i, state, shard):
-            stop = start + len(parts[""][rows])
+            stop = start + rows.stop - rows.start
             for suffix, part in parts.items():
                 shard.read(part[rows], out[suffix][start:stop])
             start = stop
@@ -360,23 +379,7 @@ class CacheReader:
             CacheError: a layer the cache lacks, or a damaged shard.
             IndexError: no such sample.
         """
-        layers = self.require_layers(self.layer_ids if layer_ids is None else layer_ids)
-        self.read_ahead(i, [*map(context_name, layers), *([LAST_HIDDEN] if self.has_last_hidden else [])])
-        input_ids, loss_mask = self.tokens(i)
-        context = torch.empty(len(input_ids), len(layers) * self.hidden_size, dtype=torch.bfloat16)
-        self.read_context(i, layers, context)
-        last_hidden = None
-        if self.has_last_hidden:
-            last_hidden = torch.empty(self.num_last_rows(i), self.hidden_size, dtype=torch.bfloat16)
-            self.read_last_hidden(i, last_hidden)
-        return CachedSample(
-            sample_id=self.sample_id(i),
-            input_ids=input_ids.clone(),
-            loss_mask=loss_mask.clone(),
-            context=context,
-            last_hidden=last_hidden,
-            last_positions=self.last_positions(loss_mask),
-        )
+        return read_sample(self, i, self.require_layers(self.layer_ids if layer_ids is None else layer_ids))
 
     def frozen(self) -> dict[str, Tensor]:
         """Read the target's `embed_tokens.weight` and `lm_head.weight` `[V, H]`; one tensor if tied."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from pipeline.cache.features import FeatureIdentity
+from pipeline.cache.prefixes import ContextRows
 from pipeline.cache.rows import last_hidden_columns
 from pipeline.errors import ConfigError
 
@@ -162,17 +163,25 @@ class SkippedRows:
         features: FeatureIdentity,
     ):
         self._skipped = skipped
-        self._first = np.cumsum(samples, dtype=np.int64) - samples
+        self._ends = np.cumsum(samples, dtype=np.int64)
+        self._first = self._ends - samples
+        self._context = ContextRows.of(table, samples)
         last = last_hidden_columns(features)
-        names = ("token_start", "length", last.start, last.number)
-        self._columns = [table[name].to_numpy() for name in names]
+        self._columns = [table[name].to_numpy() for name in (last.start, last.number)]
 
     def of(self, shard: int) -> Iterator[tuple[int, slice, slice]]:
-        """Yield each skipped sample of a shard: its row of the index, of its tokens, of its last hidden."""
-        numbers = sorted(n for column in self._skipped.get(shard, {}).values() for n in column)
-        for i in (int(self._first[shard]) + n for n in numbers):
-            start, length, last, rows = (int(column[i]) for column in self._columns)
-            yield i, slice(start, start + length), slice(last, last + rows)
+        """Yield each skipped sample of a shard: its row of the index, of its context, of its last hidden.
+
+        Rows of context that it shares with a sample that is not skipped are left out.
+        """
+        first = int(self._first[shard])
+        numbers = sorted(first + n for column in self._skipped.get(shard, {}).values() for n in column)
+        if not numbers:
+            return
+        context = self._context.unused(range(first, int(self._ends[shard])), set(numbers))
+        for i in numbers:
+            start, rows = (int(column[i]) for column in self._columns)
+            yield i, context[i], slice(start, start + rows)
 
 
 def counted(rows: Mapping[str, int], skipped: Skipped) -> dict[str, int]:
@@ -194,9 +203,9 @@ def uncounted(rows: Mapping[str, int], skipped: Skipped) -> dict[str, int]:
 
 
 def state_rows(
-    tensors: Mapping[str, Tensor], tokens: slice, last_rows: slice
+    tensors: Mapping[str, Tensor], context: slice, last_rows: slice
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield one sample's rows of every state tensor of its shard, as views, each with the tensor's name."""
     for name, tensor in tensors.items():
         if name not in ("input_ids", "loss_mask"):
-            yield name, tensor[last_rows if name.partition(".")[0] == "last_hidden" else tokens]
+            yield name, tensor[last_rows if name.partition(".")[0] == "last_hidden" else context]

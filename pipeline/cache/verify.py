@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from pipeline import files, text
 from pipeline.cache.codecs import get_codec
+from pipeline.cache.contents import SampleChecks
 from pipeline.cache.frozen import frozen_names
-from pipeline.cache.index import count_candidates, open_index, sample_id, sample_ids
+from pipeline.cache.index import open_index, sample_ids
 from pipeline.cache.layout import shard_specs
 from pipeline.cache.manifest import (
     FROZEN,
@@ -36,7 +34,7 @@ from pipeline.cache.manifest import (
 )
 from pipeline.cache.prompts import held_plan
 from pipeline.cache.shard import MAX_HEADER_BYTES, map_shard, tensor_hashes
-from pipeline.cache.skipped import ByReason, SkippedRows, state_rows
+from pipeline.cache.skipped import ByReason
 from pipeline.cache.statistics import check_statistics_listed, read_statistics
 from pipeline.errors import CacheError
 
@@ -278,40 +276,6 @@ class FileChecks:
         except Exception as error:  # the library's error type is not public
             return f"its header is damaged ({text.one_line(error)})"
         return None if good else f"expected {sorted(names)} of shape {shape}"
-
-
-class SampleChecks:
-    """Compares the tokens in shards with the index, and the states of skipped samples with zeros."""
-
-    def __init__(self, manifest: Manifest, table: pa.Table, skipped: Mapping[int, ByReason]):
-        features = manifest.identity.features
-        self._skipped = SkippedRows(skipped, manifest.plan.samples, table, features)
-        samples = np.array(manifest.plan.samples, dtype=np.int64)
-        self._ends = np.cumsum(samples)
-        self._first = self._ends - samples
-        self._ids = sample_ids(table)
-        self._start, self._length, self._labels, self._candidates = (
-            table[name].to_numpy() for name in ("token_start", "length", "last_rows", "candidates")
-        )
-
-    def problem(self, shard: int, input_ids: np.ndarray, loss_mask: np.ndarray) -> str | None:
-        """Return the problem with a shard's tokens `[T]` and mask `[T]`, if any."""
-        for i in range(int(self._first[shard]), int(self._ends[shard])):
-            rows = slice(int(self._start[i]), int(self._start[i]) + int(self._length[i]))
-            ids, mask = input_ids[rows], loss_mask[rows]
-            if sample_id(ids, mask) != self._ids[i].tobytes():
-                return f"sample {i} has other tokens than its id says"
-            if (int(mask[1:].sum()), count_candidates(mask)) != (self._labels[i], self._candidates[i]):
-                return f"sample {i} has a loss mask that contradicts the index"
-        return None
-
-    def not_blank(self, shard: int, tensors: Mapping[str, Tensor]) -> str | None:
-        """Return the problem with the states of a shard's skipped samples, if any byte of them is not 0."""
-        for i, tokens, last in self._skipped.of(shard):
-            for name, rows in state_rows(tensors, tokens, last):
-                if rows.view(torch.uint8).any():
-                    return f"sample {i} is skipped, and its {name} is not zero bytes"
-        return None
 
 
 def _read_start(path: Path) -> None:

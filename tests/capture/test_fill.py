@@ -40,8 +40,10 @@ def after_each_forward(monkeypatch: pytest.MonkeyPatch, change: Patch) -> None:
     """Let `change(input_ids, states)` look at every forward of the capture, and break it."""
     real = HFDSparkTargetModel.states
 
-    def states(self: HFDSparkTargetModel, input_ids: Tensor, *rest: Any) -> dict[int | str, Tensor]:
-        found = real(self, input_ids, *rest)
+    def states(
+        self: HFDSparkTargetModel, input_ids: Tensor, *rest: Any, **more: Any
+    ) -> dict[int | str, Tensor]:
+        found = real(self, input_ids, *rest, **more)
         change(input_ids, found)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 import warnings
@@ -98,10 +99,21 @@ def make_sample(mask: Sequence[int], layers: Sequence[int], hidden: int, seed: i
 
 
 class Writing:
-    """One capture's worth of calls on a CacheWriter, to be made in any order and by any number of writers."""
+    """One capture's worth of calls on a CacheWriter, to be made in any order and by any number of writers.
 
-    def __init__(self, samples: Sequence[Sample], identity: Identity, names: Sequence[bytes] | None = None):
+    Args:
+        shared: first rows of context that each sample has from the one before; None for none.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        identity: Identity,
+        names: Sequence[bytes] | None = None,
+        shared: Sequence[int] | None = None,
+    ):
         self.samples, self.identity = samples, identity
+        self.shared = [0] * len(samples) if shared is None else shared
         self.shards = plan_shards([len(s.ids) for s in samples], identity.shard_tokens)
         names = names or [s.name for s in samples]
         facts = SampleFacts(
@@ -111,6 +123,7 @@ class Writing:
             lengths=np.array([len(s.ids) for s in samples]),
             last_rows=np.array([len(s.rows) for s in samples]),
             candidates=np.array([len(s.candidates) for s in samples]),
+            shared=None if shared is None else np.array(shared),
         )
         self.index, self.plan = build_index(facts, self.shards)
 
@@ -136,7 +149,8 @@ class Writing:
             "last_hidden": torch.cat([s.last if every else s.last[s.rows] for s in members]),
         }
         for layer in self.identity.features.layer_ids:
-            out[f"context.{layer}"] = torch.cat([s.context[layer] for s in members])
+            own = zip(members, (self.shared[i] for i in self.shards[shard]), strict=True)
+            out[f"context.{layer}"] = torch.cat([s.context[layer][start:] for s, start in own])
         return out
 
     def frozen(self) -> dict[str, Tensor]:
@@ -176,6 +190,19 @@ def small_cache(path: Path, *, count: int = 7, layers: Sequence[int] = (0, 2, 5)
     masks = [[0] * (i % 3) + [1, 1] + [0, 1] * (i % 2) for i in range(count)]
     samples = [make_sample(mask, layers, 4, seed=i) for i, mask in enumerate(masks)]
     return Writing(samples, make_identity(layers)).write(path)
+
+
+def sharing_cache(path: Path) -> Path:
+    """Two shards, whose samples have their first rows from the ones before."""
+    samples = [make_sample([0, 0, 0, 0, 1, 1], (0, 2, 5), 4, seed=i) for i in range(6)]
+    shared = [0, 4, 2, 0, 1, 3]
+    for before, sample, rows in zip(samples, samples[1:], shared[1:], strict=False):
+        sample.ids[:rows] = before.ids[:rows]
+        for layer in sample.context:
+            sample.context[layer][:rows] = before.context[layer][:rows]
+    identity = make_identity((0, 2, 5), shard_tokens=18)
+    features = dataclasses.replace(identity.features, prefixes="once")
+    return Writing(samples, dataclasses.replace(identity, features=features), shared=shared).write(path)
 
 
 def every_byte(path: Path) -> dict[str, bytes]:

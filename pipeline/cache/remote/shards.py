@@ -46,8 +46,16 @@ class SampleRows:
     shard: int
     tokens: tuple[int, int]
     """First row and end among the shard's tokens."""
+    context: tuple[tuple[int, int], ...]
+    """The same among its rows of context, of each part of the sample's."""
     last_rows: tuple[int, int]
     """The same among its rows of last hidden states."""
+
+    def rows(self, tensor: str) -> tuple[tuple[int, int], ...]:
+        """Return first row and end of each part of the sample's rows in a tensor of the shard."""
+        if tensor in _TOKENS:
+            return (self.tokens,)
+        return (self.last_rows,) if state_of(tensor) == LAST_HIDDEN else self.context
 
 
 class RemoteShards(Shards):
@@ -185,12 +193,11 @@ class RemoteShards(Shards):
         spans = []  # first byte there, end there, first byte here
         for name, here in layout.offsets.items():
             begin, stop = places[name]
-            if sample is not None:
-                rows = sample.last_rows if state_of(name) == LAST_HIDDEN else sample.tokens
-                dtype, (_, *shape) = specs[name]
-                width = dtype.itemsize * torch.Size(shape).numel()
-                begin, stop = (begin + row * width for row in rows)
-            spans.append((begin, stop, here))
+            dtype, (_, *shape) = specs[name]
+            width = dtype.itemsize * torch.Size(shape).numel()
+            for first, end in sample.rows(name) if sample else [(0, (stop - begin) // width)]:
+                spans.append((begin + first * width, begin + end * width, here))
+                here += (end - first) * width
 
         def write(offset: int, data: memoryview) -> None:
             begin, _, here = next(span for span in spans if span[0] <= offset < span[1])

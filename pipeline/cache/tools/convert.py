@@ -30,6 +30,7 @@ from pipeline.cache.manifest import (
     Manifest,
     shard_file,
 )
+from pipeline.cache.prefixes import ContextRows
 from pipeline.cache.price import Price, cache_price, check_disk, free_bytes
 from pipeline.cache.progress.claims import Worker, claim_name, take_shards
 from pipeline.cache.reader import MAX_SCALE, CacheReader
@@ -238,6 +239,7 @@ class Source:
         self.starts, self.lengths, self.shards, self.last_starts, self.last_rows = (
             table[name].to_numpy() for name in ("token_start", "length", "shard", last.start, last.number)
         )
+        self.context = ContextRows.of(table, self.manifest.plan.samples)
         self.skipped = self.manifest.skipped.by_shard(self.manifest.plan.samples)
         self.statistics = read_statistics(path, self.identity)
         self.codecs = state_codecs(self.identity, self.statistics)
@@ -287,6 +289,11 @@ class Source:
                 f"{state} that no capture writes): capture again"
             )
         return out
+
+    def context_rows_of(self, shard: int) -> np.ndarray:
+        """Return the row of context of each token of a shard, `[T]`."""
+        samples = np.flatnonzero(self.shards == shard)
+        return self.context.of_tokens(range(samples[0], samples[-1] + 1))
 
     def last_rows_of(self, shard: int, features: FeatureIdentity) -> np.ndarray:
         """Return the token row of each row of `last_hidden` that a cache of `features` has, `[M]`."""
@@ -343,14 +350,14 @@ class Source:
         for i in samples:
             between()
             shard, start = int(self.shards[i]), int(self.starts[i])
-            tokens = slice(start + 1, start + min(int(self.lengths[i]), TOKENS))
+            context = torch.from_numpy(self.context.of_tokens(range(i, i + 1))[1:TOKENS])
             mask = self.shard(shard)["loss_mask"][start : start + int(self.lengths[i])].numpy()
             first = int(self.last_starts[i])
             end = first + int(self.last_rows[i])
             begin = first + int(stored_rows(mask, self.identity.features)[0] == 0)
             last[i] = slice(begin, min(end, begin + TOKENS))
             for state, each in sums.items():
-                each.add(self.decode(shard, state, last[i] if state == LAST_HIDDEN else tokens))
+                each.add(self.decode(shard, state, last[i] if state == LAST_HIDDEN else context))
         if LAST_HIDDEN in sums and not any(part.start < part.stop for part in last.values()):
             for i in samples:  # of two tokens each, whose only row is position 0
                 row = int(self.last_starts[i])

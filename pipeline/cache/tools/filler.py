@@ -54,15 +54,19 @@ class Filler:
         features = self._identity.features
         checked = checked_rows(self._old.last_rows_by_sample(shard, features), features)
         checked = [row for row in checked if not any(s.start <= row < s.stop for _, s in skipped)]
+        compared_context = self._old.context_rows_of(shard)[last_rows[checked]]
         measured: Measured = {}
         for state in self._codecs:
             of_last = state == LAST_HIDDEN
             # Rows of the source's tensor, by the rows of this one.
-            rows = torch.from_numpy(among) if of_last else torch.arange(len(new["input_ids"]))
-            self._fill_state(
-                state, new, shard, rows, [last if of_last else tokens for tokens, last in skipped]
+            rows = (
+                torch.from_numpy(among)
+                if of_last
+                else torch.arange(self._old.manifest.plan[shard].context_rows)
             )
-            compared = torch.tensor(checked if of_last else last_rows[checked], dtype=torch.long)
+            blank = [last if of_last else context for context, last in skipped]
+            self._fill_state(state, new, shard, rows, blank)
+            compared = torch.tensor(checked if of_last else compared_context, dtype=torch.long)
             measured |= self._measure(state, new, shard, rows, compared)
         return measured
 

@@ -11,8 +11,10 @@ import torch
 
 from pipeline.cache import CacheReader
 from pipeline.cache.remote.local import LocalStore
+from pipeline.cache.remote.sync import sync
 from pipeline.errors import ConfigError
 from pipeline.remote.address import Address
+from tests.pipeline.written import sharing_cache
 from train.data.ahead import fetched_ahead
 
 
@@ -39,6 +41,19 @@ def test_samples_are_those_of_the_directory(tmp_path: Path, local_cache: Path, r
     shards = len(near.manifest.plan)
     assert shards > 3
     assert len(stored(store.folder)) == shards
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_rows_that_samples_share_are_those_of_the_directory(tmp_path: Path, s3: Address, alone: bool) -> None:
+    sharing = sharing_cache(tmp_path / "sharing")
+    sync(sharing, s3)
+    near, far = CacheReader(sharing), CacheReader(s3, store=LocalStore(tmp_path / "store", 10**9))
+    if alone:
+        far.alone(range(6))
+    for i in range(6):
+        assert equal(near.read(i), far.read(i))
+        assert torch.equal(near.layer_view(i, 2), far.layer_view(i, 2))
+    assert near.read(2).context[:2].tolist() == near.read(0).context[:2].tolist()
 
 
 @pytest.mark.parametrize("layers", [(0,), (0, 5), (2, 5)])
