@@ -23,13 +23,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import mmap
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -54,11 +58,13 @@ from pipeline.cache import (
     plan_shards,
     sample_id,
 )
+from pipeline.cache.direct import READ_BYTES, THREADS
 from pipeline.cache.tools.convert import convert
 from pipeline.device import reuse_freed_memory
 from pipeline.options import DEFAULT_CONTEXT_CODEC, DEFAULT_LAST_CODEC
 from train.data.loader import loaded
 from train.data.packing import epoch_packs
+from train.data.reads import DIRECT, MMAP, Reads, used_bytes
 from train.data.sampling import random_anchors
 from train.draft.blocks.collate import collate_anchors
 
@@ -137,14 +143,22 @@ def one_pass(
     epochs: int = 1,
     device: torch.device = CPU,
     batch_tokens: int = BATCH_TOKENS,
+    how: str = MMAP,
 ) -> float:
-    """Return the seconds per epoch of reading the first samples (None: all) to a device, batch by batch."""
+    """Return the seconds per epoch of reading the first samples (None: all) to a device, batch by batch.
+
+    Args:
+        how: as `train.reader`.
+    """
     order = [
         pack for e in range(epochs) for pack in epoch_packs(reader.lengths[:samples], batch_tokens, 0, e)
     ]
     collate = collate_anchors(random_anchors(ANCHORS, 0, 0))
+    reads = Reads(reader, how, layers, sys.maxsize, 0)
     start = time.perf_counter()
-    for _batch in loaded(reader, ((pack, collate) for pack in order), layers, batch_tokens, device):
+    for _batch in loaded(
+        reader, ((pack, collate) for pack in order), layers, batch_tokens, device, reads=reads
+    ):
         time.sleep(wait)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -220,6 +234,50 @@ def cold_rows(case: str, path: Path) -> list[Row]:
             (name, "read / needed", read / needed, "times"),
         ]
     return rows
+
+
+def raw_pass(path: Path) -> float:
+    """Return the GB/s of plain reads of all shards past the page cache: `THREADS` at once, of `READ_BYTES`."""
+    files = sorted((path / "shards").iterdir())
+    parts = [(file, at) for file in files for at in range(0, file.stat().st_size, READ_BYTES)]
+    opened = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files}
+    own = threading.local()
+
+    def read(part: tuple[Path, int]) -> int:
+        if not hasattr(own, "memory"):
+            own.memory = mmap.mmap(-1, READ_BYTES)
+        return os.preadv(opened[part[0]], [own.memory], part[1])
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        start = time.perf_counter()
+        total = sum(pool.map(read, parts))
+        seconds = time.perf_counter() - start
+    for descriptor in opened.values():
+        os.close(descriptor)
+    return total / seconds / 1e9
+
+
+def direct_rows(case: str, path: Path) -> list[Row]:
+    """Measure cold passes through the page cache and past it, in turn with plain reads of the same disk."""
+    ways: dict[str, list[float]] = {MMAP: [], DIRECT: [], "raw": []}
+    for _ in range(COLD_ROUNDS):
+        for how, found in ways.items():
+            drop_cached(path)
+            if how == "raw":
+                found.append(raw_pass(path))
+                continue
+            reader = CacheReader(path)
+            used = used_bytes(reader, range(len(reader)), reader.layer_ids)
+            found.append(used / one_pass(reader, reader.layer_ids, how=how) / 1e9)
+            del reader
+    through, past, raw = (statistics.median(found) for found in ways.values())
+    return [
+        (f"{case}, cold, through the page cache", "read", through, "GB/s as stored"),
+        (f"{case}, cold, past the page cache", "read", past, "GB/s as stored"),
+        (f"{case}, cold, plain reads past it", "read", raw, "GB/s"),
+        (f"{case}, cold", "past it / plain reads", past / raw, "times (bar: at least 0.9)"),
+        (f"{case}, cold", "through it / plain reads", through / raw, "times"),
+    ]
 
 
 def _status(field: str) -> int:
@@ -349,6 +407,7 @@ def main() -> None:
         path = make(folder / "bf16")
         rows = warm_rows("bf16", path, " (bar: at least 0.4)")
         rows += cold_rows("bf16", path)
+        rows += direct_rows("bf16", path)
         rows += memory_rows("bf16", path)
         if importlib.util.find_spec(PACKAGE):
             rows += nvidia_rows("bf16", path, folder / "nvidia")
@@ -356,7 +415,9 @@ def main() -> None:
             print("NVIDIA's reader is left out: pip install --no-deps nemo-automodel==0.7.0")
         codecs = {"context_codec": DEFAULT_CONTEXT_CODEC, "last_codec": DEFAULT_LAST_CODEC}
         convert(path, folder / "default", **codecs)
-        rows += warm_rows(f"{DEFAULT_CONTEXT_CODEC}+{DEFAULT_LAST_CODEC}", folder / "default")
+        name = f"{DEFAULT_CONTEXT_CODEC}+{DEFAULT_LAST_CODEC}"
+        rows += warm_rows(name, folder / "default")
+        rows += direct_rows(name, folder / "default")
         record("loader", CPU, rows)
 
 

@@ -140,6 +140,8 @@ class TrainConfig:
     """Seed of the initial weights, the data order and the anchors."""
     shuffle_shards: int | None = None
     """Shards shuffled together, so that an epoch reads each shard in one part; all when not set."""
+    reader: Literal["auto", "mmap", "direct"] = "auto"
+    """Reads through the page cache (mmap) or past it (direct); auto tries both for more than memory holds."""
     local_cache_dir: str | None = None
     """Folder for shards fetched from an object store; by default DSPARK_LOCAL_CACHE or the user's caches."""
     local_cache_bytes: int | None = None

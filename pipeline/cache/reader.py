@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.cache.cached_sample import CachedSample, read_sample
 from pipeline.cache.codecs import get_codec
+from pipeline.cache.direct import Piece
 from pipeline.cache.features import LABELS
 from pipeline.cache.frozen import read_frozen
 from pipeline.cache.index import check_skipped, count_candidates, open_index, sample_ids
@@ -27,6 +28,7 @@ from pipeline.cache.shard import MappedShard, advise
 from pipeline.cache.shards import LocalShards, check_files
 from pipeline.cache.statistics import StateCodec, check_statistics_listed, read_statistics, state_codecs
 from pipeline.cache.verify import FileChecks
+from pipeline.cache.wanted import check_last_hidden, check_layers, check_rows
 from pipeline.errors import CacheError
 from pipeline.remote.address import Address, Place, parse_place
 
@@ -78,12 +80,7 @@ class CacheReader:
         self.layer_ids: tuple[int, ...] = features.layer_ids
         self.has_last_hidden: bool = features.has_last_hidden
         """True if the cache has last hidden states, from which the teacher's logits are computed."""
-        if hidden not in (LABELS, features.hidden):
-            kind = "those of label rows" if self.has_last_hidden else "none"
-            raise CacheError(
-                f"{self.place}: last hidden states of {hidden} are asked for, the cache has {kind}: capture "
-                "it again with --hidden all-tokens"
-            )
+        check_rows(self.place, features, hidden)
         self._features, self._wanted = features, replace(features, hidden=hidden)
         self.hidden_size: int = self.manifest.identity.target.hidden_size
         for codec in features.codecs:
@@ -113,7 +110,7 @@ class CacheReader:
             for name in ("shard", "token_start", "length", "last_rows", "candidates")
         )
         last, given = last_hidden_columns(self._features), last_hidden_columns(self._wanted).number
-        self._last_start, self._stored_rows, self._last_rows = (
+        self._last_start, self._stored_rows, self.last_rows = (
             table[name].to_numpy()[kept] for name in (last.start, last.number, given)
         )
 
@@ -168,12 +165,7 @@ class CacheReader:
 
     def require_layers(self, layer_ids: Sequence[int]) -> tuple[int, ...]:
         """Check that the cache holds `layer_ids` and return them. Raises CacheError, naming a missing one."""
-        missing = [layer_id for layer_id in layer_ids if layer_id not in self.layer_ids]
-        if missing:
-            raise CacheError(
-                f"cache {self.place} holds layers {list(self.layer_ids)}, the config asks for {missing[0]}: "
-                "capture again with --layers, or drop it from draft.target_layer_ids"
-            )
+        check_layers(self.place, self._features, layer_ids)
         return tuple(layer_ids)
 
     def require_last_hidden(self, user: str) -> None:
@@ -182,11 +174,7 @@ class CacheReader:
         Args:
             user: what needs them, for the message.
         """
-        if not self.has_last_hidden:
-            raise CacheError(
-                f"{user} needs the target's last hidden states, and cache {self.place} was made without "
-                "them: make it again without --last-hidden none"
-            )
+        check_last_hidden(self.place, self._features, user)
 
     def _tokens_of(self, i: int) -> slice:
         """Return where the token ids of sample `i` lie in what `piece` names."""
@@ -299,9 +287,8 @@ class CacheReader:
     def _parts(self, i: int, state: str, shard: MappedShard) -> dict[str, Tensor]:
         """Return a state's tensors in the given map of the shard, because another thread may map it again."""
         parts = self._tensors(state, shard)
-        places = self._stored(i, state) if "scale" in parts else []
-        if not all(bool((parts["scale"][rows].abs() <= MAX_SCALE).all()) for rows in places):
-            raise self._damaged_sample(i, f"has a scale of {state} that is not finite or beyond 2^60")
+        for rows in self._stored(i, state) if "scale" in parts else []:
+            self.check_scales(i, state, {"scale": parts["scale"][rows]})
         return parts
 
     def read_ahead(self, i: int, states: Iterable[str]) -> None:
@@ -327,13 +314,24 @@ class CacheReader:
         Raises:
             CacheError: see `parts`; a file that ends too early.
         """
+        for piece in self.pieces(i, state, out):
+            piece.shard.read(piece.view, piece.out)
+        self.check_scales(i, state, out)
+
+    def pieces(self, i: int, state: str, out: Mapping[str, Tensor]) -> Iterator[Piece]:
+        """Yield what `fetch` copies. Its scales are then to be checked by `check_scales`."""
         shard, start = self._shard_of(i), 0
-        parts = self._parts(i, state, shard)
+        parts = self._tensors(state, shard)
         for rows in self._places(i, state, shard):
             stop = start + rows.stop - rows.start
             for suffix, part in parts.items():
-                shard.read(part[rows], out[suffix][start:stop])
+                yield Piece(shard, part[rows], out[suffix][start:stop])
             start = stop
+
+    def check_scales(self, i: int, state: str, parts: Mapping[str, Tensor]) -> None:
+        """Refuse a sample with scales that rule 9 forbids. Raises CacheError."""
+        if "scale" in parts and not bool((parts["scale"].abs() <= MAX_SCALE).all()):
+            raise self._damaged_sample(i, f"has a scale of {state} that is not finite or beyond 2^60")
 
     def read_rows(self, i: int, state: str, rows: slice, out: Tensor) -> None:
         """Decode some rows of one state of sample `i` into `out` `[n, H]` bfloat16 on the CPU.
@@ -370,7 +368,7 @@ class CacheReader:
 
     def num_last_rows(self, i: int) -> int:
         """Return M, the number of rows of last hidden states that reads of sample `i` give if it has any."""
-        return int(self._last_rows[i])
+        return int(self.last_rows[i])
 
     def read(self, i: int, layer_ids: Sequence[int] | None = None) -> CachedSample:
         """Read sample `i` with these layers, by default all of the cache's, as copies.

@@ -117,6 +117,8 @@ class MappedShard:
     """The open file, closed with this object."""
     start: int
     """Offset in the file of the first entry of `tensors`."""
+    direct: int | None = None
+    """The file open for reads past the page cache; None if it was not asked for, or has none."""
 
     def read_ahead(self, view: Tensor) -> None:
         """Ask the kernel to read the file under `view` ahead, unless its first byte is in the page cache.
@@ -124,13 +126,13 @@ class MappedShard:
         Without that test, the request for cached pages takes a tenth of the time of reading them.
         """
         try:
-            cached = os.preadv(self.descriptor, [bytearray(1)], self._offset(view), os.RWF_NOWAIT) == 1
+            cached = os.preadv(self.descriptor, [bytearray(1)], self.offset(view), os.RWF_NOWAIT) == 1
         except (OSError, AttributeError):  # it would block, or this system can't tell
             cached = False
         if not cached:
             advise(mmap.MADV_WILLNEED, view)
 
-    def _offset(self, view: Tensor) -> int:
+    def offset(self, view: Tensor) -> int:
         """Return a view's offset in the file."""
         tensor = next(iter(self.tensors.values()))
         return self.start + view.data_ptr() - tensor.data_ptr()
@@ -144,18 +146,34 @@ class MappedShard:
         Raises:
             CacheError: the file has become shorter.
         """
-        offset, left = self._offset(view), memoryview(out.view(-1).view(torch.uint8).numpy())
+        offset, left = self.offset(view), memoryview(out.view(-1).view(torch.uint8).numpy())
         while len(left):
             count = os.preadv(self.descriptor, [left], offset)
             if not count:
-                raise CacheError(
-                    f"{self.path} is damaged (it was cut to {offset} bytes while it was read): "
-                    "`dspark verify --repair` sets it aside for capture to rewrite"
-                )
+                raise cut_short(self.path, offset)
             left, offset = left[count:], offset + count
 
 
-def map_shard(path: Path, specs: dict[str, TensorSpec], *, random: bool = False) -> MappedShard:
+def cut_short(path: Path, size: int) -> CacheError:
+    """Return the error of a file that ended before its time."""
+    return CacheError(
+        f"{path} is damaged (it was cut to {size} bytes while it was read): "
+        "`dspark verify --repair` sets it aside for capture to rewrite"
+    )
+
+
+def open_direct(path: Path) -> int | None:
+    """Open a file for reads past the page cache; None if its file system or this system has none."""
+    flag = getattr(os, "O_DIRECT", None)
+    try:
+        return None if flag is None else os.open(path, os.O_RDONLY | flag)
+    except OSError:
+        return None
+
+
+def map_shard(
+    path: Path, specs: dict[str, TensorSpec], *, random: bool = False, direct: bool = False
+) -> MappedShard:
     """Map `path` after checking that it holds exactly the tensors of `specs`.
 
     The mapping is private (copy on write), so no write can reach the file.
@@ -163,6 +181,7 @@ def map_shard(path: Path, specs: dict[str, TensorSpec], *, random: bool = False)
     Args:
         random: whether it will be read at random places. The kernel then reads only the pages touched, not
             the megabytes around them.
+        direct: open it for reads past the page cache too, where that is possible.
 
     Raises:
         CacheError: missing, truncated, or with other tensors.
@@ -188,8 +207,10 @@ def map_shard(path: Path, specs: dict[str, TensorSpec], *, random: bool = False)
     for name, (dtype, shape) in specs.items():
         count = math.prod(shape)
         tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=offsets[name]).view(shape)
-    shard = MappedShard(tensors, path, descriptor, offsets[next(iter(tensors))])
-    weakref.finalize(shard, os.close, descriptor)
+    past = open_direct(path) if direct else None
+    shard = MappedShard(tensors, path, descriptor, offsets[next(iter(tensors))], past)
+    for opened in [descriptor] if past is None else [descriptor, past]:
+        weakref.finalize(shard, os.close, opened)
     return shard
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -11,7 +12,7 @@ from threading import Lock
 
 from pipeline.cache.layout import shard_specs
 from pipeline.cache.manifest import FROZEN, MANIFEST, Manifest, is_weights, shard_file
-from pipeline.cache.shard import MappedShard, map_shard
+from pipeline.cache.shard import MappedShard, map_shard, open_direct
 from pipeline.errors import CacheError
 
 
@@ -25,6 +26,7 @@ class Shards(ABC):
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
+        self._direct = False
         self._mapped: OrderedDict[Hashable, MappedShard] = OrderedDict()
         self._lock = Lock()
 
@@ -62,6 +64,23 @@ class Shards(ABC):
                 self._mapped.move_to_end(shard)
             return found
 
+    def can_read_directly(self) -> bool:
+        """Return whether the disk of the files that are mapped offers reads past the page cache."""
+        found = open_direct(self._any_file())
+        if found is not None:
+            os.close(found)
+        return found is not None
+
+    def read_directly(self) -> None:
+        """Map shards from now on so that they can be read past the page cache too."""
+        with self._lock:
+            self._direct = True
+            self._mapped.clear()
+
+    @abstractmethod
+    def _any_file(self) -> Path:
+        """Return a file on the disk that mapped files are on."""
+
     @abstractmethod
     def _open(self, shard: Hashable) -> MappedShard:
         """Map a shard. See `map`."""
@@ -82,6 +101,9 @@ class LocalShards(Shards):
     def name(self, shard: int) -> str:
         return str(self._cache / shard_file(shard))
 
+    def _any_file(self) -> Path:
+        return self._cache / shard_file(0)
+
     def check(self) -> None:
         for shard, size in enumerate(self.manifest.shards.bytes):
             check_size(self._cache / shard_file(shard), size)
@@ -89,7 +111,8 @@ class LocalShards(Shards):
     def _open(self, shard: int) -> MappedShard:
         path = self._cache / shard_file(shard)
         check_size(path, self.manifest.shards.bytes[shard])
-        return map_shard(path, shard_specs(self.manifest.identity, self.manifest.plan[shard]), random=True)
+        specs = shard_specs(self.manifest.identity, self.manifest.plan[shard])
+        return map_shard(path, specs, random=True, direct=self._direct)
 
 
 def check_files(cache: Path, manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import CacheReader
+from pipeline.cache.direct import DirectReads
 from pipeline.cache.layout import LAST_HIDDEN, context_name
 from pipeline.cache.rows import runs
 from pipeline.device import use_device
 from train.data.ahead import fetched_ahead
+from train.data.reads import Reads
 
 Loaded = TypeVar("Loaded")
 
@@ -209,11 +212,13 @@ def load_encoded_batch(
     collate: Collate,
     *,
     pin: bool = True,
+    threads: DirectReads | None = None,
 ) -> EncodedBatch:
-    """Read samples as stored into a batch that `EncodedBatch.to` copies to a GPU and decodes.
+    """Read samples as stored into a batch that `EncodedBatch.to` copies to a device and decodes.
 
     Args:
         pin: read into page-locked memory, so that copies to a GPU are asynchronous.
+        threads: read states past the page cache, by these; None reads through it.
     """
     pack = load_pack(reader, samples, batch_tokens, collate)
     num_last = sum(reader.num_last_rows(i) for i in samples)
@@ -227,14 +232,24 @@ def load_encoded_batch(
 
     context = {layer_id: buffers(context_name(layer_id), pack.num_tokens) for layer_id in layer_ids}
     last_hidden, begin = buffers(LAST_HIDDEN, num_last) if reader.has_last_hidden else None, 0
-    for i, rows in _places(reader, samples, layer_ids):
-        for layer_id, parts in context.items():
-            reader.fetch(i, context_name(layer_id), {name: part[rows] for name, part in parts.items()})
+    wanted: list[tuple[int, str, dict[str, Tensor]]] = []
+    for i, rows in _places(reader, samples, [] if threads else layer_ids):
         last_rows = slice(begin, begin + reader.num_last_rows(i))
+        states = [(context_name(layer_id), parts, rows) for layer_id, parts in context.items()]
         if last_hidden is not None:
-            reader.fetch(i, LAST_HIDDEN, {name: part[last_rows] for name, part in last_hidden.items()})
+            states.append((LAST_HIDDEN, last_hidden, last_rows))
+        for state, parts, own in states:
+            out = {name: part[own] for name, part in parts.items()}
+            if threads is None:
+                reader.fetch(i, state, out)
+            else:
+                wanted.append((i, state, out))
         positions[last_rows] = reader.last_positions(pack.loss_mask[0, rows]) + rows.start
         begin = last_rows.stop
+    if threads is not None:
+        threads.read([piece for each in wanted for piece in reader.pieces(*each)])
+        for each in wanted:
+            reader.check_scales(*each)
     values = dict(vars(pack))
     if pin:
         values |= {name: tensor.pin_memory() for name, tensor in pack.fields().items()}
@@ -247,9 +262,13 @@ def load_encoded_batch(
 def _places(
     reader: CacheReader, samples: Sequence[int], layer_ids: Sequence[int]
 ) -> Iterator[tuple[int, slice]]:
-    """Yield each sample with its rows of the pack. Request readahead first, and release the pages read."""
+    """Yield each sample with its rows of the pack. Request readahead first, and release the pages read.
+
+    Args:
+        layer_ids: those to be read ahead, with the last hidden states; none reads nothing ahead.
+    """
     states = [*map(context_name, layer_ids), *([LAST_HIDDEN] if reader.has_last_hidden else [])]
-    for i in samples:
+    for i in samples if layer_ids else ():
         reader.read_ahead(i, states)
     start, released, begun = 0, 0, set[int]()
     for i in samples:
@@ -299,6 +318,7 @@ def loaded(
     batch_tokens: int,
     device: torch.device,
     count_flops: Callable[[Pack], float] = lambda _pack: 0.0,
+    reads: Reads | None = None,
 ) -> Iterator[Batch]:
     """Yield batches on a device, in order. Threads read ahead.
 
@@ -307,34 +327,49 @@ def loaded(
     Args:
         packs: the samples of each batch and their collate function.
         count_flops: function that computes each batch's `flops`.
+        reads: decides which batches are read past the page cache; None reads none so.
 
     Raises:
         CacheError: a sample is damaged; raised in place of its batch, on a GPU one batch earlier.
     """
     packs = fetched_ahead(reader, packs)
-    if device.type == "cuda":
-
-        def load_pinned(samples: Sequence[int], collate: Collate) -> EncodedBatch:
-            batch = load_encoded_batch(reader, samples, layer_ids, batch_tokens, collate)
-            batch.flops = count_flops(batch)
-            return batch
-
-        yield from _copied(prefetch((partial(load_pinned, *pack) for pack in packs), device), device)
-        return
     # Reuse memory: page faults on fresh memory take longer than the copying.
     free: SimpleQueue[Tensor] = SimpleQueue()
-    for _ in range(DEPTH + 1):  # the batches ahead, and the one in use
+    on_gpu = device.type == "cuda"
+    for _ in range(0 if on_gpu else DEPTH + 1):  # the batches ahead, and the one in use
         free.put(batch_memory(reader, layer_ids, batch_tokens))
 
-    def load(samples: Sequence[int], collate: Collate) -> tuple[Batch, Tensor]:
-        memory = free.get()
-        batch = load_batch(reader, samples, layer_ids, batch_tokens, collate, memory)
+    def load(samples: Sequence[int], collate: Collate) -> tuple[Batch | EncodedBatch, Tensor | None]:
+        direct = reads is not None and reads.direct()
+        chosen = (reader, samples, layer_ids, batch_tokens, collate)
+        with nullcontext() if reads is None else reads.timed(direct, samples):
+            if direct or on_gpu:
+                threads = reads.threads if direct and reads is not None else None
+                batch, memory = load_encoded_batch(*chosen, pin=on_gpu, threads=threads), None
+            else:
+                memory = free.get()
+                batch = load_batch(*chosen, memory)
         batch.flops = count_flops(batch)
         return batch, memory
 
-    for batch, memory in prefetch((partial(load, *pack) for pack in packs), device):
+    def told(jobs: Iterable[tuple[Batch | EncodedBatch, Tensor | None]]) -> Iterator:
+        try:
+            for job in jobs:
+                if reads is not None:
+                    reads.tell()
+                yield job
+        finally:
+            if reads is not None:
+                reads.close()
+
+    jobs = told(prefetch((partial(load, *pack) for pack in packs), device))
+    if on_gpu:
+        yield from _copied((batch for batch, _ in jobs), device)
+        return
+    for batch, memory in jobs:
         yield batch.to(device)
-        free.put(memory)
+        if memory is not None:
+            free.put(memory)
 
 
 def _copied(batches: Iterator[EncodedBatch], device: torch.device) -> Iterator[Batch]:

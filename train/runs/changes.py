@@ -22,6 +22,7 @@ FREE = (
     "train.log_every",
     "train.local_cache_bytes",
     "train.local_cache_dir",
+    "train.reader",
     "train.report_to",
     "train.eval_every",
     "train.early_stopping_patience",

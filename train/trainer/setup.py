@@ -18,6 +18,7 @@ from pipeline.process import torchrun_place
 from pipeline.remote.address import Place
 from train.config import RunConfig, TrainConfig
 from train.data.packing import count_steps, epoch_packs
+from train.data.reads import Reads, available_memory, check_reads, used_bytes
 from train.data.split import split
 from train.data.store import open_cache, shuffled_shards
 from train.draft import DRAFTS
@@ -52,6 +53,12 @@ class Setup:
         """Lengths, shards and numbers of the training samples, `[n]` each: they decide the data order."""
         return self.reader.lengths[self.samples], self.reader.shards[self.samples], self.samples
 
+    def reads(self, say: Callable[[str], object]) -> Reads:
+        """Return what decides how batches are read, and says so."""
+        layers = tuple(self.shape.target_layer_ids)
+        used = used_bytes(self.reader, self.samples, layers)
+        return Reads(self.reader, self.config.train.reader, layers, used, available_memory(), say)
+
 
 def set_up(
     cache: Place, config: RunConfig, device: torch.device, world: int = 1, *, begins: bool = True
@@ -72,6 +79,7 @@ def set_up(
     reader.check_shards()
     shape = draft_shape(reader, config)
     reader.only(shape.target_layer_ids)
+    check_reads(reader, config.train.reader)
     kind = DRAFTS[config.draft.kind]
     if kind.needs_last_hidden(config):
         reader.require_last_hidden(f"draft.kind = {kind.name}")

@@ -184,15 +184,15 @@ class Training:
             train.batch_tokens,
             self.ranks.device,
             partial(self.setup.kind.flops, self.setup.shape),
+            self.setup.reads(self.display.say),
         )
         with self.ranks.together():
             names = train.report_to if self.ranks.leads else ()
-            settings = flat_settings(self.config)
             self.trackers = Trackers(
                 names,
                 run=self.path,
                 identity_file=self.path / TRACKERS,
-                config=settings,
+                config=flat_settings(self.config),
                 step=progress.step,
             )
         with self.trackers, closing(self.display):

@@ -15,7 +15,7 @@ import torch
 from pipeline.cache.codecs import TensorSpec
 from pipeline.cache.index import sample_id
 from pipeline.cache.layout import LAST_HIDDEN, shard_specs, state_of
-from pipeline.cache.manifest import Manifest, ShardPlan, shard_file
+from pipeline.cache.manifest import MANIFEST, Manifest, ShardPlan, shard_file
 from pipeline.cache.remote.local import LocalStore, default_store
 from pipeline.cache.remote.mirror import REMEDY, mirrored
 from pipeline.cache.shard import (
@@ -69,15 +69,16 @@ class RemoteShards(Shards):
         objects: the cache.
         store: the local store that fetched files are kept in.
         key: name of the cache in the store.
+        folder: where the store has the cache's small files.
     """
 
     # What is mapped takes space on the disk, even when the store has evicted it.
     most_mapped = 64
     remote = True
 
-    def __init__(self, objects: Objects, manifest: Manifest, store: LocalStore, key: str):
+    def __init__(self, objects: Objects, manifest: Manifest, store: LocalStore, key: str, folder: Path):
         super().__init__(manifest)
-        self.objects, self.store, self._key = objects, store, key
+        self.objects, self.store, self._key, self._folder = objects, store, key, folder
         self._states: frozenset[str] | None = None
         self._places = lru_cache(maxsize=4096)(self._read_places)
 
@@ -98,6 +99,9 @@ class RemoteShards(Shards):
                 got = "it is missing" if found is None else f"it has {found}"
                 raise CacheError(f"{self.name(shard)} is damaged: expected {size} bytes, {got}; {REMEDY}")
 
+    def _any_file(self) -> Path:
+        return self._folder / MANIFEST
+
     def mapped(self, key: int | SampleRows) -> MappedShard | None:
         found = super().mapped(key)
         if found is not None:
@@ -108,7 +112,7 @@ class RemoteShards(Shards):
         for _ in range(10):
             path, specs = self._fetch(key)
             try:
-                return map_shard(path, specs, random=True)
+                return map_shard(path, specs, random=True, direct=self._direct)
             except CacheError:  # evicted before it was opened, or damaged on the disk since it arrived
                 path.unlink(missing_ok=True)
         raise CacheError(
@@ -244,7 +248,7 @@ def open_remote(address: Address, store: LocalStore | None) -> tuple[Path, Remot
     """Return the folder of a remote cache's small files, and its shards. See `mirrored`."""
     objects, store = Objects(address), store or default_store()
     manifest, key, folder = mirrored(objects, store)
-    return folder, RemoteShards(objects, manifest, store, key)
+    return folder, RemoteShards(objects, manifest, store, key, folder)
 
 
 def _evicted(mapped: MappedShard) -> bool:
