@@ -237,7 +237,7 @@ def cold_rows(case: str, path: Path) -> list[Row]:
 
 
 def raw_pass(path: Path) -> float:
-    """Return the GB/s of plain reads of all shards past the page cache: `THREADS` at once, of `READ_BYTES`."""
+    """Return the GB/s of plain reads of all shards past the page cache, `THREADS` at once."""
     files = sorted((path / "shards").iterdir())
     parts = [(file, at) for file in files for at in range(0, file.stat().st_size, READ_BYTES)]
     opened = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files}

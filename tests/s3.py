@@ -65,6 +65,9 @@ class Faulty:
             def handle_request(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
+                headers.setdefault(
+                    "Content-Type", "application/octet-stream"
+                )  # not a form, which has no body
                 request = urllib.request.Request(
                     f"{server}{self.path}",
                     self.rfile.read(length) if length else None,

@@ -39,7 +39,7 @@ from pipeline.cache.manifest import (
 from pipeline.cache.optional import plain_values
 from pipeline.cache.progress.records import TARGET, ShardRecord
 from pipeline.cache.remote.claims import RemoteWorker
-from pipeline.cache.same import refuse_another
+from pipeline.cache.same import origin, refuse_another
 from pipeline.cache.shard import ShardBuffer, map_shard, tensor_hashes
 from pipeline.cache.skipped import ByReason
 from pipeline.cache.writer import CacheWriter
@@ -57,6 +57,7 @@ class RemoteWriter(CacheWriter):
         objects: the place of the cache.
         staging: directory of this machine, for the files in flight.
         staging_bytes: most bytes of shards that this process has there at once; one shard always fits.
+        history: as for `CacheWriter`.
 
     Raises:
         CacheError: the place or the staging directory holds another cache, or other files.
@@ -72,16 +73,22 @@ class RemoteWriter(CacheWriter):
         index: pa.Table,
         rows: dict[str, int],
         staging_bytes: int | None = None,
+        history: tuple[dict[str, str], ...] = (),
     ):
         self.objects = objects
         self._most, self._staged, self._room = staging_bytes, 0, Condition()
         self._listed = float("-inf")
-        super().__init__(staging, identity, plan, index, rows)
+        super().__init__(staging, identity, plan, index, rows, history)
         found = self._begin()
         refuse_another(objects.address, found.identity, identity)
         if found.plan != plan:
             raise CacheError(
                 f"{objects.address} has another plan: choose another --cache, or remove what is there"
+            )
+        if found.history != history:
+            raise CacheError(
+                f"{objects.address} was {origin(found.history)}, not {origin(history)}: choose another "
+                "place, or remove what is there"
             )
         if found.status == "complete":
             self._take(found)

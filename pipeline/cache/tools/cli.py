@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,7 +13,6 @@ from pipeline.cache.split import HELD_OUT
 from pipeline.errors import CacheError, UsageError
 from pipeline.options import (
     CONTEXT_CODECS,
-    DIRECTORY,
     HIDDEN_CHOICES,
     LAST_CODECS,
     LAST_HIDDEN_CHOICES,
@@ -21,6 +20,9 @@ from pipeline.options import (
     parse_layer_ids,
 )
 from pipeline.remote.address import Address, Place
+
+if TYPE_CHECKING:
+    from pipeline.cache.tools.convert import Converted
 
 _CACHE = click.argument("cache", type=PLACE)
 
@@ -124,8 +126,8 @@ def inspect_command(cache: Place, sample: str | None, held_out: float, as_json: 
 
 
 @click.command("convert")
-@click.argument("source", metavar="SRC", type=DIRECTORY)
-@click.argument("destination", metavar="DST", type=DIRECTORY)
+@click.argument("source", metavar="SRC", type=PLACE)
+@click.argument("destination", metavar="DST", type=PLACE)
 @click.option(
     "--context-codec",
     type=click.Choice(CONTEXT_CODECS),
@@ -151,8 +153,8 @@ def inspect_command(cache: Place, sample: str | None, held_out: float, as_json: 
 )
 @click.option("--force", is_flag=True, help="Start even if the disk can't hold the cache.")
 def convert_command(
-    source: Path,
-    destination: Path,
+    source: Place,
+    destination: Place,
     context_codec: str | None,
     last_codec: str | None,
     last_hidden: str | None,
@@ -163,10 +165,10 @@ def convert_command(
     """Write the cache DST from the cache SRC, with other codecs or fewer states. Needs no target.
 
     Copies states exactly if their codec stays. Only reads SRC, and hashes every file of it before use. After
-    a stop at any moment, the same command continues; several at once share the work.
+    a stop at any moment, the same command continues; several at once share the work. Either is a directory,
+    or s3://, gs:// or az://BUCKET/FOLDER.
     """
     from pipeline.cache.tools.convert import convert
-    from pipeline.cache.tools.inspect import summary_lines
 
     converted = convert(
         source,
@@ -178,6 +180,12 @@ def convert_command(
         layer_ids=layers,
         force=force,
     )
+    _say_converted(source, destination, converted)
+
+
+def _say_converted(source: Place, destination: Place, converted: Converted) -> None:
+    from pipeline.cache.tools.inspect import summary_lines
+
     if not converted.complete:
         click.echo(
             f"cache {destination}: shards written by this process: {converted.shards}; "
@@ -196,11 +204,19 @@ def convert_command(
 @click.command("sync")
 @click.argument("source", metavar="SRC", type=PLACE)
 @click.argument("destination", metavar="DST", type=PLACE)
-def sync_command(source: Place, destination: Place) -> None:
+@click.option(
+    "--layers", callback=parse_layer_ids, help="Copy these layers only, as 1,9,17, like `dspark convert`."
+)
+def sync_command(source: Place, destination: Place, layers: tuple[int, ...] | None) -> None:
     """Copy the cache SRC to DST. Either is a directory, or s3://, gs:// or az://BUCKET/FOLDER.
 
     Compares every file with its hash. After a stop at any moment, the same command continues.
     """
+    if layers is not None:  # another cache, whose manifest says where it comes from
+        from pipeline.cache.tools.convert import convert
+
+        _say_converted(source, destination, convert(source, destination, layer_ids=layers))
+        return
     from tqdm import tqdm
 
     from pipeline.cache.remote.sync import sync

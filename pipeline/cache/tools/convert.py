@@ -7,50 +7,29 @@ a stopped conversion continues, and several processes may share one.
 from __future__ import annotations
 
 import dataclasses
-import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import click
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.cache.codecs import Statistics, get_codec
-from pipeline.cache.codecs.base import peaks
-from pipeline.cache.features import LABELS, NO_LAST_HIDDEN, FeatureIdentity, codec_words
-from pipeline.cache.layout import LAST_HIDDEN, part_name, shard_specs
+from pipeline.cache.codecs import get_codec
+from pipeline.cache.features import LABELS, NO_LAST_HIDDEN, codec_words
 from pipeline.cache.manifest import (
-    FROZEN,
-    INDEX,
-    FileRecord,
     Identity,
     Manifest,
-    shard_file,
 )
-from pipeline.cache.prefixes import ContextRows
-from pipeline.cache.price import Price, cache_price, check_disk, free_bytes
+from pipeline.cache.price import Price, check_disk, free_bytes
 from pipeline.cache.progress.claims import Worker, claim_name, take_shards
-from pipeline.cache.reader import MAX_SCALE, CacheReader
-from pipeline.cache.rows import last_hidden_columns, stored_rows
-from pipeline.cache.shard import map_shard
-from pipeline.cache.skipped import SkippedRows, uncounted
-from pipeline.cache.statistics import (
-    TOKENS,
-    StateStatistics,
-    chosen_samples,
-    read_statistics,
-    standardised_states,
-    state_codecs,
-)
+from pipeline.cache.skipped import uncounted
 from pipeline.cache.tools.filler import Filler
-from pipeline.cache.verify import FileChecks, Problem
+from pipeline.cache.tools.source import Source
 from pipeline.cache.writer import CacheWriter
 from pipeline.errors import CacheError, UsageError
 from pipeline.features import validate_target_layer_ids
 from pipeline.options import check_hidden, check_last_codec
+from pipeline.remote.address import Address, Place
 from pipeline.signals import StopRequest, stop_on_signals
 from pipeline.text import size
 
@@ -72,8 +51,8 @@ class Converted:
 
 
 def convert(
-    source: Path,
-    destination: Path,
+    source: Place,
+    destination: Place,
     *,
     context_codec: str | None = None,
     last_codec: str | None = None,
@@ -105,17 +84,18 @@ def convert(
     cost = old.price(identity)
     for line in _plan_lines(old, identity, cost, destination):
         click.echo(line)
-    if not force:
+    old.reader.only(identity.features.layer_ids)
+    if not force and not isinstance(destination, Address):
         check_disk(destination, cost, "keep fewer layers (--layers) or use smaller codecs")
     rows = uncounted(old.manifest.rows, old.manifest.skipped)  # the writer counts them again
-    writer = CacheWriter(destination, identity, old.manifest.plan, old.index, rows, history)
+    writer = _writer(destination, identity, old, rows, history)
     if writer.complete:
         return Converted(writer.manifest, complete=True, reused=True, shards=0)
     _warn_of_finer_codecs(old.manifest.identity, identity)
     old.reader.check_shards()
     written = 0
     try:
-        with stop_on_signals() as stop, Worker(writer.progress, "convert") as worker:
+        with stop_on_signals() as stop, writer.worker("convert") as worker:
             written = _convert(writer, worker, old, stop)
     except FileNotFoundError:  # progress/ is gone: another process completed the cache
         if not writer.completed_by_another():
@@ -124,8 +104,30 @@ def convert(
     return Converted(manifest or writer.manifest, complete=manifest is not None, reused=False, shards=written)
 
 
-def _check_places(source: Path, destination: Path) -> None:
+def _writer(
+    destination: Place,
+    identity: Identity,
+    old: Source,
+    rows: dict[str, int],
+    history: tuple[dict[str, str], ...],
+) -> CacheWriter:
+    parts = (identity, old.manifest.plan, old.index, rows)
+    if isinstance(destination, Address):
+        from pipeline.cache.remote.local import staging_folder
+        from pipeline.cache.remote.writer import RemoteWriter  # needs obstore
+        from pipeline.remote.objects import Objects
+
+        return RemoteWriter(Objects(destination), staging_folder(destination), *parts, history=history)
+    return CacheWriter(destination, *parts, history)
+
+
+def _check_places(source: Place, destination: Place) -> None:
     """Refuse a destination inside the source, which must stay as it is. Raises UsageError."""
+    if isinstance(source, Address) or isinstance(destination, Address):
+        here, there = (f"{place}".rstrip("/") + "/" for place in (source, destination))
+        if there.startswith(here):
+            raise UsageError(f"{destination} is the cache to read, or inside of it: name another place")
+        return
     here, there = source.resolve(), destination.resolve()
     if here == there or (source.exists() and destination.exists() and source.samefile(destination)):
         raise UsageError(f"{destination} is the cache to read: name a new directory to write")
@@ -148,7 +150,7 @@ def _identity(
     missing = [layer_id for layer_id in layers if layer_id not in features.layer_ids]
     if missing:
         raise CacheError(
-            f"{old.path} holds layers {list(features.layer_ids)}, --layers asks for {missing[0]}: name "
+            f"{old.place} holds layers {list(features.layer_ids)}, --layers asks for {missing[0]}: name "
             "some of those, or capture again"
         )
     asked = {"--last-codec": last_codec, "--hidden": hidden}
@@ -156,12 +158,12 @@ def _identity(
     option = next((name for name, value in asked.items() if value is not None), None)
     if option is not None and not features.has_last_hidden:
         raise CacheError(
-            f"{old.path} has no last hidden states, and only a capture can make them: leave out {option}, or "
-            "capture again"
+            f"{old.place} has no last hidden states, and only a capture can make them: leave out {option}, "
+            "or capture again"
         )
     if hidden not in (None, LABELS, features.hidden):
         raise CacheError(
-            f"{old.path} has the last hidden states of label rows, and only a capture can make those of "
+            f"{old.place} has the last hidden states of label rows, and only a capture can make those of "
             f"every token: leave out --hidden {hidden}, or capture again"
         )
     kept = features.stored_as(
@@ -184,17 +186,17 @@ def _step(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _plan_lines(old: Source, identity: Identity, cost: Price, destination: Path) -> Iterator[str]:
+def _plan_lines(old: Source, identity: Identity, cost: Price, destination: Place) -> Iterator[str]:
     features, manifest = identity.features, old.manifest
     per_token = sum(manifest.shards.bytes) / manifest.num_tokens
     yield (
-        f"from {old.path}: {size(manifest.num_bytes)}, {per_token:,.0f} bytes per token; to {destination}: "
+        f"from {old.place}: {size(manifest.num_bytes)}, {per_token:,.0f} bytes per token; to {destination}: "
         f"layers {list(features.layer_ids)}, "
         f"{codec_words(features.context_codec, features.last_codec, features.hidden)}"
     )
+    room = "" if isinstance(destination, Address) else f"; disk: {size(free_bytes(destination))} free"
     yield (
-        f"{cost.per_token:,.0f} bytes per token, {size(cost.total)} in {len(manifest.plan):,} shards; "
-        f"disk: {size(free_bytes(destination))} free"
+        f"{cost.per_token:,.0f} bytes per token, {size(cost.total)} in {len(manifest.plan):,} shards{room}"
     )
 
 
@@ -214,155 +216,6 @@ def _warn_of_finer_codecs(old: Identity, new: Identity) -> None:
             f"warning: {' and '.join(finer)} is no more precise: the error stays, in a larger cache",
             err=True,
         )
-
-
-class Source:
-    """A complete cache whose files are hashed before use.
-
-    Raises:
-        CacheError: missing, incomplete, or with damaged files.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.reader = path, CacheReader(path)
-        self.manifest: Manifest = self.reader.manifest
-        self.identity = self.manifest.identity
-        records = {record.file: record for record in self.manifest.files}
-        self._frozen = records.pop(FROZEN)
-        with FileChecks(path, self.manifest, threads=1) as checks:
-            problem, table = checks.index([records.pop(INDEX)])
-            problems = [problem] if problem else checks.problems(records.values())
-        self._refuse(problems)
-        assert table is not None
-        self.index = table
-        last = last_hidden_columns(self.identity.features)
-        self.starts, self.lengths, self.shards, self.last_starts, self.last_rows = (
-            table[name].to_numpy() for name in ("token_start", "length", "shard", last.start, last.number)
-        )
-        self.context = ContextRows.of(table, self.manifest.plan.samples)
-        self.skipped = self.manifest.skipped.by_shard(self.manifest.plan.samples)
-        self.statistics = read_statistics(path, self.identity)
-        self.codecs = state_codecs(self.identity, self.statistics)
-        self._shard: tuple[int, dict[str, Tensor]] = (-1, {})
-
-    def _refuse(self, problems: list[Problem]) -> None:
-        if problems:
-            raise CacheError(
-                f"{self.path / problems[0].file} is damaged ({problems[0].reason}): `dspark verify "
-                f"{self.path} --repair` sets damaged files aside for capture to rewrite; then run this again"
-            )
-
-    def price(self, identity: Identity) -> Price:
-        """Return the size of this cache with other features."""
-        target = sum(r.bytes for r in self.manifest.files if r.file.startswith("target/"))
-        return cache_price(identity, self.manifest.plan, self.manifest.rows, self.index, target)
-
-    def shard(self, shard: int) -> dict[str, Tensor]:
-        """Return views of a shard's stored tensors. Hashes the file unless it was the last one used."""
-        if self._shard[0] != shard:
-            self._shard = (-1, {})  # unmaps the last one: one is mapped at a time
-            name, shards = shard_file(shard), self.manifest.shards
-            record = FileRecord(file=name, bytes=shards.bytes[shard], sha256=shards.sha256[shard])
-            with FileChecks(self.path, self.manifest, threads=1) as checks:
-                self._refuse(checks.problems([record], self.index))
-            specs = shard_specs(self.identity, self.manifest.plan[shard])
-            self._shard = (shard, map_shard(self.path / name, specs).tensors)
-        return self._shard[1]
-
-    def decode(self, shard: int, state: str, rows: slice | Tensor) -> Tensor:
-        """Decode some rows of a state, as training reads them, `[n, H]` bfloat16.
-
-        Raises:
-            CacheError: a value that is not finite, or a scale that rule 9 of FORMAT.md forbids.
-        """
-        stored, bound = self.shard(shard), self.codecs[state]
-        width = self.identity.target.hidden_size
-        parts = {s: stored[part_name(state, s)][rows] for s in bound.codec.specs(1, width)}
-        scales = parts.get("scale")
-        good = scales is None or bool((scales.abs() <= MAX_SCALE).all())
-        out = torch.empty(len(parts[""]), width, dtype=torch.bfloat16)
-        if good:
-            bound.decode(parts, out)
-        if not good or not bool(torch.isfinite(peaks(out)).all()):
-            raise CacheError(
-                f"{self.path / shard_file(shard)} is damaged (it has a {'value' if good else 'scale'} of "
-                f"{state} that no capture writes): capture again"
-            )
-        return out
-
-    def context_rows_of(self, shard: int) -> np.ndarray:
-        """Return the row of context of each token of a shard, `[T]`."""
-        samples = np.flatnonzero(self.shards == shard)
-        return self.context.of_tokens(range(samples[0], samples[-1] + 1))
-
-    def last_rows_of(self, shard: int, features: FeatureIdentity) -> np.ndarray:
-        """Return the token row of each row of `last_hidden` that a cache of `features` has, `[M]`."""
-        mask, samples = self.shard(shard)["loss_mask"].numpy(), np.flatnonzero(self.shards == shard)
-        places = zip(self.starts[samples], self.lengths[samples], strict=True)
-        return np.concatenate([start + stored_rows(mask[start : start + n], features) for start, n in places])
-
-    def last_rows_by_sample(self, shard: int, features: FeatureIdentity) -> list[int]:
-        """Return the rows of `last_hidden` that each sample of a shard has in a cache of `features`."""
-        column = self.index[last_hidden_columns(features).number].to_numpy()
-        return column[self.shards == shard].tolist()
-
-    def skipped_rows(self, features: FeatureIdentity) -> SkippedRows:
-        """Return the rows of skipped samples in the shards of a cache of `features`."""
-        return SkippedRows(self.skipped, self.manifest.plan.samples, self.index, features)
-
-    def head(self) -> Tensor:
-        """Read the target's `lm_head.weight` `[V, H]`."""
-        return self.reader.frozen()["lm_head.weight"]
-
-    def check_frozen(self) -> None:
-        """Hash the frozen weights. Raises CacheError if they are damaged."""
-        with FileChecks(self.path, self.manifest, threads=1) as checks:
-            self._refuse(checks.problems([self._frozen]))
-
-    def copy_target(self, writer: CacheWriter) -> None:
-        """Copy `target/`, byte for byte, and the figures of `fidelity`."""
-        names = [record.file for record in self.manifest.files if record.file.startswith("target/")]
-        others = {n.removeprefix("target/"): (self.path / n).read_bytes() for n in names if n != FROZEN}
-        proof = {f"source.{name}": value for name, value in self.manifest.fidelity.items()}
-        with (self.path / FROZEN).open("rb") as file:
-            frozen = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        writer.write_target(others, memoryview(frozen), proof)
-
-    def measure(self, identity: Identity, between: Callable[[], None]) -> dict[str, Statistics]:
-        """Return the statistics for a cache of `identity`: this one's, else measured from its rows.
-
-        As in a capture, the rows are the first of `chosen_samples`, without position 0 and skipped samples.
-
-        Args:
-            between: called before each sample; may raise to stop.
-        """
-        wanted = standardised_states(identity)
-        known = {state: self.statistics[state] for state in wanted if state in self.statistics}
-        sums = {state: StateStatistics() for state in wanted if state not in known}
-        kept = self.manifest.skipped.kept(len(self.lengths))
-        samples = [i for i in chosen_samples(len(self.lengths)) if kept[i]] if sums else []
-        if sums and not samples:
-            raise CacheError(
-                f"{self.path} skips every sample that statistics are measured from: capture it again with "
-                "the codecs that you want"
-            )
-        last = {}
-        for i in samples:
-            between()
-            shard, start = int(self.shards[i]), int(self.starts[i])
-            context = torch.from_numpy(self.context.of_tokens(range(i, i + 1))[1:TOKENS])
-            mask = self.shard(shard)["loss_mask"][start : start + int(self.lengths[i])].numpy()
-            first = int(self.last_starts[i])
-            end = first + int(self.last_rows[i])
-            begin = first + int(stored_rows(mask, self.identity.features)[0] == 0)
-            last[i] = slice(begin, min(end, begin + TOKENS))
-            for state, each in sums.items():
-                each.add(self.decode(shard, state, last[i] if state == LAST_HIDDEN else context))
-        if LAST_HIDDEN in sums and not any(part.start < part.stop for part in last.values()):
-            for i in samples:  # of two tokens each, whose only row is position 0
-                row = int(self.last_starts[i])
-                sums[LAST_HIDDEN].add(self.decode(int(self.shards[i]), LAST_HIDDEN, slice(row, row + 1)))
-        return known | {state: each.result() for state, each in sums.items()}
 
 
 def _convert(writer: CacheWriter, worker: Worker, old: Source, stop: StopRequest) -> int:

@@ -17,7 +17,7 @@ from pipeline.cache.shard import ShardBuffer
 from pipeline.cache.statistics import state_codecs
 
 if TYPE_CHECKING:
-    from pipeline.cache.tools.convert import Source
+    from pipeline.cache.tools.source import Source
 
 # Rows decoded and encoded at a time.
 ROWS = 2048
