@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.packing import epoch_packs, epoch_steps, pack, sequential_packs
+from train.config import TrainConfig
+from train.data.packing import epoch_packs, epoch_steps, pack, sequential_packs, steps_from
 
 
 def flat(packs) -> list[int]:
@@ -141,3 +142,42 @@ def test_what_cannot_be_shared_leaves_empty_packs() -> None:
         [[]],
         [[]],
     ]
+
+
+NODES, RANKS, SHARDS, SHUFFLED = (1, 2, 4), (1, 2, 8), (1, 3, 16), (None, 1, 4)
+
+
+@pytest.mark.parametrize("shuffled", SHUFFLED)
+@pytest.mark.parametrize("shards", SHARDS)
+def test_steps_are_the_same_for_any_nodes_and_ranks_and_after_a_resume_with_others(
+    shards: int, shuffled: int | None
+) -> None:
+    """Each global step's packs, in order: of one process, and of all ranks of some nodes together."""
+    generator = np.random.default_rng(shards)
+    lengths = generator.integers(2, 120, 300)
+    shard = np.sort(generator.integers(0, shards, len(lengths)))
+    samples = generator.permutation(1000)[: len(lengths)]
+    config = TrainConfig(batch_tokens=128, micro_batches_per_step=16, shuffle_shards=shuffled, seed=7)
+    count = 25  # more than two epochs
+
+    def steps(begin: int, world: int) -> list[tuple[int, int, list[list[int]]]]:
+        """Steps from the run's step `begin` on."""
+        epoch, number = alone[begin][:2] if begin else (0, 0)
+        each = [steps_from(lengths, shard, samples, config, epoch, number, r, world) for r in range(world)]
+        found = []
+        for parts in itertools.islice(zip(*each, strict=True), count - begin):
+            assert len({(part.epoch, part.number) for part in parts}) == 1
+            packs = itertools.chain(*zip(*(part.packs for part in parts), strict=True))
+            found.append((parts[0].epoch, parts[0].number, [members for members in packs if members]))
+        return found
+
+    alone: list[tuple[int, int, list[list[int]]]] = []
+    alone = steps(0, 1)
+    assert len(alone) == count
+    assert alone[-1][0] >= 1
+    first = [sample for epoch, _, packs in alone if not epoch for members in packs for sample in members]
+    assert sorted(first) == sorted(samples.tolist())
+    for nodes, ranks in itertools.product(NODES, RANKS):
+        assert steps(0, nodes * ranks) == alone
+        for begin in (1, 9, count - 1):
+            assert steps(begin, nodes * ranks) == alone[begin:]
