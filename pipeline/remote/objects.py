@@ -30,6 +30,8 @@ THREADS = 16
 TRIES, FIRST_WAIT_S = 4, 0.5
 # obstore waits between its own tries from a tenth of a second to fifteen, all in all no longer than this.
 RETRY_SECONDS = 30.0
+# Codes and words of S3, Azure and Google Cloud Storage for it.
+_NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|bucket does not exist")
 
 
 class StoreError(DSparkError):
@@ -202,7 +204,11 @@ class Objects:
                 return work()
             except StoreError:
                 raise
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if verb == "written" or _NO_BUCKET.search(str(error)):
+                    raise StoreError(
+                        f"{self.address} is in a bucket that does not exist: create it, or check the address"
+                    ) from None
                 raise MissingObjectError(f"{self.url(name)} does not exist") from None
             except Exception as error:  # obstore's are of many kinds
                 if attempt == TRIES - 1 or isinstance(error, hopeless):

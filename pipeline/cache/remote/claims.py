@@ -17,11 +17,11 @@ from dataclasses import asdict
 from datetime import datetime
 from types import TracebackType
 
-from pipeline import config, process
+from pipeline import process
 from pipeline.cache.manifest import PROGRESS
 from pipeline.cache.progress import claims
-from pipeline.cache.progress.claims import MAX_WORKER_BYTES, WorkerState, is_id, own_state
-from pipeline.errors import ConfigError
+from pipeline.cache.progress.claims import is_id, own_state
+from pipeline.cache.remote.progress import worker_state
 from pipeline.remote.objects import MissingObjectError, Objects, StoreError
 
 
@@ -117,22 +117,14 @@ class RemoteWorker:
         except MissingObjectError:
             return None
 
-    def _state(self, name: str) -> WorkerState | None:
-        """Return what a worker's object says; None without a valid one."""
-        try:
-            data = self._objects.read(name)
-            return config.build(WorkerState, json.loads(data[:MAX_WORKER_BYTES]))
-        except (MissingObjectError, ValueError, RecursionError, ConfigError):
-            return None
-
     def _is_elsewhere(self, name: str) -> bool:
         """Return whether a worker is on another machine, so that only its object shows whether it lives."""
-        state = None if name == self._name else self._state(name)
+        state = None if name == self._name else worker_state(self._objects, name)
         return state is not None and state.place != process.place()
 
     def _lives(self, owner: str) -> bool:
         """Return whether the worker of that id is alive."""
-        state = self._state(_worker_name(owner)) if is_id(owner) else None
+        state = worker_state(self._objects, _worker_name(owner)) if is_id(owner) else None
         if state is None:
             return False
         if state.place == process.place():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +48,14 @@ def cache_facts(place: Place, *, fraction: float) -> Facts:
         CacheError: no manifest, or a complete cache with a damaged index.
     """
     if isinstance(place, Address):
-        from pipeline.cache.remote.local import default_store
-        from pipeline.cache.remote.mirror import mirrored
-        from pipeline.remote.objects import Objects
-
-        _, _, cache = mirrored(Objects(place), default_store())
+        cache, manifest, running = _far(place)
     else:
-        cache = place
-    manifest = read_manifest(cache)
-    running = None
-    if manifest.status != "complete":
-        running = _running(cache, manifest)
-        again = read_manifest(cache)
-        if again.status == "complete":  # another process has just finished it
-            manifest, running = again, None
+        cache, manifest, running = place, read_manifest(place), None
+        if manifest.status != "complete":
+            running = _running(cache, manifest)
+            again = read_manifest(cache)
+            if again.status == "complete":  # another process has just finished it
+                manifest, running = again, None
     facts: Facts = {
         "cache": str(place),
         "status": manifest.status,
@@ -78,13 +72,30 @@ def cache_facts(place: Place, *, fraction: float) -> Facts:
         "history": list(manifest.history),
         "skipped": _skipped(manifest),
     }
-    facts |= _of_the_index(cache, manifest, fraction)
+    facts |= {} if cache is None else _of_the_index(cache, manifest, fraction)
     if running is not None:
         return facts | {"progress": running}
     missing = 0
     if not isinstance(place, Address):
         missing = len(manifest.plan) - sum(1 for _ in listed_shards(cache / "shards", ".safetensors"))
+    assert cache is not None
     return facts | {"bytes": _bytes(cache, manifest), "shards_missing": max(0, missing)}
+
+
+def _far(address: Address) -> tuple[Path | None, Manifest, Facts | None]:
+    """Return a remote cache's folder of small files, and manifest; progress instead if it is unfinished."""
+    from pipeline.cache.remote.local import default_store
+    from pipeline.cache.remote.mirror import found_manifest, mirrored
+    from pipeline.cache.remote.progress import remote_progress
+    from pipeline.remote.objects import Objects
+
+    objects = Objects(address)
+    manifest = found_manifest(objects)
+    if manifest is None or manifest.status == "complete":
+        manifest, _, folder = mirrored(objects, default_store())
+        return folder, manifest, None
+    found = remote_progress(objects, manifest)
+    return None, manifest, _progress(manifest, found.finished, found.target_written, found.workers)
 
 
 def _of_the_index(cache: Path, manifest: Manifest, fraction: float) -> Facts:
@@ -150,19 +161,31 @@ def _bytes(cache: Path, manifest: Manifest) -> Facts:
 
 def _running(cache: Path, manifest: Manifest) -> Facts:
     """Collect the progress of a capture. Its files may come, go and be half written at any moment."""
-    finished = finished_shards(cache, manifest)
-    done = sum(manifest.plan.tokens[shard] for shard in finished)
     try:
         states = live_workers(cache / PROGRESS)
     except OSError:
         states = []
+    return _progress(manifest, finished_shards(cache, manifest), target_written(cache), states)
+
+
+def _progress(
+    manifest: Manifest, finished: Mapping[int, int], written: bool, states: Sequence[WorkerState]
+) -> Facts:
+    """Return the facts of a capture's progress.
+
+    Args:
+        finished: bytes of each finished shard.
+        written: True if the target's files are.
+        states: the living workers.
+    """
+    done = sum(manifest.plan.tokens[shard] for shard in finished)
     workers = [_worker(state) for state in states]
     rate = sum(worker["tokens_per_second"] for worker in workers)
     return {
         "shards_done": len(finished),
         "tokens_done": done,
         "bytes_done": sum(finished.values()),
-        "target_written": target_written(cache),
+        "target_written": written,
         "workers": workers,
         "tokens_per_second": rate,
         "seconds_left": (manifest.num_tokens - done) / rate if rate else None,

@@ -14,6 +14,7 @@ from pipeline.errors import CacheError
 from pipeline.remote import objects
 from pipeline.remote.address import Address
 from pipeline.remote.objects import StoreError
+from tests.conftest import assert_refused, run_cli
 from tests.pipeline.remote.test_remote_reader import equal, stored
 from tests.s3 import Faulty
 
@@ -100,3 +101,8 @@ def test_what_fails_for_good_is_named(
     assert not stored(tmp_path)  # and nothing half fetched is left
     faulty.faults = []
     assert equal(near.read(0), far.read(0))
+
+
+def test_a_bucket_that_does_not_exist_is_named(s3: Address, cache_dir: Path) -> None:
+    for command in (("inspect", "s3://nowhere/x"), ("sync", cache_dir, "s3://nowhere/x")):
+        assert_refused(run_cli(*command), 1, "s3://nowhere/x is in a bucket that does not exist: create it")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.cache import CacheReader, read_manifest
-from pipeline.cache.manifest import shard_file
+from pipeline.cache.manifest import ShardFiles, shard_file
+from pipeline.cache.progress.claims import own_state
 from pipeline.cache.remote.sync import sync
 from pipeline.errors import CacheError
 from pipeline.remote.address import Address
@@ -191,5 +194,31 @@ def test_verify_and_inspect_read_there(s3: Address, cache_dir: Path, tmp_path: P
 
 
 def test_commands_that_write_take_directories(s3: Address, local_cache: Path) -> None:
-    assert_refused(run_cli("convert", str(s3), local_cache), 2, f"{s3}: this command takes a directory")
     assert_refused(run_cli("verify", str(s3), "--repair"), 2, "--repair")
+
+
+def test_inspect_shows_how_far_a_capture_to_an_object_store_is(s3: Address, cache_dir: Path) -> None:
+    """Two shards of one that was killed once: a worker lives, another's process is gone."""
+    complete = read_manifest(cache_dir)
+    unfinished = dataclasses.replace(
+        complete, status="incomplete", shards=ShardFiles(), files=(), fidelity={}, tensors={}
+    )
+    objects = Objects(s3)
+    objects.write("manifest.json", unfinished.to_json())
+    for shard in (0, 3):
+        objects.write(shard_file(shard), (cache_dir / shard_file(shard)).read_bytes())
+        objects.write(f"progress/{shard:05d}.json", b"{}")
+    objects.write(shard_file(5), b"of a shard without a record")
+    state = own_state("rank 1", time.monotonic() - 10, 4000)
+    objects.write("progress/worker-here.json", json.dumps(dataclasses.asdict(state)).encode())
+    gone = dataclasses.replace(state, pid=2**22 - 1)
+    objects.write("progress/worker-gone.json", json.dumps(dataclasses.asdict(gone)).encode())
+    facts = json.loads(run_ok("inspect", str(s3), "--json"))
+    assert facts["status"] == "incomplete"
+    progress = facts["progress"]
+    assert progress["shards_done"] == 2
+    assert progress["tokens_done"] == complete.plan.tokens[0] + complete.plan.tokens[3]
+    assert progress["bytes_done"] == complete.shards.bytes[0] + complete.shards.bytes[3]
+    assert not progress["target_written"]
+    assert [worker["label"] for worker in progress["workers"]] == ["rank 1"]
+    assert f"2 of {len(complete.plan)} shards" in run_ok("inspect", str(s3))
