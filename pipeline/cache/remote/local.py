@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -127,6 +128,32 @@ class LocalStore:
             yield
         finally:
             os.close(descriptor)
+
+    @contextlib.contextmanager
+    def temporary(self) -> Iterator[Path]:
+        """Make a folder beside the shards, removed at the end; remove those of processes that were killed.
+
+        Raises:
+            WriteError: it can't be made.
+        """
+        parent = self.folder / "temporary"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with self._locked("temporary"):
+                for path in parent.iterdir():
+                    with contextlib.suppress(OSError), (path / "lock").open("w") as lock:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        shutil.rmtree(path, ignore_errors=True)
+                folder = Path(tempfile.mkdtemp(dir=parent))
+                lock = (folder / "lock").open("w")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise files.write_error(parent, error) from error
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.close()
 
     @contextlib.contextmanager
     def folder_lock(self, name: str) -> Iterator[Path]:

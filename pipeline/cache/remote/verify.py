@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 from pipeline import files
 from pipeline.cache.manifest import INDEX, MANIFEST, FileRecord
@@ -40,9 +38,7 @@ def verify_remote(
     begin(manifest.num_bytes)
     problems: list[Problem] = []
     try:
-        store.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=store.folder, prefix="verify-") as name:
-            folder = Path(name)
+        with store.temporary() as folder:
             for each in ("shards", "target"):
                 (folder / each).mkdir()
             (folder / MANIFEST).write_bytes(manifest.to_json())

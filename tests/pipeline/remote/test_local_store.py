@@ -138,3 +138,26 @@ def test_the_default_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("DSPARK_LOCAL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_store(limit=5) == LocalStore(tmp_path / "dspark-pipeline", 5)
+
+
+def test_temporary_folders_of_killed_processes_are_removed_and_of_living_ones_not(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from pipeline.cache.remote.local import LocalStore\n"
+        "with LocalStore(Path(sys.argv[1]), 0).temporary() as folder:\n"
+        "    (folder / 'shard').write_text('x'); print(folder, flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    theirs = Path(process.stdout.readline().strip())
+    with LocalStore(tmp_path, 0).temporary() as ours:
+        assert theirs.is_dir()
+        assert (theirs / "shard").exists()
+        assert ours != theirs
+    assert not ours.exists()
+    process.kill()
+    process.wait()
+    with LocalStore(tmp_path, 0).temporary() as ours:
+        assert not theirs.exists()
+        assert ours.is_dir()
+    process.stdout.close()
