@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,47 +22,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import record
+from benchmarks.s3_server import PORT, s3_server
 from pipeline.remote.address import Address
 from pipeline.remote.objects import PART_BYTES, THREADS, Objects
 
-PORT = 5055
 SMALL, SMALL_BYTES = 100, 64 * 2**10
 SHARD_BYTES, SHARDS = 32 * 2**20, 2
 ROUNDS = 3
-_SERVER = (
-    "import logging, time; from moto.server import ThreadedMotoServer; "
-    "logging.getLogger('werkzeug').setLevel(logging.ERROR); "
-    f"ThreadedMotoServer('127.0.0.1', {PORT}, verbose=False).start(); time.sleep(1e6)"
-)
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    url = f"http://127.0.0.1:{PORT}"
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ALLOW_HTTP": "true",
-    }
-    server = subprocess.Popen([sys.executable, "-c", _SERVER])
-    try:
-        _wait(url)
+    with s3_server():
         rows = _compare()
-    finally:
-        server.kill()
     record("object_store", torch.device("cpu"), rows)
-
-
-def _wait(url: str) -> None:
-    for _ in range(100):
-        try:
-            urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT")).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    sys.exit("the S3 server does not start")
 
 
 def _compare() -> list[tuple[str, str, float, str]]:

@@ -63,6 +63,13 @@ class Beginnings:
 
     def states(self, batch: Sequence[TokenizedSample]) -> States | None:
         """Return the states of a batch; None if it has no beginning that could be read once."""
+        try:
+            return self._states(batch)
+        except (RuntimeError, MemoryError):
+            self._last = None  # it may be what the rest does not fit beside
+            raise
+
+    def _states(self, batch: Sequence[TokenizedSample]) -> States | None:
         common = self.common(batch)
         beginning = self._read(batch[0].input_ids[:common]) if common and self.carries_on else None
         if beginning is None:
@@ -84,10 +91,12 @@ class Beginnings:
     def parts(self, batch: Sequence[TokenizedSample]) -> list[Sequence[TokenizedSample]]:
         """Cut a batch into those that a forward of whole samples can have."""
         found: list[list[TokenizedSample]] = []
+        longest = 0
         for sample in batch:
-            longest = max(len(s.input_ids) for s in [*(found[-1] if found else []), sample])
+            longest = max(longest, len(sample.input_ids))
             if not found or (len(found[-1]) + 1) * longest > self._batch_tokens:
                 found.append([])
+                longest = len(sample.input_ids)
             found[-1].append(sample)
         return found
 

@@ -304,3 +304,20 @@ def test_answers_that_are_not_there_yet_are_refused(fp32_target, data, tmp_path)
     command = arguments(fp32_target, data, tmp_path / "cache", **EXACT)
     result = run_cli(*command, SHARE, "--engine", "vllm", "--regenerate")
     assert_refused(result, 2, "--share-prefixes needs to know the answers", "dspark regenerate")
+
+
+def test_a_target_that_keeps_other_things_reads_whole_samples_within_the_limit(monkeypatch) -> None:
+    monkeypatch.setattr("capture.prefixes.STEP", 4)
+    begin = np.arange(3, 12, dtype=np.int32)
+    samples = [
+        TokenizedSample(n, np.append(begin, np.full(n, 5, np.int32)), np.ones(9 + n, np.uint8))
+        for n in (1, 2, 3, 4)
+    ]
+    engine = HuggingFaceEngine(make_model("qwen3_next"), [0])
+    seen: list[tuple[int, ...]] = []
+    after_each_forward(monkeypatch, lambda ids, states: seen.append(tuple(ids.shape)))
+    engine.share_beginnings(26, RopeLengths())
+    engine.states(samples)
+    assert seen == [(1, 8), (2, 11), (2, 13)]
+    engine.states(samples)
+    assert seen[3:] == [(2, 11), (2, 13)], "it is known by then"
