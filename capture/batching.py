@@ -22,6 +22,8 @@ WINDOW_SAMPLES = 4096
 # A batch that computes its common beginning once still attends to it from every row, and has its keys and
 # values for every row: tokens of a batch, by those that it may compute.
 SPREAD = 4
+# Tokens of a shard, by the rows of a state that it may have: ids and masks remain of what samples share.
+TOKENS_A_ROW = 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Limits:
     batch_tokens: int
     """Maximum tokens that a forward computes, padding included, unless it has one sample."""
     shard_tokens: int
-    """Maximum tokens per shard, unless it has one sample."""
+    """Maximum tokens per shard, of which rows are stored, unless it has one sample."""
     carries_on: bool = False
     """A batch computes what all its samples begin with once."""
 
@@ -103,9 +105,12 @@ def plan_capture(
 
 
 def plan_sharing(
-    data: TokenizedData, limits: Limits, rope: RopeLengths | None = None
+    data: TokenizedData, last_rows: np.ndarray, limits: Limits, rope: RopeLengths | None = None
 ) -> tuple[CapturePlan, np.ndarray]:
     """Plan batches and shards of samples that share the context of equal beginnings.
+
+    Args:
+        last_rows: rows of last hidden states that are stored of each sample, `[n]`.
 
     Returns:
         The plan; and how many first tokens each sample has in common with the one before in its shard, `[n]`.
@@ -113,40 +118,50 @@ def plan_sharing(
     lengths = data.facts.lengths
     groups = (rope or RopeLengths()).groups(lengths)
     order, shared = arranged(data, groups, WINDOW_SAMPLES)
-    plan = _plan(order, lengths[order], groups[order], shared, limits)
+    own = lengths[order] - shared
+    weights = np.maximum(own, np.maximum(last_rows[order], -(-lengths[order] // TOKENS_A_ROW)))
+    plan = _plan(order, lengths[order], groups[order], shared, limits, weights)
     shared[[members.start for members in plan.shards]] = 0
     return plan, shared
 
 
 def _plan(
-    order: np.ndarray, lengths: np.ndarray, groups: np.ndarray, shared: np.ndarray, limits: Limits
+    order: np.ndarray,
+    lengths: np.ndarray,
+    groups: np.ndarray,
+    shared: np.ndarray,
+    limits: Limits,
+    weights: np.ndarray | None = None,
 ) -> CapturePlan:
     """Cut samples, in their order, into batches, and these into shards.
 
     Args:
         groups: of each sample; those of two groups share no batch.
         shared: first tokens that each has in common with the one before.
+        weights: what each adds to a shard behind the one before; None is its tokens.
     """
     sizes, common, kinds = lengths.tolist(), shared.tolist(), groups.tolist()
+    adds = sizes if weights is None else weights.tolist()
     batches: list[range] = []
     computed: list[int] = []
     stored: list[int] = []
+    regained: list[int] = []  # what a batch's first sample adds besides where it is its shard's first
     for start in range(0, len(sizes), WINDOW_SAMPLES):
         stop = min(start + WINDOW_SAMPLES, len(sizes))
         while start < stop:
-            longest, alike, rows = sizes[start], sizes[start] - 1, sizes[start] - common[start]
+            longest, alike, rows = sizes[start], sizes[start] - 1, adds[start]
             cost, end = longest, start + 1
+            regained.append(max(0, sizes[start] - rows))
             while end < stop and kinds[end] == kinds[start]:
                 most, beginning = max(longest, sizes[end]), min(alike, common[end], sizes[end] - 1)
                 more = limits.cost(end + 1 - start, most, beginning)
-                added = rows + sizes[end] - common[end]
-                if more is None or added > limits.shard_tokens:
+                added = rows + adds[end]
+                if more is None or added + regained[-1] > limits.shard_tokens:
                     break
                 longest, alike, rows, cost, end = most, beginning, added, more, end + 1
             batches.append(range(start, end))
             computed.append(cost)
             stored.append(rows)
             start = end
-    firsts = [common[batch.start] for batch in batches]
-    shards = plan_shards(stored, limits.shard_tokens, firsts)
+    shards = plan_shards(stored, limits.shard_tokens, regained)
     return CapturePlan(order, batches, shards, sum(computed), sum(sizes))

@@ -81,11 +81,12 @@ def plan_lines(prepared: PreparedCapture) -> Iterator[str]:
     batches = f"{len(batching.batches):,} batches of at most {options.batch_tokens:,} tokens"
     if prepared.plan.rows:
         stored, tokens = sum(prepared.plan.rows), sum(prepared.plan.tokens)
-        yield f"{batches}, {batching.padded_tokens:,} computed"
+        yield f"{batches}, {batching.padded_tokens:,} computed if the target carries on from its cache"
         yield f"context of {stored:,} tokens stored, {1 - stored / tokens:.1%} less than of all {tokens:,}"
     else:
         yield f"{batches}, {batching.padding:.1%} padding"
-    yield f"{len(prepared.plan):,} shards of at most {options.shard_tokens:,} tokens"
+    unit = "rows of a state" if prepared.plan.rows else "tokens"
+    yield f"{len(prepared.plan):,} shards of at most {options.shard_tokens:,} {unit}"
     yield from training_lines(prepared.data.facts.sample_ids, prepared.data.facts.lengths)
     yield f"{'codec':<12}{'bytes per token':>16}{'cache':>12}"
     features = prepared.identity.features

@@ -1,9 +1,9 @@
 """The order of samples that share rows of context: those with an equal beginning follow each other.
 
-`--share-prefixes` stores the context of an equal beginning once, see `pipeline.cache.prefixes`. Here samples
-are put in an order that makes the most of it: inside the windows of the plan, those that have a long
-beginning in common stay together, and among these the ones that have more in common. Samples that differ are
-sorted by length, longest first, so that a batch has little padding.
+`--share-prefixes` stores the context of equal beginnings once, see `pipeline.cache.prefixes`. A sample shares
+rows with the one before, so here samples are put in order: inside the windows of the plan, those that have a
+long beginning in common stay together, and among these the ones that have more in common, first. Samples that
+differ are sorted by length, longest first, so that a batch has little padding.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 
 from capture.data.tokens import TokenizedData
 
+# Fewer tokens than these are not shared: each sample that shares some is read in one part more.
+LEAST = 16
 # Tokens that a beginning must have in common, beyond that of the group around it, to make a group. A forward
 # carries on from a whole number of these, so that few beginnings are computed apart for a token or two.
 STEP = 64
@@ -33,7 +35,8 @@ def arranged(data: TokenizedData, groups: np.ndarray, window: int) -> tuple[np.n
         window: samples that are ordered together.
 
     Returns:
-        The data's number of each sample, `[n]`, and its first tokens in common, `[n]`, fewer than it has.
+        The data's number of each sample, `[n]`, and its first tokens in common, `[n]`: fewer than it has, and
+        none of less than `LEAST`.
     """
     order, shared = [], []
     for start in range(0, len(data), window):
@@ -58,8 +61,8 @@ def _arrange_window(tokens: Sequence[np.ndarray], groups: np.ndarray) -> tuple[l
     lengths = np.array([len(tokens[i]) for i in alphabetic])
     order = [alphabetic[place] for place in _ordered(range(len(alphabetic)), beside, lengths)]
     shared = [0, *(common(a, b) for a, b in pairwise(order))]
-    fewer = [min(n, len(tokens[i]) - 1) for n, i in zip(shared, order, strict=True)]
-    return order, np.array(fewer, np.int64)
+    fewer = np.array([min(n, len(tokens[i]) - 1) for n, i in zip(shared, order, strict=True)], np.int64)
+    return order, np.where(fewer < LEAST, 0, fewer)
 
 
 def _ordered(places: range, beside: np.ndarray, lengths: np.ndarray) -> list[int]:
@@ -71,14 +74,18 @@ def _ordered(places: range, beside: np.ndarray, lengths: np.ndarray) -> list[int
         lengths: tokens of the sample at each place.
     """
     order: list[int] = []
-    waiting = [places]
+    waiting: list[range | list[int]] = [places]
     while waiting:
         some = waiting.pop()
+        if isinstance(some, list):
+            order += some
+            continue
         inner = beside[some.start : some.stop - 1]
         base = int(inner.min()) if len(inner) else 0  # what all of them have in common
         parts = list(_cut(some, inner < base + STEP))
         alone = [part.start for part in parts if len(part) == 1]
-        order += sorted(alone, key=lambda place: -int(lengths[place]))
+        # Behind the groups, whose last samples a shorter one may be the beginning of.
+        waiting.append(sorted(alone, key=lambda place: -int(lengths[place])))
         waiting += [part for part in reversed(parts) if len(part) > 1]
     return order
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 
 from capture.batching import CapturePlan, Limits, plan_capture, plan_sharing
@@ -17,7 +18,7 @@ from capture.example import with_example
 from capture.one_pass.turns import longest_lengths
 from capture.options import CaptureOptions
 from pipeline.cache import DataIdentity, FeatureIdentity, Identity, SampleFacts, build_index, read_manifest
-from pipeline.cache.features import EACH, NO_LAST_HIDDEN, ONCE
+from pipeline.cache.features import ALL_TOKENS, EACH, NO_LAST_HIDDEN, ONCE
 from pipeline.cache.manifest import MANIFEST, PROMPTS, Manifest, Plan
 from pipeline.cache.same import refuse_another
 from pipeline.errors import CacheError, DataError
@@ -174,7 +175,9 @@ def _planned(
         plan = plan_capture(facts.lengths, options.batch_tokens, options.shard_tokens, rope)
         return plan, facts.take(plan.order)
     limits = Limits(options.batch_tokens, options.shard_tokens, options.engine.is_plain)
-    plan, shared = plan_sharing(data, limits, rope)
+    every, none = options.hidden == ALL_TOKENS, options.last_hidden == NO_LAST_HIDDEN
+    last_rows = np.zeros_like(facts.lengths) if none else facts.lengths if every else facts.last_rows
+    plan, shared = plan_sharing(data, last_rows, limits, rope)
     return plan, replace(facts.take(plan.order), shared=shared)
 
 

@@ -45,6 +45,8 @@ class Beginnings:
     def __init__(self, target: HFDSparkTargetModel, batch_tokens: int, rope: RopeLengths):
         self._target, self._batch_tokens, self._rope = target, batch_tokens, rope
         self._last: _Beginning | None = None
+        self.carried = False
+        """True if the last batch was read from a beginning on."""
         self.carries_on = True
         """False once the target was seen to keep other things than keys and values."""
 
@@ -72,7 +74,9 @@ class Beginnings:
     def _states(self, batch: Sequence[TokenizedSample]) -> States | None:
         common = self.common(batch)
         beginning = self._read(batch[0].input_ids[:common]) if common and self.carries_on else None
+        self.carried = beginning is not None
         if beginning is None:
+            self._last = None  # its memory is this batch's
             return None
         past = copy.deepcopy(beginning.past)
         past.batch_repeat_interleave(len(batch))
@@ -105,8 +109,14 @@ class Beginnings:
         if self._last is None or not np.array_equal(self._last.tokens, tokens):
             self._last = None  # frees its memory first
             past = DynamicCache(config=self._target.config)
-            states = self._target.states(padded([tokens], input_device(self._target.model)), past=past)
-            self.carries_on = bool(past.layers) and all(type(layer) in _ATTENTION for layer in past.layers)
+            rows = padded([tokens], input_device(self._target.model))
+            try:
+                states = self._target.states(rows, past=past)
+            except TypeError:  # its decoder takes no cache
+                self.carries_on = False
+                return None
+            kept = all(type(layer) in _ATTENTION for layer in past.layers)
+            self.carries_on = kept and past.get_seq_length() == len(tokens)
             if self.carries_on:
                 self._last = _Beginning(tokens, states, past)
         return self._last

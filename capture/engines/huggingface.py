@@ -49,7 +49,7 @@ class HuggingFaceEngine:
     @property
     def leak(self) -> str:
         name = type(self.target.model).__name__
-        if self._beginnings is not None:
+        if self._beginnings is not None and self._beginnings.carried:
             return f"{name} does not carry on from its keys and values: capture without --share-prefixes"
         return f"{name} lets padding into its states: capture with --batch-tokens 2 (one row at a time)"
 

@@ -57,7 +57,7 @@ def prove_target(
     proof = if_it_fits(lambda: engine.prove(identity, pair, last_codec, rope))
     if proof is None:  # both at once: each of them fits
         proof = engine.prove(identity, pair[-1:], last_codec, rope)
-    for batch in (*proof_batches(prepared), *sharing_batches(prepared)):
+    for batch in (*proof_batches(prepared), *sharing_batches(prepared, pairs)):
         several = pairs.usable(batch) or []
         if len(several) > 1:  # one that does not fit is split by the capture, too
             error = if_it_fits(functools.partial(prove_batch, engine, several)) or 0.0
@@ -77,12 +77,20 @@ def _say(judgement: Judgement) -> None:
     note(judgement.line if judgement.verdict == "good" else f"warning: {judgement.line}")
 
 
-def sharing_batches(prepared: PreparedCapture) -> Iterator[range]:
-    """Yield the plan's first batch whose samples begin alike for long enough to read that once, if any."""
-    shared = prepared.shared
-    for batch in prepared.batching.batches:
-        if len(batch) > 1 and shared and usable(min(shared[batch.start + 1 : batch.stop])):
+def sharing_batches(prepared: PreparedCapture, pairs: _Pairs) -> Iterator[range]:
+    """Yield a batch whose samples begin alike for long enough to read that once, two of them usable, if any.
+
+    One of a few candidates: a batch whose samples are bad proves nothing.
+    """
+    shared, tried = prepared.shared, 0
+    for batch in prepared.batching.batches if shared else ():
+        if len(batch) == 1 or not usable(min(shared[batch.start + 1 : batch.stop])):
+            continue
+        if len(pairs.usable(batch) or ()) > 1:
             yield batch
+            return
+        tried += 1
+        if tried == CANDIDATES:
             return
 
 

@@ -29,7 +29,7 @@ from pipeline.cache.rows import stored_rows
 from pipeline.cache.shard import ShardBuffer
 from pipeline.cache.skipped import REASONS, TOO_LARGE, state_rows
 from pipeline.cache.statistics import StateCodec
-from pipeline.device import out_of_memory
+from pipeline.device import if_it_fits, out_of_memory
 from pipeline.errors import TargetError
 
 # Maximum mean total variation between the stored teacher and the target over the few rows that are checked
@@ -103,6 +103,8 @@ class FilledShard:
     found_bad: BadSample
     shared: list[int]
     """First rows of context that each sample has from the one before."""
+    beginnings: dict[int, dict[int | str, Tensor]] = field(default_factory=dict)
+    """Peaks, by state, of the rows that others have from a sample that could not be run, by its number."""
     bad: dict[int, str] = field(default_factory=dict)
     """Reason of each bad sample, by its number in the shard. `finish` completes it."""
     _filled: tuple[int, int, int] = (0, 0, 0)
@@ -127,7 +129,7 @@ class FilledShard:
         """
         self._wait()
         ran = self._good_rows()
-        context = ContextPeaks(self.lengths, self.shared, dict(self.bad))
+        context = ContextPeaks(self.lengths, self.shared, dict(self.bad), self.beginnings)
         for key, first, peaks in self._peaks:
             self._check_peaks(key, first, peaks.numpy(), context)
         good = torch.from_numpy(self._good_rows()[ran])
@@ -232,7 +234,7 @@ class ShardFiller:
         samples = [sample for batch in batches for sample in batch]
         last_rows = [len(stored_rows(s.loss_mask, self._identity.features)) for s in samples]
         shared = [0] * len(samples) if shared is None else list(shared)
-        checked = self._own(checked_rows(last_rows, self._identity.features), samples, shared)
+        checked = self._checked(samples, shared)
         shard = FilledShard(buffer, samples, checked, last_rows, found_bad, shared)
         tensors["input_ids"].copy_(torch.from_numpy(np.concatenate([s.input_ids for s in shard.samples])))
         tensors["loss_mask"].copy_(torch.from_numpy(np.concatenate([s.loss_mask for s in shard.samples])))
@@ -252,14 +254,13 @@ class ShardFiller:
         shard._wait = self._copier.mark()
         return shard
 
-    def _own(self, checked: list[int], samples: Sequence[TokenizedSample], shared: list[int]) -> list[int]:
-        """Return those of the checked rows of `last_hidden` whose context is not another sample's."""
-        if not any(shared):
-            return checked
+    def _checked(self, samples: Sequence[TokenizedSample], shared: list[int]) -> list[int]:
+        """Return rows of `last_hidden` to check, among those whose context is not another sample's."""
         features = self._identity.features
         positions = [stored_rows(sample.loss_mask, features) for sample in samples]
-        own = np.concatenate([rows >= start for rows, start in zip(positions, shared, strict=True)])
-        return [row for row in checked if own[row]]
+        own = [rows >= start for rows, start in zip(positions, shared, strict=True)]
+        chosen = checked_rows([int(np.count_nonzero(each)) for each in own], features)
+        return np.flatnonzero(np.concatenate(own))[chosen].tolist()
 
     def _fitting(self, batch: list[TokenizedSample]) -> Iterator[list[TokenizedSample]]:
         """Yield the batch in parts within the limit of padded tokens, one sample at least."""
@@ -279,9 +280,9 @@ class ShardFiller:
                 torch.cuda.empty_cache()
                 first, token, last = shard._filled
                 shard.mark(first, TOO_LARGE)
-                labels = shard.last_rows[first]
                 rows = len(batch[0].input_ids) - shard.shared[first]
-                shard._filled = (first + 1, token + rows, last + labels)
+                shard._filled = (first + 1, token + rows, last + shard.last_rows[first])
+                self._fill_beginning(shard, first, token)
             return
         torch.cuda.empty_cache()
         half = (len(batch) + 1) // 2
@@ -293,6 +294,25 @@ class ShardFiller:
         self._limit = min(self._limit, half * longest(batch))
         self._run(shard, batch[:half])
         self._run(shard, batch[half:])
+
+    def _fill_beginning(self, shard: FilledShard, sample: int, token: int) -> None:
+        """Fill what the sample after one that could not be run has from it, by running that much of it.
+
+        Args:
+            token: first row of context of `sample`.
+        """
+        begin, end = shard.shared[sample], (*shard.shared, 0)[sample + 1]
+        if end <= begin:
+            return
+        whole = shard.samples[sample]
+        cut = TokenizedSample(whole.source_row, whole.input_ids[:end], whole.loss_mask[:end])
+        states = if_it_fits(lambda: self.engine.states([cut]))
+        if states is None or states.failed:  # nor can the next one be run, which begins so
+            return
+        for layer_id in self._identity.features.layer_ids:
+            name, rows = context_name(layer_id), states.take(layer_id, np.arange(begin, end))
+            self._store(shard, name, self._encode(name, rows), token)
+            shard.beginnings.setdefault(sample, {})[layer_id] = self._peaks(rows)
 
     def _fits(self, shard: FilledShard, batch: list[TokenizedSample]) -> bool:
         """Run a batch and return True; False, keeping no memory of it, if it does not fit."""
@@ -343,6 +363,8 @@ class ShardFiller:
         shard._filled = (first + len(batch), token + stored, last + len(label_rows))
         for sample, reason in sorted(states.failed.items()):
             shard.mark(first + sample, reason)
+            before = int(starts[sample]) - sum(shared[:sample])
+            self._fill_beginning(shard, first + sample, token + before)
 
     def _encode(self, state: str, rows: Tensor) -> dict[str, Tensor]:
         with self.clock.step("encode", rows.device):

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.shard import MappedShard, cut_short
+from pipeline.errors import CacheError
+from pipeline.text import reason
 
-# Reads begin and end at multiples of this, which suits every disk.
+# Reads begin and end at multiples of this, which suits almost every disk. One that asks for more is read
+# through its page cache after all.
 BLOCK_BYTES = 4096
 # Bytes of one read: longer pieces are cut.
 READ_BYTES = 2**20
@@ -48,8 +51,7 @@ class DirectReads:
         """Read pieces of shards that were mapped with `direct`.
 
         Raises:
-            CacheError: a file has become shorter.
-            OSError: a file can't be read.
+            CacheError: a file has become shorter, or can't be read.
         """
         list(self._pool.map(self._read, _cut(pieces)))
 
@@ -67,7 +69,13 @@ class DirectReads:
         file = shard.descriptor if shard.direct is None else shard.direct
         got = 0
         while begin + got < offset + len(out):
-            count = os.preadv(file, [memory[got : end - begin]], begin + got)
+            try:
+                count = os.preadv(file, [memory[got : end - begin]], begin + got)
+            except OSError as error:
+                if file == shard.descriptor:
+                    raise CacheError(f"{shard.path} can't be read ({reason(error)})") from error
+                file = shard.descriptor  # a file system that refuses blocks of this size
+                continue
             reached = got + count
             if begin + reached < offset + len(out):  # it stopped early, and goes on at a whole block
                 reached = reached // BLOCK_BYTES * BLOCK_BYTES

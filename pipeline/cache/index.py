@@ -77,13 +77,12 @@ def count_candidates(loss_mask: np.ndarray) -> int:
 
 
 def plan_shards(
-    lengths: Sequence[int], shard_tokens: int, shared: Sequence[int] | None = None
+    lengths: Sequence[int], shard_tokens: int, regained: Sequence[int] | None = None
 ) -> list[range]:
     """Split samples or batches, in order, into shards of at most `shard_tokens` tokens or one longer item.
 
     Args:
-        shared: tokens that each one adds besides where it is a shard's first, because it shares them with the
-            one before; None for none.
+        regained: tokens that each one has besides where it is a shard's first; None for none.
     """
     shards: list[range] = []
     first = tokens = 0
@@ -91,7 +90,7 @@ def plan_shards(
         if i > first and tokens + length > shard_tokens:
             shards.append(range(first, i))
             first, tokens = i, 0
-        tokens += length + (shared[i] if shared is not None and i == first else 0)
+        tokens += length + (regained[i] if regained is not None and i == first else 0)
     if lengths:
         shards.append(range(first, len(lengths)))
     return shards

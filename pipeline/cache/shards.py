@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ from pipeline.errors import CacheError
 class Shards(ABC):
     """Shards of one cache, the last ones mapped. Safe to use from several threads."""
 
-    # Shards mapped at once. A mapping takes address space and two file handles, whose usual limit is 1,024.
+    # Shards mapped at once. A mapping takes address space and up to three file handles, of usually 1,024.
     most_mapped = 256
     remote = False
     """True for `RemoteShards`, whose shards are fetched, ahead of use too."""
@@ -67,9 +68,14 @@ class Shards(ABC):
     def can_read_directly(self) -> bool:
         """Return whether the disk of the files that are mapped offers reads past the page cache."""
         found = open_direct(self._any_file())
-        if found is not None:
+        if found is None:
+            return False
+        try:
+            return os.preadv(found, [mmap.mmap(-1, mmap.PAGESIZE)], 0) > 0
+        except OSError:
+            return False
+        finally:
             os.close(found)
-        return found is not None
 
     def read_directly(self) -> None:
         """Map shards from now on so that they can be read past the page cache too."""

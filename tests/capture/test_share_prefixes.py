@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from capture.batching import Limits, plan_sharing
 from capture.data.conversations import TokenizedSample
 from capture.engines.huggingface import HuggingFaceEngine
-from capture.prefixes import equal_start
+from capture.prefixes import LEAST, equal_start
+from capture.shards.fill import ShardFiller
 from pipeline.cache import CacheReader, read_manifest
 from pipeline.cache.contents import SampleChecks
 from pipeline.cache.index import index_bytes, open_index
@@ -128,7 +131,7 @@ def test_the_index_says_what_begins_alike_and_the_cache_is_smaller(both) -> None
     tokens = [reader.tokens(i)[0].numpy() for i in range(len(reader))]
     for (before, row), (one, other) in zip(pairwise(rows), pairwise(tokens), strict=True):
         alike = min(equal_start(one, other), row["length"] - 1)
-        assert row["shared"] == (alike if before["shard"] == row["shard"] else 0)
+        assert row["shared"] == (alike if before["shard"] == row["shard"] and alike >= LEAST else 0)
     each, once = map(read_manifest, both)
     assert sum(once.plan.rows) == sum(row["length"] - row["shared"] for row in rows)
     # 32 of 40 rows have one of two beginnings, half of them one of two long questions after it.
@@ -184,6 +187,105 @@ def test_a_bad_sample_takes_nothing_from_those_that_begin_like_it(tmp_path, fp32
         want = sound.read(numbers[cache.sample_id(i)])
         assert torch.equal(cache.read(i).context, want.context)
         assert torch.equal(cache.read(i).last_hidden, want.last_hidden)
+
+
+def test_one_that_does_not_fit_takes_none_with_it_that_begins_alike(
+    tmp_path, fp32_target, monkeypatch
+) -> None:
+    """The longest of twenty answers to a question comes first, so the others have their beginning from it."""
+    monkeypatch.setattr("capture.run.prove_target", lambda *_: {})
+    generator = np.random.default_rng(0)
+    question, path = generator.integers(3, 190, 90).tolist(), tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for row in range(20):
+            answer = generator.integers(3, 190, 60 if row == 7 else 5 + row).tolist()
+            answer[-1] = HUGE if row == 7 else answer[-1]
+            mask = [0] * 90 + [1] * len(answer)
+            file.write(json.dumps({"input_ids": question + answer, "loss_mask": mask}) + "\n")
+    run_ok(*arguments(fp32_target, path, tmp_path / "sound", **EXACT), SHARE)
+    after_each_forward(monkeypatch, spoil)
+    run_ok(*arguments(fp32_target, path, tmp_path / "cache", **EXACT, **SKIP), SHARE)
+    monkeypatch.undo()
+    run_ok("verify", tmp_path / "cache")
+    assert read_manifest(tmp_path / "cache").skipped.source_row == (7,)
+    sound, cache = CacheReader(tmp_path / "sound"), CacheReader(tmp_path / "cache")
+    numbers = {sound.sample_id(i): i for i in range(len(sound))}
+    assert index_of(tmp_path / "cache")[1]["shared"] >= 90
+    for i in range(len(cache)):
+        want = sound.read(numbers[cache.sample_id(i)]).context
+        torch.testing.assert_close(cache.read(i).context, want, rtol=2**-7, atol=1e-3)
+
+
+def write_turns(path: Path, rows: int = 18) -> Path:
+    """Each row begins with the whole one before it, every answer supervised, as an agent's turns do."""
+    generator = np.random.default_rng(1)
+    ids, mask = generator.integers(3, 190, 20).tolist(), [0] * 20
+    with path.open("w") as file:
+        for _ in range(rows):
+            ids, mask = ids + generator.integers(3, 190, 25).tolist(), mask + [0] * 10 + [1] * 15
+            file.write(json.dumps({"input_ids": ids, "loss_mask": mask}) + "\n")
+    return path
+
+
+def test_of_turns_that_hold_each_other_every_row_is_stored_once(tmp_path, fp32_target, monkeypatch) -> None:
+    data = write_turns(tmp_path / "turns.jsonl")
+    options = {**EXACT, "shard_tokens": 6000}
+    run_ok(*arguments(fp32_target, data, tmp_path / "once", **options), SHARE)
+    manifest = read_manifest(tmp_path / "once")
+    assert manifest.plan.rows == (20 + 18 * 25 + 17,), "each but the longest has a row of its own"
+    assert manifest.fidelity["teacher_tv_rows"] == 4
+    assert 0 < manifest.fidelity["relative_error.context.2_mean"] < 0.005, "of bf16"
+
+
+def test_a_ruined_teacher_is_refused_also_where_its_rows_share_their_context(
+    tmp_path, fp32_target, monkeypatch
+) -> None:
+    monkeypatch.setattr("capture.run.prove_target", lambda *_: {})
+    real = ShardFiller._encode
+
+    def ruined(self: ShardFiller, state: str, rows: Tensor) -> dict[str, Tensor]:
+        return real(self, state, rows * 0 if state == "last_hidden" else rows)
+
+    monkeypatch.setattr(ShardFiller, "_encode", ruined)
+    data = write_turns(tmp_path / "turns.jsonl")
+    result = run_cli(*arguments(fp32_target, data, tmp_path / "once", **EXACT), SHARE)
+    assert_refused(result, 1, "the stored teacher of", "differs from the target's")
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_shard_has_more_rows_of_a_state_than_asked_for(seed: int, every: bool) -> None:
+    generator = np.random.default_rng(seed)
+    systems = [generator.integers(3, 50, n) for n in (3, 40, 200)]
+    tokens = []
+    for _ in range(150):
+        system = systems[int(generator.integers(3))]
+        tokens.append(np.concatenate([system, generator.integers(3, 50, int(generator.integers(2, 60)))]))
+    lengths = np.array([len(ids) for ids in tokens])
+    last_rows = lengths if every else generator.integers(1, lengths)
+    limits = Limits(400, 300, carries_on=True)
+
+    class Data:
+        facts = SimpleNamespace(lengths=lengths)
+
+        def __len__(self) -> int:
+            return len(tokens)
+
+        def __getitem__(self, i: int) -> TokenizedSample:
+            return TokenizedSample(i, tokens[i].astype(np.int32), np.ones(len(tokens[i]), np.uint8))
+
+    plan, shared = plan_sharing(Data(), last_rows, limits)
+    assert sorted(plan.order.tolist()) == list(range(150))
+    ordered = lengths[plan.order]
+    for members in plan.shards:
+        some = slice(members.start, members.stop)
+        assert shared[members.start] == 0
+        if len(members) > 1:
+            assert int((ordered[some] - shared[some]).sum()) <= 300
+            assert int(last_rows[plan.order[some]].sum()) <= 300
+            assert int(ordered[some].sum()) <= 16 * 300
+    for batch in plan.batches:
+        assert len(batch) == 1 or len(batch) * ordered[batch.start : batch.stop].max() <= 4 * 400
 
 
 def bent(cache: Path, shared: list[int]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.conftest import assert_refused, run_cli
 from train.data import reads as module
 from train.data.loader import load_encoded_batch, loaded
 from train.data.packing import epoch_packs
-from train.data.reads import TRIALS, Reads, available_memory, used_bytes
+from train.data.reads import TRIALS, TURNS, Reads, available_memory, used_bytes
 from train.data.sampling import random_anchors
 from train.draft.blocks.collate import collate_anchors
 
@@ -137,20 +138,18 @@ def test_direct_reads_no_page_of_the_states(encoded: Path, monkeypatch: pytest.M
 def test_auto_takes_the_faster_way_and_says_so(cache_dir, monkeypatch, past, through, chosen) -> None:
     reader, said = CacheReader(cache_dir), []
     reads = Reads(reader, "auto", reader.layer_ids, 10**12, 0, said.append)
-    clock = iter(itertools.count())
-    monkeypatch.setattr(module.time, "perf_counter", lambda: 0.0)
     ways = []
-    for _ in range(2 * TRIALS):
+    for number in range(2 * TRIALS * TURNS):
         way = reads.direct()
         ways.append(way)
         times = iter([0.0, 1.0 / (past if way else through)])
         monkeypatch.setattr(module.time, "perf_counter", lambda times=times: next(times))
         assert not said
-        with reads.timed(way, [next(clock) % len(reader)]):
+        with reads.timed(way, [number % TRIALS] if number % 3 else []):  # as where ranks lack a pack
             pass
         reads.tell()
-    assert ways == [False, True] * TRIALS
-    assert {reads.direct() for _ in range(4)} == {chosen}
+    assert ways == [way for _ in range(TURNS) for way in (False, True) for _ in range(TRIALS)]
+    assert {reads.direct() for _ in range(40)} == {chosen}
     assert said[0].startswith(f"reading {'past' if chosen else 'through'} the page cache: ")
     reads.close()
 
@@ -168,8 +167,44 @@ def test_used_bytes_are_those_of_the_states_read(cache_dir) -> None:
     tensors = [reader.parts(i, f"context.{layer}") for i in samples for layer in layers]
     tensors += [reader.parts(i, "last_hidden") for i in samples]
     assert used_bytes(reader, samples, layers) == sum(t.nbytes for parts in tensors for t in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"), [(None, 4000), ("max", 4000), ("10000", 4000), ("2000", 2000 - 1500 + 700)]
+)
+def test_memory_is_the_machines_or_what_its_container_leaves(tmp_path, limit, found) -> None:
     assert available_memory() is None or available_memory() > 2**20
-    assert available_memory(Path("/nowhere")) is None
+    assert available_memory(tmp_path) is None
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4 kB\n")
+    (group / "memory.current").write_text("1500\n")
+    (group / "memory.stat").write_text("anon 800\nfile 700\n")
+    if limit is not None:
+        (group / "memory.max").write_text(f"{limit}\n")
+    assert available_memory(tmp_path) == (found if limit == "2000" else 4096)
+
+
+def test_reads_that_a_disk_refuses_go_through_its_page_cache(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "shard"
+    shard = map_shard(path, shard_of(path, 4001), direct=True)
+    real = os.preadv
+
+    def refused(file: int, *rest: object) -> int:
+        if file == shard.direct:
+            raise OSError(22, "Invalid argument")
+        return real(file, *rest)
+
+    monkeypatch.setattr(os, "preadv", refused)
+    piece = Piece(shard, shard.tensors["wide"], torch.zeros(4001, 300))
+    reads = DirectReads(2)
+    reads.read([piece])
+    assert torch.equal(piece.out.view(torch.uint8), piece.view.view(torch.uint8))
+    monkeypatch.setattr(os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(CacheError, match=f"{path} can't be read .Input/output error"):
+        reads.read([piece])
+    reads.close()
 
 
 def test_a_disk_without_such_reads_is_named(cache_dir, tmp_path, monkeypatch) -> None:

@@ -346,6 +346,7 @@ def loaded(
             if direct or on_gpu:
                 threads = reads.threads if direct and reads is not None else None
                 batch, memory = load_encoded_batch(*chosen, pin=on_gpu, threads=threads), None
+                batch = batch if on_gpu else batch.to(device)
             else:
                 memory = free.get()
                 batch = load_batch(*chosen, memory)

@@ -6,7 +6,6 @@ them there: then reads past the page cache may be faster. `auto` tries both on t
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,8 @@ from pipeline.errors import ConfigError
 from pipeline.text import size
 
 AUTO, MMAP, DIRECT = "auto", "mmap", "direct"
-# Batches that auto reads each way before it decides.
-TRIALS = 8
+# Batches that auto reads in one way before the other one's turn, and turns of each.
+TRIALS, TURNS = 8, 2
 # Reads past the page cache must be that much faster: they use the disk in every epoch.
 MARGIN = 1.1
 
@@ -53,8 +52,8 @@ class Reads:
     ):
         self._reader, self._layer_ids = reader, layer_ids
         self._lock, self._news, self._say = Lock(), list[str](), say
-        self._rates: dict[bool, list[float]] = {False: [], True: []}
-        self._given = 0
+        self._bytes, self._seconds = {False: 0, True: 0}, {False: 0.0, True: 0.0}
+        self._given = self._timed = 0
         self._direct: bool | None = how == DIRECT
         """None while auto has not decided."""
         self.threads: DirectReads | None = None
@@ -72,7 +71,7 @@ class Reads:
         """Return whether the next batch is to be read past the page cache."""
         with self._lock:
             self._given += 1
-            return self._given % 2 == 0 if self._direct is None else self._direct
+            return (self._given - 1) // TRIALS % 2 == 1 if self._direct is None else self._direct
 
     @contextmanager
     def timed(self, direct: bool, samples: Sequence[int]) -> Iterator[None]:
@@ -83,12 +82,14 @@ class Reads:
         with self._lock:
             if self._direct is not None:
                 return
-            self._rates[direct].append(used_bytes(self._reader, samples, self._layer_ids) / seconds)
-            if min(map(len, self._rates.values())) >= TRIALS:
+            self._bytes[direct] += used_bytes(self._reader, samples, self._layer_ids)
+            self._seconds[direct] += seconds
+            self._timed += 1
+            if self._timed == 2 * TRIALS * TURNS:
                 self._decide()
 
     def _decide(self) -> None:
-        past, through = (statistics.median(self._rates[way]) for way in (True, False))
+        past, through = (self._bytes[way] / max(self._seconds[way], 1e-9) for way in (True, False))
         self._direct = past > MARGIN * through
         chosen = "past the page cache" if self._direct else "through the page cache"
         self._news.append(f"reading {chosen}: {size(int(past))}/s past it, {size(int(through))}/s through it")
@@ -116,20 +117,32 @@ def check_reads(reader: CacheReader, how: str) -> None:
 
 
 def used_bytes(reader: CacheReader, samples: Sequence[int], layer_ids: Sequence[int]) -> int:
-    """Return the bytes of states that an epoch over these samples reads."""
-    features, width = reader.manifest.identity.features, reader.hidden_size
+    """Return the bytes of states that are stored of these samples; of shared rows their share."""
+    features, width, plan = reader.manifest.identity.features, reader.hidden_size, reader.manifest.plan
     tokens = int(reader.lengths[list(samples)].sum())
-    total = tokens * len(layer_ids) * get_codec(features.context_codec).row_bytes(width)
+    rows = tokens * sum(plan.context_rows) // sum(plan.tokens)
+    total = rows * len(layer_ids) * get_codec(features.context_codec).row_bytes(width)
     if features.has_last_hidden:
-        rows = int(reader.last_rows[list(samples)].sum())
-        total += rows * get_codec(features.last_codec).row_bytes(width)
+        last_rows = int(reader.last_rows[list(samples)].sum())
+        total += last_rows * get_codec(features.last_codec).row_bytes(width)
     return int(total)
 
 
-def available_memory(table: Path = Path("/proc/meminfo")) -> int | None:
-    """Return the bytes of memory that are free or can be freed; None where the system does not tell."""
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes of memory that are free or can be freed; None where the system does not tell.
+
+    A container may have less than its machine (cgroup, version 2).
+    """
     try:
-        lines = table.read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         return None
+    group = root / "sys/fs/cgroup"
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        cached = next(int(line.split()[1]) for line in lines if line.startswith("file "))
+    except (OSError, StopIteration, ValueError):  # none, or "max"
+        return found
+    return min(found, max(0, limit - used + cached))
