@@ -113,7 +113,8 @@ capture-large: $(STAMP)
 			--temperature $${file%.jsonl} --max-new-tokens 160 \
 			$(if $(ENDPOINT),--endpoint $(ENDPOINT) --concurrency 128,--device $(DEVICE)) --out $(LARGE)/answers/$$file || exit; \
 	done
-	$(OFFLINE) $(STAGE) capture --cache caches/large --data $(LARGE)/answers --device $(DEVICE)
+	$(OFFLINE) $(STAGE) capture --cache caches/large --target "$$($(OFFLINE) $(BIN)/python -m capture.example)" \
+		--data $(LARGE)/answers --device $(DEVICE)
 
 train: capture
 	$(STAGE) train --cache $(CACHE) --config $(CONFIG) --run-dir $(RUN) --device $(DEVICE) \
