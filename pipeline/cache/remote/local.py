@@ -26,6 +26,8 @@ VARIABLE = "DSPARK_LOCAL_CACHE"
 # Files whose locks are apart, so that processes rarely wait for each other's fetches.
 _LOCKS = 64
 _WAIT_S = 0.05
+# Share of the limit that is freed at once.
+_SPARE = 0.05
 # A file that is being fetched is written all the time. One that was not for so long has no process any more.
 _DEAD_S = 900.0
 
@@ -87,19 +89,42 @@ class LocalStore:
             )
         while True:
             with self._locked(""):
-                found = sorted(self._files(), key=lambda entry: entry[1])
-                free = self.limit - sum(count for _, _, count in found)
-                for path, _, count in found:
-                    if free >= bytes_needed:
-                        break
-                    if not path.name.startswith("."):  # being fetched
-                        path.unlink(missing_ok=True)
-                        free += count
-                if free >= bytes_needed:
+                if self._counted() + bytes_needed <= self.limit or self._evict(bytes_needed):
+                    self._count(self._counted() + bytes_needed)
                     with partial.open("wb") as file:
                         file.truncate(bytes_needed)
                     return
             time.sleep(_WAIT_S)  # other processes fetch all that fits
+
+    def _evict(self, bytes_needed: int) -> bool:
+        """Look at every file, and remove those used longest ago; return whether there is room then.
+
+        A little more than is needed goes, so that not every fetch has to look.
+        """
+        found = sorted(self._files(), key=lambda entry: entry[1])
+        used = sum(count for _, _, count in found)
+        aim = self.limit - max(bytes_needed, int(self.limit * _SPARE))
+        for path, _, count in found:
+            if used <= aim:
+                break
+            if not path.name.startswith("."):  # being fetched
+                path.unlink(missing_ok=True)
+                used -= count
+        self._count(used)
+        return used + bytes_needed <= self.limit
+
+    def _counted(self) -> int:
+        """Return no less than the bytes in the store, under its lock: killed processes leave too much."""
+        try:
+            return int((self.folder / "locks" / "bytes").read_text())
+        except (FileNotFoundError, ValueError):
+            return self.limit + 1  # nobody has counted yet
+
+    def _count(self, used: int) -> None:
+        path = self.folder / "locks" / "bytes"
+        partial = path.with_name(files.partial_name(path.name))
+        partial.write_text(str(used))
+        partial.replace(path)
 
     def _files(self) -> Iterator[tuple[Path, float, int]]:
         """Yield the shards with their times of last use and sizes, and those being fetched."""

@@ -161,3 +161,21 @@ def test_temporary_folders_of_killed_processes_are_removed_and_of_living_ones_no
         assert not theirs.exists()
         assert ours.is_dir()
     process.stdout.close()
+
+
+def test_only_a_full_store_looks_at_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    real = LocalStore._files
+    monkeypatch.setattr(LocalStore, "_files", lambda self: (looked.append(1), real(self))[1])
+    store = LocalStore(tmp_path, 40 * SIZE)
+    for number in range(40):
+        read(store, number)
+    assert len(looked) == 1  # to begin with
+    assert used(tmp_path) == 40 * SIZE
+    for number in range(40, 60):
+        read(store, number)
+    assert len(looked) - 1 == 10  # a twentieth, two files, goes at once
+    assert 38 * SIZE <= used(tmp_path) <= 40 * SIZE
+    (tmp_path / "locks" / "bytes").write_text("nonsense")
+    read(store, 99)
+    assert used(tmp_path) <= 40 * SIZE
