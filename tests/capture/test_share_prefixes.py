@@ -36,6 +36,8 @@ from tests.conftest import assert_refused, run_cli, run_ok
 SHARE = "--share-prefixes"
 EXACT = {"context_codec": "fp32", "last_codec": "fp32", "batch_tokens": 512}
 SYSTEM = 80
+# Families with layers that keep a state of all tokens, from which no other sample can carry on.
+RECURRENT = ("qwen3_next", "falcon_h1", "lfm2", "qwen3_5_text", "recurrent_gemma")
 
 
 def write_beginnings(path: Path, count: int = 40, spoiled: dict[int, int] | None = None) -> Path:
@@ -396,7 +398,13 @@ def test_states_after_a_beginning_are_those_of_the_whole_sample(family, monkeypa
     engine = HuggingFaceEngine(make_model(family), [0, 2])
     alone = [engine.states([sample]).take_all() for sample in samples]
     engine.share_beginnings(40, RopeLengths())
+    computed: list[int] = []
+    after_each_forward(monkeypatch, lambda ids, states: computed.append(ids.numel()))
     states = engine.states(samples).take_all()
+    if family in RECURRENT:
+        assert computed[0] == 8, "of the beginning, which says that it can't carry on"
+    else:
+        assert computed == [8, 3 * (9 + 7 - 8)], "the beginning, then what follows"
     for key, rows in states.items():
         want = torch.cat([each[key] for each in alone])
         torch.testing.assert_close(rows, want, rtol=1e-4, atol=3e-5 * max(1, want.abs().max().item()))
