@@ -32,7 +32,7 @@ OFFLINE := $(if $(TARGET),,HF_HUB_OFFLINE=1)
 STAGE := $(if $(NPROC),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan capture capture-large train evaluate compare engines prove test test-flipped lint format \
+.PHONY: help setup plan capture capture-large train evaluate compare engines vllm prove test test-flipped lint format \
 	bench gpu soak clean
 
 help:
@@ -47,6 +47,7 @@ help:
 	@echo 'make compare    train a draft of each kind from the one cache, measure them like make evaluate, and'
 	@echo '                write RUNS/compare.html, which shows them side by side; opened where there is a screen'
 	@echo 'make engines    get vLLM and build llama.cpp for this CPU, in .cache/engines; 5 GB, 15 minutes'
+	@echo 'make vllm       get vLLM alone'
 	@echo 'make prove      serve each trained draft of CONFIGS with both, and compare every drafted token'
 	@echo 'make test       run the tests'
 	@echo 'make test-flipped  run those that ask whether the CPU has bf16 as if the answer were the other one'
@@ -152,6 +153,8 @@ VLLM := $(ENGINES)/vllm/.ready
 LLAMA_CPP := $(ENGINES)/llama.cpp/.ready
 
 engines: $(VLLM) $(LLAMA_CPP)
+
+vllm: $(VLLM)
 
 $(VLLM): tests/engines/vllm.sh
 	sh $< $(PYTHON) "$(@D)"
