@@ -122,7 +122,9 @@ def dspark(*words: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draft", type=Path, required=True, help="a draft of the example: a run or a checkpoint")
+    parser.add_argument(
+        "--draft", type=Path, required=True, help="a draft of the example: a run or a checkpoint"
+    )
     parser.add_argument("--folder", type=Path, default=Path(".cache/warm"))
     parser.add_argument("--fine-tuning-steps", type=int, default=200)
     parser.add_argument("--prompts", type=int, default=600)
