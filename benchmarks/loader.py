@@ -21,7 +21,6 @@ Tokens are those of the samples, without padding.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import mmap
 import multiprocessing
@@ -31,12 +30,10 @@ import sys
 import tempfile
 import threading
 import time
-import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +41,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import nvidia_reader
 from benchmarks.opening import identity
 from benchmarks.page_cache import cached_bytes, drop_cached, warm
 from benchmarks.record import record
@@ -73,9 +71,6 @@ BATCH_TOKENS, ANCHORS, MAX_LENGTH = 4096, 512, 4096
 SUBSET = (9, 25)  # two of the five layers
 ROUNDS, COLD_ROUNDS = 7, 3
 CPU = torch.device("cpu")
-# NVIDIA's reader: number of samples, samples per shard, and batch sizes.
-THEIR_SAMPLES, THEIR_SHARD, THEIR_BATCHES = 48, 16, (1, 2)
-PACKAGE, MODULE = "nemo_automodel", "components.datasets.llm.dspark_cache"
 
 
 def make_identity(content: str) -> Identity:
@@ -306,77 +301,13 @@ def memory_rows(case: str, path: Path) -> list[Row]:
     return [(f"{case}, warm", "memory", peak / 1e6, f"MB (bar: below {bar / 1e6:.0f})")]
 
 
-def nvidia_module() -> types.ModuleType:
-    """Import NVIDIA's reader without its package's own imports, which need many more dependencies."""
-    root = Path(importlib.util.find_spec(PACKAGE).submodule_search_locations[0])
-    *folders, _ = MODULE.split(".")
-    for depth in range(len(folders) + 1):
-        package = types.ModuleType(".".join([PACKAGE, *folders[:depth]]))
-        package.__path__ = [str(root.joinpath(*folders[:depth]))]
-        sys.modules.setdefault(package.__name__, package)
-    return importlib.import_module(f"{PACKAGE}.{MODULE}")
-
-
-def make_theirs(theirs: types.ModuleType, path: Path, reader: CacheReader) -> None:
-    """Write the first samples with NVIDIA's writer, each padded, unless they exist."""
-    if (path / "manifest.json").exists():
-        return
-    path.mkdir(parents=True, exist_ok=True)
-    for shard in range(THEIR_SAMPLES // THEIR_SHARD):
-        shape = (THEIR_SHARD, MAX_LENGTH)
-        ids, mask = torch.zeros(*shape, dtype=torch.long), torch.zeros(*shape, dtype=torch.long)
-        context = torch.zeros(*shape, 5 * HIDDEN, dtype=torch.bfloat16)
-        last_hidden = torch.zeros(*shape, HIDDEN, dtype=torch.bfloat16)
-        for row in range(THEIR_SHARD):
-            sample = reader.read(shard * THEIR_SHARD + row)
-            length = len(sample.input_ids)
-            ids[row, :length], mask[row, :length] = sample.input_ids, sample.loss_mask
-            context[row, :length], last_hidden[row, sample.last_positions] = (
-                sample.context,
-                sample.last_hidden,
-            )
-        tensors = (ids, mask, context, last_hidden)
-        theirs.write_shard(str(path), shard, dict(zip(theirs.CACHE_KEYS, tensors, strict=True)))
-    target = reader.manifest.identity.target
-    config = types.SimpleNamespace(
-        hidden_size=HIDDEN, vocab_size=target.vocab_size, num_hidden_layers=target.num_layers
-    )
-    manifest = theirs.build_cache_manifest(
-        target_model=target.name,
-        target_model_type=target.model_type,
-        target_text_config=config,
-        seq_length=MAX_LENGTH,
-        dtype="bf16",
-        num_samples=THEIR_SAMPLES,
-        shard_size=THEIR_SHARD,
-        target_layer_ids=list(reader.layer_ids),
-        train_data_path="noise",
-        train_split=None,
-        shuffle_seed=0,
-        mask_reasoning_content=False,
-        chat_template_sha256="",
-    )
-    theirs.write_manifest(str(path), {**manifest, "complete": True})
-
-
-def _theirs(path: Path, connection: Connection) -> None:
-    """Send the seconds of an epoch for each batch size received."""
-    build = nvidia_module().build_cached_dspark_dataloader
-    loaders = {n: build(cache_dir=str(path), batch_size=n, shuffle=True) for n in THEIR_BATCHES}
-    while (size := connection.recv()) is not None:
-        start = time.perf_counter()
-        for _batch in loaders[size]:
-            pass
-        connection.send(time.perf_counter() - start)
-
-
 def nvidia_rows(case: str, path: Path, theirs_at: Path) -> list[Row]:
     """Measure our reader and NVIDIA's on the same samples, warm, in turn."""
     reader = CacheReader(path)
-    make_theirs(nvidia_module(), theirs_at, reader)
+    nvidia_reader.make_theirs(nvidia_reader.nvidia_module(), theirs_at, reader, MAX_LENGTH)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_theirs, args=(theirs_at, there))
+    process = context.Process(target=nvidia_reader.serve, args=(theirs_at, there))
     process.start()
     there.close()  # so that the end of the process closes the pipe
 
@@ -384,15 +315,15 @@ def nvidia_rows(case: str, path: Path, theirs_at: Path) -> list[Row]:
         here.send(size)
         return here.recv()
 
-    passes = [partial(their_pass, size) for size in THEIR_BATCHES]
+    passes = [partial(their_pass, size) for size in nvidia_reader.BATCHES]
     ours, *each = medians(
-        ROUNDS, lambda: one_pass(reader, reader.layer_ids, THEIR_SAMPLES, epochs=8), *passes
+        ROUNDS, lambda: one_pass(reader, reader.layer_ids, nvidia_reader.SAMPLES, epochs=8), *passes
     )
     here.send(None)
     process.join()
-    tokens = int(reader.lengths[:THEIR_SAMPLES].sum())
-    rows = [(f"{case}, {THEIR_SAMPLES} samples, warm", "read", tokens / ours, "tokens/s")]
-    for size, seconds in zip(THEIR_BATCHES, each, strict=True):
+    tokens = int(reader.lengths[: nvidia_reader.SAMPLES].sum())
+    rows = [(f"{case}, {nvidia_reader.SAMPLES} samples, warm", "read", tokens / ours, "tokens/s")]
+    for size, seconds in zip(nvidia_reader.BATCHES, each, strict=True):
         rows.append((f"NVIDIA, batches of {size}, warm", "read", tokens / seconds, "tokens/s"))
     return [*rows, (f"{case} / NVIDIA", "read", min(each) / ours, "times (bar: at least 8)")]
 
@@ -409,7 +340,7 @@ def main() -> None:
         rows += cold_rows("bf16", path)
         rows += direct_rows("bf16", path)
         rows += memory_rows("bf16", path)
-        if importlib.util.find_spec(PACKAGE):
+        if importlib.util.find_spec(nvidia_reader.PACKAGE):
             rows += nvidia_rows("bf16", path, folder / "nvidia")
         else:
             print("NVIDIA's reader is left out: pip install --no-deps nemo-automodel==0.7.0")

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from capture.data.tokens import TokenizedData
 from capture.prefixes import arranged, usable
 from pipeline.cache.index import plan_shards
 from pipeline.rope import RopeLengths
+
+if TYPE_CHECKING:
+    from capture.data.tokens import TokenizedData
 
 # Samples sorted together. A larger window pads less and spreads a shard's samples over more of the data.
 WINDOW_SAMPLES = 4096

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from capture.data.tokens import TokenizedData
+if TYPE_CHECKING:
+    from capture.data.tokens import TokenizedData
+
 
 # Fewer tokens than these are not shared: each sample that shares some is read in one part more.
 LEAST = 16

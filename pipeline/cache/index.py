@@ -34,10 +34,8 @@ SCHEMA = pa.schema(
         pa.field("candidates", pa.int32(), nullable=False),  # positions an anchor can take
     ]
 )
-# Of a cache whose samples share rows of context, see `pipeline.cache.prefixes`.
-SHARING_SCHEMA = SCHEMA.append(
-    pa.field("shared", pa.int32(), nullable=False)
-)  # first rows: of the one before
+# Of a cache whose samples share rows of context: the first rows of each that are those of the one before.
+SHARING_SCHEMA = SCHEMA.append(pa.field("shared", pa.int32(), nullable=False))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,4 +1,4 @@
-"""Where rows lie that samples share, against a plain list of rows."""
+"""Places of rows that samples share, against a plain list of rows."""
 
 from __future__ import annotations
 

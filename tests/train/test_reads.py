@@ -11,7 +11,8 @@ import torch
 
 from pipeline.cache import CacheReader
 from pipeline.cache.direct import READ_BYTES, DirectReads, Piece
-from pipeline.cache.shard import map_shard, shard_buffer
+from pipeline.cache.shard import MappedShard, map_shard, open_direct, shard_buffer
+from pipeline.cache.tools.convert import convert
 from pipeline.errors import CacheError, ConfigError
 from tests.conftest import assert_refused, run_cli
 from train.data import reads as module
@@ -25,17 +26,15 @@ CPU = torch.device("cpu")
 COLLATE = collate_anchors(random_anchors(16, 0, 0))
 
 
-def able(folder: Path) -> bool:
-    (folder / "probe").write_bytes(b"0" * 4096)
-    from pipeline.cache.shard import open_direct
-
-    return open_direct(folder / "probe") is not None
-
-
 @pytest.fixture(autouse=True)
-def on_a_disk(cache_dir: Path, tmp_path: Path) -> None:
-    if not able(tmp_path):
-        pytest.skip("the disk of temporary files has no reads past the page cache")
+def whole_blocks_on_any_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where temporary files have no reads past the page cache, the same reads go through it."""
+    (tmp_path / "probe").write_bytes(b"0" * 4096)
+    if open_direct(tmp_path / "probe") is None:
+        for place in ("shard", "shards"):
+            monkeypatch.setattr(
+                f"pipeline.cache.{place}.open_direct", lambda path: os.open(path, os.O_RDONLY)
+            )
 
 
 def shard_of(path: Path, rows: int) -> dict:
@@ -88,8 +87,6 @@ def test_a_file_that_was_cut_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["bf16", "nf4"])
 def encoded(request, tmp_path: Path, cache_dir: Path) -> Path:
-    from pipeline.cache.tools.convert import convert
-
     convert(cache_dir, tmp_path / "cache", context_codec=request.param)
     return tmp_path / "cache"
 
@@ -117,15 +114,13 @@ def test_batches_are_the_same_bits_either_way(encoded: Path) -> None:
 
 
 def test_direct_reads_no_page_of_the_states(encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.cache import shard
-
     def through(*_: object) -> None:
         raise AssertionError("read through the page cache")
 
     reader = CacheReader(encoded)
     reads = Reads(reader, "direct", reader.layer_ids, 10**12, 0)
-    monkeypatch.setattr(shard.MappedShard, "read", through)
-    monkeypatch.setattr(shard.MappedShard, "read_ahead", through)
+    monkeypatch.setattr(MappedShard, "read", through)
+    monkeypatch.setattr(MappedShard, "read_ahead", through)
     packs = itertools.islice(epoch_packs(reader.lengths, 256, 0, 0), 3)
     for pack in packs:
         load_encoded_batch(reader, pack, reader.layer_ids, 256, COLLATE, pin=False, threads=reads.threads)

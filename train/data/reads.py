@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
+import numpy as np
+
 from pipeline.cache import CacheReader
 from pipeline.cache.codecs import get_codec
 from pipeline.cache.direct import DirectReads
@@ -119,11 +121,12 @@ def check_reads(reader: CacheReader, how: str) -> None:
 def used_bytes(reader: CacheReader, samples: Sequence[int], layer_ids: Sequence[int]) -> int:
     """Return the bytes of states that are stored of these samples; of shared rows their share."""
     features, width, plan = reader.manifest.identity.features, reader.hidden_size, reader.manifest.plan
-    tokens = int(reader.lengths[list(samples)].sum())
+    chosen = np.asarray(samples, dtype=np.int64)
+    tokens = int(reader.lengths[chosen].sum())
     rows = tokens * sum(plan.context_rows) // sum(plan.tokens)
     total = rows * len(layer_ids) * get_codec(features.context_codec).row_bytes(width)
     if features.has_last_hidden:
-        last_rows = int(reader.last_rows[list(samples)].sum())
+        last_rows = int(reader.last_rows[chosen].sum())
         total += last_rows * get_codec(features.last_codec).row_bytes(width)
     return int(total)
 

@@ -16,7 +16,7 @@ from pipeline.remote.objects import MissingObjectError, Objects
 
 @dataclass(frozen=True)
 class RemoteProgress:
-    """What is finished in an object store, and who works on the rest."""
+    """The finished shards of an object store, and who works on the rest."""
 
     finished: dict[int, int]
     """Bytes of each finished shard."""
