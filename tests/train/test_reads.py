@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -147,6 +151,25 @@ def test_auto_takes_the_faster_way_and_says_so(cache_dir, monkeypatch, past, thr
     assert {reads.direct() for _ in range(40)} == {chosen}
     assert said[0].startswith(f"reading {'past' if chosen else 'through'} the page cache: ")
     reads.close()
+
+
+def test_a_wait_for_the_consumer_is_not_timed_as_reading(encoded: Path, monkeypatch) -> None:
+    reader, inside = CacheReader(encoded), threading.local()
+
+    class Watched(SimpleQueue):
+        def get(self, *rest: object) -> object:
+            assert not getattr(inside, "timed", False), "waits for memory while it is timed"
+            return super().get(*rest)
+
+    @contextmanager
+    def timed(self: Reads, direct: bool, samples: object) -> Iterator[None]:
+        inside.timed = True
+        yield
+        inside.timed = False
+
+    monkeypatch.setattr("train.data.loader.SimpleQueue", Watched)
+    monkeypatch.setattr(Reads, "timed", timed)
+    assert len(batches(encoded, "auto")) > 5
 
 
 def test_auto_keeps_to_the_page_cache_where_memory_holds_the_cache(cache_dir) -> None:

@@ -341,15 +341,15 @@ def loaded(
 
     def load(samples: Sequence[int], collate: Collate) -> tuple[Batch | EncodedBatch, Tensor | None]:
         direct = reads is not None and reads.direct()
+        memory = None if direct or on_gpu else free.get()  # first: a wait for the consumer is no reading
         chosen = (reader, samples, layer_ids, batch_tokens, collate)
         with nullcontext() if reads is None else reads.timed(direct, samples):
-            if direct or on_gpu:
-                threads = reads.threads if direct and reads is not None else None
-                batch, memory = load_encoded_batch(*chosen, pin=on_gpu, threads=threads), None
-                batch = batch if on_gpu else batch.to(device)
-            else:
-                memory = free.get()
+            if memory is not None:
                 batch = load_batch(*chosen, memory)
+            else:
+                threads = reads.threads if direct and reads is not None else None
+                batch = load_encoded_batch(*chosen, pin=on_gpu, threads=threads)
+                batch = batch if on_gpu else batch.to(device)
         batch.flops = count_flops(batch)
         return batch, memory
 

@@ -101,6 +101,7 @@ class LocalStore:
 
         A little more than is needed goes, so that not every fetch has to look.
         """
+        files.remove_partials(self.folder / "locks")
         found = sorted(self._files(), key=lambda entry: entry[1])
         used = sum(count for _, _, count in found)
         aim = self.limit - max(bytes_needed, int(self.limit * _SPARE))
