@@ -154,7 +154,7 @@ def test_auto_takes_the_faster_way_and_says_so(cache_dir, monkeypatch, past, thr
 
 
 def test_a_wait_for_the_consumer_is_not_timed_as_reading(encoded: Path, monkeypatch) -> None:
-    reader, inside = CacheReader(encoded), threading.local()
+    inside = threading.local()
 
     class Watched(SimpleQueue):
         def get(self, *rest: object) -> object:
