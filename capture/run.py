@@ -38,7 +38,6 @@ from pipeline.cache.progress.claims import DEAD_AFTER_SECONDS, Worker, claim_nam
 from pipeline.cache.remote.local import staging_folder
 from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
-from pipeline.errors import UsageError
 from pipeline.process import WorkerPlace
 from pipeline.remote.address import Address
 from pipeline.remote.objects import Objects
@@ -81,11 +80,6 @@ def _capture(options: CaptureOptions, place: WorkerPlace, group: Group | None) -
     Args:
         group: the processes over which transformers splits the target, if it does.
     """
-    if options.answers.regenerate and isinstance(options.cache, Address):
-        raise UsageError(
-            f"--regenerate keeps its answers beside the cache, not in an object store: capture to a "
-            f"directory, then copy it by `dspark sync DIRECTORY {options.cache}`"
-        )
     if options.answers.regenerate and options.engine.engine == HUGGING_FACE:
         options = answer_first(options, place)
     prepared = prepare(options if group else _on_device_of(place, options))
@@ -115,13 +109,13 @@ def _capture(options: CaptureOptions, place: WorkerPlace, group: Group | None) -
 def _writer(prepared: PreparedCapture) -> CacheWriter:
     """Open the cache, or begin it. Reads all weights of the target, for their hash."""
     identity, cache = prepared.full_identity(), prepared.options.cache
+    if prepared.answered:
+        return answered_writer(prepared, identity)
     if isinstance(cache, Address):
         from pipeline.cache.remote.writer import RemoteWriter  # needs obstore
 
         parts = (prepared.plan, prepared.index, dict(prepared.data.rows), prepared.options.staging_bytes)
         return RemoteWriter(Objects(cache), staging_folder(cache), identity, *parts)
-    if prepared.answered:
-        return answered_writer(prepared, identity)
     rows = dict(prepared.data.rows)
     return CacheWriter(cache, identity, prepared.plan, prepared.index, rows)
 
@@ -163,7 +157,7 @@ def _capture_with(
     try:
         with stop_on_signals() as stop, writer.worker(place.label) as worker:
             engine.while_waiting = functools.partial(_check_stop, writer, stop)
-            one_pass = one_pass_engine(engine, prepared)
+            one_pass = one_pass_engine(engine, prepared, writer.path)
             filler = ShardFiller(one_pass or engine, identity, codecs, Clock())
             while True:
                 if not writer.target_written() and worker.claim(_TARGET):

@@ -10,11 +10,12 @@ from capture.data.conversations import TokenizedSample
 from capture.engines.engine import States
 from capture.engines.stream import Answer, Request
 from capture.engines.vllm import VllmEngine, request
-from capture.one_pass.journal import Journal, answers_file
+from capture.one_pass.journal import Journal
 from capture.one_pass.options import AnswerOptions
 from capture.one_pass.turns import Conversation, Turn
 from pipeline.cache import Identity
 from pipeline.cache.fidelity import Measured
+from pipeline.cache.prompts import answers_file
 from pipeline.cache.statistics import StateCodec
 from pipeline.rope import RopeLengths
 

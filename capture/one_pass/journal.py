@@ -13,13 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from capture.one_pass.turns import Conversation, Turn
-from pipeline.cache.manifest import PROGRESS
 from pipeline.files import write_error
-
-
-def answers_file(cache: Path, shard: int) -> Path:
-    """Return the file of a shard's answers."""
-    return cache / PROGRESS / f"answers-{shard:05d}.jsonl"
 
 
 class Journal:

@@ -14,16 +14,22 @@ from capture.regenerate.huggingface import load_engine
 from capture.regenerate.progress import progress_path
 from capture.regenerate.reading import read_dialogues
 from capture.regenerate.run import regenerate_file
+from pipeline.cache.remote.local import staging_folder
 from pipeline.errors import DataError, UsageError
 from pipeline.files import publish_bytes
 from pipeline.process import WorkerPlace
+from pipeline.remote.address import Address, Place
 
 _BATCH_SIZE = 64
 
 
-def answers_path(cache: Path) -> Path:
-    """Return the file of the answers: beside the cache, because the cache does not exist yet."""
-    return cache.with_name(f"{cache.name}.answers.jsonl")
+def answers_path(cache: Place) -> Path:
+    """Return the file of the answers: beside the cache, because the cache does not exist yet.
+
+    That of a cache in an object store is on this machine, beside the directory through which it is written.
+    """
+    near = staging_folder(cache) if isinstance(cache, Address) else cache
+    return near.with_name(f"{near.name}.answers.jsonl")
 
 
 def answer_first(options: CaptureOptions, place: WorkerPlace) -> CaptureOptions:

@@ -1,16 +1,31 @@
-"""Shards of a cache whose prompts are being answered: each is smaller than the plan's bound."""
+"""A cache whose prompts are being answered: its files of answers, and shards smaller than the plan's bound."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pipeline.cache.layout import LAST_HIDDEN
-from pipeline.cache.manifest import Identity, ShardPlan
+from pipeline.cache.manifest import PROGRESS, Identity, ShardPlan
 from pipeline.errors import CacheError
 from pipeline.text import one_line
+
+
+def answers_file(cache: Path, shard: int) -> Path:
+    """Return the file of a shard's answers, in the cache's directory."""
+    return cache / PROGRESS / f"answers-{shard:05d}.jsonl"
+
+
+def has_tokens(path: Path, input_ids: np.ndarray) -> bool:
+    """Return whether a shard's file has these token ids, `[T]`."""
+    try:
+        with safe_open(path, "np") as tensors:
+            return np.array_equal(tensors.get_tensor("input_ids"), input_ids)
+    except (OSError, SafetensorError):
+        return False
 
 
 def held_plan(path: Path, identity: Identity, planned: ShardPlan) -> ShardPlan:

@@ -16,7 +16,6 @@ from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline import __version__, files
@@ -42,6 +41,7 @@ from pipeline.cache.manifest import (
 from pipeline.cache.progress.claims import Worker
 from pipeline.cache.progress.records import TARGET, Records, ShardRecord, TargetRecord
 from pipeline.cache.progress.shared_statistics import SharedStatistics
+from pipeline.cache.prompts import answers_file, has_tokens
 from pipeline.cache.same import origin, refuse_another
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
 from pipeline.cache.skipped import (
@@ -225,11 +225,11 @@ class CacheWriter:
 
     def holds(self, shard: int, input_ids: np.ndarray) -> bool:
         """Return whether a written shard has these token ids, `[T]`."""
-        try:
-            with safe_open(self.path / shard_file(shard), "np") as tensors:
-                return np.array_equal(tensors.get_tensor("input_ids"), input_ids)
-        except (OSError, SafetensorError):
-            return False
+        return has_tokens(self.path / shard_file(shard), input_ids)
+
+    def answers(self, shard: int) -> Path:
+        """Return the file of the answers that a written shard holds; it is missing once they are settled."""
+        return answers_file(self.path, shard)
 
     def forget(self, shards: Iterable[int]) -> None:
         """Make written shards pending again."""

@@ -126,9 +126,22 @@ class Objects:
             raise OSError(f"got {len(data)} bytes from {start} on, expected {stop - start}")
         return data
 
-    def write(self, name: str, data: bytes | Path) -> None:
-        """Write an object, from memory or from a file, over any of that name. Raises StoreError."""
-        self._try("written", name, lambda: self._obstore.put(self._store, name, data))
+    def write(self, name: str, data: bytes | Path) -> str:
+        """Write an object, from memory or from a file, over any of that name. Raises StoreError.
+
+        Returns:
+            Its tag, as of `tag`.
+        """
+        return self._try("written", name, lambda: self._obstore.put(self._store, name, data))["e_tag"] or ""
+
+    def tag(self, name: str) -> str:
+        """Return what the store calls an object's present bytes (its ETag); empty if it has no such name.
+
+        Raises:
+            MissingObjectError: there is no object of that name.
+            StoreError: it can't be asked.
+        """
+        return self._try("read", name, lambda: self._obstore.head(self._store, name))["e_tag"] or ""
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one of that name; return whether the one that is there is ours.

@@ -74,8 +74,6 @@ def test_what_is_there_is_not_replaced(s3: Address, target_dir: Path, data_file:
     run_ok(*capture_arguments(target_dir, data_file, str(s3)))
     other = [*capture_arguments(target_dir, data_file, str(s3)), "--num-samples", "20"]
     assert_refused(run_cli(*other), 1, f"{s3} holds another capture", "data.sha256")
-    answers = [*capture_arguments(target_dir, data_file, str(s3)), "--regenerate"]
-    assert_refused(run_cli(*answers), 2, "--regenerate", "dspark sync")
 
 
 def test_a_copy_back_is_repaired_by_its_capture(
@@ -89,22 +87,26 @@ def test_a_copy_back_is_repaired_by_its_capture(
     run_ok("verify", back)
 
 
+@pytest.mark.parametrize("what", ["shard", "record"])
 def test_a_shard_lost_after_its_record_is_captured_again(
-    s3: Address, target_dir: Path, data_file: Path, cache_dir: Path, tmp_path: Path
+    s3: Address, target_dir: Path, data_file: Path, cache_dir: Path, tmp_path: Path, what: str
 ) -> None:
     write, lost = Objects.write, []
 
-    def loses(self: Objects, name: str, data: bytes | Path) -> None:
-        write(self, name, data)
+    def loses(self: Objects, name: str, data: bytes | Path) -> str:
+        tag = write(self, name, data)
         if name == "progress/00002.json" and not lost:
             lost.append(name)
             raise StoreError("the line is cut")
+        return tag
 
     arguments = capture_arguments(target_dir, data_file, str(s3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Objects, "write", loses)
         assert_refused(run_cli(*arguments), 1, "the line is cut")
     Objects(s3).remove(["shards/00002.safetensors"])
+    if what == "record":
+        write(Objects(s3), "progress/00002.json", b'{"file": "shards/00002.safetensors", "bytes": 1}')
     run_ok(*arguments)
     assert_same_cache(s3, cache_dir, tmp_path)
 
@@ -149,7 +151,7 @@ def test_a_store_without_conditional_writes_is_refused(
     if how == "refused":
         monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
     else:
-        monkeypatch.setattr(Objects, "create", lambda self, name, data: self.write(name, data) or True)
+        monkeypatch.setattr(Objects, "create", lambda self, name, data: bool(self.write(name, data)))
     result = run_cli(*capture_arguments(target_dir, data_file, str(s3)))
     assert_refused(result, 1, f"{s3} has no conditional writes", "dspark sync")
 
@@ -159,11 +161,11 @@ def test_the_staging_directory_keeps_its_limit(
 ) -> None:
     write, most = Objects.write, []
 
-    def slowly(self: Objects, name: str, data: bytes | Path) -> None:
+    def slowly(self: Objects, name: str, data: bytes | Path) -> str:
         if name.startswith("shards/"):
             time.sleep(0.05)
             most.append(sum(path.stat().st_size for path in staging.glob("*/shards/[0-9]*")))
-        write(self, name, data)
+        return write(self, name, data)
 
     monkeypatch.setattr(Objects, "write", slowly)
     run_ok(*capture_arguments(target_dir, data_file, str(s3)), "--staging-bytes", "1")

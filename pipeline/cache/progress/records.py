@@ -49,6 +49,8 @@ class ShardRecord(FileRecord):
     """Its skipped samples: by reason, their numbers in the shard from 0."""
     tensors: dict[str, str] = dataclasses.field(default_factory=dict, metadata=LEFT_OUT)
     """SHA-256 of its tensors, by name, if it was written to an object store."""
+    tag: str = dataclasses.field(default="", metadata=LEFT_OUT)
+    """The store's own name for the bytes that were written, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,21 +3,27 @@
 The staging directory is an incomplete cache like any other. A shard is uploaded as soon as it is written
 there, then its record in `progress/`, and the shard's file goes. The complete manifest is uploaded last. So
 this machine holds the shards in flight only, and a capture killed at any moment continues, on any machine.
+
+Where the capture answers prompts first, a shard's answers are uploaded before it. Two processes that answered
+one shard wrote different bytes, so its record has the store's tag of those that it is of.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Condition
 from types import MappingProxyType
 
+import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
@@ -38,6 +44,7 @@ from pipeline.cache.manifest import (
 )
 from pipeline.cache.optional import plain_values
 from pipeline.cache.progress.records import TARGET, ShardRecord
+from pipeline.cache.prompts import answers_file, held_plan
 from pipeline.cache.remote.claims import RemoteWorker
 from pipeline.cache.same import origin, refuse_another
 from pipeline.cache.shard import ShardBuffer, map_shard, tensor_hashes
@@ -128,8 +135,7 @@ class RemoteWriter(CacheWriter):
         for shard in range(len(self.manifest.plan)):
             record = self._records.shard(shard)
             if record is not None and sizes.get(record.file) != record.bytes:
-                self._records.elsewhere.discard(record.file)
-                self.objects.remove([f"{PROGRESS}/{shard:05d}.json"])
+                self.forget([shard])
 
     def _pull_record(self, name: str) -> None:
         try:
@@ -141,8 +147,11 @@ class RemoteWriter(CacheWriter):
         if name == TARGET:
             found = json.loads(data).get("files", [])
             self._records.elsewhere.update(each["file"] for each in found if isinstance(each, dict))
-        else:
-            self._records.elsewhere.add(shard_file(int(name.removesuffix(".json"))))
+            return
+        shard = int(name.removesuffix(".json"))
+        self._records.elsewhere.add(shard_file(shard))
+        if self._records.shard(shard) is None:  # damaged: the shard is to be written, and uploaded, again
+            self._records.elsewhere.discard(shard_file(shard))
 
     def _take(self, found: Manifest) -> None:
         """Take the complete cache that is in the object store; nothing in the staging directory is needed."""
@@ -198,9 +207,13 @@ class RemoteWriter(CacheWriter):
         if record is None:  # another process of this machine has just done it, or completed the cache
             return
         try:
-            specs = shard_specs(self.manifest.identity, self.manifest.plan[shard])
-            record = dataclasses.replace(record, tensors=tensor_hashes(map_shard(path, specs).tensors))
-            self.objects.write(shard_file(shard), path)
+            identity, answers = self.manifest.identity, answers_file(self.path, shard)
+            specs = shard_specs(identity, held_plan(path, identity, self.manifest.plan[shard]))
+            hashes = tensor_hashes(map_shard(path, specs).tensors)
+            if answers.exists():
+                self.objects.write(f"{PROGRESS}/{answers.name}", answers)
+            tag = self.objects.write(shard_file(shard), path)
+            record = dataclasses.replace(record, tensors=hashes, tag=tag)
         except (CacheError, StoreError):
             self._pull_record(name)
             if path.exists() or shard_file(shard) not in self._records.elsewhere:
@@ -210,6 +223,30 @@ class RemoteWriter(CacheWriter):
         self._records.elsewhere.add(shard_file(shard))
         self.objects.write(f"{PROGRESS}/{name}", json.dumps(plain_values(record)).encode())
         path.unlink(missing_ok=True)
+
+    def answers(self, shard: int) -> Path:
+        path = super().answers(shard)
+        if shard_file(shard) in self._records.elsewhere:
+            with contextlib.suppress(MissingObjectError), self._unless_completed():
+                files.publish_bytes(path, self.objects.read(f"{PROGRESS}/{path.name}"))
+        return path
+
+    def holds(self, shard: int, input_ids: np.ndarray) -> bool:
+        record = self._records.shard(shard)
+        if record is None or record.file not in self._records.elsewhere:
+            return super().holds(shard, input_ids)
+        try:
+            tag = self.objects.tag(record.file)
+        except MissingObjectError:
+            return False
+        digest = hashlib.sha256(input_ids.astype("<i4")).hexdigest()
+        return tag == record.tag and record.tensors.get("input_ids") == digest
+
+    def forget(self, shards: Iterable[int]) -> None:
+        for shard in shards:
+            self._records.elsewhere.discard(shard_file(shard))
+            self.objects.remove([f"{PROGRESS}/{shard:05d}.json"])
+            super().forget([shard])
 
     def statistics(self, measure: Callable[[], Mapping[str, Statistics]]) -> dict[str, Statistics]:
         self._pull_statistics()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from capture.data.conversations import TokenizedSample
 from capture.one_pass import settle
-from capture.one_pass.journal import Journal, answers_file
+from capture.one_pass.journal import Journal
 from capture.one_pass.turns import Conversation, Turn, longest_lengths, supervised_spans
 from pipeline.cache import CacheReader, read_manifest
 from tests.capture.conftest import arguments, places, tree
@@ -334,15 +334,14 @@ def test_a_shard_of_other_answers_is_written_again(tmp_path, words, calm, monkey
     """As if two processes had owned it, and the one whose answers came second had published it."""
     real, changed = settle.answered_samples, []
 
-    def other(prepared, shard):
+    def other(prepared, shard, path):
         if not changed:
-            path = answers_file(prepared.options.cache, shard)
             lines = path.read_text().splitlines()
             record = json.loads(lines[0])
             lines[0] = json.dumps({**record, "tokens": [*record["tokens"][:-1], record["tokens"][-1] ^ 1]})
             path.write_text("".join(f"{line}\n" for line in lines))
             changed.append(shard)
-        return real(prepared, shard)
+        return real(prepared, shard, path)
 
     monkeypatch.setattr(settle, "answered_samples", other)
     run_ok(*words(tmp_path / "cache"))

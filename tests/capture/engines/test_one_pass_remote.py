@@ -1,0 +1,188 @@
+"""Captures that answer their prompts into an object store: the bytes are those of a directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capture import run
+from pipeline.cache import CacheReader
+from pipeline.cache.remote.writer import RemoteWriter
+from pipeline.remote.address import Address
+from pipeline.remote.objects import Objects
+from tests.capture.conftest import arguments
+from tests.conftest import assert_refused, run_cli, run_ok
+from tests.pipeline.written import every_byte
+from tests.processes import Dspark
+from tests.s3 import s3, s3_server
+from tests.tiny import make_conversations
+
+__all__ = ["s3", "s3_server"]  # fixtures
+
+EXACT = {"context_codec": "fp32", "last_codec": "fp32", "layers": "0,3"}
+FEW = {"num_samples": 6, "shard_tokens": 128}
+
+
+@pytest.fixture(scope="module")
+def words(engine_python, fp32_target, few):
+    """The words of a one-pass capture."""
+
+    def made(cache: Path | Address, *more: str, **options: Any) -> list[str | Path]:
+        usual = {"engine": "vllm", "engine_python": engine_python, "max_new_tokens": 4, **EXACT, **FEW}
+        return [*arguments(fp32_target, few, str(cache), **{**usual, **options}), "--regenerate", *more]
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, words) -> Path:
+    """A cache in a directory, which nothing disturbed."""
+    folder = tmp_path_factory.mktemp("calm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIDS", str(folder / "pids"))
+        run_ok(*words(folder / "cache"))
+    return folder / "cache"
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this machine's files."""
+    monkeypatch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "machine"))
+    return tmp_path / "machine"
+
+
+def copied(place: Address, folder: Path) -> Path:
+    """A cache of the store in a directory. Its files are compared with their hashes on arrival."""
+    run_ok("sync", str(place), folder)
+    assert "all good" in run_ok("verify", folder)
+    assert {entry.name for entry in Objects(place).list()} == set(every_byte(folder))
+    return folder
+
+
+def answers_of(cache: Path) -> list[list[int]]:
+    reader = CacheReader(cache)
+    return [reader.read(i).input_ids.tolist() for i in range(len(reader))]
+
+
+def assert_same(cache: Path, calm: Path) -> None:
+    """Two caches have the same bytes, but for the hashes of tensors in one manifest."""
+    ours, theirs = every_byte(cache), every_byte(calm)
+    manifests = [json.loads(each.pop("manifest.json")) for each in (ours, theirs)]
+    assert ours == theirs
+    assert manifests[0].pop("tensors").keys() >= {"input_ids", "context.0"}
+    for manifest in manifests:
+        manifest.pop("checksum")
+    assert manifests[0] == manifests[1]
+
+
+def test_the_bytes_are_those_of_a_directory(s3, words, calm, machine, tmp_path, monkeypatch):
+    monkeypatch.setenv("COUNT", str(tmp_path / "starts"))
+    assert "at most" in run_ok("plan", *words(s3)[1:])
+    run_ok(*words(s3))
+    assert_same(copied(s3, tmp_path / "back"), calm)
+    assert not list((machine / "staging").glob("*"))
+    starts = (tmp_path / "starts").read_text()
+    for folder in ("machine", "another machine"):
+        monkeypatch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / folder))
+        assert "already complete, reused" in run_ok(*words(s3))
+        assert not list((tmp_path / folder / "staging").glob("*"))
+    assert (tmp_path / "starts").read_text() == starts
+    assert_refused(run_cli(*words(s3, temperature=0)), 1, "data.settings.regenerate", "temperature=0.0")
+
+
+class Killed(BaseException):
+    """A kill at a moment that a test chooses."""
+
+
+@pytest.mark.parametrize("moment", ["progress/00001.json", "shards/00002.safetensors", "manifest.json"])
+def test_killed_it_goes_on_elsewhere(s3, words, calm, tmp_path, monkeypatch, moment):
+    """On another machine, whose engine answers differently: what is finished is not answered again."""
+    write = Objects.write
+
+    def dies(self: Objects, name: str, data: bytes | Path) -> str:
+        if name == moment:
+            raise Killed
+        return write(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "write", dies)
+        with pytest.raises(Killed):
+            run_cli(*words(s3))
+    finished = sum(entry.name.endswith(".json") for entry in Objects(s3).list("progress"))
+    assert "at most" in run_ok("inspect", str(s3))
+    monkeypatch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "another machine"))
+    monkeypatch.setenv("SALT", "1")
+    run_ok(*words(s3))
+    found, first = answers_of(copied(s3, tmp_path / "back")), answers_of(calm)
+    same = [ours == theirs for ours, theirs in zip(found, first, strict=True)]
+    assert same[0]
+    assert all(same) == (moment == "manifest.json"), finished
+
+
+def test_killed_at_the_end_it_goes_on(s3, words, calm, tmp_path, monkeypatch):
+    """On the same machine, whose staging directory has the index of the answers already."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteWriter, "_publish", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run_cli(*words(s3))
+    run_ok(*words(s3))
+    assert_same(copied(s3, tmp_path / "back"), calm)
+
+
+def test_two_machines_share_one_pass(s3, words, calm, tmp_path, monkeypatch):
+    both = []
+    for i in range(2):
+        monkeypatch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / f"machine {i}"))
+        both.append(Dspark(tmp_path / str(i), *words(s3), "--worker", f"{i}/2"))
+    assert [process.wait() for process in both] == [0, 0], [process.err for process in both]
+    assert "already complete" in run_ok(*words(s3))
+    assert_same(copied(s3, tmp_path / "back"), calm)
+
+
+@pytest.mark.parametrize("overwritten", ["shards/00001.safetensors", "progress/answers-00001.jsonl"])
+def test_a_shard_of_another_process_with_other_answers(s3, words, calm, tmp_path, monkeypatch, overwritten):
+    """Two processes had owned a shard, and one wrote over what the other one had recorded."""
+    other, real, found = Address(f"{s3}-other"), run.settle, []
+
+    def keep(writer: RemoteWriter, prepared: Any) -> list[int]:
+        found.append(Objects(other).read(overwritten))
+        return real(writer, prepared)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("SALT", "1")
+        patch.setattr(run, "settle", keep)
+        run_ok(*words(other))
+
+    def overwrite(writer: RemoteWriter, prepared: Any) -> list[int]:
+        if len(found) == 1:
+            Objects(s3).write(overwritten, found[0])
+        wrong = real(writer, prepared)
+        found.append(wrong)
+        return wrong
+
+    monkeypatch.setattr(run, "settle", overwrite)
+    run_ok(*words(s3))
+    assert found[1:] == [[1], []]
+    ours = answers_of(copied(s3, tmp_path / "back"))
+    differing = [a != b for a, b in zip(ours, answers_of(calm), strict=True)]
+    of_the_other = overwritten.startswith("progress")
+    assert any(differing) == of_the_other
+    assert any(a != b for a, b in zip(ours, answers_of(copied(other, tmp_path / "other")), strict=True))
+
+
+def test_lost_answers_are_said_to_be_lost(s3, words):
+    run_ok(*words(s3))
+    Objects(s3).remove(["shards/00001.safetensors"])
+    assert_refused(run_cli(*words(s3)), 1, f"{s3}/shards/00001.safetensors", "answers", f"remove {s3}")
+
+
+def test_transformers_answers_first_and_captures_then(s3, fp32_target, machine, tmp_path):
+    data = make_conversations(tmp_path / "data.jsonl", count=6, seed=3)
+    words = arguments(fp32_target, data, str(s3), max_new_tokens=8, temperature=0)
+    run_ok(*words, "--regenerate")
+    assert len(list(machine.glob("staging/*.answers.jsonl"))) == 1
+    assert len(CacheReader(copied(s3, tmp_path / "back"))) == 6
+    assert "already complete" in run_ok(*words, "--regenerate")
