@@ -1,4 +1,4 @@
-"""A cache whose prompts are being answered: its files of answers, and shards smaller than the plan's bound."""
+"""A cache whose prompts are being answered: its files of answers, and shards below the plan's bound."""
 
 from __future__ import annotations
 
