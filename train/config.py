@@ -84,7 +84,7 @@ class LossConfig:
         check_numbers(self)
         weights = {name: value for name, value in vars(self).items() if name.endswith("_alpha")}
         for name, value in weights.items():
-            require(value >= 0, f"{name} must not be negative, got {value}")
+            require(value is None or value >= 0, f"{name} must not be negative, got {value}")
 
     @property
     def slot_decay(self) -> float | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import re
+import time
 from functools import partial
 from pathlib import Path
 
@@ -219,8 +221,13 @@ def test_prefetch_keeps_order_and_raises_where_due() -> None:
     def fail():
         raise OSError("disk gone")
 
-    jobs = [lambda i=i: i for i in range(5)]
-    assert list(prefetch(jobs, torch.device("cpu"), depth=2)) == [0, 1, 2, 3, 4]
+    def job(number: int) -> int:
+        time.sleep((5 - number) / 200)  # the last ones are done first
+        return number
+
+    jobs = [partial(job, i) for i in range(5)]
+    for threads, depth in itertools.product((1, 2, 8), (0, 2, 8)):
+        assert list(prefetch(jobs, torch.device("cpu"), depth, threads)) == [0, 1, 2, 3, 4]
     batches = prefetch([*jobs[:3], fail, *jobs[3:]], torch.device("cpu"), depth=2)
     assert [next(batches) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="disk gone"):

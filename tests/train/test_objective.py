@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from tests.conftest import run_ok
 from tests.train.drafts import as_batch, random_samples, small_model
 from tests.train.runs import progress_of, train_arguments
@@ -41,6 +42,12 @@ def batch() -> dict[str, Tensor]:
 def test_the_weights_are_those_of_the_loss_table() -> None:
     loss = DSparkLoss(ce_alpha=0.25, l1_alpha=0.5, confidence_alpha=2.0, decay_gamma=None)
     assert Objective.of(loss) == Objective({"ce": 0.25, "l1": 0.5, "confidence": 2.0}, None)
+    loss = DSparkLoss(ce_alpha=0.0, l1_alpha=0.0, soft_ce_alpha=0.1)
+    assert Objective.of(loss).weights == {"ce": 0.0, "l1": 0.0, "soft_ce": 0.1, "confidence": 1.0}
+    with pytest.raises(ConfigError, match="can't all be 0"):
+        DSparkLoss(ce_alpha=0.0, l1_alpha=0.0, soft_ce_alpha=0.0)
+    with pytest.raises(ConfigError, match="soft_ce_alpha must not be negative"):
+        DSparkLoss(soft_ce_alpha=-0.1)
 
 
 def test_terms_without_a_weight_in_the_table_are_left_out() -> None:

@@ -42,12 +42,14 @@ class DSparkConfig(BlockDraftConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DSparkLoss(LossConfig):
-    """`[loss]` of a DSpark draft: weights of the three terms and of the slots (paper, section 3.3)."""
+    """`[loss]` of a DSpark draft: weights of terms and slots, by default the paper's (section 3.3)."""
 
     ce_alpha: float = 0.1
     """Weight of the cross entropy with the data's token."""
     l1_alpha: float = 0.9
     """Weight of the L1 distance between the draft's and target's distributions (2 x total variation)."""
+    soft_ce_alpha: float | None = None
+    """Weight of the cross entropy with the target's distribution; not computed when not set."""
     confidence_alpha: float = 1.0
     """Weight of the confidence head's binary cross entropy."""
     decay_gamma: float | None = 4.0
@@ -55,7 +57,8 @@ class DSparkLoss(LossConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.ce_alpha + self.l1_alpha > 0, "ce_alpha and l1_alpha can't both be 0")
+        trained = self.ce_alpha + self.l1_alpha + (self.soft_ce_alpha or 0) > 0
+        require(trained, "ce_alpha, l1_alpha and soft_ce_alpha can't all be 0")
         gamma = self.decay_gamma
         require(gamma is None or gamma > 0, f'decay_gamma must be positive or "none", got {gamma}')
 
