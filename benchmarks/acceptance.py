@@ -71,14 +71,13 @@ class Job:
 def jobs_of(group: str, cache: Path, seeds: list[int]) -> list[Job]:
     """Return a list's jobs, seed by seed."""
     found = tomllib.loads(LISTS.read_text())[group]
-    config = ROOT / found["config"]
     identity = CacheReader(cache).manifest.identity
     jobs = []
     for seed in seeds:
         for case, changes in found["cases"].items():
             settings = found.get("settings", {}) | changes | {"train.seed": seed}
-            settings.pop("published", None)
-            published = changes.get("published", False)
+            published = settings.pop("published", False)
+            config = ROOT / settings.pop("config", found["config"])
             values = configuration.load_toml(config)
             for key, value in settings.items():
                 table, name = key.split(".")

@@ -50,7 +50,7 @@ def orthogonalised(gradient: torch.Tensor, coefficients: tuple, steps: int, eps:
 
 def trained(cache: Path, steps: int, **settings: Any) -> tuple[float, float]:
     """Train the example's draft with other settings. Return its held-out tau and the seconds per step."""
-    config = run_config(configuration.load_toml(ROOT / "configs/example.toml"))
+    config = run_config(configuration.load_toml(ROOT / "benchmarks/whole_vocabulary.toml"))
     settings |= {"max_steps": steps, "eval_every": 0}
     # The Markov head keeps the learning rate that it has in the example.
     lr = settings.setdefault("lr", config.train.lr)

@@ -71,7 +71,7 @@ def held_out_tau(folder: Path, name: str, seed: int) -> float:
         "--cache",
         folder / name,
         "--config",
-        ROOT / "configs/example.toml",
+        ROOT / "benchmarks/whole_vocabulary.toml",
         "--run",
         run,
         *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")),

@@ -50,7 +50,8 @@ from train.trainer.optimizer import build_optimizers, normalise_gradients
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Name, config, the target's shape, mean of the logarithm of documents' lengths, timed steps.
-CPU = ("SmolLM2-135M shape", CONFIGS / "example.toml", SMOLLM2, 4.8, 20)
+WHOLE_VOCABULARY = Path(__file__).with_name("whole_vocabulary.toml")
+CPU = ("SmolLM2-135M shape", WHOLE_VOCABULARY, SMOLLM2, 4.8, 20)
 GPU = ("Qwen3-4B shape", CONFIGS / "qwen3-4b.toml", QWEN3_4B, 6.55, 50)
 DOCUMENTS, WARM_UP = 1000, 5
 BACKBONE, VOCABULARY = "backbone forward", "vocabulary loss"

@@ -48,7 +48,7 @@ tarfile hashlib hmac secrets pyarrow pyarrow.compute pytest click
 """
 # Of fine-tuning: rows of a step, peak learning rate, tokens of a row.
 ROWS, RATE, LONGEST = 8, 1e-4, 192
-STEPS = (0, 40, 100, 350)
+STEPS = (0, 100, 400, 1500)
 
 
 def explanations() -> list[tuple[str, str]]:
