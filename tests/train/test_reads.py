@@ -232,7 +232,7 @@ def test_a_disk_without_such_reads_is_named(cache_dir, tmp_path, monkeypatch) ->
         Reads(reader, "direct", reader.layer_ids, 10**12, 0)
     assert not Reads(reader, "auto", reader.layer_ids, 10**12, 0).direct()
     config = Path(__file__).parents[2] / "configs" / "example.toml"
-    settings = ("draft.target_layer_ids=[2]", 'train.reader="direct"')
+    settings = ("draft.target_layer_ids=[2]", "draft.draft_vocab_size=100", 'train.reader="direct"')
     changes = [word for setting in settings for word in ("--set", setting)]
     result = run_cli("train", "--cache", cache_dir, "--config", config, "--run", tmp_path / "run", *changes)
     assert_refused(result, 2, "which the disk of", 'set it to "auto" or "mmap"')
