@@ -29,7 +29,7 @@ from pipeline.options import (
     gathered,
     parse_layer_ids,
 )
-from pipeline.remote.address import Place
+from pipeline.remote.address import Address, Place
 from pipeline.target_model.options import TargetOptions, target_options
 
 # Template variables that rendering a conversation sets.
@@ -365,6 +365,11 @@ def capture_options(command: Command) -> Command:
         given = source not in (None, ParameterSource.DEFAULT)
         check_last_codec(options.last_hidden, options.last_codec if given else None)
         check_hidden(options.last_hidden, options.hidden)
+        if options.staging_bytes is not None and not isinstance(options.cache, Address):
+            raise UsageError(
+                f"--staging-bytes is of captures to a URL, and --cache is the directory {options.cache}: "
+                "leave it out"
+            )
         options.engine.check()
         options.answers.check(options.data.mask_reasoning, _given())
         if options.share_prefixes and options.answers.regenerate and options.engine.engine == VLLM:

@@ -38,6 +38,7 @@ from pipeline.cache.progress.claims import DEAD_AFTER_SECONDS, Worker, claim_nam
 from pipeline.cache.remote.local import staging_folder
 from pipeline.cache.statistics import state_codecs
 from pipeline.device import reuse_freed_memory
+from pipeline.errors import CacheError
 from pipeline.process import WorkerPlace
 from pipeline.remote.address import Address
 from pipeline.remote.objects import Objects
@@ -45,6 +46,9 @@ from pipeline.signals import StopRequest, stop_on_signals
 
 # Name of the claim to write `target/`.
 _TARGET = "target"
+
+# Times that shards with other answers than were kept are written again.
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,17 @@ def _capture(options: CaptureOptions, place: WorkerPlace, group: Group | None) -
     shards = 0
     if writer.pending() or not writer.target_written() or not writer.statistics_written():
         shards = _capture_pending(writer, prepared, place, group)
+    rounds = 0
     while prepared.answers_first and not prepared.answered and not writer.pending() and not writer.complete:
         wrong = settle(writer, prepared)
         if not wrong:
             break
+        rounds += 1
+        if rounds > _ROUNDS:
+            raise CacheError(
+                f"shards {wrong} of {prepared.options.cache} do not hold their answers, though written "
+                f"{_ROUNDS} times: another process writes them too, or the store changes what it is given"
+            )
         writer.forget(wrong)
         shards += _capture_pending(writer, prepared, place, group)
     manifest = writer.finalise(bad_samples(prepared).check)

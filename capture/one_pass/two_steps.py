@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from capture.console import note
@@ -19,6 +20,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import publish_bytes
 from pipeline.process import WorkerPlace
 from pipeline.remote.address import Address, Place
+from pipeline.remote.objects import MissingObjectError, Objects
 
 _BATCH_SIZE = 64
 
@@ -26,7 +28,7 @@ _BATCH_SIZE = 64
 def answers_path(cache: Place) -> Path:
     """Return the file of the answers: beside the cache, because the cache does not exist yet.
 
-    That of a cache in an object store is on this machine, beside the directory through which it is written.
+    That of a cache in an object store is kept there too, and worked on here.
     """
     near = staging_folder(cache) if isinstance(cache, Address) else cache
     return near.with_name(f"{near.name}.answers.jsonl")
@@ -47,7 +49,9 @@ def answer_first(options: CaptureOptions, place: WorkerPlace) -> CaptureOptions:
             "--regenerate with --engine huggingface answers the first --num-samples rows, and --shuffle asks "
             "for others: drop one of them, or run `dspark regenerate` first and capture its file"
         )
-    out = answers_path(options.cache)
+    out, cache = answers_path(options.cache), options.cache
+    if isinstance(cache, Address):
+        _fetch(cache, out)
     _check_origin(options, out)
     if not out.exists() or progress_path(out).exists():
         if place.world > 1:
@@ -57,9 +61,43 @@ def answer_first(options: CaptureOptions, place: WorkerPlace) -> CaptureOptions:
             )
         note(f"--engine huggingface answers first, into {out}, and captures that file afterwards")
         _answer(options, out)
+    if isinstance(cache, Address):
+        _keep(cache, out)
     data = dataclasses.replace(options.data, data=(str(out),), split=None, subset=None, format="auto")
     answers = dataclasses.replace(options.answers, regenerate=False)
     return dataclasses.replace(options, data=data, answers=answers)
+
+
+def _beside(cache: Address) -> tuple[Objects, str]:
+    """Return the folder of a cache in an object store, and the cache's name in it. Raises UsageError."""
+    folder, _, name = cache.url.rpartition("/")
+    if folder.endswith("/"):
+        raise UsageError(
+            f"--regenerate with --engine huggingface keeps the answers beside the cache: expected a folder "
+            f"in a bucket, got the bucket {cache}"
+        )
+    return Objects(Address(folder)), name
+
+
+def _fetch(cache: Address, out: Path) -> None:
+    """Fetch the finished answers of another machine, and what they are made of, unless they are here."""
+    objects, name = _beside(cache)
+    if out.exists():
+        return
+    with suppress(MissingObjectError):  # the answers last: with them all is here
+        for path in (out.with_suffix(".json"), out):
+            data = objects.read(f"{name}.answers{path.suffix}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            publish_bytes(path, data)
+
+
+def _keep(cache: Address, out: Path) -> None:
+    """Keep finished answers beside the cache, unless they are there."""
+    objects, name = _beside(cache)
+    for path in (out.with_suffix(".json"), out):
+        kept = f"{name}.answers{path.suffix}"
+        if not objects.exists(kept):
+            objects.write(kept, path)
 
 
 def _check_origin(options: CaptureOptions, out: Path) -> None:

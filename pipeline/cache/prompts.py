@@ -9,7 +9,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pipeline.cache.layout import LAST_HIDDEN
-from pipeline.cache.manifest import PROGRESS, Identity, ShardPlan
+from pipeline.cache.manifest import PROGRESS, PROMPTS, Identity, Manifest, ShardPlan
+from pipeline.cache.same import differing_fields
 from pipeline.errors import CacheError
 from pipeline.text import one_line
 
@@ -17,6 +18,16 @@ from pipeline.text import one_line
 def answers_file(cache: Path, shard: int) -> Path:
     """Return the file of a shard's answers, in the cache's directory."""
     return cache / PROGRESS / f"answers-{shard:05d}.jsonl"
+
+
+def is_answered(found: Manifest, asked: Identity) -> bool:
+    """Return whether a complete cache has the answers to the prompts of another identity, all else alike."""
+    if found.status != "complete" or not asked.data.of_prompts:
+        return False
+    content = found.identity.data.sha256
+    settled = replace(asked, data=replace(asked.data, sha256=content))
+    same = found.identity.data.settings.get(PROMPTS) == asked.data.sha256
+    return same and not differing_fields(found.identity, settled)
 
 
 def has_tokens(path: Path, input_ids: np.ndarray) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ from torch import Tensor
 from pipeline.cache.features import FeatureIdentity
 from pipeline.cache.prefixes import ContextRows
 from pipeline.cache.rows import last_hidden_columns
-from pipeline.errors import ConfigError
+from pipeline.errors import CacheError, ConfigError
 
 NOT_FINITE, ALL_ZERO = "states not finite", "states all zero"
 TOO_LARGE, FAILED = "does not fit the device", "fails in the engine"
@@ -209,3 +211,11 @@ def state_rows(
     for name, tensor in tensors.items():
         if name not in ("input_ids", "loss_mask"):
             yield name, tensor[last_rows if name.partition(".")[0] == "last_hidden" else context]
+
+
+def all_skipped(cache: Path, reasons: Mapping[int, str]) -> CacheError:
+    """Return the error of a cache of which every sample is skipped, for these reasons."""
+    counts = Counter(reasons.values())
+    words = ", ".join(f"{counts[reason]:,} {reason}" for reason in REASONS if counts[reason])
+    remedy = "raise --max-new-tokens" if TOO_SHORT in counts else "check the target"
+    return CacheError(f"{cache} would hold no sample, of all {len(reasons):,}: {words}; {remedy}")

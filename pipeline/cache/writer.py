@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -41,14 +40,13 @@ from pipeline.cache.manifest import (
 from pipeline.cache.progress.claims import Worker
 from pipeline.cache.progress.records import TARGET, Records, ShardRecord, TargetRecord
 from pipeline.cache.progress.shared_statistics import SharedStatistics
-from pipeline.cache.prompts import answers_file, has_tokens
+from pipeline.cache.prompts import answers_file, has_tokens, is_answered
 from pipeline.cache.same import origin, refuse_another
 from pipeline.cache.shard import ShardBuffer, file_bytes, file_layout, shard_buffer
 from pipeline.cache.skipped import (
-    REASONS,
-    TOO_SHORT,
     ByReason,
     Skipped,
+    all_skipped,
     counted,
     reasons_by_row,
     skipped_samples,
@@ -129,6 +127,9 @@ class CacheWriter:
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                 raise CacheError(f"{folder} is not a directory but a link or a file: remove it")
         found = read_manifest(self.path)
+        if is_answered(found, self.manifest.identity) and not self._damaged(found):
+            self._finish(found)  # other processes answered all prompts since this one looked at the directory
+            return
         option = "directory" if self.manifest.history else "--cache"  # the command's word for it
         refuse_another(self.path, found.identity, self.manifest.identity, option)
         remedy = f"choose another {option}, or remove that directory"
@@ -143,8 +144,7 @@ class CacheWriter:
         if found.status == "complete":
             damaged = self._damaged(found)
             if not damaged:
-                self.manifest = found
-                self._records.remove()
+                self._finish(found)
                 return
             self._reopen(found, damaged)
         else:
@@ -156,13 +156,17 @@ class CacheWriter:
             files.remove_partials(self.path / folder)
         again = read_manifest(self.path)
         if again.status == "complete":  # another process has just finished it
-            self.manifest = again
-            self._records.remove()
+            self._finish(again)
             return
         files.remove_partials(self.path)
         self._records.read_kept(len(self.manifest.plan))
         if not self.manifest.identity.data.of_prompts:  # it may exist already, settled by another process
             self._write_index(index_bytes(index))
+
+    def _finish(self, found: Manifest) -> None:
+        """Take the manifest of the complete cache, and remove what only an incomplete one has."""
+        self.manifest = found
+        self._records.remove()
 
     def _damaged(self, manifest: Manifest) -> set[str]:
         """Return the files of a complete cache that are missing or have the wrong size."""
@@ -228,7 +232,7 @@ class CacheWriter:
         return has_tokens(self.path / shard_file(shard), input_ids)
 
     def answers(self, shard: int) -> Path:
-        """Return the file of the answers that a written shard holds; it is missing once they are settled."""
+        """Return the file of the answers that a written shard holds; missing once they are settled."""
         return answers_file(self.path, shard)
 
     def forget(self, shards: Iterable[int]) -> None:
@@ -359,23 +363,15 @@ class CacheWriter:
         Raises:
             CacheError: every sample is skipped, or the statistics are lost or damaged.
         """
-        shards = []
-        for shard in range(len(self.manifest.plan)):
-            record = self._records.shard(shard)
-            if record is None:
-                return self.manifest if self.completed_by_another() else None
-            shards.append(record)
-        target = self._records.target()
-        if target is None:
+        records = [self._records.shard(shard) for shard in range(len(self.manifest.plan))]
+        shards, target = [record for record in records if record is not None], self._records.target()
+        if target is None or len(shards) < len(records):
             return self.manifest if self.completed_by_another() else None
         statistics = self._statistics.finished(shards)
         reasons = reasons_by_row((r.skipped for r in shards), self.manifest.plan.samples)
         check(reasons)
         if len(reasons) == sum(self.manifest.plan.samples):
-            counts = Counter(reasons.values())
-            words = ", ".join(f"{counts[reason]:,} {reason}" for reason in REASONS if counts[reason])
-            remedy = "raise --max-new-tokens" if TOO_SHORT in counts else "check the target"
-            raise CacheError(f"{self.path} would hold no sample, of all {len(reasons):,}: {words}; {remedy}")
+            raise all_skipped(self.path, reasons)
         skipped = skipped_samples(reasons, self._table)
         fidelity = self.manifest.fidelity or target.proof | summarise(r.measured for r in shards)
         self.manifest = dataclasses.replace(
@@ -391,9 +387,9 @@ class CacheWriter:
         return self.manifest
 
     def _publish(self, shards: list[ShardRecord]) -> None:
-        """Publish the complete manifest, and remove what only an incomplete cache has."""
+        """Publish the complete manifest."""
         write_manifest(self.path, self.manifest)
-        self._records.remove()
+        self._finish(self.manifest)
 
     def worker(self, label: str = "") -> Worker:
         """Return this process as a worker on the cache. See `Worker`."""

@@ -126,22 +126,38 @@ class Objects:
             raise OSError(f"got {len(data)} bytes from {start} on, expected {stop - start}")
         return data
 
-    def write(self, name: str, data: bytes | Path) -> str:
+    def write(self, name: str, data: bytes | Path, before: Callable[[], object] = lambda: None) -> str:
         """Write an object, from memory or from a file, over any of that name. Raises StoreError.
 
+        Args:
+            before: called before each try; a StoreError that it raises ends them.
+
         Returns:
-            Its tag, as of `tag`.
+            Its tag, as of `tag`; empty if the store does not say.
         """
-        return self._try("written", name, lambda: self._obstore.put(self._store, name, data))["e_tag"] or ""
+
+        def put() -> Any:
+            before()
+            return self._obstore.put(self._store, name, data)
+
+        return self._try("written", name, put)["e_tag"] or ""
 
     def tag(self, name: str) -> str:
-        """Return what the store calls an object's present bytes (its ETag); empty if it has no such name.
+        """Return what the store calls an object's present bytes (its ETag); empty if it has no word for it.
 
         Raises:
             MissingObjectError: there is no object of that name.
             StoreError: it can't be asked.
         """
         return self._try("read", name, lambda: self._obstore.head(self._store, name))["e_tag"] or ""
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is an object of that name. Raises StoreError."""
+        try:
+            self.tag(name)
+        except MissingObjectError:
+            return False
+        return True
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one of that name; return whether the one that is there is ours.

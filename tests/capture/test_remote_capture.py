@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.cache.progress import claims
 from pipeline.cache.remote.claims import RemoteWorker
+from pipeline.cache.remote.writer import RemoteWriter
 from pipeline.remote.address import Address
 from pipeline.remote.objects import Objects, StoreError
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
@@ -87,14 +90,81 @@ def test_a_copy_back_is_repaired_by_its_capture(
     run_ok("verify", back)
 
 
+def test_what_was_not_uploaded_is_not_captured_again(
+    s3: Address,
+    target_dir: Path,
+    data_file: Path,
+    cache_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write, real, written = Objects.write, RemoteWriter.write_shard, []
+
+    def dies(self: Objects, name: str, *data: Any) -> str:
+        if name == "shards/00001.safetensors":
+            raise StoreError("the line is cut")
+        return write(self, name, *data)
+
+    def write_shard(writer: RemoteWriter, shard: int, *rest: Any, **more: Any) -> None:
+        written.append(shard)
+        real(writer, shard, *rest, **more)
+
+    arguments = capture_arguments(target_dir, data_file, str(s3))
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "write", dies)
+        assert_refused(run_cli(*arguments), 1, "the line is cut")
+    monkeypatch.setattr(RemoteWriter, "write_shard", write_shard)
+    run_ok(*arguments)
+    assert written
+    assert 1 not in written
+    assert_same_cache(s3, cache_dir, tmp_path)
+
+
+STRAY = {
+    "progress/99999.json": b"{}",
+    "progress/target.json": b"{dam",
+    "progress/00001.json": json.dumps(
+        {"file": "shards/00001.safetensors", "bytes": 1, "sha256": "0" * 64, "measured": {}, "tensors": {}}
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("name", [*STRAY, "tensors"])
+def test_records_that_no_capture_writes(
+    s3: Address, target_dir: Path, data_file: Path, cache_dir: Path, tmp_path: Path, name: str
+) -> None:
+    write = Objects.write
+
+    def dies(self: Objects, name: str, *data: Any) -> str:
+        if name == "shards/00002.safetensors":
+            raise StoreError("the line is cut")
+        return write(self, name, *data)
+
+    arguments = capture_arguments(target_dir, data_file, str(s3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objects, "write", dies)
+        assert_refused(run_cli(*arguments), 1, "the line is cut")
+    if name == "tensors":
+        name = "progress/00001.json"
+        record = json.loads(Objects(s3).read(name))
+        del record["tensors"]["context.0"]
+        data = json.dumps(record).encode()
+    else:
+        data = STRAY[name]
+    Objects(s3).write(name, data)
+    shutil.rmtree(tmp_path / "local")  # as from another machine
+    run_ok(*arguments)
+    assert_same_cache(s3, cache_dir, tmp_path)
+
+
 @pytest.mark.parametrize("what", ["shard", "record"])
 def test_a_shard_lost_after_its_record_is_captured_again(
     s3: Address, target_dir: Path, data_file: Path, cache_dir: Path, tmp_path: Path, what: str
 ) -> None:
     write, lost = Objects.write, []
 
-    def loses(self: Objects, name: str, data: bytes | Path) -> str:
-        tag = write(self, name, data)
+    def loses(self: Objects, name: str, *data: Any) -> str:
+        tag = write(self, name, *data)
         if name == "progress/00002.json" and not lost:
             lost.append(name)
             raise StoreError("the line is cut")
@@ -161,13 +231,15 @@ def test_the_staging_directory_keeps_its_limit(
 ) -> None:
     write, most = Objects.write, []
 
-    def slowly(self: Objects, name: str, data: bytes | Path) -> str:
+    def slowly(self: Objects, name: str, *data: Any) -> str:
         if name.startswith("shards/"):
             time.sleep(0.05)
             most.append(sum(path.stat().st_size for path in staging.glob("*/shards/[0-9]*")))
-        return write(self, name, data)
+        return write(self, name, *data)
 
     monkeypatch.setattr(Objects, "write", slowly)
+    near = [*capture_arguments(target_dir, data_file, staging / "cache"), "--staging-bytes", "1"]
+    assert_refused(run_cli(*near), 2, "--staging-bytes is of captures to a URL")
     run_ok(*capture_arguments(target_dir, data_file, str(s3)), "--staging-bytes", "1")
     assert len(most) > 5
     sizes = [entry.bytes for entry in Objects(s3).list("shards")]

@@ -478,9 +478,20 @@ def test_budgets(text: str, seconds: float) -> None:
         parse_budget(text + "x")
 
 
+def test_what_is_switched_off_is_not_searched() -> None:
+    keys = {each.key for each in default_space(run_config({"draft": {"kind": "dspark"}}))}
+    assert {"loss.ce_alpha", "train.weight_decay"} <= keys
+    assert "loss.soft_ce_alpha" not in keys
+    loss = {"ce_alpha": 0.0, "soft_ce_alpha": 0.1, "decay_gamma": "none"}
+    keys = {each.key for each in default_space(run_config({"draft": {"kind": "dspark"}, "loss": loss}))}
+    assert "loss.soft_ce_alpha" in keys
+    assert not {"loss.ce_alpha", "loss.decay_gamma"} & keys
+
+
 @pytest.mark.parametrize("kind", TABLES)
 def test_what_each_kind_searches_are_settings_that_it_takes(kind: str) -> None:
-    base = run_config({"draft": {"kind": kind}})
+    soft = {"soft_ce_alpha": 0.1} if kind == "dspark" else {}
+    base = run_config({"draft": {"kind": kind}, "loss": soft})
     space = default_space(base)
     assert "train.lr" in {each.key for each in space}
     assert [f"{each.key}={each.text}" for each in space] == list(TABLES[kind].searched)

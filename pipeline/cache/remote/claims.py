@@ -37,7 +37,8 @@ class RemoteWorker:
         self._id = f"{process.place()}-{os.getpid()}-{time.time_ns():x}"
         self._name = _worker_name(self._id)
         self._began, self._tokens = time.monotonic(), 0
-        self._claims: dict[str, str] = {}
+        self._claims: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+        """Own claims by name, each with the dead owners' claims that it is inherited from, and them."""
         self._stop = threading.Event()
         self._pulse = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -67,7 +68,7 @@ class RemoteWorker:
         while True:
             if self._objects.create(claim, self._id.encode()):
                 if all(self._owner(each) == owner for each, owner in before):
-                    self._claims[name] = claim
+                    self._claims[name] = (claim, before)
                     return True
                 self._objects.remove([claim])  # the claim before it was released, not left by a dead owner
             else:
@@ -76,16 +77,28 @@ class RemoteWorker:
                     if self._lives(owner):
                         return False
                     before.append((claim, owner))
-                    own = claim.rpartition("/")[2]
-                    heir = hashlib.sha256(f"{own} {owner}".encode()).hexdigest()[:24]
-                    claim = f"{PROGRESS}/{name}~{heir}.claim"
+                    claim = _heir(name, claim, owner)
                     continue
             claim, before = f"{PROGRESS}/{name}.claim", []
 
+    def owns(self, name: str) -> bool:
+        """Return whether this process owns `name` still: others inherit from one that was long silent.
+
+        Raises:
+            StoreError: the store can't be read.
+        """
+        claim, before = self._claims.get(name, ("", []))
+        if not claim or self._owner(_heir(name, claim, self._id)) is not None:
+            return False
+        return all(self._owner(each) == owner for each, owner in [*before, (claim, self._id)])
+
     def release(self, name: str) -> None:
-        """Release the claim on `name`, whether it was written or not. Raises StoreError."""
-        claim = self._claims.pop(name, None)
-        if claim and self._owner(claim) == self._id:
+        """Release the claim on `name`, whether it was written or not. Raises StoreError.
+
+        One that another process has inherited stays: without it the heir's would not hold.
+        """
+        claim, _ = self._claims.pop(name, ("", []))
+        if claim and self._owner(claim) == self._id and self._owner(_heir(name, claim, self._id)) is None:
             self._objects.remove([claim])
 
     def others_died(self, waiting: Callable[[int], object]) -> bool:
@@ -144,6 +157,13 @@ class RemoteWorker:
         while not self._stop.wait(claims.HEARTBEAT_SECONDS):
             with contextlib.suppress(StoreError):  # a missed heartbeat is no reason to stop
                 self._touch()
+
+
+def _heir(name: str, claim: str, owner: str) -> str:
+    """Return the claim on `name` of whoever inherits it from a claim's owner."""
+    own = claim.rpartition("/")[2]
+    digest = hashlib.sha256(f"{own} {owner}".encode()).hexdigest()[:24]
+    return f"{PROGRESS}/{name}~{digest}.claim"
 
 
 def _worker_name(worker: str) -> str:

@@ -5,13 +5,15 @@ there, then its record in `progress/`, and the shard's file goes. The complete m
 this machine holds the shards in flight only, and a capture killed at any moment continues, on any machine.
 
 Where the capture answers prompts first, a shard's answers are uploaded before it. Two processes that answered
-one shard wrote different bytes, so its record has the store's tag of those that it is of.
+one shard wrote different bytes: only the owner of its claim uploads it, and its record has the store's tag of
+the bytes that it is of.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -39,12 +41,14 @@ from pipeline.cache.manifest import (
     Identity,
     Manifest,
     Plan,
+    is_sha256,
     parse_manifest,
     shard_file,
 )
 from pipeline.cache.optional import plain_values
-from pipeline.cache.progress.records import TARGET, ShardRecord
-from pipeline.cache.prompts import answers_file, held_plan
+from pipeline.cache.progress.claims import claim_name
+from pipeline.cache.progress.records import TARGET, ShardRecord, read_target_record
+from pipeline.cache.prompts import answers_file, held_plan, is_answered
 from pipeline.cache.remote.claims import RemoteWorker
 from pipeline.cache.same import origin, refuse_another
 from pipeline.cache.shard import ShardBuffer, map_shard, tensor_hashes
@@ -55,6 +59,10 @@ from pipeline.remote.objects import MissingObjectError, Objects, StoreError
 
 # Seconds for which a listing of the finished shards counts as current.
 _LISTED_S = 5.0
+
+
+class _TakenOverError(StoreError):
+    """Another process owns a shard by now, or has completed the cache."""
 
 
 class RemoteWriter(CacheWriter):
@@ -85,8 +93,12 @@ class RemoteWriter(CacheWriter):
         self.objects = objects
         self._most, self._staged, self._room = staging_bytes, 0, Condition()
         self._listed = float("-inf")
+        self._worker: RemoteWorker | None = None
         super().__init__(staging, identity, plan, index, rows, history)
         found = self._begin()
+        if is_answered(found, identity):  # by other processes, since this one looked at the place
+            self._take(found)
+            return
         refuse_another(objects.address, found.identity, identity)
         if found.plan != plan:
             raise CacheError(
@@ -98,27 +110,35 @@ class RemoteWriter(CacheWriter):
                 "place, or remove what is there"
             )
         if found.status == "complete":
+            self._require_files(found)
             self._take(found)
             return
         self.manifest = dataclasses.replace(self.manifest, created_by=found.created_by)
         self._pull()
         self._forget_lost()
+        if (
+            identity.data.of_prompts
+        ):  # whoever answers a shard needs its claim: the files here are written anew
+            return
         for shard in range(len(plan)):  # written here by a process that was killed before it uploaded them
             if super().written(shard) and shard_file(shard) not in self._records.elsewhere:
                 self._forward(shard)
 
     def _begin(self) -> Manifest:
         """Return the place's manifest; begin a cache there if it is empty."""
-        for _ in range(2):
+        for again in (False, True):
             try:
                 return parse_manifest(self.objects.read(MANIFEST), self.objects.url(MANIFEST))
             except MissingObjectError:
-                if next(self.objects.list(), None) is not None:
+                if next(self.objects.list(), None) is None:
+                    self.objects.create(
+                        MANIFEST, self.manifest.to_json()
+                    )  # or another process has just begun
+                elif again:
                     raise CacheError(
                         f"{self.objects.address} is not empty and holds no {MANIFEST}: choose another place"
                     ) from None
-                self.objects.create(MANIFEST, self.manifest.to_json())  # or another process has just begun
-        raise CacheError(f"{self.objects.url(MANIFEST)} disappears: run the same command again")
+        return parse_manifest(self.objects.read(MANIFEST), self.objects.url(MANIFEST))
 
     def _pull(self) -> None:
         """Take over the records of what is finished in the object store."""
@@ -126,7 +146,9 @@ class RemoteWriter(CacheWriter):
         for entry in self.objects.list(PROGRESS):
             name = entry.name.rpartition("/")[2]
             stem = name.removesuffix(".json")
-            if name == TARGET or (stem.isdecimal() and shard_file(int(stem)) not in self._records.elsewhere):
+            shard = int(stem) if stem.isdecimal() else len(self.manifest.plan)
+            known = shard >= len(self.manifest.plan) or shard_file(shard) in self._records.elsewhere
+            if name == TARGET or not known:
                 self._pull_record(name)
 
     def _forget_lost(self) -> None:
@@ -134,8 +156,10 @@ class RemoteWriter(CacheWriter):
         sizes = {entry.name: entry.bytes for entry in self.objects.list("shards")}
         for shard in range(len(self.manifest.plan)):
             record = self._records.shard(shard)
-            if record is not None and sizes.get(record.file) != record.bytes:
-                self.forget([shard])
+            lost = record is not None and sizes.get(record.file) != record.bytes
+            if lost and record.file in self._records.elsewhere:
+                self._records.elsewhere.discard(record.file)
+                self.objects.remove([f"{PROGRESS}/{shard:05d}.json"])
 
     def _pull_record(self, name: str) -> None:
         try:
@@ -145,18 +169,36 @@ class RemoteWriter(CacheWriter):
         self.progress.mkdir(exist_ok=True)
         files.publish_bytes(self.progress / name, data)
         if name == TARGET:
-            found = json.loads(data).get("files", [])
-            self._records.elsewhere.update(each["file"] for each in found if isinstance(each, dict))
+            target = read_target_record(self.progress)
+            self._records.elsewhere.update(each.file for each in (target.files if target else ()))
             return
         shard = int(name.removesuffix(".json"))
         self._records.elsewhere.add(shard_file(shard))
-        if self._records.shard(shard) is None:  # damaged: the shard is to be written, and uploaded, again
-            self._records.elsewhere.discard(shard_file(shard))
+        record = self._records.shard(shard)
+        names = shard_specs(self.manifest.identity, self.manifest.plan[shard]).keys()
+        if (
+            record is None
+            or record.tensors.keys() != names
+            or not all(map(is_sha256, record.tensors.values()))
+        ):
+            self._records.elsewhere.discard(shard_file(shard))  # damaged: the shard is written again
 
     def _take(self, found: Manifest) -> None:
         """Take the complete cache that is in the object store; nothing in the staging directory is needed."""
         self.manifest = found
+        # Of a process that was killed as it ended.
+        self.objects.remove([entry.name for entry in self.objects.list(PROGRESS)])
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _require_files(self, found: Manifest) -> None:
+        """Raise CacheError unless all files of a complete cache are there, with their sizes."""
+        sizes = {entry.name: entry.bytes for entry in self.objects.list()}
+        for record in found.all_files():
+            if sizes.get(record.file) != record.bytes:
+                raise CacheError(
+                    f"{self.objects.url(record.file)} is missing or damaged: copy the cache there again with "
+                    f"`dspark sync`, or remove {self.objects.address} and run the same command again"
+                )
 
     def completed_by_another(self) -> bool:
         if not self.complete:
@@ -169,15 +211,19 @@ class RemoteWriter(CacheWriter):
         if self.completed_by_another():
             return []
         self._pull()
-        here = super().written
-        return [shard for shard in range(len(self.manifest.plan)) if not here(shard)]
+        return [shard for shard in range(len(self.manifest.plan)) if not self._finished(shard)]
+
+    def _finished(self, shard: int) -> bool:
+        """Return whether a shard is finished, as far as this process knows."""
+        uploaded = shard_file(shard) in self._records.elsewhere
+        return super().written(shard) and (uploaded or not self.manifest.identity.data.of_prompts)
 
     def written(self, shard: int) -> bool:
-        if self.complete or super().written(shard):
+        if self.complete or self._finished(shard):
             return True
         if time.monotonic() - self._listed > _LISTED_S:
             self._pull()
-        return super().written(shard)
+        return self._finished(shard)
 
     def write_shard(
         self,
@@ -210,10 +256,16 @@ class RemoteWriter(CacheWriter):
             identity, answers = self.manifest.identity, answers_file(self.path, shard)
             specs = shard_specs(identity, held_plan(path, identity, self.manifest.plan[shard]))
             hashes = tensor_hashes(map_shard(path, specs).tensors)
+            require_own = functools.partial(self._require_own, shard)
             if answers.exists():
-                self.objects.write(f"{PROGRESS}/{answers.name}", answers)
-            tag = self.objects.write(shard_file(shard), path)
+                self.objects.write(f"{PROGRESS}/{answers.name}", answers, require_own)
+            tag = self.objects.write(shard_file(shard), path, require_own) or self.objects.tag(
+                shard_file(shard)
+            )
             record = dataclasses.replace(record, tensors=hashes, tag=tag)
+        except _TakenOverError:
+            path.unlink(missing_ok=True)
+            return
         except (CacheError, StoreError):
             self._pull_record(name)
             if path.exists() or shard_file(shard) not in self._records.elsewhere:
@@ -224,6 +276,15 @@ class RemoteWriter(CacheWriter):
         self.objects.write(f"{PROGRESS}/{name}", json.dumps(plain_values(record)).encode())
         path.unlink(missing_ok=True)
 
+    def _require_own(self, shard: int) -> None:
+        """Raise _TakenOverError if this process answers prompts, and no longer owns a shard."""
+        if not self.manifest.identity.data.of_prompts:
+            return
+        record = f"{PROGRESS}/{shard:05d}.json"
+        own = self._worker is not None and self._worker.owns(claim_name(shard))
+        if not own or self.completed_by_another() or self.objects.exists(record):
+            raise _TakenOverError(f"{self.objects.url(shard_file(shard))} is another process's by now")
+
     def answers(self, shard: int) -> Path:
         path = super().answers(shard)
         if shard_file(shard) in self._records.elsewhere:
@@ -232,6 +293,7 @@ class RemoteWriter(CacheWriter):
         return path
 
     def holds(self, shard: int, input_ids: np.ndarray) -> bool:
+        self._pull_record(f"{shard:05d}.json")  # it may have been written again
         record = self._records.shard(shard)
         if record is None or record.file not in self._records.elsewhere:
             return super().holds(shard, input_ids)
@@ -240,7 +302,8 @@ class RemoteWriter(CacheWriter):
         except MissingObjectError:
             return False
         digest = hashlib.sha256(input_ids.astype("<i4")).hexdigest()
-        return tag == record.tag and record.tensors.get("input_ids") == digest
+        same = not tag or not record.tag or tag == record.tag
+        return same and record.tensors.get("input_ids") == digest
 
     def forget(self, shards: Iterable[int]) -> None:
         for shard in shards:
@@ -306,4 +369,5 @@ class RemoteWriter(CacheWriter):
         shutil.rmtree(self.path, ignore_errors=True)
 
     def worker(self, label: str = "") -> RemoteWorker:
-        return RemoteWorker(self.objects, label)
+        self._worker = RemoteWorker(self.objects, label)
+        return self._worker

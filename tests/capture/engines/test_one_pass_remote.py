@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from capture import run
+from capture.prepare import PreparedCapture
 from pipeline.cache import CacheReader
+from pipeline.cache.progress.claims import claim_name
+from pipeline.cache.remote.claims import RemoteWorker
 from pipeline.cache.remote.writer import RemoteWriter
 from pipeline.remote.address import Address
 from pipeline.remote.objects import Objects
@@ -102,10 +105,10 @@ def test_killed_it_goes_on_elsewhere(s3, words, calm, tmp_path, monkeypatch, mom
     """On another machine, whose engine answers differently: what is finished is not answered again."""
     write = Objects.write
 
-    def dies(self: Objects, name: str, data: bytes | Path) -> str:
+    def dies(self: Objects, name: str, *data: Any) -> str:
         if name == moment:
             raise Killed
-        return write(self, name, data)
+        return write(self, name, *data)
 
     with monkeypatch.context() as patch:
         patch.setattr(Objects, "write", dies)
@@ -130,6 +133,24 @@ def test_killed_at_the_end_it_goes_on(s3, words, calm, tmp_path, monkeypatch):
             run_cli(*words(s3))
     run_ok(*words(s3))
     assert_same(copied(s3, tmp_path / "back"), calm)
+
+
+def test_killed_after_the_manifest_nothing_is_left(s3, words, tmp_path, monkeypatch):
+    write = Objects.write
+
+    def dies(self: Objects, name: str, *data: Any) -> str:
+        write(self, name, *data)
+        if name == "manifest.json":
+            raise Killed
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "write", dies)
+        with pytest.raises(Killed):
+            run_cli(*words(s3))
+    assert list(Objects(s3).list("progress"))
+    assert "already complete" in run_ok(*words(s3))
+    copied(s3, tmp_path / "back")
 
 
 def test_two_machines_share_one_pass(s3, words, calm, tmp_path, monkeypatch):
@@ -175,14 +196,152 @@ def test_a_shard_of_another_process_with_other_answers(s3, words, calm, tmp_path
 
 def test_lost_answers_are_said_to_be_lost(s3, words):
     run_ok(*words(s3))
+    Objects(s3).remove(["target/frozen.safetensors"])
+    assert_refused(run_cli(*words(s3)), 1, f"{s3}/target/frozen.safetensors is missing", "dspark sync")
     Objects(s3).remove(["shards/00001.safetensors"])
     assert_refused(run_cli(*words(s3)), 1, f"{s3}/shards/00001.safetensors", "answers", f"remove {s3}")
 
 
-def test_transformers_answers_first_and_captures_then(s3, fp32_target, machine, tmp_path):
+def test_transformers_answers_first_and_captures_then(s3, fp32_target, machine, tmp_path, monkeypatch):
     data = make_conversations(tmp_path / "data.jsonl", count=6, seed=3)
     words = arguments(fp32_target, data, str(s3), max_new_tokens=8, temperature=0)
     run_ok(*words, "--regenerate")
     assert len(list(machine.glob("staging/*.answers.jsonl"))) == 1
     assert len(CacheReader(copied(s3, tmp_path / "back"))) == 6
-    assert "already complete" in run_ok(*words, "--regenerate")
+    monkeypatch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "another machine"))
+    result = run_cli(*words, "--regenerate")
+    assert "already complete" in result.stdout
+    assert "answers first" not in result.stderr  # the first machine's are beside the cache
+    other = run_cli(*words, "--regenerate", "--max-new-tokens", "9")
+    assert_refused(other, 2, "answers differ")
+    bucket = arguments(fp32_target, data, "s3://bucket", max_new_tokens=8)
+    assert_refused(run_cli(*bucket, "--regenerate"), 2, "expected a folder in a bucket")
+
+
+def elsewhere(tmp_path: Path, words: list[str | Path], salt: str = "1") -> None:
+    """Run a capture to its end on another machine, whose engine answers differently."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "another machine"))
+        patch.setenv("SALT", salt)
+        process = Dspark(tmp_path / "process", *words)
+    assert process.wait() == 0, process.err
+    assert "complete" in process.out, process.err
+
+
+def test_who_was_silent_for_long_writes_over_nothing(s3, words, calm, tmp_path, monkeypatch):
+    """Another machine took it for dead, inherited its shard, and completed the cache."""
+    real, late = RemoteWriter.write_shard, []
+
+    def write_shard(writer: RemoteWriter, shard: int, *rest: Any, **more: Any) -> None:
+        if shard == 1 and not late:
+            late.append(shard)
+            objects = Objects(s3)
+            workers = [entry.name for entry in objects.list("progress") if "/worker-" in entry.name]
+            monkeypatch.setattr(RemoteWorker, "_touch", lambda _worker: None)
+            objects.remove(workers)  # as if they had been silent for long
+            elsewhere(tmp_path, words(s3))
+        real(writer, shard, *rest, **more)
+
+    monkeypatch.setattr(RemoteWriter, "write_shard", write_shard)
+    run_ok(*words(s3))
+    assert late
+    answers = answers_of(copied(s3, tmp_path / "back"))
+    assert any(a != b for a, b in zip(answers, answers_of(calm), strict=True))
+
+
+def test_who_was_silent_keeps_off_a_shard_that_is_finished(s3, words, calm, tmp_path, monkeypatch):
+    """Another machine inherited it and has finished it, but not the cache."""
+    other, settle, real, objects = Address(f"{s3}-other"), run.settle, RemoteWriter.write_shard, Objects(s3)
+    names = ["progress/answers-00001.jsonl", "shards/00001.safetensors", "progress/00001.json"]
+    theirs: dict[str, bytes] = {}
+
+    def keep(writer: RemoteWriter, prepared: Any) -> list[int]:
+        theirs.update({name: Objects(other).read(name) for name in names})
+        return settle(writer, prepared)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("SALT", "1")
+        patch.setattr(run, "settle", keep)
+        run_ok(*words(other))
+
+    def write_shard(writer: RemoteWriter, shard: int, *rest: Any, **more: Any) -> None:
+        if shard == 1:
+            monkeypatch.setattr(RemoteWorker, "_touch", lambda _worker: None)
+            objects.remove([entry.name for entry in objects.list("progress") if "/worker-" in entry.name])
+            heir = RemoteWorker(objects)
+            assert heir.claim(claim_name(1))
+            for name in names:
+                objects.write(name, theirs[name])
+            heir.release(claim_name(1))
+        real(writer, shard, *rest, **more)
+
+    monkeypatch.setattr(RemoteWriter, "write_shard", write_shard)
+    run_ok(*words(s3))
+    back = copied(s3, tmp_path / "back")
+    assert (back / names[1]).read_bytes() == theirs[names[1]]
+    assert (back / "shards/00000.safetensors").read_bytes() == (
+        calm / "shards/00000.safetensors"
+    ).read_bytes()
+
+
+def test_what_was_not_uploaded_needs_its_claim(s3, words, calm, tmp_path, monkeypatch):
+    """A machine is killed between a shard and its record, and starts again while another one has it."""
+    write, real, again = Objects.write, RemoteWriter.write_shard, []
+
+    def dies(self: Objects, name: str, *data: Any) -> str:
+        if name == "progress/00001.json":
+            raise Killed
+        return write(self, name, *data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "write", dies)
+        with pytest.raises(Killed):
+            run_cli(*words(s3))
+
+    def write_shard(writer: RemoteWriter, shard: int, *rest: Any, **more: Any) -> None:
+        if shard == 1 and not again:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "machine"))
+                patch.setenv("SALT", "0")
+                again.append(Dspark(tmp_path / "again", *words(s3), "--worker", "1/2"))
+            assert again[0].wait_until(lambda: len(list(Objects(s3).list("progress"))) > 0)
+            again[0].wait()
+        real(writer, shard, *rest, **more)
+
+    monkeypatch.setattr(RemoteWriter, "write_shard", write_shard)
+    monkeypatch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "another machine"))
+    monkeypatch.setenv("SALT", "1")
+    run_ok(*words(s3), "--worker", "0/2")
+    assert again
+    run_ok(*words(s3))
+    copied(s3, tmp_path / "back")
+
+
+def test_a_store_without_tags_and_one_that_changes_them(s3, words, calm, tmp_path, monkeypatch):
+    write = Objects.write
+    for tag, place in (("", s3), ("other", Address(f"{s3}-other"))):
+        with monkeypatch.context() as patch:
+            patch.setattr(Objects, "write", lambda *args, tag=tag: (write(*args), tag)[1])
+            if tag:
+                assert_refused(run_cli(*words(place)), 1, "do not hold their answers, though written 3 times")
+            else:
+                run_ok(*words(place))
+    assert_same(copied(s3, tmp_path / "back"), calm)
+
+
+def test_who_looked_before_it_was_completed_takes_it(s3, words, tmp_path, monkeypatch):
+    """Another machine completes the cache while this one reads all weights of the target."""
+    for place in (s3, tmp_path / "cache"):
+        real, done = PreparedCapture.full_identity, []
+
+        def identity(prepared: PreparedCapture, place=place, real=real, done=done) -> Any:
+            if not done:
+                done.append(place)
+                elsewhere(tmp_path, words(place))
+            return real(prepared)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PreparedCapture, "full_identity", identity)
+            assert "already complete, reused" in run_ok(*words(place))
+        assert done
+    assert "all good" in run_ok("verify", tmp_path / "cache")

@@ -119,5 +119,6 @@ DSPARK_TABLES = KindTables(
         "train.markov_lr_scale=1..50",
         "loss.decay_gamma=1..16",
         "loss.ce_alpha=0.01..1",  # against l1_alpha: only the ratio counts
+        "loss.soft_ce_alpha=0.01..1",
     ),
 )

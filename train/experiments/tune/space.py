@@ -193,11 +193,12 @@ def parse_space(texts: Iterable[str], base: RunConfig) -> list[Searched]:
 def default_space(base: RunConfig) -> list[Searched]:
     """Return what is searched for a kind of draft by default, widened to the base config's own numbers.
 
-    A number that the base config has switched off, such as a decay of "none", is not searched.
+    A number that the base config has switched off, by "none" or a 0 outside its range, is not searched.
     """
     own = flat_settings(base)
     space = parse_space(tables_of({"draft": base.draft}).searched, base)
-    return [each.with_base(own[each.key]) for each in space if own[each.key] is not None]
+    off = [each.key for each in space if own[each.key] is None or (own[each.key] == 0 and each.low > 0)]
+    return [each.with_base(own[each.key]) for each in space if each.key not in off]
 
 
 def trial_config(base: RunConfig, settings: Iterable[str]) -> tuple[RunConfig, tuple[str, ...]]:
