@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ contextlib copy pprint types unittest urllib.parse urllib.request http.client zl
 tarfile hashlib hmac secrets pyarrow pyarrow.compute pytest click
 """
 # Of fine-tuning: rows of a step, peak learning rate, tokens of a row.
-ROWS, RATE, LONGEST = 8, 1e-4, 192
+ROWS, RATE, LONGEST = 4, 1e-4, 128
 STEPS = (0, 100, 400, 1500)
 
 
@@ -112,9 +113,11 @@ def fine_tune(source: Path, out: Path, rows: list[list[dict[str, str]]], steps: 
     partial.rename(out)
 
 
-def dspark(*words: object) -> None:
+def dspark(*words: object, threads: int | None = None) -> None:
     """Run a command of the package. Ends this program if it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", "pipeline.cli", *map(str, words)]
     if subprocess.run(command, env=environment).returncode:
         sys.exit(f"failed: {' '.join(command)}")
@@ -145,22 +148,28 @@ def main() -> None:
     if not answers.exists():
         dspark("regenerate", "--target", target, "--data", prompts, "--max-new-tokens", 160, "--out", answers)
     dspark("capture", "--target", target, "--data", answers, "--cache", cache)
+    seeds = list(map(int, options.seeds.split(",")))
+
+    def tau(start: str, steps: int, seed: int) -> float:
+        """Train a draft, or find it trained, and return its held-out tau."""
+        run = folder / "runs" / f"{start.split()[-1]}-{steps}-{seed}"
+        settings = [f"train.seed={seed}", f"train.max_steps={max(1, steps)}", "train.eval_every=0"]
+        if not steps:
+            settings.append("train.lr=1e-12")
+        if start != "nothing":
+            settings += ['draft.init="random"', f"draft.init_from={json.dumps(str(draft))}"]
+        changes = [word for setting in settings for word in ("--set", setting)]
+        dspark("train", "--cache", cache, "--config", CONFIG, "--run", run, *changes, threads=1)
+        progress = json.loads((run / "latest" / "training.json").read_text())["progress"]
+        return progress["evaluation"]["tau"]
+
+    cases = [(s, n) for n in STEPS for s in ("the old draft", "nothing") if n or s != "nothing"]
+    jobs = [(*case, seed) for case in cases for seed in (seeds if case[1] else seeds[:1])]  # no step, no seed
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(jobs, pool.map(lambda job: tau(*job), jobs), strict=True))
     rows = []
-    for start, steps in [(s, n) for n in STEPS for s in ("the old draft", "nothing") if n or s != "nothing"]:
-        taus = []
-        for seed in map(int, options.seeds.split(",")):
-            run = folder / "runs" / f"{start.split()[-1]}-{steps}-{seed}"
-            settings = [f"train.seed={seed}", f"train.max_steps={max(1, steps)}", "train.eval_every=0"]
-            if not steps:
-                settings.append("train.lr=1e-12")
-            if start != "nothing":
-                settings += ['draft.init="random"', f"draft.init_from={json.dumps(str(draft))}"]
-            changes = [word for setting in settings for word in ("--set", setting)]
-            dspark("train", "--cache", cache, "--config", CONFIG, "--run", run, *changes)
-            progress = json.loads((run / "latest" / "training.json").read_text())["progress"]
-            taus.append(progress["evaluation"]["tau"])
-            if not steps:
-                break  # no step, no seed
+    for start, steps in cases:
+        taus = [found[job] for job in jobs if job[:2] == (start, steps)]
         error = statistics.stdev(taus) / math.sqrt(len(taus)) if len(taus) > 1 else 0.0
         rows.append((f"from {start}, {steps} steps", "held-out tau", statistics.mean(taus), ""))
         rows.append((f"from {start}, {steps} steps", "standard error", error, ""))
