@@ -59,7 +59,8 @@ help:
 	@echo 'make clean      remove .venv, .cache, caches/ and runs/'
 	@echo
 	@echo 'Variables (make train TARGET=... DATA=...):'
-	@echo '  TARGET   Hugging Face directory or Hub id of the target   [the example: SmolLM2-135M-Instruct]'
+	@echo '  TARGET   Hugging Face directory or Hub id of the target   [the example: SmolLM2-135M-Instruct];'
+	@echo '           give it a CONFIG: the example drafts 8,192 tokens only'
 	@echo '  DATA     conversations: files, folders, Hub ids           [the example: capture/data/example.jsonl]'
 	@echo '  CACHE    directory of the cache                           [$(CACHE)]'
 	@echo '  CONFIG   TOML of a run                                    [$(CONFIG)]'
@@ -117,11 +118,8 @@ capture-large: $(STAMP)
 	$(OFFLINE) $(STAGE) capture --cache caches/large --target "$$($(OFFLINE) $(BIN)/python -m capture.example)" \
 		--data $(LARGE)/answers --device $(DEVICE)
 
-# The example's config drafts a part of its tokens; what part of another target's would do is not known.
-EVERY_TOKEN = $(if $(TARGET),$(if $(filter configs/example.toml,$(CONFIG)),--set draft.draft_vocab_size=none))
-
 train: capture
-	$(STAGE) train --cache $(CACHE) --config $(CONFIG) --run-dir $(RUN) --device $(DEVICE) $(EVERY_TOKEN) \
+	$(STAGE) train --cache $(CACHE) --config $(CONFIG) --run-dir $(RUN) --device $(DEVICE) \
 		$(foreach set,$(SET),--set $(set)) $(if $(FRESH),--fresh)
 
 # Each says what it found, and keeps it beside the draft for the report.

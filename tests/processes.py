@@ -66,7 +66,10 @@ class Dspark:
     ):
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        kept = {"DSPARK_TOKENS": os.environ["DSPARK_TOKENS"], **variables}
+        # Of the rest it has what was set when the first one started.
+        kept = {
+            n: v for n, v in os.environ.items() if n == "DSPARK_TOKENS" or n.startswith("AWS_")
+        } | variables
         work = (folder, [str(a) for a in arguments], before, kept)
         self.process = _CONTEXT.Process(target=_work, args=work)
         self.process.start()

@@ -82,22 +82,35 @@ def _beside(cache: Address) -> tuple[Objects, str]:
 def _fetch(cache: Address, out: Path) -> None:
     """Fetch the finished answers of another machine, and what they are made of, unless they are here."""
     objects, name = _beside(cache)
-    if out.exists():
+    if out.exists() and not progress_path(out).exists():
         return
-    with suppress(MissingObjectError):  # the answers last: with them all is here
-        for path in (out.with_suffix(".json"), out):
-            data = objects.read(f"{name}.answers{path.suffix}")
-            path.parent.mkdir(parents=True, exist_ok=True)
+    paths = (out.with_suffix(".json"), out)
+    with suppress(MissingObjectError):
+        found = [objects.read(f"{name}.answers{path.suffix}") for path in paths]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for path, data in zip(paths, found, strict=True):
             publish_bytes(path, data)
+        progress_path(out).unlink(missing_ok=True)
 
 
 def _keep(cache: Address, out: Path) -> None:
-    """Keep finished answers beside the cache, unless they are there."""
+    """Keep finished answers beside the cache.
+
+    Raises:
+        UsageError: others are there, which another machine has finished first.
+    """
     objects, name = _beside(cache)
-    for path in (out.with_suffix(".json"), out):
-        kept = f"{name}.answers{path.suffix}"
-        if not objects.exists(kept):
-            objects.write(kept, path)
+    origin, kept = f"{name}.answers.json", f"{name}.answers.jsonl"
+    same = objects.create(origin, out.with_suffix(".json").read_bytes())
+    try:
+        same = same and objects.read(kept) == out.read_bytes()
+    except MissingObjectError:
+        objects.write(kept, out)
+    if not same:
+        raise UsageError(
+            f"{objects.url(kept)} has other answers than {out}, by another machine: remove the latter, and "
+            "run the same command again, which takes the former"
+        )
 
 
 def _check_origin(options: CaptureOptions, out: Path) -> None:
@@ -112,7 +125,8 @@ def _check_origin(options: CaptureOptions, out: Path) -> None:
         "answers": options.answers.settings(),
         "data": json.dumps([dataclasses.asdict(reading), reading.template_arguments()], default=str),
     }
-    path = out.with_suffix(".json")
+    path, cache = out.with_suffix(".json"), options.cache
+    far = f", and {cache}.answers.json and {cache}.answers.jsonl" if isinstance(cache, Address) else ""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         publish_bytes(path, json.dumps(asked).encode())
@@ -125,7 +139,7 @@ def _check_origin(options: CaptureOptions, out: Path) -> None:
     if differing:
         raise UsageError(
             f"{out} has answers that were made otherwise ({', '.join(differing)} differ, see {path}): name "
-            f"another --cache, or remove {out} and {path}"
+            f"another --cache, or remove {out} and {path}{far}"
         )
 
 

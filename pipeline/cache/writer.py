@@ -365,7 +365,10 @@ class CacheWriter:
         """
         records = [self._records.shard(shard) for shard in range(len(self.manifest.plan))]
         shards, target = [record for record in records if record is not None], self._records.target()
-        if target is None or len(shards) < len(records):
+        unsettled = (
+            self.manifest.identity.data.of_prompts
+        )  # the last shard was written a moment ago, by another
+        if target is None or len(shards) < len(records) or unsettled:
             return self.manifest if self.completed_by_another() else None
         statistics = self._statistics.finished(shards)
         reasons = reasons_by_row((r.skipped for r in shards), self.manifest.plan.samples)

@@ -138,6 +138,8 @@ class Objects:
 
         def put() -> Any:
             before()
+            if isinstance(data, Path) and not data.exists():
+                raise StoreError(f"{data} is gone, which was to become {self.url(name)}")
             return self._obstore.put(self._store, name, data)
 
         return self._try("written", name, put)["e_tag"] or ""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from pipeline.remote.address import Address
 from pipeline.remote.objects import Objects, StoreError
 from tests.conftest import assert_refused, capture_arguments, run_cli, run_ok
 from tests.pipeline.written import every_byte
+from tests.processes import Dspark
 from tests.s3 import s3, s3_server
 
 __all__ = ["s3", "s3_server"]
@@ -181,36 +180,35 @@ def test_a_shard_lost_after_its_record_is_captured_again(
     assert_same_cache(s3, cache_dir, tmp_path)
 
 
-def start(arguments: list[str | Path], folder: Path) -> subprocess.Popen:
-    """Start a worker as if on a machine of its own: with its own staging directory."""
-    environment = {**os.environ, "DSPARK_LOCAL_CACHE": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def test_two_workers_killed_at_any_moment(
     s3: Address, target_dir: Path, data_file: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     draw = random.Random(1)
     arguments = capture_arguments(target_dir, data_file, str(s3))
+
+    def started(kill: int) -> list[Dspark]:
+        """Two workers as if each was on a machine of its own: with its own staging directory."""
+        each = [(i, {"DSPARK_LOCAL_CACHE": str(tmp_path / f"machine-{i}")}) for i in range(2)]
+        return [Dspark(tmp_path / f"{kill}-{i}", *arguments, "--worker", f"{i}/2", **own) for i, own in each]
+
+    ends: list[int] = []
     for kill in range(3):
-        workers = [start([*arguments, "--worker", f"{i}/2"], tmp_path / f"machine-{i}") for i in range(2)]
+        workers = started(kill)
         objects = Objects(s3)
         wanted = 1 + 4 * kill  # shards there when both are killed
         until = time.monotonic() + 60
-        while time.monotonic() < until and any(worker.poll() is None for worker in workers):
+        while time.monotonic() < until and any(worker.process.is_alive() for worker in workers):
             if sum(entry.name.startswith("shards/") for entry in objects.list()) >= wanted:
                 break
             time.sleep(0.02)
         time.sleep(draw.random() / 20)
         for worker in workers:
-            worker.send_signal(signal.SIGKILL)
-            worker.communicate()
-    workers = [start([*arguments, "--worker", f"{i}/2"], tmp_path / f"machine-{i}") for i in range(2)]
-    said = [worker.communicate()[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], said
+            with contextlib.suppress(ProcessLookupError):  # one was fast
+                worker.send(signal.SIGKILL)
+        ends += [worker.wait() for worker in workers]
+    assert ends.count(-signal.SIGKILL) >= 3, ends
+    workers = started(3)
+    assert [worker.wait() for worker in workers] == [0, 0], [worker.err for worker in workers]
     assert_same_cache(s3, cache_dir, tmp_path)
 
 
@@ -244,6 +242,35 @@ def test_the_staging_directory_keeps_its_limit(
     assert len(most) > 5
     sizes = [entry.bytes for entry in Objects(s3).list("shards")]
     assert max(most) <= max(sizes)  # one at a time
+
+
+def test_who_was_inherited_from_can_own_again(s3: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker was silent, its heir took the shard and died, and the worker is back."""
+    objects, lives = Objects(s3), RemoteWorker._lives
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.2)
+    with RemoteWorker(objects) as silent, RemoteWorker(objects) as third:
+        assert silent.claim("00001")
+        heir = RemoteWorker(objects)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                RemoteWorker, "_lives", lambda self, owner: owner != silent._id and lives(self, owner)
+            )
+            assert heir.claim("00001")
+        heir._touch()
+        assert heir.owns("00001")
+        assert not silent.owns("00001")
+        silent.release("00001")
+        assert heir.owns("00001")
+        assert not silent.claim("00001")
+        assert not third.claim("00001")
+        objects.remove([heir._name])  # it dies
+        assert third.claim("00001")
+        assert third.owns("00001")
+        assert not heir.owns("00001")
+        assert not silent.claim("00001")
+        third.release("00001")
+        assert silent.claim("00001")
+        assert silent.owns("00001")
 
 
 def test_a_claim_has_one_owner_and_an_heir(s3: Address, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,8 @@ class RemoteWorker:
         """Try to become the owner of `name`; return False if a living process owns it. Raises StoreError."""
         claim, before = f"{PROGRESS}/{name}.claim", []
         while True:
-            if self._objects.create(claim, self._id.encode()):
+            heir = _heir(name, claim, self._id)
+            if self._objects.create(claim, self._id.encode()) and self._owner(heir) is None:
                 if all(self._owner(each) == owner for each, owner in before):
                     self._claims[name] = (claim, before)
                     return True
@@ -74,10 +75,12 @@ class RemoteWorker:
             else:
                 owner = self._owner(claim)
                 if owner is not None:
-                    if self._lives(owner):
+                    heir = _heir(name, claim, owner)
+                    # Of an owner that was inherited from, this process or another, it says nothing any more.
+                    if self._owner(heir) is None and self._lives(owner):
                         return False
                     before.append((claim, owner))
-                    claim = _heir(name, claim, owner)
+                    claim = heir
                     continue
             claim, before = f"{PROGRESS}/{name}.claim", []
 

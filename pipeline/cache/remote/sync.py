@@ -196,6 +196,8 @@ class _ToBucket(_Destination):
     def __init__(self, objects: Objects):
         self.objects = objects
         self._hashes: list[dict[str, str]] = []
+        self._found: Manifest | None = None
+        """Manifest of a complete copy that lacks files."""
 
     def start(self, manifest: Manifest) -> Manifest | None:
         self._manifest, address = manifest, self.objects.address
@@ -211,12 +213,17 @@ class _ToBucket(_Destination):
             self.objects.write(MANIFEST, started.to_json())
         else:
             if found.status == "complete":
-                return _complete(address, found, manifest)
-            refuse_another(address, found.identity, manifest.identity, "destination")
+                self._found = _complete(address, found, manifest)
+            else:
+                refuse_another(address, found.identity, manifest.identity, "destination")
         self._sizes = {entry.name: entry.bytes for entry in self.objects.list()}
+        if self._found and all(self._sizes.get(each.file) == each.bytes for each in self._found.all_files()):
+            return self._found
         return None
 
     def has(self, record: FileRecord) -> bool:
+        if self._found:
+            return self._sizes.get(record.file) == record.bytes
         name = _record_name(record)
         if name not in self._sizes or self._sizes.get(record.file) != record.bytes:
             return False
@@ -234,7 +241,7 @@ class _ToBucket(_Destination):
     def put(self, origin: _Source, record: FileRecord) -> None:
         with _local(origin, record) as path:
             self.objects.write(record.file, path)
-            if not record.file.startswith("shards/"):
+            if self._found or not record.file.startswith("shards/"):
                 return
             specs = shard_specs(self._manifest.identity, self._manifest.plan[len(self._hashes)])
             hashes = tensor_hashes(map_shard(path, specs).tensors)
@@ -243,6 +250,8 @@ class _ToBucket(_Destination):
         self.objects.write(_record_name(record), content)
 
     def finish(self, manifest: Manifest) -> Manifest:
+        if self._found:
+            return self._found
         columns = {name: tuple(each[name] for each in self._hashes) for name in self._hashes[0]}
         whole = dataclasses.replace(manifest, tensors=columns)
         self.objects.write(MANIFEST, whole.to_json())

@@ -165,6 +165,8 @@ class RemoteWriter(CacheWriter):
         try:
             data = self.objects.read(f"{PROGRESS}/{name}")
         except MissingObjectError:  # just removed
+            if name != TARGET:
+                self._records.elsewhere.discard(shard_file(int(name.removesuffix(".json"))))
             return
         self.progress.mkdir(exist_ok=True)
         files.publish_bytes(self.progress / name, data)
@@ -196,8 +198,8 @@ class RemoteWriter(CacheWriter):
         for record in found.all_files():
             if sizes.get(record.file) != record.bytes:
                 raise CacheError(
-                    f"{self.objects.url(record.file)} is missing or damaged: copy the cache there again with "
-                    f"`dspark sync`, or remove {self.objects.address} and run the same command again"
+                    f"{self.objects.url(record.file)} is missing or damaged: copy it there again from a copy "
+                    f"of the cache, by `dspark sync COPY {self.objects.address}`"
                 )
 
     def completed_by_another(self) -> bool:
@@ -268,7 +270,8 @@ class RemoteWriter(CacheWriter):
             return
         except (CacheError, StoreError):
             self._pull_record(name)
-            if path.exists() or shard_file(shard) not in self._records.elsewhere:
+            known = not path.exists() and shard_file(shard) in self._records.elsewhere
+            if not known and not self.completed_by_another():
                 raise
             return  # likewise
         self._records.publish(name, record)
@@ -280,9 +283,10 @@ class RemoteWriter(CacheWriter):
         """Raise _TakenOverError if this process answers prompts, and no longer owns a shard."""
         if not self.manifest.identity.data.of_prompts:
             return
-        record = f"{PROGRESS}/{shard:05d}.json"
+        self._pull_record(f"{shard:05d}.json")
         own = self._worker is not None and self._worker.owns(claim_name(shard))
-        if not own or self.completed_by_another() or self.objects.exists(record):
+        finished = shard_file(shard) in self._records.elsewhere
+        if not own or finished or self.completed_by_another():
             raise _TakenOverError(f"{self.objects.url(shard_file(shard))} is another process's by now")
 
     def answers(self, shard: int) -> Path:
@@ -293,10 +297,10 @@ class RemoteWriter(CacheWriter):
         return path
 
     def holds(self, shard: int, input_ids: np.ndarray) -> bool:
-        self._pull_record(f"{shard:05d}.json")  # it may have been written again
+        self._pull_record(f"{shard:05d}.json")  # it may have been written again, or be gone
         record = self._records.shard(shard)
         if record is None or record.file not in self._records.elsewhere:
-            return super().holds(shard, input_ids)
+            return False
         try:
             tag = self.objects.tag(record.file)
         except MissingObjectError:
@@ -307,8 +311,12 @@ class RemoteWriter(CacheWriter):
 
     def forget(self, shards: Iterable[int]) -> None:
         for shard in shards:
+            name, path = f"{PROGRESS}/{shard:05d}.json", self.progress / f"{shard:05d}.json"
+            with contextlib.suppress(MissingObjectError):
+                # Not one that another process has just written.
+                if path.exists() and self.objects.read(name) == path.read_bytes():
+                    self.objects.remove([name])
             self._records.elsewhere.discard(shard_file(shard))
-            self.objects.remove([f"{PROGRESS}/{shard:05d}.json"])
             super().forget([shard])
 
     def statistics(self, measure: Callable[[], Mapping[str, Statistics]]) -> dict[str, Statistics]:
@@ -363,7 +371,14 @@ class RemoteWriter(CacheWriter):
     def _publish(self, shards: list[ShardRecord]) -> None:
         columns = {name: tuple(record.tensors[name] for record in shards) for name in shards[0].tensors}
         self.manifest = dataclasses.replace(self.manifest, tensors=columns)
-        self.objects.write(INDEX, self.path / INDEX)
+        try:
+            self.objects.write(INDEX, self.path / INDEX)
+        except StoreError:
+            found = parse_manifest(self.objects.read(MANIFEST), self.objects.url(MANIFEST))
+            if found.status != "complete":
+                raise
+            self._take(found)  # another process of this machine has just completed the cache
+            return
         self.objects.write(MANIFEST, self.manifest.to_json())
         self.objects.remove([entry.name for entry in self.objects.list(PROGRESS)])
         shutil.rmtree(self.path, ignore_errors=True)

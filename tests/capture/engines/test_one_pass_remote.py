@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from capture import run
+from capture.one_pass import two_steps
 from capture.prepare import PreparedCapture
 from pipeline.cache import CacheReader
 from pipeline.cache.progress.claims import claim_name
@@ -153,12 +154,14 @@ def test_killed_after_the_manifest_nothing_is_left(s3, words, tmp_path, monkeypa
     copied(s3, tmp_path / "back")
 
 
-def test_two_machines_share_one_pass(s3, words, calm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("machines", [1, 2])
+def test_two_processes_share_one_pass(s3, words, calm, tmp_path, machines):
     both = []
     for i in range(2):
-        monkeypatch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / f"machine {i}"))
-        both.append(Dspark(tmp_path / str(i), *words(s3), "--worker", f"{i}/2"))
-    assert [process.wait() for process in both] == [0, 0], [process.err for process in both]
+        local = str(tmp_path / f"machine {i % machines}")
+        process = Dspark(tmp_path / str(i), *words(s3), "--worker", f"{i}/2", DSPARK_LOCAL_CACHE=local)
+        both.append(process)
+    assert [process.wait() for process in both] == [0, 0], [process.err[-3000:] for process in both]
     assert "already complete" in run_ok(*words(s3))
     assert_same(copied(s3, tmp_path / "back"), calm)
 
@@ -194,8 +197,33 @@ def test_a_shard_of_another_process_with_other_answers(s3, words, calm, tmp_path
     assert any(a != b for a, b in zip(ours, answers_of(copied(other, tmp_path / "other")), strict=True))
 
 
-def test_lost_answers_are_said_to_be_lost(s3, words):
+@pytest.mark.parametrize("record", [b"{dam", b'{"file": "shards/00001.safetensors", "bytes": 1}'])
+def test_a_damaged_record_is_written_again(s3, words, calm, tmp_path, monkeypatch, record):
+    write = Objects.write
+
+    def dies(self: Objects, name: str, *data: Any) -> str:
+        if name == "shards/00002.safetensors":
+            raise Killed
+        return write(self, name, *data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "write", dies)
+        with pytest.raises(Killed):
+            run_cli(*words(s3))
+    Objects(s3).write("progress/00001.json", record)
+    assert f"cache {s3}: complete" in run_ok(*words(s3))
+    assert_same(copied(s3, tmp_path / "back"), calm)
+
+
+def test_lost_answers_are_said_to_be_lost(s3, words, tmp_path):
     run_ok(*words(s3))
+    back = copied(s3, tmp_path / "back")
+    for name in ("target/frozen.safetensors", "shards/00001.safetensors"):
+        Objects(s3).remove([name])
+        assert_refused(run_cli(*words(s3)), 1, f"{s3}/{name} is missing")
+        run_ok("sync", back, str(s3))
+        assert "already complete" in run_ok(*words(s3))
+    run_ok("verify", str(s3))
     Objects(s3).remove(["target/frozen.safetensors"])
     assert_refused(run_cli(*words(s3)), 1, f"{s3}/target/frozen.safetensors is missing", "dspark sync")
     Objects(s3).remove(["shards/00001.safetensors"])
@@ -212,20 +240,24 @@ def test_transformers_answers_first_and_captures_then(s3, fp32_target, machine, 
     result = run_cli(*words, "--regenerate")
     assert "already complete" in result.stdout
     assert "answers first" not in result.stderr  # the first machine's are beside the cache
-    other = run_cli(*words, "--regenerate", "--max-new-tokens", "9")
-    assert_refused(other, 2, "answers differ")
+    other = [*words, "--regenerate", "--max-new-tokens", "9"]
+    assert_refused(run_cli(*other), 2, "answers differ", f"and {s3}.answers.json and {s3}.answers.jsonl")
+    monkeypatch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "third machine"))
+    folder, name = Objects(Address(str(s3).removesuffix("/cache"))), "cache.answers.jsonl"
+    kept = folder.read(name)
+    folder.write(name, kept.replace(b"assistant", b"assistant ", 1))  # another machine's, which was first
+    monkeypatch.setattr(two_steps, "_fetch", lambda *_: None)  # and finished while this one answered
+    assert_refused(run_cli(*words, "--regenerate"), 2, f"{s3}.answers.jsonl has other answers than")
     bucket = arguments(fp32_target, data, "s3://bucket", max_new_tokens=8)
     assert_refused(run_cli(*bucket, "--regenerate"), 2, "expected a folder in a bucket")
 
 
-def elsewhere(tmp_path: Path, words: list[str | Path], salt: str = "1") -> None:
+def elsewhere(tmp_path: Path, words: list[str | Path]) -> None:
     """Run a capture to its end on another machine, whose engine answers differently."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "another machine"))
-        patch.setenv("SALT", salt)
-        process = Dspark(tmp_path / "process", *words)
+    away = {"DSPARK_LOCAL_CACHE": str(tmp_path / "another machine"), "SALT": "1"}
+    process = Dspark(tmp_path / "process", *words, **away)
     assert process.wait() == 0, process.err
-    assert "complete" in process.out, process.err
+    assert ": complete" in process.out, (process.out, process.err)
 
 
 def test_who_was_silent_for_long_writes_over_nothing(s3, words, calm, tmp_path, monkeypatch):
@@ -300,10 +332,8 @@ def test_what_was_not_uploaded_needs_its_claim(s3, words, calm, tmp_path, monkey
 
     def write_shard(writer: RemoteWriter, shard: int, *rest: Any, **more: Any) -> None:
         if shard == 1 and not again:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "machine"))
-                patch.setenv("SALT", "0")
-                again.append(Dspark(tmp_path / "again", *words(s3), "--worker", "1/2"))
+            first = {"DSPARK_LOCAL_CACHE": str(tmp_path / "machine"), "SALT": "0"}
+            again.append(Dspark(tmp_path / "again", *words(s3), "--worker", "1/2", **first))
             assert again[0].wait_until(lambda: len(list(Objects(s3).list("progress"))) > 0)
             again[0].wait()
         real(writer, shard, *rest, **more)
