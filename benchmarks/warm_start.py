@@ -49,7 +49,6 @@ tarfile hashlib hmac secrets pyarrow pyarrow.compute pytest click
 """
 # Of fine-tuning: rows of a step, peak learning rate, tokens of a row.
 ROWS, RATE, LONGEST = 4, 1e-4, 128
-STEPS = (0, 100, 400, 1500)
 
 
 def explanations() -> list[tuple[str, str]]:
@@ -128,12 +127,14 @@ def main() -> None:
     parser.add_argument(
         "--draft", type=Path, required=True, help="a draft of the example: a run or a checkpoint"
     )
+    parser.add_argument("--config", type=Path, default=CONFIG, help="of the draft and of all runs")
+    parser.add_argument("--steps", default="0,100,400,1500")
     parser.add_argument("--folder", type=Path, default=Path(".cache/warm"))
     parser.add_argument("--fine-tuning-steps", type=int, default=200)
     parser.add_argument("--prompts", type=int, default=600)
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()
-    folder, draft = options.folder.resolve(), options.draft.resolve()
+    folder, draft, config = (p.resolve() for p in (options.folder, options.draft, options.config))
     folder.mkdir(parents=True, exist_ok=True)
     items = explanations()
     print(f"{len(items):,} explanations")
@@ -152,18 +153,23 @@ def main() -> None:
 
     def tau(start: str, steps: int, seed: int) -> float:
         """Train a draft, or find it trained, and return its held-out tau."""
-        run = folder / "runs" / f"{start.split()[-1]}-{steps}-{seed}"
+        run = folder / "runs" / config.stem / f"{start.split()[-1]}-{steps}-{seed}"
         settings = [f"train.seed={seed}", f"train.max_steps={max(1, steps)}", "train.eval_every=0"]
         if not steps:
             settings.append("train.lr=1e-12")
         if start != "nothing":
             settings += ['draft.init="random"', f"draft.init_from={json.dumps(str(draft))}"]
         changes = [word for setting in settings for word in ("--set", setting)]
-        dspark("train", "--cache", cache, "--config", CONFIG, "--run", run, *changes, threads=1)
+        dspark("train", "--cache", cache, "--config", config, "--run", run, *changes, threads=1)
         progress = json.loads((run / "latest" / "training.json").read_text())["progress"]
         return progress["evaluation"]["tau"]
 
-    cases = [(s, n) for n in STEPS for s in ("the old draft", "nothing") if n or s != "nothing"]
+    cases = [
+        (s, n)
+        for n in map(int, options.steps.split(","))
+        for s in ("the old draft", "nothing")
+        if n or s != "nothing"
+    ]
     jobs = [(*case, seed) for case in cases for seed in (seeds if case[1] else seeds[:1])]  # no step, no seed
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(jobs, pool.map(lambda job: tau(*job), jobs), strict=True))
@@ -171,8 +177,9 @@ def main() -> None:
     for start, steps in cases:
         taus = [found[job] for job in jobs if job[:2] == (start, steps)]
         error = statistics.stdev(taus) / math.sqrt(len(taus)) if len(taus) > 1 else 0.0
-        rows.append((f"from {start}, {steps} steps", "held-out tau", statistics.mean(taus), ""))
-        rows.append((f"from {start}, {steps} steps", "standard error", error, ""))
+        case = f"{config.stem}: from {start}, {steps} steps"
+        rows.append((case, "held-out tau", statistics.mean(taus), ""))
+        rows.append((case, "standard error", error, ""))
     record("warm_start", torch.device("cpu"), rows)
 
 

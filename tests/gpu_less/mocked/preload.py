@@ -32,7 +32,8 @@ def environment() -> dict[str, str]:
     compiler, installed = shutil.which("g++"), Path(torch.__file__).parent
     if compiler is None or not (installed / "include").is_dir():
         pytest.skip("needs g++ and torch's headers")
-    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    built = f"{torch.__version__} {installed}"  # it is linked with the torch of this place
+    key = hashlib.sha256(SOURCE.read_bytes() + built.encode()).hexdigest()[:16]
     library = folder() / f"guard-{key}.so"
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
