@@ -164,7 +164,7 @@ $(LLAMA_CPP): tests/engines/llama_cpp.sh $(STAMP)
 	sh $< "$(abspath $(BIN))/python" "$(@D)"
 
 # Exports are made anew, in float32: in it an engine's tokens are ours to the last one. A draft that an engine
-# does not serve is refused by export, with exit code 2, and the next one is proved. One of fewer tokens needs
+# does not serve is refused by export, with exit code 2, and the next one is proved. DSpark's of fewer tokens needs
 # their rows of the target's head. Last come captures by vLLM.
 PROVED = $(sort $(RUN) $(wildcard $(COMPARED)))
 
@@ -172,7 +172,8 @@ prove: train
 	@for run in $(PROVED); do for engine in vllm llama.cpp; do \
 		folder=.cache/proved/$$engine/$$(basename $$run); rm -rf $$folder; \
 		echo "== $$run, $$engine"; \
-		part=$$(grep -q '^draft_vocab_size = [0-9]' $$run/config.toml && echo --with-embeddings --cache $(CACHE)); \
+		part=$$(grep -q '^kind = "dspark"' $$run/config.toml && grep -q '^draft_vocab_size = [0-9]' $$run/config.toml \
+			&& echo --with-embeddings --cache $(CACHE)); \
 		$(BIN)/dspark export $$run $$folder --to $$engine --dtype float32 $$part \
 			|| { [ $$? = 2 ] && continue || exit 1; }; \
 		$(OFFLINE) $(BIN)/dspark prove $$folder --run $$run --engine $$engine --cache $(CACHE) \

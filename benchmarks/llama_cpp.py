@@ -28,7 +28,6 @@ from benchmarks.record import record
 from capture.example import example_target
 from pipeline.cache import CacheReader
 from pipeline.child import started
-from pipeline.files import publish
 from train.data.split import split
 from train.decode.prompts import held_out_prompts
 from train.runs.open import open_draft
@@ -39,17 +38,11 @@ LOADING_S = 120
 
 
 def converted(llama_cpp: Path, model: Path, kind: str, out: Path) -> Path:
-    """Return a target's GGUF file, made by llama.cpp's converter unless it is there."""
+    """Return a target's GGUF file, made by llama.cpp's converter."""
     path = out / f"target-{kind}.gguf"
     modules = os.pathsep.join(str(llama_cpp / name) for name in ("gguf-py", "site-packages"))
-
-    def convert(partial: Path) -> None:
-        command = [sys.executable, llama_cpp / CONVERTER, model, "--outtype", kind, "--outfile", partial]
-        log = (out / "convert.log").open("w")
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": modules}, stdout=log, stderr=log)
-
-    if not path.exists():
-        publish(path, convert)
+    command = [sys.executable, llama_cpp / CONVERTER, model, "--outtype", kind, "--outfile", path]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": modules}, capture_output=True)
     return path
 
 
@@ -75,7 +68,7 @@ def rate(
         own.bind(("127.0.0.1", 0))
         port = own.getsockname()[1]
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    tokens = milliseconds = drafted = accepted = 0.0
+    tokens = milliseconds = accepted = 0.0
     with started([str(word) for word in [*command, "--host", "127.0.0.1", "--port", port]], log):
         url = f"http://127.0.0.1:{port}"
         for _ in range(2 * LOADING_S):
@@ -94,7 +87,6 @@ def rate(
             if number:
                 tokens += times["predicted_n"]
                 milliseconds += times["predicted_ms"]
-                drafted += times.get("draft_n", 0)
                 accepted += times.get("draft_n_accepted", 0)
     return 1000 * tokens / milliseconds, tokens / (tokens - accepted)
 

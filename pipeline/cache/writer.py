@@ -365,9 +365,8 @@ class CacheWriter:
         """
         records = [self._records.shard(shard) for shard in range(len(self.manifest.plan))]
         shards, target = [record for record in records if record is not None], self._records.target()
-        unsettled = (
-            self.manifest.identity.data.of_prompts
-        )  # the last shard was written a moment ago, by another
+        # Of prompts: another process wrote the last shard a moment ago, and settles what this one has not.
+        unsettled = self.manifest.identity.data.of_prompts
         if target is None or len(shards) < len(records) or unsettled:
             return self.manifest if self.completed_by_another() else None
         statistics = self._statistics.finished(shards)

@@ -153,14 +153,6 @@ class Objects:
         """
         return self._try("read", name, lambda: self._obstore.head(self._store, name))["e_tag"] or ""
 
-    def exists(self, name: str) -> bool:
-        """Return whether there is an object of that name. Raises StoreError."""
-        try:
-            self.tag(name)
-        except MissingObjectError:
-            return False
-        return True
-
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one of that name; return whether the one that is there is ours.
 

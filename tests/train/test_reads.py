@@ -32,7 +32,7 @@ COLLATE = collate_anchors(random_anchors(16, 0, 0))
 
 @pytest.fixture(autouse=True)
 def whole_blocks_on_any_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where temporary files have no reads past the page cache, the same reads go through it."""
+    """The same reads go through the page cache where temporary files have none past it."""
     (tmp_path / "probe").write_bytes(b"0" * 4096)
     if open_direct(tmp_path / "probe") is None:
         for place in ("shard", "shards"):

@@ -38,7 +38,7 @@ class RemoteWorker:
         self._name = _worker_name(self._id)
         self._began, self._tokens = time.monotonic(), 0
         self._claims: dict[str, tuple[str, list[tuple[str, str]]]] = {}
-        """Own claims by name, each with the dead owners' claims that it is inherited from, and them."""
+        """Own claims by name, each with the claims that it is inherited from and their dead owners."""
         self._stop = threading.Event()
         self._pulse = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 

@@ -116,9 +116,7 @@ class RemoteWriter(CacheWriter):
         self.manifest = dataclasses.replace(self.manifest, created_by=found.created_by)
         self._pull()
         self._forget_lost()
-        if (
-            identity.data.of_prompts
-        ):  # whoever answers a shard needs its claim: the files here are written anew
+        if identity.data.of_prompts:  # an answered shard needs its claim: the files here are written anew
             return
         for shard in range(len(plan)):  # written here by a process that was killed before it uploaded them
             if super().written(shard) and shard_file(shard) not in self._records.elsewhere:
@@ -131,9 +129,8 @@ class RemoteWriter(CacheWriter):
                 return parse_manifest(self.objects.read(MANIFEST), self.objects.url(MANIFEST))
             except MissingObjectError:
                 if next(self.objects.list(), None) is None:
-                    self.objects.create(
-                        MANIFEST, self.manifest.to_json()
-                    )  # or another process has just begun
+                    # Or another process has just begun.
+                    self.objects.create(MANIFEST, self.manifest.to_json())
                 elif again:
                     raise CacheError(
                         f"{self.objects.address} is not empty and holds no {MANIFEST}: choose another place"
@@ -178,17 +175,13 @@ class RemoteWriter(CacheWriter):
         self._records.elsewhere.add(shard_file(shard))
         record = self._records.shard(shard)
         names = shard_specs(self.manifest.identity, self.manifest.plan[shard]).keys()
-        if (
-            record is None
-            or record.tensors.keys() != names
-            or not all(map(is_sha256, record.tensors.values()))
-        ):
+        whole = record is not None and record.tensors.keys() == names
+        if record is None or not whole or not all(map(is_sha256, record.tensors.values())):
             self._records.elsewhere.discard(shard_file(shard))  # damaged: the shard is written again
 
     def _take(self, found: Manifest) -> None:
-        """Take the complete cache that is in the object store; nothing in the staging directory is needed."""
+        """Take the complete cache in the object store, and remove what only an incomplete one needs."""
         self.manifest = found
-        # Of a process that was killed as it ended.
         self.objects.remove([entry.name for entry in self.objects.list(PROGRESS)])
         shutil.rmtree(self.path, ignore_errors=True)
 
@@ -261,9 +254,7 @@ class RemoteWriter(CacheWriter):
             require_own = functools.partial(self._require_own, shard)
             if answers.exists():
                 self.objects.write(f"{PROGRESS}/{answers.name}", answers, require_own)
-            tag = self.objects.write(shard_file(shard), path, require_own) or self.objects.tag(
-                shard_file(shard)
-            )
+            tag = self.objects.write(record.file, path, require_own) or self.objects.tag(record.file)
             record = dataclasses.replace(record, tensors=hashes, tag=tag)
         except _TakenOverError:
             path.unlink(missing_ok=True)
@@ -380,8 +371,7 @@ class RemoteWriter(CacheWriter):
             self._take(found)  # another process of this machine has just completed the cache
             return
         self.objects.write(MANIFEST, self.manifest.to_json())
-        self.objects.remove([entry.name for entry in self.objects.list(PROGRESS)])
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._take(self.manifest)
 
     def worker(self, label: str = "") -> RemoteWorker:
         self._worker = RemoteWorker(self.objects, label)

@@ -29,30 +29,6 @@ from tests.conftest import assert_refused, run_cli, run_ok
 from tests.processes import Dspark, finished_shards
 from tests.tiny import make_conversations
 
-EXACT = {"context_codec": "fp32", "last_codec": "fp32", "layers": "0,3"}
-FEW = {"num_samples": 6, "shard_tokens": 128}
-
-
-@pytest.fixture(scope="module")
-def words(engine_python, fp32_target, few):
-    """The words of a one-pass capture."""
-
-    def made(cache: Path, *more: str, **options: Any) -> list[str | Path]:
-        usual = {"engine": "vllm", "engine_python": engine_python, "max_new_tokens": 4, **EXACT, **FEW}
-        return [*arguments(fp32_target, few, cache, **{**usual, **options}), "--regenerate", *more]
-
-    return made
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory, words) -> Path:
-    """A cache that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("calm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PIDS", str(folder / "pids"))
-        run_ok(*words(folder / "cache"))
-    return folder / "cache"
-
 
 @pytest.fixture
 def copied(calm, tmp_path) -> Path:

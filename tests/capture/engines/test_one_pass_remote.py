@@ -26,30 +26,6 @@ from tests.tiny import make_conversations
 
 __all__ = ["s3", "s3_server"]  # fixtures
 
-EXACT = {"context_codec": "fp32", "last_codec": "fp32", "layers": "0,3"}
-FEW = {"num_samples": 6, "shard_tokens": 128}
-
-
-@pytest.fixture(scope="module")
-def words(engine_python, fp32_target, few):
-    """The words of a one-pass capture."""
-
-    def made(cache: Path | Address, *more: str, **options: Any) -> list[str | Path]:
-        usual = {"engine": "vllm", "engine_python": engine_python, "max_new_tokens": 4, **EXACT, **FEW}
-        return [*arguments(fp32_target, few, str(cache), **{**usual, **options}), "--regenerate", *more]
-
-    return made
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory, words) -> Path:
-    """A cache in a directory, which nothing disturbed."""
-    folder = tmp_path_factory.mktemp("calm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PIDS", str(folder / "pids"))
-        run_ok(*words(folder / "cache"))
-    return folder / "cache"
-
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -101,20 +77,25 @@ class Killed(BaseException):
     """A kill at a moment that a test chooses."""
 
 
+def run_until(name: str, words: list[str | Path]) -> None:
+    """Run a capture that is killed before it writes an object of that name."""
+    write = Objects.write
+
+    def dies(self: Objects, each: str, *data: Any) -> str:
+        if each == name:
+            raise Killed
+        return write(self, each, *data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objects, "write", dies)
+        with pytest.raises(Killed):
+            run_cli(*words)
+
+
 @pytest.mark.parametrize("moment", ["progress/00001.json", "shards/00002.safetensors", "manifest.json"])
 def test_killed_it_goes_on_elsewhere(s3, words, calm, tmp_path, monkeypatch, moment):
     """On another machine, whose engine answers differently: what is finished is not answered again."""
-    write = Objects.write
-
-    def dies(self: Objects, name: str, *data: Any) -> str:
-        if name == moment:
-            raise Killed
-        return write(self, name, *data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Objects, "write", dies)
-        with pytest.raises(Killed):
-            run_cli(*words(s3))
+    run_until(moment, words(s3))
     finished = sum(entry.name.endswith(".json") for entry in Objects(s3).list("progress"))
     assert "at most" in run_ok("inspect", str(s3))
     monkeypatch.setenv("DSPARK_LOCAL_CACHE", str(tmp_path / "another machine"))
@@ -198,18 +179,8 @@ def test_a_shard_of_another_process_with_other_answers(s3, words, calm, tmp_path
 
 
 @pytest.mark.parametrize("record", [b"{dam", b'{"file": "shards/00001.safetensors", "bytes": 1}'])
-def test_a_damaged_record_is_written_again(s3, words, calm, tmp_path, monkeypatch, record):
-    write = Objects.write
-
-    def dies(self: Objects, name: str, *data: Any) -> str:
-        if name == "shards/00002.safetensors":
-            raise Killed
-        return write(self, name, *data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Objects, "write", dies)
-        with pytest.raises(Killed):
-            run_cli(*words(s3))
+def test_a_damaged_record_is_written_again(s3, words, calm, tmp_path, record):
+    run_until("shards/00002.safetensors", words(s3))
     Objects(s3).write("progress/00001.json", record)
     assert f"cache {s3}: complete" in run_ok(*words(s3))
     assert_same(copied(s3, tmp_path / "back"), calm)
@@ -318,24 +289,14 @@ def test_who_was_silent_keeps_off_a_shard_that_is_finished(s3, words, calm, tmp_
 
 def test_what_was_not_uploaded_needs_its_claim(s3, words, calm, tmp_path, monkeypatch):
     """A machine is killed between a shard and its record, and starts again while another one has it."""
-    write, real, again = Objects.write, RemoteWriter.write_shard, []
-
-    def dies(self: Objects, name: str, *data: Any) -> str:
-        if name == "progress/00001.json":
-            raise Killed
-        return write(self, name, *data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Objects, "write", dies)
-        with pytest.raises(Killed):
-            run_cli(*words(s3))
+    real, again = RemoteWriter.write_shard, []
+    run_until("progress/00001.json", words(s3))
 
     def write_shard(writer: RemoteWriter, shard: int, *rest: Any, **more: Any) -> None:
         if shard == 1 and not again:
             first = {"DSPARK_LOCAL_CACHE": str(tmp_path / "machine"), "SALT": "0"}
             again.append(Dspark(tmp_path / "again", *words(s3), "--worker", "1/2", **first))
-            assert again[0].wait_until(lambda: len(list(Objects(s3).list("progress"))) > 0)
-            again[0].wait()
+            assert again[0].wait() == 0, again[0].err
         real(writer, shard, *rest, **more)
 
     monkeypatch.setattr(RemoteWriter, "write_shard", write_shard)
